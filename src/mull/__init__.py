@@ -1,0 +1,29 @@
+"""mull retrofits pretrained decoder language models: recursive depth, routing, multi-token heads, hybrid attention."""
+
+from mull.cache import SlotCache
+from mull.configs import ETDConfig
+from mull.model import (
+    MullConfig,
+    MullForCausalLM,
+    MullOutput,
+    certify_identity,
+    from_pretrained,
+    wrap_transformer_with_etd,
+)
+from mull.path import Path, Visit, from_actions, from_layers, recursion
+
+__all__ = [
+    "ETDConfig",
+    "MullConfig",
+    "MullForCausalLM",
+    "MullOutput",
+    "Path",
+    "SlotCache",
+    "Visit",
+    "certify_identity",
+    "from_actions",
+    "from_layers",
+    "from_pretrained",
+    "recursion",
+    "wrap_transformer_with_etd",
+]

@@ -1,0 +1,288 @@
+"""What differs between the backbones of transformers: masks, rotary embeddings, how a decoder layer is called.
+
+Masks and rotary embeddings are computed once per call and shared by all visits. transformers' layer code runs unmodified; the
+private parts of it that mull relies on are touched here and in `mull.cache` only, and pinned by a contract test per family.
+
+Recurrent layers need two things that attention masks give to the others for free:
+
+* Packed documents (`position_ids` that restart): each document becomes a row of its own for the layer, so neither the
+  convolution nor the state crosses a boundary.
+* Padding behind a token in a cached call (right padding): the row is compacted, padding goes to its end and is a no-op there, so
+  that the state that the next call continues from is the one of the tokens alone.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
+
+from mull.cache import SlotCache, SlotView, active_first
+
+Rotary = Callable[[nn.Module, set[str], Tensor, Tensor], dict[str, Any]]
+"""``(base model, layer kinds, hidden states, position_ids) -> position embeddings by layer kind``."""
+
+
+def _one_rotary(base: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    return dict.fromkeys(kinds, base.rotary_emb(h, position_ids))
+
+
+def _rotary_by_kind(base: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    return {kind: base.rotary_emb(h, position_ids, kind) for kind in kinds}
+
+
+def _multimodal_rotary(base: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    # Time, height and width all advance with the text.
+    return dict.fromkeys(kinds, base.rotary_emb(h, position_ids.expand(3, h.shape[0], -1)))
+
+
+def _attention_only_rotary(base: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    # Released OlmoHybrid checkpoints use no rotary embedding at all.
+    rotary = None if base.rotary_emb is None else base.rotary_emb(h, position_ids)
+    return {kind: None if kind == "linear_attention" else rotary for kind in kinds}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one architecture differs from the others."""
+
+    rotary: Rotary
+    """Computes the position embeddings that its layers expect."""
+
+    delta_rule_module: str | None = None
+    """Module under ``transformers.models`` whose functions compute the delta rule, for architectures with recurrent layers."""
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_one_rotary),
+    "olmo3": Family(_rotary_by_kind),
+    "olmo_hybrid": Family(_attention_only_rotary, "olmo_hybrid.modeling_olmo_hybrid"),
+    "qwen3": Family(_one_rotary),
+    "qwen3_5_text": Family(_multimodal_rotary, "qwen3_5.modeling_qwen3_5"),
+    "qwen3_next": Family(_one_rotary, "qwen3_next.modeling_qwen3_next"),
+}
+"""Supported architectures by their ``model_type``."""
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """Look up an architecture, and let its delta rule report to the cache.
+
+    Raises:
+        ValueError: the architecture is not supported.
+    """
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"Architecture {config.model_type!r} is not supported. Supported are {', '.join(sorted(FAMILIES))}.")
+    family = FAMILIES[config.model_type]
+    if family.delta_rule_module is not None:
+        _let_delta_rule_report(importlib.import_module(f"transformers.models.{family.delta_rule_module}"))
+    return family
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """Kind of each decoder layer: ``full_attention``, ``sliding_attention`` or ``linear_attention``."""
+    return list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
+
+
+def _let_delta_rule_report(module: Any) -> None:
+    """Give the module's delta rules a keyword `cache_view` that takes over the call. Without it they are what they were."""
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        rule = getattr(module, name)
+        if not hasattr(rule, "reports_to_cache_view"):
+            setattr(module, name, _reporting(rule))
+
+
+def _reporting(rule: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(rule)
+    def wrapped(*args: Any, cache_view: SlotView | None = None, **kwargs: Any) -> Any:
+        return rule(*args, **kwargs) if cache_view is None else cache_view.delta_rule(rule, *args, **kwargs)
+
+    wrapped.reports_to_cache_view = True  # type: ignore[attr-defined]
+    return wrapped
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a packed batch stand. S documents, L tokens in the longest."""
+
+    index: Tensor
+    """``[S, L]``: flat position ``row * T + column`` of each token; 0 behind the end of a document."""
+
+    inverse: Tensor
+    """``[B * T]``: flat position in ``[S, L]`` of each token of the batch."""
+
+    def run(self, layer: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+        """Run a causal layer on each document as a row of its own; what stands behind a document's end cannot reach it."""
+        rows = h.flatten(0, 1)[self.index]  # (S, L, D)
+        return layer(rows).flatten(0, 1)[self.inverse].view_as(h)
+
+
+def find_documents(position_ids: Tensor, batch_size: int) -> Documents | None:
+    """Locate packed documents by the restarts of `position_ids` ``[B, T]``; None if every row is one document.
+
+    The rule is that of transformers: a position that is not its predecessor's plus one begins a document.
+    """
+    document = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
+    if document is None:
+        return None
+    document = document + torch.arange(batch_size, device=document.device)[:, None] * document.shape[1]
+    _, number, length = document.flatten().unique_consecutive(return_inverse=True, return_counts=True)
+    start = length.cumsum(0) - length
+    offset = torch.arange(number.numel(), device=number.device) - start[number]
+    columns = torch.arange(int(length.max()), device=number.device)
+    index = torch.where(columns < length[:, None], start[:, None] + columns, 0)
+    return Documents(index, number * index.shape[1] + offset)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Everything besides the hidden states that the layers of one call need."""
+
+    masks: dict[str, Any]
+    """Attention mask by kind of layer."""
+
+    rotary: dict[str, Any]
+    """Position embeddings by kind of layer."""
+
+    position_ids: Tensor
+    documents: Documents | None = None
+    """Packed documents, for recurrent layers."""
+
+    active: Tensor | None = None
+    """``[B, T]``, False for padding that recurrent layers have to be kept from; None where there is no such padding."""
+
+
+def prepare(
+    base: Any,
+    family: Family,
+    h: Tensor,
+    attention_mask: Tensor | dict[str, Any] | None,
+    position_ids: Tensor | None,
+    cache: SlotCache | None,
+) -> Sides:
+    """Compute masks and rotary embeddings of a call.
+
+    Args:
+        base: The backbone.
+        family: Its entry of `FAMILIES`.
+        h: Embeddings ``[B, T, D]``.
+        attention_mask: ``[B, past + T]`` with 0 at padding, ``[B, 1, T, past + T]`` boolean, or masks by kind of layer.
+        position_ids: ``[B, T]``; None counts from the tokens in the cache. Without mask and cache, a restart begins a document.
+        cache: Cache whose slots are already bound, or None.
+
+    Raises:
+        ValueError: a mask of a shape that the backbone cannot obey.
+    """
+    config = base.config
+    kinds = set(layer_kinds(config))
+    past = 0 if cache is None else cache.n_tokens
+    if isinstance(attention_mask, Tensor):
+        _check_mask(attention_mask, past + h.shape[1], "linear_attention" in kinds)
+    if position_ids is None:
+        position_ids = (torch.arange(h.shape[1], device=h.device) + past)[None]
+    masks = attention_mask
+    if not isinstance(masks, dict):
+        masks = create_masks_for_generate(
+            config=config,
+            inputs_embeds=h,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+        )
+    if not isinstance(masks, dict):
+        masks = dict.fromkeys(kinds, masks)
+    rotary = family.rotary(base, kinds, h, position_ids)
+    if "linear_attention" not in kinds or isinstance(attention_mask, dict):
+        return Sides(masks, rotary, position_ids)
+    padding, active = _recurrent_padding(attention_mask, h.shape[1], cache is not None)
+    packed = attention_mask is None and cache is None
+    documents = find_documents(position_ids, h.shape[0]) if packed else None
+    return Sides({**masks, "linear_attention": padding}, rotary, position_ids, documents, active)
+
+
+def _check_mask(mask: Tensor, n_keys: int, recurrent: bool) -> None:
+    if mask.ndim == 2 and mask.shape[1] != n_keys:
+        raise ValueError(
+            f"attention_mask covers {mask.shape[1]} tokens, but there are {n_keys}: it has to cover those in the cache and the "
+            "new ones."
+        )
+    if mask.ndim not in (2, 4):
+        raise ValueError(f"attention_mask has {mask.ndim} dimensions; use [batch, tokens] or [batch, 1, queries, keys].")
+    if mask.ndim == 4 and recurrent:
+        raise ValueError(
+            "Recurrent layers cannot obey a 4-dimensional attention_mask. Use a [batch, tokens] mask for padding and position_ids "
+            "that restart for packed documents."
+        )
+
+
+def _recurrent_padding(mask: Tensor | None, n_new: int, cached: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Padding mask of the new tokens for recurrent layers, and which tokens are active if rows have to be compacted.
+
+    transformers drops the mask of a single token; a left-padded row that is fed token by token would then read its padding.
+    """
+    if mask is None:
+        return None, None
+    new = mask[:, -n_new:].contiguous()
+    if not torch.compiler.is_compiling() and bool((new == 1).all()):
+        return None, None
+    behind_a_token = (new == 0) & (mask.cumsum(1)[:, -n_new:] > 0)
+    if cached and bool(behind_a_token.any()):
+        return new, new.bool()
+    return new, None
+
+
+def check_not_behind_padding(mask: Tensor | None, n_new: int, config: PreTrainedConfig) -> None:
+    """Refuse tokens that follow right padding where sliding windows count tokens by their place in the cache.
+
+    Raises:
+        ValueError: the model has sliding-window layers and a row continues behind padding.
+    """
+    if mask is None or mask.ndim != 2 or mask.shape[1] == n_new or "sliding_attention" not in layer_kinds(config):
+        return
+    if mask.shape[1] <= config.sliding_window:
+        return
+    gap = (mask == 0) & (mask.cumsum(1) > 0)
+    if bool((gap[:, :-n_new].any(1) & (mask[:, -n_new:] == 1).any(1)).any()):
+        raise ValueError(
+            "A row continues behind right padding, but the sliding windows of this model count tokens by their place in the cache, "
+            "padding included. Pad on the left."
+        )
+
+
+def run_layer(layer: nn.Module, kind: str, h: Tensor, sides: Sides, view: SlotView | None) -> Tensor:
+    """Run one decoder layer of transformers, unmodified, for one visit.
+
+    Args:
+        layer: The decoder layer.
+        kind: Its kind.
+        h: Hidden states ``[B, T, D]``.
+        sides: What the call's layers share.
+        view: The visit's slot of the cache, or None.
+
+    Returns:
+        Hidden states ``[B, T, D]``.
+    """
+    options = {
+        "attention_mask": sides.masks[kind],
+        "position_ids": sides.position_ids,
+        "past_key_values": view,
+        "use_cache": view is not None,
+        "position_embeddings": sides.rotary[kind],
+    }
+    if kind != "linear_attention":
+        # Positional: reentrant checkpointing only follows positional inputs.
+        return layer(h, **options)
+    if sides.documents is not None:
+        return sides.documents.run(lambda rows: layer(rows, **options), h)
+    if view is not None:
+        options["cache_view"] = view
+    if sides.active is None:
+        return layer(h, **options)
+    order = (~sides.active).long().argsort(dim=1, stable=True)
+    compacted = h.gather(1, order[..., None].expand_as(h))
+    out = layer(compacted, **{**options, "attention_mask": active_first(sides.active).to(h.dtype)})
+    return out.gather(1, order.argsort(dim=1)[..., None].expand_as(out))

@@ -1,0 +1,432 @@
+"""The model: embed, visit decoder layers along a path, norm, head.
+
+`MullForCausalLM` owns a Hugging Face backbone and drives its decoder layers. Its weights keep their Hugging Face names, so a
+base checkpoint loads without renaming, and `generate`, PEFT, lm-eval and safetensors work as they do on the base model.
+
+Shapes: B batch, T tokens, D model width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.configuration_utils import SubConfigSpec
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from mull.backbone import check_not_behind_padding, family_of, layer_kinds, prepare, run_layer
+from mull.cache import SlotCache
+from mull.configs import ETDConfig, etd_from_dict
+from mull.path import Path, check_path, from_layers
+
+CACHE_IMPLEMENTATIONS = {None: False, "dynamic": False, "offloaded": True}
+"""``cache_implementation`` of ``generate`` that a `SlotCache` serves, and whether it offloads."""
+
+
+@strict
+class MullConfig(PreTrainedConfig):
+    """Configuration of a retrofitted model: the backbone's own configuration, and what mull adds to it.
+
+    Args:
+        text_config: Configuration of the backbone.
+        etd: Fields of `ETDConfig`, or None for a model that runs every layer once.
+    """
+
+    model_type = "mull"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3")}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    etd: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name, None) is None:
+                setattr(self, name, getattr(self.text_config, name, None))
+
+
+@dataclass
+class MullOutput(CausalLMOutputWithPast):
+    """Output of a forward pass; fields as in transformers.
+
+    ``hidden_states``, where asked for, holds the embeddings, the stream behind each visit of the path, and in the last place the
+    normed states, like transformers does.
+    """
+
+
+class MullForCausalLM(PreTrainedModel, GenerationMixin):
+    """A pretrained decoder language model whose layers run along a path.
+
+    Args:
+        config: Backbone and retrofit.
+
+    Raises:
+        ValueError: unsupported architecture, or a split that does not add up to the backbone's depth.
+    """
+
+    config: MullConfig
+    config_class = MullConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # Recurrent states can be rolled back exactly (mull.cache), so assisted generation is allowed on hybrids as well.
+    _is_stateful = False
+
+    def __init__(self, config: MullConfig) -> None:
+        super().__init__(config)
+        text_config = config.text_config
+        if not isinstance(text_config, PreTrainedConfig):
+            raise ValueError("MullConfig needs the text_config of a backbone; mull.from_pretrained and mull.wrap fill it in.")
+        self._family = family_of(text_config)
+        self._kinds = layer_kinds(text_config)
+        self.etd_config = etd_from_dict(config.etd)
+        if self.etd_config is not None:
+            self.etd_config.check_depth(text_config.num_hidden_layers, self._kinds)
+        self.model = AutoModel.from_config(text_config)
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self._no_split_modules = self.model._no_split_modules
+        self.post_init()
+
+    def new_cache(self, offloading: bool = False) -> SlotCache:
+        """An empty cache for calls of this model that share a past."""
+        return SlotCache(self.config.text_config, offloading)
+
+    def path(self, think_iterations: int | None = None, path: Sequence[Sequence[int]] | None = None) -> Path:
+        """The path that a call with these arguments takes.
+
+        Args:
+            think_iterations: Passes through the think block; None is the configuration's number.
+            path: Explicit visits ``(layer, occurrence)`` instead.
+
+        Raises:
+            ValueError: both are given, iterations below 1 or without a think block, or a path that does not fit the model.
+        """
+        n_layers = len(self.model.layers)
+        if path is not None:
+            if think_iterations is not None:
+                raise ValueError("Give think_iterations or path, not both: a path already says how often each layer runs.")
+            return check_path(path, n_layers)
+        if self.etd_config is None:
+            if think_iterations not in (None, 1):
+                raise ValueError(
+                    f"think_iterations={think_iterations} needs a think block, and this model has none: load it with "
+                    "etd=ETDConfig(...) or wrap it with wrap_transformer_with_etd."
+                )
+            return from_layers(range(n_layers))
+        return self.etd_config.path(self._iterations(think_iterations))
+
+    def _iterations(self, think_iterations: int | None) -> int:
+        if self.etd_config is None:
+            return 1
+        iterations = self.etd_config.max_think_iterations if think_iterations is None else think_iterations
+        if iterations < 1:
+            raise ValueError(f"think_iterations={iterations} must be at least 1, which is the unmodified model.")
+        return iterations
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SlotCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        think_iterations: int | None = None,
+        path: Sequence[Sequence[int]] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> MullOutput:
+        """Run the model along a path.
+
+        Args:
+            input_ids: ``[B, T]``.
+            attention_mask: ``[B, past + T]`` with 0 at padding, or ``[B, 1, T, past + T]`` boolean.
+            position_ids: ``[B, T]``. Without mask and cache, a restart begins a new document, which attention and recurrent
+                layers keep apart.
+            past_key_values: Cache of earlier calls, from `new_cache` or a former output.
+            inputs_embeds: ``[B, T, D]`` instead of `input_ids`.
+            labels: ``[B, T]``, unshifted, -100 ignored; gives ``loss``, the mean over the targets.
+            use_cache: Return a cache; default as in the backbone's configuration.
+            output_hidden_states: Return the stream behind every visit.
+            output_attentions: Refused: attention weights are not collected.
+            logits_to_keep: Compute logits for the last positions only (0: all), or at these indices.
+            think_iterations: Passes through the think block, exactly this many; default as in `ETDConfig`.
+            path: Explicit visits ``(layer, occurrence)`` instead; see `mull.path`.
+            num_items_in_batch: Divide the summed loss by this instead of the number of targets, as transformers' Trainer does.
+
+        Raises:
+            ValueError: arguments that contradict each other or the cache.
+        """
+        if output_attentions:
+            raise ValueError("output_attentions=True is not supported: attention weights are not collected.")
+        visits = self.path(think_iterations, path)
+        h = self._embed(input_ids, inputs_embeds)
+        cache = self._bound_cache(past_key_values, use_cache, visits)
+        if cache is not None and isinstance(attention_mask, Tensor):
+            check_not_behind_padding(attention_mask, h.shape[1], self.config.text_config)
+        stream: list[Tensor] | None = [h] if output_hidden_states else None
+        h = self._visit_all(h, visits, attention_mask, position_ids, cache, stream)
+        if cache is not None:
+            cache.advance(h.shape[1])
+        h = self.model.norm(h)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(h[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return MullOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache,
+            hidden_states=None if stream is None else (*stream[:-1], h),
+        )
+
+    def early_decoded(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        think_iterations: int | None = None,
+        backprop_iterations: int | None = None,
+        every_iteration: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Final-normed hidden states, as training and early exits need them. Logits are ``lm_head(state)``.
+
+        Args:
+            input_ids: ``[B, T]``.
+            attention_mask: As in `forward`.
+            position_ids: As in `forward`.
+            think_iterations: Passes through the think block.
+            backprop_iterations: Back-propagate through the last ones only; the others, and the encoder before them, run without
+                gradient. None back-propagates through all.
+            every_iteration: Decode the state behind each iteration instead of the last only.
+
+        Returns:
+            One ``[B, T, D]`` per decoded iteration, in order.
+
+        Raises:
+            ValueError: `backprop_iterations` below 1.
+        """
+        iterations = self._iterations(think_iterations)
+        if backprop_iterations is not None and backprop_iterations < 1:
+            raise ValueError(f"backprop_iterations={backprop_iterations} must be at least 1, or nothing is trained.")
+        n_detached = 0 if backprop_iterations is None else max(iterations - backprop_iterations, 0)
+        visits = self.path(think_iterations)
+        n_encoder, n_think = (0, 0) if self.etd_config is None else self._block_sizes(self.etd_config)
+        h = self._embed(input_ids, None)
+        sides = prepare(self.model, self._family, h, attention_mask, position_ids, None)
+
+        def run(h: Tensor, part: Path) -> Tensor:
+            for layer, _ in part:
+                h = run_layer(self.model.layers[layer], self._kinds[layer], h, sides, None)
+            return h
+
+        decoder = visits[n_encoder + n_think * iterations :]
+        states = []
+        with torch.no_grad() if n_detached else nullcontext():
+            h = run(h, visits[:n_encoder])
+        for iteration in range(iterations):
+            with torch.no_grad() if iteration < n_detached else nullcontext():
+                first = n_encoder + iteration * n_think
+                h = run(h, visits[first : first + n_think])
+                if every_iteration or iteration == iterations - 1:
+                    states.append(self.model.norm(run(h, decoder)))
+        return tuple(states)
+
+    @staticmethod
+    def _block_sizes(etd: ETDConfig) -> tuple[int, int]:
+        return etd.n_encoder_layers, etd.n_think_layers
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        return self.model.embed_tokens(input_ids)
+
+    def _bound_cache(self, cache: SlotCache | None, use_cache: bool | None, visits: Path) -> SlotCache | None:
+        if use_cache is None:
+            use_cache = cache is not None or bool(self.config.text_config.use_cache)
+        if not use_cache or (self.training and self.model.gradient_checkpointing):
+            return None
+        if cache is None:
+            cache = self.new_cache()
+        if not isinstance(cache, SlotCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}, which has one slot per layer; a looped layer needs one per visit. "
+                "Use model.new_cache()."
+            )
+        cache.bind(visits)
+        return cache
+
+    def _visit_all(
+        self,
+        h: Tensor,
+        visits: Path,
+        attention_mask: Tensor | dict[str, Any] | None,
+        position_ids: Tensor | None,
+        cache: SlotCache | None,
+        stream: list[Tensor] | None,
+    ) -> Tensor:
+        """The one loop that executes paths."""
+        sides = prepare(self.model, self._family, h, attention_mask, position_ids, cache)
+        for slot, (layer, _) in enumerate(visits):
+            view = None if cache is None else cache.view(slot, sides.active)
+            h = run_layer(self.model.layers[layer], self._kinds[layer], h, sides, view)
+            if stream is not None:
+                stream.append(h)
+        return h
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Give ``generate`` a cache with a slot per visit; its own builds one slot per layer."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+            return
+        if generation_config.cache_implementation not in CACHE_IMPLEMENTATIONS:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} has one slot per layer. Use one of "
+                f"{', '.join(repr(name) for name in CACHE_IMPLEMENTATIONS)}."
+            )
+        offloading = CACHE_IMPLEMENTATIONS[generation_config.cache_implementation]
+        model_kwargs["past_key_values"] = self.new_cache(offloading)
+
+
+AutoConfig.register("mull", MullConfig)
+AutoModelForCausalLM.register(MullConfig, MullForCausalLM)
+
+
+def wrap_transformer_with_etd(model: PreTrainedModel, config: ETDConfig | None) -> MullForCausalLM:
+    """Retrofit a model in memory. The weights are shared, not copied.
+
+    Args:
+        model: A causal language model of transformers, of a supported architecture.
+        config: Which layers think; None only gives the model paths.
+
+    Returns:
+        The retrofitted model, in the training mode that `model` is in.
+
+    Raises:
+        ValueError: unsupported architecture, a split that does not fit, a model that is wrapped already, or a wrapped model
+            whose single-iteration logits differ from the base model's.
+    """
+    wrapped = _share_weights(model, config)
+    certify_identity(wrapped, model)
+    return wrapped
+
+
+def _share_weights(model: PreTrainedModel, config: ETDConfig | None) -> MullForCausalLM:
+    if isinstance(model, MullForCausalLM):
+        raise ValueError("The model is wrapped already. Wrap the Hugging Face model it was made from.")
+    if not isinstance(getattr(model, "lm_head", None), nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no language-model head. Load it with AutoModelForCausalLM.")
+    text_config = model.config.get_text_config()
+    family_of(text_config)
+    attention = text_config._attn_implementation
+    with torch.device("meta"):
+        wrapped = MullForCausalLM(
+            MullConfig(
+                text_config=text_config,
+                etd=None if config is None else config.model_dump(),
+                attn_implementation=attention,
+            )
+        )
+    wrapped.model, wrapped.lm_head = model.model, model.lm_head
+    wrapped.generation_config = model.generation_config
+    return wrapped.train(model.training)
+
+
+@torch.no_grad()
+def certify_identity(wrapped: MullForCausalLM, model: PreTrainedModel) -> None:
+    """Check that one iteration of the wrapped model gives the base model's logits, bit for bit.
+
+    The probe is a batch of two short rows, one of them padded on the left, through the real weights in their own precision. A
+    model on the meta device has no weights to check and passes.
+
+    Raises:
+        ValueError: the logits differ.
+    """
+    weight = model.lm_head.weight
+    if weight.is_meta:
+        return
+    probe = torch.arange(2 * 12, device=weight.device).view(2, 12) * 7919 % model.config.get_text_config().vocab_size
+    mask = torch.ones_like(probe)
+    mask[1, :3] = 0
+    training = model.training
+    model.eval()
+    wrapped.eval()
+    expected = model(probe, attention_mask=mask, use_cache=False).logits
+    iterations = None if wrapped.etd_config is None else 1
+    actual = wrapped(probe, attention_mask=mask, use_cache=False, think_iterations=iterations).logits
+    model.train(training)
+    wrapped.train(training)
+    if not torch.equal(actual, expected):
+        difference = (actual - expected).abs().max().item()
+        raise ValueError(
+            f"The wrapped {type(model).__name__} does not reproduce the base model: with one iteration its logits differ by up to "
+            f"{difference:.3g}, where they must be equal bit for bit. The installed transformers may have changed this architecture."
+        )
+
+
+def from_pretrained(name_or_dir: str, etd: ETDConfig | None = None, **options: Any) -> MullForCausalLM:
+    """Load a checkpoint, retrofitted.
+
+    Args:
+        name_or_dir: Directory or hub name of a Hugging Face checkpoint of a supported architecture, or of a model that mull saved.
+        etd: Which layers think. For a model that mull saved, the default is the stored configuration; giving another one
+            replaces it.
+        options: Passed to ``from_pretrained`` of transformers, such as ``dtype`` or ``device_map``.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        OSError: no checkpoint at `name_or_dir`.
+        ValueError: as in `wrap_transformer_with_etd`.
+    """
+    config = AutoConfig.from_pretrained(name_or_dir)
+    if not isinstance(config, MullConfig):
+        family_of(config.get_text_config())
+        return wrap_transformer_with_etd(AutoModelForCausalLM.from_pretrained(name_or_dir, **options), etd)
+    if etd is not None:
+        config.etd = etd.model_dump()
+    model: MullForCausalLM = MullForCausalLM.from_pretrained(name_or_dir, config=config, **options)
+    return model
