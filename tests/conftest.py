@@ -1,5 +1,6 @@
 """Tiny random models of every supported family, on the CPU."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,42 @@ def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **ch
     model_type, options = FAMILIES[family]
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[model_type](**{**COMMON, **options, **changes})
-    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    # The grouped kernel of experts exists in fp32 and below only.
+    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    return AutoModelForCausalLM.from_config(config, **experts).to(dtype).eval()
+
+
+def delta_rule_reference(
+    query: Any, key: Any, value: Any, g: Any, beta: Any, initial_state: Any = None, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gated delta rule token by token in fp64, written from the paper (arXiv:2412.06464, equation 10)."""
+
+    def unit(x: torch.Tensor) -> torch.Tensor:
+        return x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt()
+
+    query, key, value, g, beta = (x.double() for x in (query, key, value, g, beta))
+    groups = value.shape[2] // key.shape[2]
+    query = unit(query).repeat_interleave(groups, 2) / query.shape[-1] ** 0.5
+    key = unit(key).repeat_interleave(groups, 2)
+    rows, tokens, heads, width = key.shape
+    state = torch.zeros(rows, heads, width, value.shape[-1], dtype=torch.float64) if initial_state is None else initial_state
+    eye = torch.eye(width, dtype=torch.float64)
+    out = []
+    for t in range(tokens):
+        k, b = key[:, t, :, :, None], beta[:, t, :, None, None]
+        state = g[:, t, :, None, None].exp() * (eye - b * k @ k.mT) @ state + b * k @ value[:, t, :, None, :]
+        out.append((query[:, t, :, None, :] @ state)[:, :, 0])
+    return torch.stack(out, 1), state
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PreTrainedModel]:
+    """Tiny models in fp64 throughout: transformers' own delta rules compute in fp32, so the reference takes their place."""
+    for module in ("qwen3_next", "qwen3_5", "olmo_hybrid"):
+        modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+        for rule in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+            monkeypatch.setattr(modeling, rule, delta_rule_reference)
+    return lambda family, **changes: tiny(family, dtype=torch.float64, **changes)
 
 
 @pytest.fixture(autouse=True)

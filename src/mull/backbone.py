@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
 
-from mull.cache import SlotCache, SlotView, active_first
+from mull.cache import SlotCache, SlotView
 
 Rotary = Callable[[nn.Module, set[str], Tensor, Tensor], dict[str, Any]]
 """``(base model, layer kinds, hidden states, position_ids) -> position embeddings by layer kind``."""
@@ -153,7 +153,7 @@ class Sides:
     """Packed documents, for recurrent layers."""
 
     active: Tensor | None = None
-    """``[B, T]``, False for padding that recurrent layers have to be kept from; None where there is no such padding."""
+    """``[B, T]``, False for padding that stands behind a token and must not reach recurrent states; None without such padding."""
 
 
 def prepare(
@@ -229,9 +229,9 @@ def _recurrent_padding(mask: Tensor | None, n_new: int, cached: bool) -> tuple[T
     new = mask[:, -n_new:].contiguous()
     if not torch.compiler.is_compiling() and bool((new == 1).all()):
         return None, None
-    behind_a_token = (new == 0) & (mask.cumsum(1)[:, -n_new:] > 0)
-    if cached and bool(behind_a_token.any()):
-        return new, new.bool()
+    compacted_rows = ((new == 0) & (mask.cumsum(1)[:, -n_new:] > 0)).any(1, keepdim=True)
+    if cached and bool(compacted_rows.any()):
+        return new, (new == 1) | ~compacted_rows
     return new, None
 
 
@@ -284,5 +284,5 @@ def run_layer(layer: nn.Module, kind: str, h: Tensor, sides: Sides, view: SlotVi
         return layer(h, **options)
     order = (~sides.active).long().argsort(dim=1, stable=True)
     compacted = h.gather(1, order[..., None].expand_as(h))
-    out = layer(compacted, **{**options, "attention_mask": active_first(sides.active).to(h.dtype)})
+    out = layer(compacted, **{**options, "attention_mask": sides.masks[kind].gather(1, order)})
     return out.gather(1, order.argsort(dim=1)[..., None].expand_as(out))

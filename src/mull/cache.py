@@ -43,14 +43,14 @@ class _DeltaInputs(NamedTuple):
     def kept(self, n_tokens: int) -> "_DeltaInputs":
         """Only the first `n_tokens` of the call."""
         active = self.active[:, :n_tokens]
-        g, beta = no_op_where_inactive(self.g[:, :n_tokens], self.beta[:, :n_tokens], active_first(active))
+        g, beta = no_op_where_inactive(self.g[:, :n_tokens], self.beta[:, :n_tokens], _active_first(active))
         return _DeltaInputs(active, self.conv[..., :n_tokens], self.key[:, :n_tokens], self.value[:, :n_tokens], g, beta)
 
     def select_rows(self, rows: Tensor) -> "_DeltaInputs":
         return _DeltaInputs(*(tensor.index_select(0, rows) for tensor in self))
 
 
-def active_first(active: Tensor) -> Tensor:
+def _active_first(active: Tensor) -> Tensor:
     """A mask ``[B, T]`` after inactive tokens were moved to the end of their row."""
     return torch.arange(active.shape[1], device=active.device) < active.sum(1, keepdim=True)
 
@@ -83,13 +83,16 @@ class RecurrentSlot(LinearAttentionLayer):
         active: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Append a call's inputs to the window and return both, ``[B, C, kernel + T]``.
+        """Append a call's inputs to the window.
 
         Args:
             conv_states: ``[B, C, T]``; where `active` is given, inactive tokens stand at the end of their row.
             state_idx: Always 0.
             conv_kernel_size: Width of the window.
             active: ``[B, T]``, True for the tokens that count, in their original order; None for all.
+
+        Returns:
+            What the layer convolves: ``[B, C, kernel + T]``, or ``[B, C, T]`` in the first call.
         """
         if not self.is_conv_states_initialized[0]:
             self.lazy_initialization(conv_states=conv_states, conv_kernel_size=conv_kernel_size)
@@ -99,11 +102,13 @@ class RecurrentSlot(LinearAttentionLayer):
                 self._conv_before = window.clone()
                 self._state_before = self.recurrent_states[0].clone() if self.has_previous_state[0] else None
             self._pending_conv = conv_states
-        self.has_previous_state[0] = True
         full = torch.cat([window, conv_states], dim=-1)
+        continues = self.has_previous_state[0]
+        self.has_previous_state[0] = True
         # In place: the address stays fixed, which captured graphs rely on.
         window.copy_(_last_window(full, window.shape[-1], None if active is None else active.sum(1)))
-        return full
+        # The first call convolves what the layer would without a cache, so that its sums associate in the same order.
+        return full if continues else conv_states
 
     def record(self, active: Tensor | None, key: Tensor, value: Tensor, g: Tensor, beta: Tensor) -> None:
         """Remember what the delta rule is about to be fed, if the cache is recording."""
@@ -336,6 +341,6 @@ class SlotView:
             Outputs ``[B, T, H, V]`` and the state after the last token.
         """
         if self.active is not None:
-            g, beta = no_op_where_inactive(g, beta, active_first(self.active))
+            g, beta = no_op_where_inactive(g, beta, _active_first(self.active))
         self.cache.layers[self.slot].record(self.active, key, value, g, beta)
         return rule(query, key, value, g=g, beta=beta, **kwargs)

@@ -1,7 +1,7 @@
 """Model-side configurations: frozen, validated once, and the same schema for Python calls, recipes and ``config.json``."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -58,7 +58,7 @@ class ETDConfig(BaseModel):
             )
 
     @classmethod
-    def for_model(cls, model: Any, split: Literal["published", "quarters"] = "published", **options: Any) -> Self:
+    def for_model(cls, model: Any, split: Literal["published", "quarters"] = "published", **options: Any) -> "ETDConfig":
         """Scale a published split to a model's depth.
 
         A model with recurrent layers keeps the period of its attention layers whole: the think block is a multiple of it, so
@@ -84,7 +84,7 @@ def split_for(n_layers: int, layer_types: list[str], split: str = "published") -
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not known. Choose one of {', '.join(SPLITS)}.")
     encoder_share, think_share = SPLITS[split]
-    period = _attention_period(layer_types)
+    period = attention_period(layer_types)
     n_think = max(round(think_share * n_layers / period), 1) * period
     n_think = min(n_think, n_layers)
     n_encoder = min(round(encoder_share * n_layers), n_layers - n_think)
@@ -94,7 +94,7 @@ def split_for(n_layers: int, layer_types: list[str], split: str = "published") -
     return n_encoder, n_think, n_layers - n_encoder - n_think
 
 
-def _attention_period(layer_types: list[str]) -> int:
+def attention_period(layer_types: list[str]) -> int:
     """Distance between the attention layers of a hybrid, 1 where there is none to keep."""
     if "linear_attention" not in layer_types:
         return 1

@@ -39,7 +39,7 @@ def replay_state(
     """Advance a recurrent state over recorded inputs.
 
     Args:
-        state: State before the first token, fp32.
+        state: State before the first token. Its precision is that of the computation; transformers keeps it in fp32.
         key: Keys before normalisation, as the layer passes them to the rule.
         value: Values.
         g: Decay in log space, at most 0.
@@ -48,14 +48,14 @@ def replay_state(
     Returns:
         State after the last token. Equal to what transformers' recurrent rule returns, up to the order of summation.
     """
-    key = key.float()
+    key, value, g, beta = (tensor.to(state.dtype) for tensor in (key, value, g, beta))
     key = key * torch.rsqrt(key.pow(2).sum(-1, keepdim=True) + L2_NORM_EPSILON)
     key = key.repeat_interleave(value.shape[2] // key.shape[2], dim=2)  # (B, T, H, K)
-    decay = g.float().exp()
+    decay = g.exp()
     for t in range(key.shape[1]):
         k_t = key[:, t]
         state = state * decay[:, t, :, None, None]
         remembered = torch.einsum("bhkv,bhk->bhv", state, k_t)
-        delta = (value[:, t].float() - remembered) * beta[:, t, :, None].float()
+        delta = (value[:, t] - remembered) * beta[:, t, :, None]
         state = state + k_t[..., None] * delta[..., None, :]
     return state

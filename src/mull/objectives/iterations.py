@@ -1,0 +1,80 @@
+"""How many think iterations a training batch runs."""
+
+import math
+from typing import Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SIGMA = 0.5
+"""Spread of the log-normal rate in Huginn's sampler."""
+
+
+class IterationSampling(BaseModel):
+    """Fixed or sampled number of think iterations, and how many of them back-propagate.
+
+    `sample` is called once per micro-batch, so with gradient accumulation one optimizer step mixes several depths.
+
+    Source:
+        ``poisson_lognormal`` is the sampler of Huginn (arXiv:2502.05171). Huginn does not bound the draw; we clamp it to
+        `maximum`, because one long draw would decide the memory of the whole run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["fixed", "uniform", "poisson_lognormal"] = "fixed"
+    """``fixed`` always runs `maximum`; ``uniform`` draws from ``minimum..maximum``, both included; ``poisson_lognormal`` draws
+    ``1 + Poisson(rate)`` with ``rate ~ LogNormal(ln(mean) - sigma²/2, sigma)``, sigma 0.5."""
+
+    maximum: int = Field(ge=1)
+    """Largest number of iterations."""
+
+    minimum: int | None = Field(default=None, ge=1)
+    """Smallest number of iterations of ``uniform``; 1 when not given."""
+
+    mean: float | None = Field(default=None, gt=0)
+    """Expected rate of ``poisson_lognormal``. Draws average ``mean + 1`` before they are clamped to `maximum`."""
+
+    backprop_iterations: int | None = Field(default=None, ge=1)
+    """Back-propagate through the last so many iterations only; the ones before run without gradient. ``None``: through all.
+    A draw below this number back-propagates through all of its iterations."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.minimum is not None and self.kind != "uniform":
+            raise ValueError(
+                f"minimum={self.minimum} is read by kind='uniform' only, but kind={self.kind!r}: leave it out."
+            )
+        if self.minimum is not None and self.minimum > self.maximum:
+            raise ValueError(f"minimum={self.minimum} must not exceed maximum={self.maximum}.")
+        if (self.mean is not None) != (self.kind == "poisson_lognormal"):
+            raise ValueError(
+                f"mean={self.mean} with kind={self.kind!r}: kind='poisson_lognormal' needs a mean, the other kinds take none."
+            )
+        if self.backprop_iterations is not None and self.backprop_iterations > self.maximum:
+            raise ValueError(
+                f"backprop_iterations={self.backprop_iterations} must lie in [1, maximum={self.maximum}]: gradients cannot flow "
+                "through iterations that do not run."
+            )
+        return self
+
+    def sample(self) -> int:
+        """Draw a number of iterations from torch's global generator (``fixed`` draws nothing)."""
+        return {"fixed": self._fixed, "uniform": self._uniform, "poisson_lognormal": self._poisson_lognormal}[
+            self.kind
+        ]()
+
+    def backprop(self, iterations: int) -> int | None:
+        """Iterations that back-propagate when `iterations` run; ``None`` for all."""
+        return None if self.backprop_iterations is None else min(self.backprop_iterations, iterations)
+
+    def _fixed(self) -> int:
+        return self.maximum
+
+    def _uniform(self) -> int:
+        return int(torch.randint(self.minimum or 1, self.maximum + 1, ()))
+
+    def _poisson_lognormal(self) -> int:
+        assert self.mean is not None
+        rate = torch.empty(()).log_normal_(math.log(self.mean) - SIGMA**2 / 2, SIGMA)
+        return min(int(torch.poisson(rate)) + 1, self.maximum)

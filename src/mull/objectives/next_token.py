@@ -1,0 +1,77 @@
+"""Next-token prediction: the loss of pre-training and fine-tuning.
+
+Shapes: B batch, T tokens, D model width, N valid targets.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mull.objectives.base import Batch, LossOutput, Objective
+from mull.objectives.iterations import IterationSampling
+from mull.ops.cross_entropy import token_losses
+
+if TYPE_CHECKING:
+    from mull.model import MullForCausalLM
+
+IGNORED = -100
+
+
+class NextToken(Objective):
+    """Cross-entropy of the last iteration's prediction, position ``t`` against the label at ``t + 1``.
+
+    Only the rows of valid targets reach the unembedding.
+
+    Args:
+        iterations: Number of think iterations, and how many of them back-propagate.
+    """
+
+    def __init__(self, iterations: IterationSampling) -> None:
+        self.iterations = iterations
+
+    def __call__(self, model: "MullForCausalLM", batch: Batch) -> LossOutput:
+        """Sum the cross-entropy over the valid targets.
+
+        Returns:
+            Loss in nats summed over the targets, their number, and the metrics ``loss`` (nats per target) and
+            ``iterations``.
+
+        Raises:
+            ValueError: no label of the batch is a valid target.
+        """
+        targets = next_token_targets(batch)
+        valid = targets != IGNORED  # (B, T-1)
+        n_targets = valid.sum()
+        if n_targets == 0:
+            raise ValueError(
+                f"No label of this batch of shape {tuple(batch['labels'].shape)} is a target: all are {IGNORED} after the "
+                "shift by one (the first token of a row or document has no prediction). Drop such rows from the data."
+            )
+        iterations = self.iterations.sample()
+        hidden = model.early_decoded(
+            batch["input_ids"],
+            attention_mask=batch.get("attention_mask"),
+            position_ids=batch.get("position_ids"),
+            think_iterations=iterations,
+            backprop_iterations=self.iterations.backprop(iterations),
+        )[-1]
+        rows = hidden[:, :-1][valid]  # (N, D)
+        total = token_losses(rows, model.lm_head.weight, targets[valid], model.lm_head.bias).sum()
+        return LossOutput(
+            total, n_targets, {"loss": float(total.detach() / n_targets), "iterations": float(iterations)}
+        )
+
+
+def next_token_targets(batch: Batch) -> Tensor:
+    """Labels shifted to the position that predicts them, ``[B, T-1]``, -100 where there is none.
+
+    The first token of a packed document is nobody's target: the position before it belongs to another document. Documents
+    are read from `position_ids`, and only without an attention mask, as everywhere in mull.
+    """
+    targets = batch["labels"][:, 1:]
+    positions = batch.get("position_ids")
+    if positions is None or "attention_mask" in batch:
+        return targets
+    same_document = positions[:, 1:] == positions[:, :-1] + 1
+    return torch.where(same_document, targets, IGNORED)

@@ -1,0 +1,96 @@
+"""What mull relies on inside transformers, per family: how the base model calls its layers, and what the layers ask of a cache.
+
+Identity tests notice numbers that change; these notice a new argument or cache method that the numbers of a tiny model hide.
+"""
+
+import ast
+import importlib
+import inspect
+import textwrap
+from typing import Any
+
+import pytest
+from conftest import tiny
+from transformers.cache_utils import Cache
+
+from mull import SlotCache, backbone
+from mull.cache import SlotView
+
+LAYER_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"}
+MASK_FUNCTIONS = {
+    "llama": {"create_causal_mask"},
+    "qwen3": {"create_causal_mask", "create_sliding_window_causal_mask"},
+    "olmo3": {"create_causal_mask", "create_sliding_window_causal_mask"},
+    "qwen3_next": {"create_causal_mask", "create_recurrent_attention_mask"},
+    "qwen3_5_text": {"create_causal_mask", "create_recurrent_attention_mask"},
+    "olmo_hybrid": {"create_causal_mask", "create_recurrent_attention_mask"},
+}
+CACHE_NAMES = {"past_key_values", "cache_params"}
+
+
+def calls_in(function: Any) -> list[ast.Call]:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def name_of(call: ast.Call) -> str:
+    return call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+
+
+def test_the_base_model_calls_its_layers_as_mull_does(family: str) -> None:
+    calls = [call for call in calls_in(type(tiny(family).model).forward) if name_of(call) == "decoder_layer"]
+    assert len(calls) == 1
+    given = {keyword.arg for keyword in calls[0].keywords if keyword.arg is not None}
+    # Olmo3's layers do not take use_cache and swallow it.
+    assert given | {"use_cache"} == LAYER_ARGUMENTS
+    assert [ast.unparse(argument) for argument in calls[0].args] == ["hidden_states"]
+
+
+def test_the_base_model_makes_the_masks_that_mull_makes(family: str) -> None:
+    model = tiny(family)
+    made = {name_of(call) for call in calls_in(type(model.model).forward) if "mask" in name_of(call)}
+    assert made == MASK_FUNCTIONS[model.config.model_type]
+
+
+def test_layers_ask_the_cache_only_for_what_a_view_answers(family: str) -> None:
+    asked = set()
+    classes = {type(module) for module in tiny(family).model.layers.modules()}
+    for cls in classes:
+        if not cls.__module__.startswith("transformers.models"):
+            continue
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls)))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in CACHE_NAMES:
+                asked.add(node.attr)
+    assert "update" in asked
+    assert asked <= set(dir(SlotView)), "a layer asks its cache for something new"
+
+
+@pytest.mark.parametrize("family_name", ["qwen3_next-dense", "qwen3_5", "olmo_hybrid"])
+def test_recurrent_layers_hand_keywords_on_to_the_delta_rule(family_name: str) -> None:
+    model = tiny(family_name)
+    mixer = model.model.layers[0].linear_attn
+    rules = [call for call in calls_in(type(mixer).forward) if name_of(call).endswith("gated_delta_rule")]
+    assert {name_of(call) for call in rules} == {"torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"}
+    for call in rules:
+        assert [ast.unparse(argument) for argument in call.args] in (["query", "key", "value"], ["q", "k", "v"])
+        keywords = {keyword.arg for keyword in call.keywords}
+        assert keywords == {
+            "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel", "cu_seqlens", None
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", backbone.FAMILIES)
+def test_without_a_view_the_delta_rules_are_transformers_own(model_type: str) -> None:
+    family = backbone.FAMILIES[model_type]
+    if family.delta_rule_module is None:
+        pytest.skip("no recurrent layers")
+    module = importlib.import_module(f"transformers.models.{family.delta_rule_module}")
+    for rule in (module.torch_chunk_gated_delta_rule, module.torch_recurrent_gated_delta_rule):
+        assert inspect.unwrap(rule).__module__ == module.__name__
+
+
+def test_slot_cache_overrides_exist_in_transformers() -> None:
+    """A renamed method of `Cache` would turn our override into dead code."""
+    overrides = {name for name in vars(SlotCache) if not name.startswith("_")} - {"bind", "view", "advance"}
+    assert overrides
+    assert overrides <= set(dir(Cache))

@@ -1,0 +1,361 @@
+"""Claim: the package keeps its floors and its budgets, and importing it is cheap and silent.
+
+A module imports only from floors below it; a few pairs on one floor are listed. Files, functions, constructors and nesting
+stay within the budgets. Every check is a function of ``{module: source}`` and is shown a bad sample that it must refuse.
+"""
+
+import ast
+import graphlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FLOORS = {
+    **dict.fromkeys(["configs", "path", "storage", "distributed"], 0),
+    **dict.fromkeys(["ops", "data", "tracking"], 1),
+    **dict.fromkeys(["layers", "cache", "backbone"], 2),
+    "model": 3,
+    **dict.fromkeys(["latent", "transfer", "checkpoint", "presets"], 4),
+    "generate": 5,
+    **dict.fromkeys(["search", "objectives", "evaluation", "report"], 6),
+    "train": 7,
+    **dict.fromkeys(["recipe", "demo"], 8),
+    "cli": 9,
+    "__init__": 10,
+    "__main__": 10,
+}
+"""Module or sub-package of mull to its floor. An import under ``TYPE_CHECKING`` is held to the same rule: a type is
+knowledge, too."""
+
+SAME_FLOOR = {
+    ("mull.configs", "mull.path"),
+    ("mull.backbone", "mull.cache"),
+    ("mull.report", "mull.search.split"),
+    ("mull.objectives.next_token", "mull.objectives.iterations"),
+    ("mull.objectives.steps", "mull.objectives.iterations"),
+}
+"""Pairs (importer, imported) on one floor. Beside them, every objective may import the contract, `mull.objectives.base`."""
+
+OPTIONAL = {"s3fs", "mlflow", "lm_eval", "peft", "fla", "mkdocs"}
+"""Packages of the extras: importing mull must work, and be the same, without them."""
+
+MAX_FILE_LINES = 600
+MAX_FUNCTION_LINES = 100
+USUAL_FUNCTION_LINES = 40
+SHARE_OF_USUAL_FUNCTIONS = 0.9
+MAX_CONSTRUCTOR_PARAMETERS = 12
+MAX_NESTING = 4
+
+Sources = dict[str, str]
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def read_sources() -> Sources:
+    """Name every module of the package; a package is named by its folder."""
+    sources = {}
+    for file in sorted((ROOT / "src" / "mull").rglob("*.py")):
+        parts = file.relative_to(ROOT / "src").with_suffix("").parts
+        is_package = parts[-1] == "__init__" and len(parts) > 2
+        sources[".".join(parts[:-1] if is_package else parts)] = file.read_text(encoding="utf-8")
+    return sources
+
+
+def floor(module: str) -> int | None:
+    parts = module.split(".")
+    return FLOORS.get(parts[1] if len(parts) > 1 else "__init__")
+
+
+def imported(node: ast.AST, modules: set[str]) -> list[str]:
+    """The modules of mull that one statement or call imports."""
+    names: list[str] = []
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.level:
+        names = ["mull.<relative import>"]
+    elif isinstance(node, ast.ImportFrom) and node.module:
+        known = modules | {f"mull.{name}" for name in FLOORS}
+        names = [full if (full := f"{node.module}.{alias.name}") in known else node.module for alias in node.names]
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) in {
+        "import_module",
+        "importlib.import_module",
+        "__import__",
+    }:
+        names = [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
+    return [name for name in names if name.split(".")[0] == "mull"]
+
+
+def imports_of(sources: Sources) -> Iterator[tuple[str, str]]:
+    for module, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            for name in imported(node, set(sources)):
+                yield module, name
+
+
+def may_import(importer: str, name: str) -> bool:
+    above, below = floor(importer), floor(name)
+    if above is None or below is None:
+        return False
+    shares_contract = name == "mull.objectives.base" and importer.startswith("mull.objectives.")
+    reexports = name.startswith(f"{importer}.")
+    return below < above or reexports or shares_contract or (importer, name) in SAME_FLOOR
+
+
+def misplaced_imports(sources: Sources) -> list[str]:
+    unplaced = [f"{module} has no floor" for module in sources if floor(module) is None]
+    return unplaced + [
+        f"{importer} imports {name}" for importer, name in imports_of(sources) if not may_import(importer, name)
+    ]
+
+
+def import_cycles(sources: Sources) -> list[str]:
+    graph: dict[str, set[str]] = {}
+    for importer, name in imports_of(sources):
+        graph.setdefault(importer, set()).add(name)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [" -> ".join(error.args[1])]
+    return []
+
+
+def functions_of(tree: ast.AST) -> Iterator[Function]:
+    return (node for node in ast.walk(tree) if isinstance(node, Function))
+
+
+def n_lines(function: Function) -> int:
+    assert function.end_lineno is not None
+    return function.end_lineno - function.lineno + 1
+
+
+def imports_inside_functions(sources: Sources) -> list[str]:
+    return [
+        f"{module}.{function.name} imports {name}"
+        for module, source in sources.items()
+        for function in functions_of(ast.parse(source))
+        for node in ast.walk(function)
+        for name in imported(node, set(sources))
+    ]
+
+
+def long_files(sources: Sources) -> list[str]:
+    lengths = {module: len(source.splitlines()) for module, source in sources.items()}
+    return [f"{module} has {length} lines" for module, length in lengths.items() if length > MAX_FILE_LINES]
+
+
+def long_functions(sources: Sources) -> list[str]:
+    lengths = {
+        f"{module}.{function.name}:{function.lineno}": n_lines(function)
+        for module, source in sources.items()
+        for function in functions_of(ast.parse(source))
+    }
+    too_long = [f"{name} has {length} lines" for name, length in lengths.items() if length > MAX_FUNCTION_LINES]
+    unusual = [f"{name} ({length})" for name, length in lengths.items() if length > USUAL_FUNCTION_LINES]
+    if len(unusual) > (1 - SHARE_OF_USUAL_FUNCTIONS) * len(lengths):
+        too_long.append(f"{len(unusual)} of {len(lengths)} functions exceed {USUAL_FUNCTION_LINES} lines: {unusual}")
+    return too_long
+
+
+def wide_constructors(sources: Sources) -> list[str]:
+    found = []
+    for module, source in sources.items():
+        for function in functions_of(ast.parse(source)):
+            arguments = function.args
+            count = len(arguments.posonlyargs) + len(arguments.args) + len(arguments.kwonlyargs) - 1
+            if function.name == "__init__" and count > MAX_CONSTRUCTOR_PARAMETERS:
+                found.append(f"{module}:{function.lineno} takes {count} parameters")
+    return found
+
+
+def blocks_of(node: ast.AST) -> list[list[ast.stmt]]:
+    """The indented bodies of a compound statement; a ``match`` has one per case, an ``elif`` is no deeper than its ``if``."""
+    if isinstance(node, ast.If) and len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If):
+        return [node.body, *blocks_of(node.orelse[0])]
+    holders = [node, *getattr(node, "handlers", []), *getattr(node, "cases", [])]
+    return [
+        getattr(holder, name)
+        for holder in holders
+        for name in ("body", "orelse", "finalbody")
+        if getattr(holder, name, [])
+    ]
+
+
+def nesting(statements: list[ast.stmt]) -> int:
+    """Levels of compound statements; a function or class inside starts its own count."""
+    compound = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
+    return max(
+        (
+            1 + max(nesting(block) for block in blocks_of(statement))
+            for statement in statements
+            if isinstance(statement, compound)
+        ),
+        default=0,
+    )
+
+
+def deep_nesting(sources: Sources) -> list[str]:
+    return [
+        f"{module}.{function.name}:{function.lineno} nests {nesting(function.body)} levels"
+        for module, source in sources.items()
+        for function in functions_of(ast.parse(source))
+        if nesting(function.body) > MAX_NESTING
+    ]
+
+
+def blind_excepts(sources: Sources) -> list[str]:
+    blind = {"Exception", "BaseException"}
+    return [
+        f"{module}:{node.lineno} catches everything"
+        for module, source in sources.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or blind & {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)})
+    ]
+
+
+def utils_modules(sources: Sources) -> list[str]:
+    return [module for module in sources if module.rsplit(".", 1)[-1].endswith(("utils", "helpers", "misc"))]
+
+
+CHECKS: dict[str, tuple[Callable[[Sources], list[str]], list[Sources]]] = {
+    "floors": (
+        misplaced_imports,
+        [
+            {"mull.cache": "from mull.model import MullForCausalLM"},
+            {"mull.cache": "from mull import model"},
+            {"mull.cache": "import mull.train as t"},
+            {"mull.cache": "from mull import MullForCausalLM"},
+            {"mull.cache": "import mull"},
+            {"mull.cache": "from . import path"},
+            {"mull.cache": "import importlib\nimportlib.import_module('mull.model')"},
+            {"mull.data.base": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mull.model import Model"},
+            {"mull.data.packing": "from mull.data.sampler import batches", "mull.data.sampler": ""},
+            {"mull.data.packing": "from mull.data import sampler", "mull.data.sampler": ""},
+            {"mull.path": "from mull.configs import ETDConfig"},
+            {"mull.search.split": "from mull.objectives.base import Objective"},
+            {"mull.brand_new": ""},
+        ],
+    ),
+    "cycles": (
+        import_cycles,
+        [{"mull.configs": "from mull.path import a", "mull.path": "from mull.configs import b"}],
+    ),
+    "imports inside functions": (
+        imports_inside_functions,
+        [
+            {"mull.train": "def f():\n    from mull.path import recursion"},
+            {"mull.train": "class A:\n    async def f(self):\n        if self:\n            import mull.path"},
+            {"mull.train": "def f():\n    __import__('mull.path')"},
+        ],
+    ),
+    "file length": (long_files, [{"mull.train": "x = 1\n" * (MAX_FILE_LINES + 1)}]),
+    "function length": (
+        long_functions,
+        [
+            {"mull.a": "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES + "def g(): ...\n" * 50},
+            {"mull.a": "def f():\n" + "    x = 1\n" * USUAL_FUNCTION_LINES + "def g(): ...\n" * 8},
+        ],
+    ),
+    "constructor width": (
+        wide_constructors,
+        [
+            {"mull.a": f"class A:\n    def __init__(self, {', '.join(f'x{i}' for i in range(13))}): ..."},
+            {"mull.a": f"class A:\n    def __init__(self, x, *, {', '.join(f'x{i}=0' for i in range(12))}): ..."},
+        ],
+    ),
+    "nesting": (
+        deep_nesting,
+        [
+            {"mull.a": "def f():\n if 1:\n  for x in y:\n   while 1:\n    with z:\n     if 2: ..."},
+            {"mull.a": "def f():\n if 1: ...\n elif 2:\n  for x in y:\n   while 1:\n    with z:\n     if 2: ..."},
+            {
+                "mull.a": "def f():\n try: ...\n except A:\n  for x in y:\n   match x:\n    case 1:\n     with z:\n      if 2: 3"
+            },
+        ],
+    ),
+    "blind except": (
+        blind_excepts,
+        [
+            {"mull.a": "try: ...\nexcept Exception: ..."},
+            {"mull.a": "try: ...\nexcept (OSError, BaseException) as e: ..."},
+            {"mull.a": "def f():\n    try: ...\n    except: ..."},
+        ],
+    ),
+    "utils": (utils_modules, [{"mull.utils": ""}, {"mull.data.text_utils": ""}]),
+}
+
+GOOD: Sources = {
+    "mull.__init__": "from mull.model import Model",
+    "mull.path": "import torch",
+    "mull.configs": "from mull.path import Path",
+    "mull.model": "import os\nfrom mull import configs\ndef load():\n    import torch\n    return torch",
+    "mull.objectives": "from mull.objectives.base import Objective",
+    "mull.objectives.base": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mull.model import Model",
+    "mull.objectives.next_token": "from mull.objectives.base import Objective",
+    "mull.train": (
+        "def f():\n if 1: ...\n elif 2: ...\n elif 3: ...\n elif 4: ...\n elif 5:\n  for x in y:\n   while 1:\n    if 1: ...\n"
+        "def g(a, b):\n    try: ...\n    except (OSError, ValueError): ...\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_package_passes(name):
+    check, _ = CHECKS[name]
+    assert check(read_sources()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "sample"), [(name, sample) for name, (_, samples) in CHECKS.items() for sample in samples]
+)
+def test_the_check_refuses_a_bad_sample(name, sample):
+    check, _ = CHECKS[name]
+    assert check(sample)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_check_accepts_a_good_sample(name):
+    check, _ = CHECKS[name]
+    assert check(GOOD) == []
+
+
+def test_every_module_is_read():
+    modules = read_sources()
+    assert {"mull.__init__", "mull.path", "mull.objectives", "mull.objectives.base"} <= modules.keys()
+    assert len(modules) == len(list((ROOT / "src" / "mull").rglob("*.py")))
+
+
+PROBE = """
+import json, sys, threading
+import torch, transformers
+before = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+threads = threading.active_count()
+import mull
+after = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+print(json.dumps({
+    "modules": sorted({name.split(".")[0] for name in sys.modules}),
+    "figures": "matplotlib.figure" in sys.modules,
+    "state": torch.equal(before[0], after[0]) and before[1:] == after[1:],
+    "threads": threading.active_count() - threads,
+    "cuda": torch.cuda.is_initialized(),
+}))
+"""
+
+
+def test_importing_mull_is_silent_and_needs_no_extra():
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROBE], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    found = json.loads(run.stdout)  # a print of ours would spoil the JSON
+    assert OPTIONAL.isdisjoint(found["modules"])
+    assert not found["figures"], "matplotlib is for reports and takes a second to import"
+    assert found["state"], "importing changed torch's generator, dtype, threads or gradient mode"
+    assert found["threads"] == 0
+    assert not found["cuda"]
