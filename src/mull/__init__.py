@@ -11,6 +11,7 @@ from mull.model import (
     wrap_transformer_with_etd,
 )
 from mull.path import Path, Visit, from_actions, from_layers, recursion
+from mull.presets import TransformerConfig
 
 __all__ = [
     "ETDConfig",
@@ -19,6 +20,7 @@ __all__ = [
     "MullOutput",
     "Path",
     "SlotCache",
+    "TransformerConfig",
     "Visit",
     "certify_identity",
     "from_actions",

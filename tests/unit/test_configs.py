@@ -1,0 +1,80 @@
+"""Splits add up, scale to other depths as published, and say what is wrong in one sentence."""
+
+import pytest
+from conftest import tiny
+from pydantic import ValidationError
+from transformers import LlamaConfig, Olmo3Config, Qwen3_5TextConfig, Qwen3NextConfig
+
+from mull import ETDConfig, TransformerConfig, wrap_transformer_with_etd
+
+
+@pytest.mark.parametrize(
+    ("depth", "expected"), [(16, (7, 4, 5)), (32, (14, 8, 10)), (36, (16, 9, 11)), (28, (12, 7, 9)), (4, (2, 1, 1)), (1, (0, 1, 0))]
+)
+def test_the_published_split_scales_with_depth(depth: int, expected: tuple[int, int, int]) -> None:
+    etd = ETDConfig.for_model(LlamaConfig(num_hidden_layers=depth))
+    assert (etd.n_encoder_layers, etd.n_think_layers, etd.n_decoder_layers) == expected
+
+
+def test_quarters_are_25_50_25() -> None:
+    etd = ETDConfig.for_model(LlamaConfig(num_hidden_layers=32), "quarters", max_think_iterations=3)
+    assert (etd.n_encoder_layers, etd.n_think_layers, etd.n_decoder_layers, etd.max_think_iterations) == (8, 16, 8, 3)
+
+
+@pytest.mark.parametrize("config", [Qwen3NextConfig(num_hidden_layers=48), Qwen3_5TextConfig(num_hidden_layers=24)])
+def test_a_hybrid_keeps_its_attention_period_whole(config: Qwen3NextConfig) -> None:
+    etd = ETDConfig.for_model(config)
+    block = config.layer_types[etd.n_encoder_layers : etd.n_encoder_layers + etd.n_think_layers]
+    assert block == ["linear_attention"] * 3 + ["full_attention"] + block[4:]
+    assert len(block) % 4 == 0
+    assert etd.n_layers == config.num_hidden_layers
+
+
+def test_sliding_windows_are_no_period_to_keep() -> None:
+    etd = ETDConfig.for_model(Olmo3Config())
+    assert (etd.n_encoder_layers, etd.n_think_layers, etd.n_decoder_layers) == (14, 8, 10)
+
+
+def test_a_split_that_does_not_add_up_names_the_depth_and_proposes_one() -> None:
+    with pytest.raises(ValueError, match=r"The split 7\+4\+5 covers 16 layers, but the model has 8. .* is 4\+2\+2"):
+        wrap_transformer_with_etd(tiny("qwen3"), ETDConfig(n_encoder_layers=7, n_think_layers=4, n_decoder_layers=5))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n_encoder_layers": -1, "n_think_layers": 4, "n_decoder_layers": 5},
+        {"n_encoder_layers": 7, "n_think_layers": 0, "n_decoder_layers": 9},
+        {"n_encoder_layers": 7, "n_think_layers": 4, "n_decoder_layers": 5, "max_think_iterations": 0},
+        {"n_encoder_layers": 7, "n_think_layers": 4, "n_decoder_layers": 5, "max_think_iteratons": 9},
+        {"n_encoder_layers": 7, "n_think_layers": 4},
+    ],
+    ids=["negative", "no-block", "no-iteration", "misspelt", "missing"],
+)
+def test_impossible_and_misspelt_fields_are_refused(fields: dict[str, int]) -> None:
+    with pytest.raises(ValidationError):
+        ETDConfig(**fields)
+
+
+def test_an_unknown_split_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="split='halves' is not known. Choose one of published, quarters"):
+        ETDConfig.for_model(LlamaConfig(), "halves")  # type: ignore[arg-type]
+
+
+def test_presets_build_the_model_they_name() -> None:
+    """The names of the source documents, which shipped a model without a loop under the second one."""
+    plain = TransformerConfig.olmo3_7B(vocab_size=100278).build("meta")
+    assert len(plain.model.layers) == 32
+    assert plain.etd_config is None
+    looped = TransformerConfig.olmo3_7B_etd(vocab_size=100278, max_think_iterations=3).build("meta")
+    assert len(looped.path()) == 14 + 3 * 8 + 10
+    assert sum(parameter.numel() for parameter in looped.parameters()) == sum(p.numel() for p in plain.parameters())
+    other = TransformerConfig.olmo3_7B_etd(n_encoder_layers=8, n_think_layers=16, n_decoder_layers=8)
+    assert len(other.build("meta").path(2)) == 8 + 2 * 16 + 8
+
+
+def test_presets_refuse_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"covers 16 layers, but the model has 32. .* 14\+8\+10"):
+        TransformerConfig.olmo3_7B_etd(n_encoder_layers=7, n_think_layers=4, n_decoder_layers=5)
+    with pytest.raises(ValueError, match="Give all of n_encoder_layers"):
+        TransformerConfig.olmo3_7B_etd(n_encoder_layers=7)
