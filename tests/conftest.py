@@ -71,7 +71,11 @@ def delta_rule_reference(
     query = unit(query).repeat_interleave(groups, 2) / query.shape[-1] ** 0.5
     key = unit(key).repeat_interleave(groups, 2)
     rows, tokens, heads, width = key.shape
-    state = torch.zeros(rows, heads, width, value.shape[-1], dtype=torch.float64) if initial_state is None else initial_state
+    state = (
+        torch.zeros(rows, heads, width, value.shape[-1], dtype=torch.float64)
+        if initial_state is None
+        else initial_state
+    )
     eye = torch.eye(width, dtype=torch.float64)
     out = []
     for t in range(tokens):

@@ -37,6 +37,7 @@ SAME_FLOOR = {
     ("mull.configs", "mull.path"),
     ("mull.backbone", "mull.cache"),
     ("mull.report", "mull.search.split"),
+    ("mull.demo", "mull.recipe"),
     ("mull.objectives.next_token", "mull.objectives.iterations"),
     ("mull.objectives.steps", "mull.objectives.iterations"),
 }

@@ -76,7 +76,9 @@ def family_of(config: PreTrainedConfig) -> Family:
         ValueError: the architecture is not supported.
     """
     if config.model_type not in FAMILIES:
-        raise ValueError(f"Architecture {config.model_type!r} is not supported. Supported are {', '.join(sorted(FAMILIES))}.")
+        raise ValueError(
+            f"Architecture {config.model_type!r} is not supported. Supported are {', '.join(sorted(FAMILIES))}."
+        )
     family = FAMILIES[config.model_type]
     if family.delta_rule_module is not None:
         _let_delta_rule_report(importlib.import_module(f"transformers.models.{family.delta_rule_module}"))
@@ -153,7 +155,7 @@ class Sides:
     """Packed documents, for recurrent layers."""
 
     active: Tensor | None = None
-    """``[B, T]``, False for padding that stands behind a token and must not reach recurrent states; None without such padding."""
+    """``[B, T]``, False for padding behind a token, which must not reach recurrent states; None where there is none."""
 
 
 def prepare(
@@ -184,8 +186,8 @@ def prepare(
         _check_mask(attention_mask, past + h.shape[1], "linear_attention" in kinds)
     if position_ids is None:
         position_ids = (torch.arange(h.shape[1], device=h.device) + past)[None]
-    masks = attention_mask
-    if not isinstance(masks, dict):
+    masks: Any = attention_mask
+    if not isinstance(attention_mask, dict):
         masks = create_masks_for_generate(
             config=config,
             inputs_embeds=h,
@@ -211,11 +213,13 @@ def _check_mask(mask: Tensor, n_keys: int, recurrent: bool) -> None:
             "new ones."
         )
     if mask.ndim not in (2, 4):
-        raise ValueError(f"attention_mask has {mask.ndim} dimensions; use [batch, tokens] or [batch, 1, queries, keys].")
+        raise ValueError(
+            f"attention_mask has {mask.ndim} dimensions; use [batch, tokens] or [batch, 1, queries, keys]."
+        )
     if mask.ndim == 4 and recurrent:
         raise ValueError(
-            "Recurrent layers cannot obey a 4-dimensional attention_mask. Use a [batch, tokens] mask for padding and position_ids "
-            "that restart for packed documents."
+            "Recurrent layers cannot obey a 4-dimensional attention_mask. Use a [batch, tokens] mask for padding, and "
+            "position_ids that restart for packed documents."
         )
 
 
@@ -248,8 +252,8 @@ def check_not_behind_padding(mask: Tensor | None, n_new: int, config: PreTrained
     gap = (mask == 0) & (mask.cumsum(1) > 0)
     if bool((gap[:, :-n_new].any(1) & (mask[:, -n_new:] == 1).any(1)).any()):
         raise ValueError(
-            "A row continues behind right padding, but the sliding windows of this model count tokens by their place in the cache, "
-            "padding included. Pad on the left."
+            "A row continues behind right padding, but the sliding windows of this model count tokens by their place in the "
+            "cache, padding included. Pad on the left."
         )
 
 

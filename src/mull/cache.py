@@ -44,7 +44,9 @@ class _DeltaInputs(NamedTuple):
         """Only the first `n_tokens` of the call."""
         active = self.active[:, :n_tokens]
         g, beta = no_op_where_inactive(self.g[:, :n_tokens], self.beta[:, :n_tokens], _active_first(active))
-        return _DeltaInputs(active, self.conv[..., :n_tokens], self.key[:, :n_tokens], self.value[:, :n_tokens], g, beta)
+        return _DeltaInputs(
+            active, self.conv[..., :n_tokens], self.key[:, :n_tokens], self.value[:, :n_tokens], g, beta
+        )
 
     def select_rows(self, rows: Tensor) -> "_DeltaInputs":
         return _DeltaInputs(*(tensor.index_select(0, rows) for tensor in self))
@@ -65,7 +67,9 @@ class RecurrentSlot(LinearAttentionLayer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.number_of_states != 1:
-            raise ValueError(f"Recurrent layers with {self.number_of_states} states are not supported; mull knows layers with 1.")
+            raise ValueError(
+                f"Recurrent layers with {self.number_of_states} states are not supported; mull knows layers with 1."
+            )
         self._calls: list[_DeltaInputs] = []
         self._conv_before: Tensor | None = None
         self._state_before: Tensor | None = None
@@ -73,7 +77,22 @@ class RecurrentSlot(LinearAttentionLayer):
 
     @property
     def is_croppable(self) -> bool:
+        """Whether `crop` can take back tokens that come from now on."""
         return self.record_past
+
+    @property
+    def window(self) -> Tensor:
+        """The last inputs of the convolution, ``[B, C, kernel]``."""
+        window = self.conv_states[0]
+        assert window is not None
+        return window
+
+    @property
+    def state(self) -> Tensor:
+        """State of the delta rule, ``[B, H, K, V]``."""
+        state = self.recurrent_states[0]
+        assert state is not None
+        return state
 
     def update_conv_state(
         self,
@@ -90,17 +109,18 @@ class RecurrentSlot(LinearAttentionLayer):
             state_idx: Always 0.
             conv_kernel_size: Width of the window.
             active: ``[B, T]``, True for the tokens that count, in their original order; None for all.
+            **kwargs: What other kinds of caches take.
 
         Returns:
             What the layer convolves: ``[B, C, kernel + T]``, or ``[B, C, T]`` in the first call.
         """
         if not self.is_conv_states_initialized[0]:
             self.lazy_initialization(conv_states=conv_states, conv_kernel_size=conv_kernel_size)
-        window = self.conv_states[0]
+        window = self.window
         if self.record_past:
             if not self._calls:
                 self._conv_before = window.clone()
-                self._state_before = self.recurrent_states[0].clone() if self.has_previous_state[0] else None
+                self._state_before = self.state.clone() if self.has_previous_state[0] else None
             self._pending_conv = conv_states
         full = torch.cat([window, conv_states], dim=-1)
         continues = self.has_previous_state[0]
@@ -136,36 +156,40 @@ class RecurrentSlot(LinearAttentionLayer):
         window, state = self._conv_before, self._state_before
         self.has_previous_state[0] = state is not None
         if state is None:
-            state = torch.zeros_like(self.recurrent_states[0])
+            state = torch.zeros_like(self.state)
         for call in kept:
             if call.key.shape[1]:
                 self.has_previous_state[0] = True
                 window = _last_window(torch.cat([window, call.conv], -1), window.shape[-1], call.active.sum(1))
                 state = replay_state(state, call.key, call.value, call.g, call.beta)
-        self.conv_states[0].copy_(window)
-        self.recurrent_states[0].copy_(state)
+        self.window.copy_(window)
+        self.state.copy_(state)
 
     def reset(self) -> None:
+        """Forget every token."""
         super().reset()
         self._calls = []
         self._conv_before = self._state_before = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows, in this order."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
         if self.is_conv_states_initialized[0]:
-            rows = torch.arange(self.conv_states[0].shape[0], device=self.conv_states[0].device)
+            rows = torch.arange(self.window.shape[0], device=self.window.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows: indices, or a mask."""
         if not self.is_conv_states_initialized[0]:
             return
-        rows = indices.to(self.conv_states[0].device)
+        rows = indices.to(self.window.device)
         if rows.dtype == torch.bool:
             rows = rows.nonzero()[:, 0]
-        self.conv_states[0] = self.conv_states[0].index_select(0, rows)
-        self.recurrent_states[0] = self.recurrent_states[0].index_select(0, rows)
+        self.conv_states[0] = self.window.index_select(0, rows)
+        self.recurrent_states[0] = self.state.index_select(0, rows)
         self._calls = [call.select_rows(rows) for call in self._calls]
         if self._conv_before is not None:
             self._conv_before = self._conv_before.index_select(0, rows)
@@ -201,6 +225,7 @@ class SlotCache(Cache):
         self._recording = False
         self._n_recorded = 0
         super().__init__(layers=[], offloading=offloading, offload_only_non_sliding=False)
+        self.layers: list[Any] = []
 
     def bind(self, path: Path) -> None:
         """Create the slots of a path, or check that they are this path's.
@@ -259,7 +284,9 @@ class SlotCache(Cache):
             RuntimeError: the tokens were not recorded, which sliding and recurrent layers need.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes the number of tokens to remove as a negative integer: crop(-{tokens_to_remove}).")
+            raise ValueError(
+                f"crop takes the number of tokens to remove as a negative integer: crop(-{tokens_to_remove})."
+            )
         if -tokens_to_remove > self.n_tokens:
             raise ValueError(f"Cannot take back {-tokens_to_remove} tokens: the cache holds {self.n_tokens}.")
         self._check_way_back(-tokens_to_remove)
@@ -324,7 +351,9 @@ class SlotView:
         """Append a call's inputs to the convolution window."""
         return self.cache.update_conv_state(conv_states, self.slot, state_idx, active=self.active, **kwargs)
 
-    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
         """Store the state after the call."""
         return self.cache.update_recurrent_state(recurrent_states, self.slot, state_idx, **kwargs)
 

@@ -1,6 +1,7 @@
 """Model-side configurations: frozen, validated once, and the same schema for Python calls, recipes and ``config.json``."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -58,7 +59,9 @@ class ETDConfig(BaseModel):
             )
 
     @classmethod
-    def for_model(cls, model: Any, split: Literal["published", "quarters"] = "published", **options: Any) -> "ETDConfig":
+    def for_model(
+        cls, model: Any, split: Literal["published", "quarters"] = "published", **options: Any
+    ) -> "ETDConfig":
         """Scale a published split to a model's depth.
 
         A model with recurrent layers keeps the period of its attention layers whole: the think block is a multiple of it, so
@@ -101,7 +104,7 @@ def attention_period(layer_types: list[str]) -> int:
     attention = [layer for layer, kind in enumerate(layer_types) if kind != "linear_attention"]
     if not attention:
         return 1
-    distances = {after - before for before, after in zip(attention, attention[1:], strict=False)} or {attention[0] + 1}
+    distances = {after - before for before, after in pairwise(attention)} or {attention[0] + 1}
     return distances.pop() if len(distances) == 1 else 1
 
 

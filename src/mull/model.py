@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from mull.backbone import check_not_behind_padding, family_of, layer_kinds, prepare, run_layer
 from mull.cache import SlotCache
@@ -96,7 +96,10 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         text_config = config.text_config
         if not isinstance(text_config, PreTrainedConfig):
-            raise ValueError("MullConfig needs the text_config of a backbone; mull.from_pretrained and mull.wrap fill it in.")
+            raise ValueError(
+                "MullConfig needs the text_config of a backbone; mull.from_pretrained and mull.wrap fill it in."
+            )
+        self._text_config = text_config
         self._family = family_of(text_config)
         self._kinds = layer_kinds(text_config)
         self.etd_config = etd_from_dict(config.etd)
@@ -118,7 +121,7 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
 
     def new_cache(self, offloading: bool = False) -> SlotCache:
         """An empty cache for calls of this model that share a past."""
-        return SlotCache(self.config.text_config, offloading)
+        return SlotCache(self._text_config, offloading)
 
     def path(self, think_iterations: int | None = None, path: Sequence[Sequence[int]] | None = None) -> Path:
         """The path that a call with these arguments takes.
@@ -133,7 +136,9 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         n_layers = len(self.model.layers)
         if path is not None:
             if think_iterations is not None:
-                raise ValueError("Give think_iterations or path, not both: a path already says how often each layer runs.")
+                raise ValueError(
+                    "Give think_iterations or path, not both: a path already says how often each layer runs."
+                )
             return check_path(path, n_layers)
         if self.etd_config is None:
             if think_iterations not in (None, 1):
@@ -152,7 +157,7 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"think_iterations={iterations} must be at least 1, which is the unmodified model.")
         return iterations
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -196,7 +201,7 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         h = self._embed(input_ids, inputs_embeds)
         cache = self._bound_cache(past_key_values, use_cache, visits)
         if cache is not None and isinstance(attention_mask, Tensor):
-            check_not_behind_padding(attention_mask, h.shape[1], self.config.text_config)
+            check_not_behind_padding(attention_mask, h.shape[1], self._text_config)
         stream: list[Tensor] | None = [h] if output_hidden_states else None
         h = self._visit_all(h, visits, attention_mask, position_ids, cache, stream)
         if cache is not None:
@@ -209,7 +214,7 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
-                vocab_size=self.config.text_config.vocab_size,
+                vocab_size=self._text_config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
         return MullOutput(
@@ -285,7 +290,7 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _bound_cache(self, cache: SlotCache | None, use_cache: bool | None, visits: Path) -> SlotCache | None:
         if use_cache is None:
-            use_cache = cache is not None or bool(self.config.text_config.use_cache)
+            use_cache = cache is not None or bool(self._text_config.use_cache)
         if not use_cache or (self.training and self.model.gradient_checkpointing):
             return None
         if cache is None:
@@ -323,13 +328,13 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> None:
+    ) -> Any:
         """Give ``generate`` a cache with a slot per visit; its own builds one slot per layer."""
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            super()._prepare_cache_for_generation(
+            parent: Any = super()
+            return parent._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
-            return
         if generation_config.cache_implementation not in CACHE_IMPLEMENTATIONS:
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} has one slot per layer. Use one of "
@@ -337,6 +342,7 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
             )
         offloading = CACHE_IMPLEMENTATIONS[generation_config.cache_implementation]
         model_kwargs["past_key_values"] = self.new_cache(offloading)
+        return None
 
 
 AutoConfig.register("mull", MullConfig)
@@ -369,15 +375,14 @@ def _share_weights(model: PreTrainedModel, config: ETDConfig | None) -> MullForC
         raise ValueError(f"{type(model).__name__} has no language-model head. Load it with AutoModelForCausalLM.")
     text_config = model.config.get_text_config()
     family_of(text_config)
+    # The constructor of a transformers model sets the back ends of its configuration, and this one is shared with the base.
+    back_ends: dict[str, Any] = {
+        "attn_implementation": text_config._attn_implementation,
+        "experts_implementation": text_config._experts_implementation,
+    }
+    etd = None if config is None else config.model_dump()
     with torch.device("meta"):
-        wrapped = MullForCausalLM(
-            MullConfig(
-                text_config=text_config,
-                etd=None if config is None else config.model_dump(),
-                attn_implementation=text_config._attn_implementation,
-                experts_implementation=text_config._experts_implementation,
-            )
-        )
+        wrapped = MullForCausalLM(MullConfig(text_config=text_config, etd=etd, **back_ends))
     wrapped.model, wrapped.lm_head = model.model, model.lm_head
     wrapped.generation_config = model.generation_config
     return wrapped.train(model.training)
@@ -411,8 +416,9 @@ def certify_identity(wrapped: MullForCausalLM, model: PreTrainedModel) -> None:
     if not torch.equal(actual[real], expected[real]):
         difference = (actual - expected)[real].abs().max().item()
         raise ValueError(
-            f"The wrapped {type(model).__name__} does not reproduce the base model: with one iteration its logits differ by up to "
-            f"{difference:.3g}, where they must be equal bit for bit. The installed transformers may have changed this architecture."
+            f"The wrapped {type(model).__name__} does not reproduce the base model: with one iteration its logits differ by "
+            f"up to {difference:.3g}, where they must be equal bit for bit. The installed transformers may have changed this "
+            "architecture."
         )
 
 
@@ -420,7 +426,8 @@ def from_pretrained(name_or_dir: str, etd: ETDConfig | None = None, **options: A
     """Load a checkpoint, retrofitted.
 
     Args:
-        name_or_dir: Directory or hub name of a Hugging Face checkpoint of a supported architecture, or of a model that mull saved.
+        name_or_dir: Directory or hub name of a Hugging Face checkpoint of a supported architecture, or of a model that mull
+            saved.
         etd: Which layers think. For a model that mull saved, the default is the stored configuration; giving another one
             replaces it.
         options: Passed to ``from_pretrained`` of transformers, such as ``dtype`` or ``device_map``.

@@ -88,7 +88,9 @@ def check_path(path: Sequence[Sequence[int]], n_layers: int) -> Path:
         ValueError: a layer outside the model, or occurrences that do not count up from 0.
     """
     if any(len(visit) != 2 for visit in path):
-        raise ValueError("A path is a list of pairs (layer, occurrence); use mull.path.from_layers for plain layer indices.")
+        raise ValueError(
+            "A path is a list of pairs (layer, occurrence); use mull.path.from_layers for plain layer indices."
+        )
     layers = [layer for layer, _ in path]
     if layers and max(layers) >= n_layers:
         raise ValueError(f"The path visits layer {max(layers)}, but the model has layers 0 to {n_layers - 1}.")

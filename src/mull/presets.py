@@ -56,11 +56,13 @@ class TransformerConfig:
             ValueError: some of the counts are given and others not, or they do not add up to 32.
         """
         base = cls.olmo3_7B(vocab_size).base
-        counts = (n_encoder_layers, n_think_layers, n_decoder_layers)
-        if all(count is None for count in counts):
+        if n_encoder_layers is None and n_think_layers is None and n_decoder_layers is None:
             return cls(base, ETDConfig.for_model(base, max_think_iterations=max_think_iterations))
-        if any(count is None for count in counts):
-            raise ValueError(f"Give all of n_encoder_layers, n_think_layers and n_decoder_layers, or none; got {counts}.")
+        if n_encoder_layers is None or n_think_layers is None or n_decoder_layers is None:
+            raise ValueError(
+                "Give all of n_encoder_layers, n_think_layers and n_decoder_layers, or none; got "
+                f"{n_encoder_layers}, {n_think_layers} and {n_decoder_layers}."
+            )
         etd = ETDConfig(
             n_encoder_layers=n_encoder_layers,
             n_think_layers=n_think_layers,

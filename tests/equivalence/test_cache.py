@@ -21,7 +21,9 @@ Ids = Callable[..., Tensor]
 TOKENS = 15
 
 
-def chunked(model: MullForCausalLM, tokens: Tensor, sizes: list[int], mask: Tensor | None = None, **options: Any) -> Tensor:
+def chunked(
+    model: MullForCausalLM, tokens: Tensor, sizes: list[int], mask: Tensor | None = None, **options: Any
+) -> Tensor:
     """Logits of `tokens` fed in pieces through one cache."""
     cache = model.new_cache()
     logits, start = [], 0
@@ -78,7 +80,9 @@ def test_cached_is_uncached_along_random_paths(family: str, seed: int, exact: Ex
 
 @torch.no_grad()
 @pytest.mark.parametrize("path", [[2, 0, 2, 1], [3], [7, 3, 3, 0]], ids=str)
-def test_paths_may_reorder_layers_and_leave_kinds_of_layers_out(family: str, path: list[int], exact: Exact, ids: Ids) -> None:
+def test_paths_may_reorder_layers_and_leave_kinds_of_layers_out(
+    family: str, path: list[int], exact: Exact, ids: Ids
+) -> None:
     model = wrap_transformer_with_etd(exact(family), None)
     tokens, visits = ids(2, TOKENS), from_layers(path)
     expected = model(tokens, use_cache=False, path=visits).logits
@@ -89,7 +93,9 @@ def test_paths_may_reorder_layers_and_leave_kinds_of_layers_out(family: str, pat
 @torch.no_grad()
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_left_padded_rows_are_the_rows_alone(family: str, iterations: int, schedule: str, exact: Exact, ids: Ids) -> None:
+def test_left_padded_rows_are_the_rows_alone(
+    family: str, iterations: int, schedule: str, exact: Exact, ids: Ids
+) -> None:
     model = wrap_transformer_with_etd(exact(family), SPLIT)
     tokens, lengths = ids(3, TOKENS), [TOKENS, 9, 3]
     mask = torch.stack([torch.arange(TOKENS) >= TOKENS - length for length in lengths]).long()
@@ -102,7 +108,9 @@ def test_left_padded_rows_are_the_rows_alone(family: str, iterations: int, sched
 @torch.no_grad()
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_right_padded_rows_are_the_rows_alone(family: str, iterations: int, schedule: str, exact: Exact, ids: Ids) -> None:
+def test_right_padded_rows_are_the_rows_alone(
+    family: str, iterations: int, schedule: str, exact: Exact, ids: Ids
+) -> None:
     model = wrap_transformer_with_etd(exact(family), SPLIT)
     tokens, lengths = ids(3, TOKENS), [TOKENS, 9, 3]
     mask = torch.stack([torch.arange(TOKENS) < length for length in lengths]).long()

@@ -58,7 +58,9 @@ def test_a_broken_wrapper_is_refused(family: str, dtype: torch.dtype, monkeypatc
 
     correct = MullForCausalLM._visit_all
     monkeypatch.setattr(MullForCausalLM, "_visit_all", forgets_the_last_layer)
-    with pytest.raises(ValueError, match="does not reproduce the base model: with one iteration its logits differ by up to"):
+    with pytest.raises(
+        ValueError, match="does not reproduce the base model: with one iteration its logits differ by up to"
+    ):
         wrap_transformer_with_etd(tiny(family, dtype=dtype), SPLIT)
 
 

@@ -1,4 +1,4 @@
-"""A loop through mull = a loop made by hooks on an unmodified Hugging Face model, which knows nothing of paths, slots or families.
+"""A loop through mull = a loop made by hooks on an unmodified Hugging Face model, which knows nothing of paths or families.
 
 The hooks replay each block layer's own keyword arguments, so masks and rotary embeddings are the backbone's own.
 """

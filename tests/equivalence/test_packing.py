@@ -19,7 +19,9 @@ def packed_positions() -> Tensor:
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_packed_is_separate(family: str, iterations: int, exact: Callable[..., PreTrainedModel], ids: Callable[..., Tensor]) -> None:
+def test_packed_is_separate(
+    family: str, iterations: int, exact: Callable[..., PreTrainedModel], ids: Callable[..., Tensor]
+) -> None:
     model = wrap_transformer_with_etd(exact(family), SPLIT)
     tokens = ids(3, 23)
     options = {"use_cache": False, "think_iterations": iterations}
@@ -39,7 +41,9 @@ def test_packed_is_separate(family: str, iterations: int, exact: Callable[..., P
     for name, parameter in model.named_parameters():
         # transformers computes decay and norms in fp32 whatever the model's precision: 2e-7 of the largest entry, measured.
         tolerance = 1e-6 * parameter.grad.abs().max().item()
-        torch.testing.assert_close(packed_gradients[name], parameter.grad, atol=tolerance, rtol=0, msg=f"gradient of {name}")
+        torch.testing.assert_close(
+            packed_gradients[name], parameter.grad, atol=tolerance, rtol=0, msg=f"gradient of {name}"
+        )
 
 
 def test_documents_are_located_by_restarts() -> None:

@@ -15,7 +15,9 @@ Ids = Callable[..., Tensor]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("prompt", "calls"), [(1, [5]), (2, [1] * 5), (11, [2, 1, 2])], ids=["one-pass", "steps", "mixed"])
+@pytest.mark.parametrize(
+    ("prompt", "calls"), [(1, [5]), (2, [1] * 5), (11, [2, 1, 2])], ids=["one-pass", "steps", "mixed"]
+)
 def test_wrong_tokens_leave_no_trace(family: str, prompt: int, calls: list[int], exact: Exact, ids: Ids) -> None:
     model = wrap_transformer_with_etd(exact(family), SPLIT)
     right, wrong, rest = ids(2, prompt), ids(2, 5, seed=1), ids(2, 2, seed=2)
@@ -29,7 +31,9 @@ def test_wrong_tokens_leave_no_trace(family: str, prompt: int, calls: list[int],
             model(tokens, past_key_values=cache, think_iterations=2)
         cache.crop(-n_wrong)
         assert cache.get_seq_length() == kept.shape[1]
-        actual = torch.cat([model(token, past_key_values=cache, think_iterations=2).logits for token in rest.split(1, 1)], 1)
+        actual = torch.cat(
+            [model(token, past_key_values=cache, think_iterations=2).logits for token in rest.split(1, 1)], 1
+        )
         torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
 
 
@@ -44,7 +48,9 @@ def test_everything_can_be_taken_back(family_name: str, exact: Exact, ids: Ids) 
     cache.activate_past_recording()
     model(tokens, past_key_values=cache, think_iterations=2)
     cache.crop(-9)
-    actual = torch.cat([model(part, past_key_values=cache, think_iterations=2).logits for part in other.split([1, 5], 1)], 1)
+    actual = torch.cat(
+        [model(part, past_key_values=cache, think_iterations=2).logits for part in other.split([1, 5], 1)], 1
+    )
     torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
 
 

@@ -91,7 +91,9 @@ def test_another_split_replaces_the_stored_one(tmp_path: Path) -> None:
     assert mull.from_pretrained(str(tmp_path / "again")).etd_config == other
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_independent(family: str, clone: Callable[[MullForCausalLM], MullForCausalLM], ids: Ids) -> None:
     model = wrap_transformer_with_etd(tiny(family), SPLIT)
     expected = logits(model, ids(2, 12))

@@ -28,7 +28,9 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-def test_checkpointing_changes_no_gradient(family: str, use_reentrant: bool, packed: bool, exact: Exact, ids: Ids) -> None:
+def test_checkpointing_changes_no_gradient(
+    family: str, use_reentrant: bool, packed: bool, exact: Exact, ids: Ids
+) -> None:
     model = wrap_transformer_with_etd(exact(family), SPLIT).train()
     tokens = ids(2, 17)
     positions = torch.cat([torch.arange(6), torch.arange(11)])[None] if packed else None

@@ -9,7 +9,8 @@ from mull import ETDConfig, TransformerConfig, wrap_transformer_with_etd
 
 
 @pytest.mark.parametrize(
-    ("depth", "expected"), [(16, (7, 4, 5)), (32, (14, 8, 10)), (36, (16, 9, 11)), (28, (12, 7, 9)), (4, (2, 1, 1)), (1, (0, 1, 0))]
+    ("depth", "expected"),
+    [(16, (7, 4, 5)), (32, (14, 8, 10)), (36, (16, 9, 11)), (28, (12, 7, 9)), (4, (2, 1, 1)), (1, (0, 1, 0))],
 )
 def test_the_published_split_scales_with_depth(depth: int, expected: tuple[int, int, int]) -> None:
     etd = ETDConfig.for_model(LlamaConfig(num_hidden_layers=depth))

@@ -33,7 +33,9 @@ def model() -> MullForCausalLM:
         ({"attention_mask": torch.ones(2, 1, 5)}, "attention_mask has 3 dimensions"),
     ],
 )
-def test_calls_that_contradict_themselves(model: MullForCausalLM, options: dict[str, object], message: str, ids: Ids) -> None:
+def test_calls_that_contradict_themselves(
+    model: MullForCausalLM, options: dict[str, object], message: str, ids: Ids
+) -> None:
     with pytest.raises(ValueError, match=message):
         model(ids(2, 5), **options)
 
@@ -59,7 +61,9 @@ def test_a_mask_over_pairs_of_tokens_is_refused_where_layers_cannot_obey(ids: Id
 
 def test_unknown_architectures_are_refused_with_the_known_ones(tmp_path: Path) -> None:
     other = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=17))
-    message = "Architecture 'gpt2' is not supported. Supported are llama, olmo3, olmo_hybrid, qwen3, qwen3_5_text, qwen3_next"
+    message = (
+        "Architecture 'gpt2' is not supported. Supported are llama, olmo3, olmo_hybrid, qwen3, qwen3_5_text, qwen3_next"
+    )
     with pytest.raises(ValueError, match=message):
         wrap_transformer_with_etd(other, SPLIT)
     other.save_pretrained(tmp_path)
@@ -86,7 +90,9 @@ def test_a_stored_configuration_with_unknown_fields_is_refused() -> None:
 
 
 def test_a_static_cache_is_refused(model: MullForCausalLM, ids: Ids) -> None:
-    with pytest.raises(ValueError, match="cache_implementation='static' has one slot per layer. Use one of None, 'dynamic'"):
+    with pytest.raises(
+        ValueError, match="cache_implementation='static' has one slot per layer. Use one of None, 'dynamic'"
+    ):
         model.generate(ids(1, 5), cache_implementation="static", max_new_tokens=2)
 
 

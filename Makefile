@@ -1,0 +1,75 @@
+# `make test` and `make demo` are one command each on a fresh machine: they build the environment they need.
+# The first call installs (minutes); later calls find the stamp files and start at once.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+# The first interpreter that is new enough and able to make a virtual environment.
+NEW_ENOUGH := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
+ifndef PYTHON
+PYTHON := $(shell for python in python3 python3.11 python3.12 python3.13 python; do \
+	"$$python" -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo "$$python" && break; done)
+endif
+
+# One torch thread per test process: with xdist, more threads than cores only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
+
+.PHONY: help setup check test test-all demo docs bench clean
+
+help:
+	@echo "make setup     environment for development in $(VENV)"
+	@echo "make check     ruff, formatting, types"
+	@echo "make test      every test that takes seconds"
+	@echo "make test-all  every test"
+	@echo "make demo      the demo on this machine's CPU; report in out/demo"
+	@echo "make docs      the documentation, in site/"
+	@echo "make bench     decoding overhead of the path loop"
+	@echo "make clean     remove caches and built files; $(VENV) and out/ stay"
+
+# torch comes first and alone, so that a CPU-only wheel that lies on the index is not replaced by a later resolution.
+$(VENV)/core.stamp: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with the venv module was found. Name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	"$(PYTHON)" -m venv "$(VENV)"
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/core.stamp
+	$(PIP) --editable '.[dev,eval]'
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/core.stamp
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+setup: $(VENV)/test.stamp
+
+check: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(VENV)/test.stamp
+	$(PYTEST) -m "not slow and not gpu and not hub"
+
+test-all: $(VENV)/test.stamp
+	$(PYTEST)
+
+demo: $(VENV)/core.stamp
+	$(BIN)/mull demo --out out/demo
+
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(VENV)/core.stamp
+	$(BIN)/python benchmarks/decode_overhead.py
+
+clean:
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,162 @@
+"""The command ``mull``: one verb per command. A user's mistake is one line and exit code 2, never a traceback."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoTokenizer, TextStreamer, set_seed
+from transformers.utils import logging as transformers_logging
+
+from mull.configs import ETDConfig
+from mull.data.corpus import load_stdlib, load_text_files
+from mull.data.packing import pack_texts
+from mull.demo import run_demo
+from mull.model import from_pretrained
+from mull.recipe import load_recipe, run_recipe
+from mull.report import Report, angular_distance_figure
+from mull.search.split import SplitReport, find_split
+
+TRACEBACK = "MULL_TRACEBACK"
+"""Environment variable that shows the traceback behind an error message, for bug reports."""
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Retrofit pretrained decoder language models.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ModelArgument = Annotated[str, typer.Argument(help="Directory or hub name of a checkpoint.", metavar="MODEL")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report and the models.")] = Path("out/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+) -> None:
+    """Train a small model on real text, make it think in loops, and write a report: minutes on one CPU, no download."""
+    report = run_demo(out, seed)
+    print(f"report: {report}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, overrides the recipe.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint of the run.")] = False,
+) -> None:
+    """Train a model as a recipe says."""
+    loaded = load_recipe(recipe, set_ or [])
+    result = run_recipe(loaded, resume)
+    folder = loaded.run.out / loaded.run.name
+    cost = f"{result.step} steps, {result.tokens} tokens, {result.seconds:.0f} s ({result.precision})"
+    print(f"{result.stopped} after {cost}: {folder}")
+
+
+@app.command()
+def split(
+    model: ModelArgument,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Text to measure on; default: Python's standard library.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for split.json and split.html.")] = Path("out/split"),
+    length: Annotated[int, typer.Option(help="Tokens per row.")] = 256,
+    batches: Annotated[int, typer.Option(help="Batches to measure on.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Rows per batch.")] = 8,
+) -> None:
+    """Measure which layers of MODEL encode, think and decode, and propose an ETDConfig."""
+    documents = load_stdlib().held_out if data is None else load_text_files(data)
+    loaded = from_pretrained(model)
+    text_config = loaded.config.get_text_config()
+    dataset = pack_texts(
+        (document.text for document in documents),
+        AutoTokenizer.from_pretrained(model),
+        length=length,
+        vocab_size=text_config.vocab_size,
+    )
+    measured = list(dataset.in_order(batch_size))[:batches]
+    report = find_split(loaded, measured.__getitem__, n_batches=len(measured), n_probe_batches=min(4, len(measured)))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "split.json").write_text(report.to_json())
+    page = Report(f"Split of {model}", command=" ".join(["mull", *sys.argv[1:]]))
+    page.section("Angular distance and loop probe").figure(angular_distance_figure(report), _describe(report))
+    page.write(out / "split.html")
+    for layer, distance in enumerate(report.distances):
+        print(f"layer {layer:3d}  distance {distance:.4f}")
+    print(_describe(report))
+    print(f"{report.etd!r}")
+    print(f"figure: {out / 'split.html'}")
+
+
+def _describe(report: SplitReport) -> str:
+    etd = report.etd
+    return (
+        f"Proposed split {etd.n_encoder_layers}-{etd.n_think_layers}*k-{etd.n_decoder_layers} by {report.method}, measured on "
+        f"{report.n_tokens} tokens in {report.n_batches} batches. {' '.join(report.notes)}"
+    ).strip()
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 100,
+    think_iterations: Annotated[int | None, typer.Option(help="Passes through the think block.")] = None,
+    etd: Annotated[
+        str | None, typer.Option(help="Encoder,think,decoder layers, e.g. 7,4,5, for a base checkpoint.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a prompt, token by token as they come."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if temperature < 0:
+        raise ValueError(f"--temperature {temperature} must not be negative; 0 is greedy.")
+    loaded: Any = from_pretrained(model, etd=None if etd is None else _parse_split(etd))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
+    n_tokens, limit = inputs["input_ids"].shape[1], loaded.config.get_text_config().max_position_embeddings
+    if n_tokens == 0:
+        raise ValueError("The prompt is empty: give at least one token to continue.")
+    if n_tokens + max_new_tokens > limit:
+        raise ValueError(
+            f"The prompt's {n_tokens} tokens and --max-new-tokens {max_new_tokens} exceed the model's {limit} positions: "
+            "shorten one."
+        )
+    if int(inputs["input_ids"].max()) >= loaded.lm_head.out_features:
+        raise ValueError("The tokenizer has tokens outside the model's vocabulary: it belongs to another model.")
+    set_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    with torch.no_grad():
+        loaded.generate(
+            **inputs,
+            **sampling,
+            max_new_tokens=max_new_tokens,
+            think_iterations=think_iterations,
+            streamer=TextStreamer(tokenizer),
+        )
+
+
+def _parse_split(text: str) -> ETDConfig:
+    counts = text.split(",")
+    if len(counts) != 3 or not all(count.strip().isdigit() for count in counts):
+        raise ValueError(f"--etd {text} must be three numbers of layers, such as 7,4,5.")
+    encoder, think, decoder = map(int, counts)
+    return ETDConfig(n_encoder_layers=encoder, n_think_layers=think, n_decoder_layers=decoder)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    transformers_logging.set_verbosity_error()
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        verb = sys.argv[1] if len(sys.argv) > 1 else ""
+        print(f"mull {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
