@@ -45,6 +45,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo_hybrid": ("olmo_hybrid", {**LINEAR, "num_key_value_heads": 4}),
 }
 HYBRIDS = ["qwen3_next-dense", "qwen3_next-moe", "qwen3_5", "olmo_hybrid"]
+EXACT = 1e-6
+"""Tolerance of comparisons in fp64. Errors in bookkeeping are 1e-3 and more, rounding is 1e-15; but transformers' norms round to
+fp32 on the way, and where 1e-15 crosses such a boundary it comes back as 5e-8 (measured)."""
+
 SPLIT = ETDConfig(n_encoder_layers=2, n_think_layers=4, n_decoder_layers=2)
 
 

@@ -152,6 +152,7 @@ def _parse_split(text: str) -> ETDConfig:
 def main() -> None:
     """Entry point of the command."""
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:

@@ -311,6 +311,7 @@ def _accumulate(run: _Run, numbers: range) -> tuple[float, dict[str, float], int
     """
     total_loss, total_weight, tokens = 0.0, 0.0, 0
     metrics: dict[str, float] = {}
+    run.objective.begin_step()
     for number in numbers:
         batch = {name: tensor.to(run.device, non_blocking=True) for name, tensor in run.batches(number).items()}
         with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.precision == "bf16"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SPLIT, tiny
+from conftest import EXACT, SPLIT, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -65,7 +65,7 @@ def test_cached_is_uncached_for_every_number_of_iterations(
     tokens = ids(2, TOKENS)
     expected = model(tokens, use_cache=False, think_iterations=iterations).logits
     actual = chunked(model, tokens, SCHEDULES[schedule], think_iterations=iterations)
-    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=EXACT, rtol=0)
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def test_cached_is_uncached_along_random_paths(family: str, seed: int, exact: Ex
     tokens, path = ids(2, TOKENS), random_path(seed)
     expected = model(tokens, use_cache=False, path=path).logits
     for sizes in SCHEDULES.values():
-        torch.testing.assert_close(chunked(model, tokens, sizes, path=path), expected, atol=1e-10, rtol=0)
+        torch.testing.assert_close(chunked(model, tokens, sizes, path=path), expected, atol=EXACT, rtol=0)
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def test_paths_may_reorder_layers_and_leave_kinds_of_layers_out(
     tokens, visits = ids(2, TOKENS), from_layers(path)
     expected = model(tokens, use_cache=False, path=visits).logits
     for sizes in SCHEDULES.values():
-        torch.testing.assert_close(chunked(model, tokens, sizes, path=visits), expected, atol=1e-10, rtol=0)
+        torch.testing.assert_close(chunked(model, tokens, sizes, path=visits), expected, atol=EXACT, rtol=0)
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def test_left_padded_rows_are_the_rows_alone(
     actual = chunked(model, tokens, SCHEDULES[schedule], mask, think_iterations=iterations)
     for row, length in enumerate(lengths):
         alone = model(tokens[row : row + 1, TOKENS - length :], use_cache=False, think_iterations=iterations).logits[0]
-        torch.testing.assert_close(actual[row, TOKENS - length :], alone, atol=1e-10, rtol=0)
+        torch.testing.assert_close(actual[row, TOKENS - length :], alone, atol=EXACT, rtol=0)
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def test_right_padded_rows_are_the_rows_alone(
     actual = chunked(model, tokens, SCHEDULES[schedule], mask, think_iterations=iterations)
     for row, length in enumerate(lengths):
         alone = model(tokens[row : row + 1, :length], use_cache=False, think_iterations=iterations).logits[0]
-        torch.testing.assert_close(actual[row, :length], alone, atol=1e-10, rtol=0)
+        torch.testing.assert_close(actual[row, :length], alone, atol=EXACT, rtol=0)
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def test_rows_continue_behind_right_padding(family: str, sizes: list[int], exact
     for row in range(3):
         real = mask[row] == 1
         alone = model(tokens[row : row + 1, real], use_cache=False, think_iterations=2).logits[0]
-        torch.testing.assert_close(actual[row, real], alone, atol=1e-10, rtol=0)
+        torch.testing.assert_close(actual[row, real], alone, atol=EXACT, rtol=0)
 
 
 def test_sliding_windows_refuse_tokens_behind_right_padding(ids: Ids) -> None:
@@ -190,10 +190,10 @@ def test_rows_are_selected_repeated_and_reordered_in_every_slot(family: str, exa
         cache = model(tokens, think_iterations=3, use_cache=True).past_key_values
         getattr(cache, operation)(rows)
         actual = model(more, think_iterations=3, past_key_values=cache).logits
-        torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
+        torch.testing.assert_close(actual, expected, atol=EXACT, rtol=0)
     cache = model(tokens[:2], think_iterations=3, use_cache=True).past_key_values
     cache.batch_repeat_interleave(2)
     twice = torch.cat([tokens[:2].repeat_interleave(2, 0), more], 1)
     expected = model(twice, use_cache=False, think_iterations=3).logits[:, 11:]
     actual = model(more, think_iterations=3, past_key_values=cache).logits
-    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=EXACT, rtol=0)

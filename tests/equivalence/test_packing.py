@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import SPLIT
+from conftest import EXACT, SPLIT
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -35,7 +35,7 @@ def test_packed_is_separate(
         for length in lengths:
             part = slice(start, start + length)
             alone = model(tokens[row : row + 1, part], **options).logits[0]
-            torch.testing.assert_close(actual[row, part], alone, atol=1e-10, rtol=0)
+            torch.testing.assert_close(actual[row, part], alone, atol=EXACT, rtol=0)
             (alone * weights[row, part]).sum().backward()
             start += length
     for name, parameter in model.named_parameters():

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import HYBRIDS, SPLIT, tiny
+from conftest import EXACT, HYBRIDS, SPLIT, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,7 +34,7 @@ def test_wrong_tokens_leave_no_trace(family: str, prompt: int, calls: list[int],
         actual = torch.cat(
             [model(token, past_key_values=cache, think_iterations=2).logits for token in rest.split(1, 1)], 1
         )
-        torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
+        torch.testing.assert_close(actual, expected, atol=EXACT, rtol=0)
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def test_everything_can_be_taken_back(family_name: str, exact: Exact, ids: Ids) 
     actual = torch.cat(
         [model(part, past_key_values=cache, think_iterations=2).logits for part in other.split([1, 5], 1)], 1
     )
-    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=EXACT, rtol=0)
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def test_rollback_behind_right_padding(exact: Exact, ids: Ids) -> None:
     for row in range(2):
         kept = tokens[row, :10][mask[row, :10] == 1]
         alone = model(torch.cat([kept, rest[row]])[None], use_cache=False, think_iterations=2).logits[0, -3:]
-        torch.testing.assert_close(actual[row], alone, atol=1e-10, rtol=0)
+        torch.testing.assert_close(actual[row], alone, atol=EXACT, rtol=0)
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def test_rows_selected_while_recording_roll_back_to_their_own_past(family: str, 
     cache.batch_select_indices(rows)
     cache.crop(-3)
     actual = model(rest, past_key_values=cache, think_iterations=2).logits
-    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=EXACT, rtol=0)
 
 
 def filled(family_name: str, ids: Ids) -> SlotCache:

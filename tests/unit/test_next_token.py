@@ -67,6 +67,18 @@ def test_padding_does_not_change_the_loss(model: MullForCausalLM, ids: Ids) -> N
     torch.testing.assert_close(objective(model, padded).sum, alone.sum, atol=1e-4, rtol=0)
 
 
+def test_positions_do_not_mark_documents_beside_a_mask(model: MullForCausalLM, ids: Ids) -> None:
+    # Several queries at one position, kept apart by the mask: they are no documents.
+    tokens = ids(1, 6)
+    batch = {
+        "input_ids": tokens,
+        "labels": tokens,
+        "position_ids": torch.tensor([[0, 1, 2, 3, 3, 3]]),
+        "attention_mask": torch.ones(6, 6).tril().bool()[None, None],
+    }
+    assert NextToken(IterationSampling(maximum=1))(model, batch).weight == 5
+
+
 def test_the_last_iterations_alone_back_propagate(model: MullForCausalLM, ids: Ids) -> None:
     tokens = ids(2, 6)
     batch = {"input_ids": tokens, "labels": tokens}

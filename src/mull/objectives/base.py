@@ -30,6 +30,9 @@ class LossOutput(NamedTuple):
 class Objective(ABC):
     """A training stage: ``loss(model, batch) -> (sum, weight, metrics)``."""
 
+    def begin_step(self) -> None:
+        """Draw what all micro-batches of an optimizer step share. The loop calls it before the first of them."""
+
     @abstractmethod
     def __call__(self, model: "MullForCausalLM", batch: Batch) -> LossOutput:
         """Compute the loss of one micro-batch. Randomness comes from torch's global generator, which resuming restores."""

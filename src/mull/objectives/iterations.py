@@ -13,7 +13,7 @@ SIGMA = 0.5
 class IterationSampling(BaseModel):
     """Fixed or sampled number of think iterations, and how many of them back-propagate.
 
-    `sample` is called once per micro-batch, so with gradient accumulation one optimizer step mixes several depths.
+    `sample` is called once per optimizer step: all of its micro-batches run equally deep.
 
     Source:
         ``poisson_lognormal`` is the sampler of Huginn (arXiv:2502.05171). Huginn does not bound the draw; we clamp it to

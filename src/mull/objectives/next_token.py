@@ -29,9 +29,14 @@ class NextToken(Objective):
 
     def __init__(self, iterations: IterationSampling) -> None:
         self.iterations = iterations
+        self._drawn: int | None = None
+
+    def begin_step(self) -> None:
+        """Draw the number of iterations, one for the whole step."""
+        self._drawn = self.iterations.sample()
 
     def __call__(self, model: "MullForCausalLM", batch: Batch) -> LossOutput:
-        """Sum the cross-entropy over the valid targets.
+        """Sum the cross-entropy over the valid targets. Outside a training step each call draws its own iterations.
 
         Returns:
             Loss in nats summed over the targets, their number, and the metrics ``loss`` (nats per target) and
@@ -48,7 +53,7 @@ class NextToken(Objective):
                 f"No label of this batch of shape {tuple(batch['labels'].shape)} is a target: all are {IGNORED} after the "
                 "shift by one (the first token of a row or document has no prediction). Drop such rows from the data."
             )
-        iterations = self.iterations.sample()
+        iterations = self.iterations.sample() if self._drawn is None else self._drawn
         hidden = model.early_decoded(
             batch["input_ids"],
             attention_mask=batch.get("attention_mask"),

@@ -49,6 +49,14 @@ class StepSupervision(Objective):
         self.threshold = threshold
         self._first_step_accuracy = 0.0
         self._mastered = False
+        self._drawn: int | None = None
+
+    def begin_step(self) -> None:
+        """Draw the number of iterations, one for the whole step."""
+        self._drawn = self._draw()
+
+    def _draw(self) -> int:
+        return self.iterations.sample() if self._mastered else 1
 
     def __call__(self, model: "MullForCausalLM", batch: Batch) -> LossOutput:
         """Sum the cross-entropy over positions and iterations; in training mode, advance the curriculum.
@@ -63,7 +71,7 @@ class StepSupervision(Objective):
         """
         step_labels = batch["step_labels"]
         self._check_labels(step_labels)
-        iterations = self.iterations.sample() if self._mastered else 1
+        iterations = self._draw() if self._drawn is None else self._drawn
         states = model.early_decoded(
             batch["input_ids"],
             attention_mask=batch.get("attention_mask"),

@@ -282,7 +282,7 @@ def loop_probe(
     sample = [_to_device(batches(index), model.device) for index in range(n_batches)]
     plain = _path_loss(model, sample, range(n_layers))
     costs = []
-    for start, stop in tqdm(windows, desc="loop probe", unit="window", disable=not progress):
+    for start, stop in tqdm(windows, desc="loop probe", unit="window", disable=None if progress else True):
         layers = [*range(stop), *range(start, n_layers)]
         costs.append(WindowCost(start=start, stop=stop, extra_loss=_path_loss(model, sample, layers) - plain))
     return plain, tuple(costs)
@@ -387,7 +387,7 @@ def _measure(
 ) -> tuple[Float[Tensor, "N L"], int]:
     """Distances of every batch, and the number of positions behind them."""
     rows, n_tokens = [], 0
-    for index in tqdm(range(n_batches), desc="angular distance", unit="batch", disable=not progress):
+    for index in tqdm(range(n_batches), desc="angular distance", unit="batch", disable=None if progress else True):
         batch = _to_device(batches(index), model.device)
         n_tokens += int(measured_positions(batch, tokens).sum())
         rows.append(layer_distances(model, batch, tokens))

@@ -1,0 +1,173 @@
+"""The command: every verb does its work, and a user's mistake is one line on standard error and exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config
+
+from mull import cli
+from mull.data.tokenizer import train_tokenizer
+
+TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(200))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base checkpoint with its tokenizer, as a user has it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_tokenizer([TEXT], 300)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        eos_token_id=0,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["mull", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def test_generate_continues_the_prompt_alike_at_any_time(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", checkpoint, "--prompt", "def f1(x):", "--max-new-tokens", 8, "--etd", "2,2,2"]
+    outputs = []
+    for more in (
+        [],
+        [],
+        ["--think-iterations", 3],
+        ["--temperature", 1.0, "--seed", 1],
+        ["--temperature", 1.0, "--seed", 2],
+    ):
+        assert run(monkeypatch, *arguments, *more) == 0
+        outputs.append(capsys.readouterr().out)
+    assert all(output.startswith("def f1(x):") for output in outputs)
+    assert outputs[0] == outputs[1]
+    assert len(set(outputs)) == 4
+
+
+def test_split_measures_and_proposes(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "split",
+        checkpoint,
+        "--data",
+        checkpoint / "text.txt",
+        "--out",
+        tmp_path,
+        "--length",
+        32,
+        "--batches",
+        2,
+    ]
+    assert run(monkeypatch, *arguments) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "split.json").read_text())
+    assert len(report["distances"]) == 6
+    etd = report["etd"]
+    assert etd["n_encoder_layers"] + etd["n_think_layers"] + etd["n_decoder_layers"] == 6
+    assert f"Proposed split {etd['n_encoder_layers']}-{etd['n_think_layers']}*k-{etd['n_decoder_layers']}" in printed
+    assert "<svg" in (tmp_path / "split.html").read_text()
+
+
+def test_train_runs_a_recipe(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = {
+        "run": {"name": "tiny", "out": str(tmp_path)},
+        "model": {
+            "checkpoint": str(checkpoint),
+            "etd": {"n_encoder_layers": 2, "n_think_layers": 2, "n_decoder_layers": 2},
+        },
+        "data": {"paths": [str(checkpoint / "text.txt")], "length": 32, "batch_size": 2},
+        "train": {"steps": 9, "precision": "fp32"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert run(monkeypatch, "train", tmp_path / "recipe.yaml", "--set", "train.steps=2") == 0
+    assert "finished after 2 steps" in capsys.readouterr().out
+    assert (tmp_path / "tiny" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "{dir}/none", "--prompt", "x"], "none"),
+        (["generate", "{dir}", "--prompt", ""], "The prompt is empty"),
+        (["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "100"], "exceed the model's 64 positions"),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--etd", "7,4,5"],
+            "covers 16 layers, but the model has 6. A split that fits is",
+        ),
+        (["generate", "{dir}", "--prompt", "x", "--etd", "7-4-5"], "must be three numbers of layers"),
+        (["generate", "{dir}", "--prompt", "x", "--think-iterations", "2"], "think_iterations=2 needs a think block"),
+        (["generate", "{dir}", "--prompt", "x", "--temperature", "-1"], "must not be negative"),
+        (["generate", "{dir}", "--prompt", "x", "--think-iteration", "2"], "No such option"),
+        (["generate", "{dir}"], "Missing option"),
+        (["generate", "{gpt2}", "--prompt", "x"], "Architecture 'gpt2' is not supported. Supported are llama"),
+        (["split", "{dir}", "--data", "{dir}/none.txt"], "none.txt does not exist"),
+        (["split", "{dir}", "--data", "{empty}"], "There is no text in"),
+        (["split", "{other}", "--data", "{dir}/text.txt"], "outside the model's vocabulary of 97"),
+        (["train", "{dir}/none.yaml"], "There is no recipe at"),
+        (["train", "{typo}"], "unknown key train.peek_lr. Did you mean train.peak_lr?"),
+        (["nonsense"], "No such command"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {
+        "dir": checkpoint,
+        "gpt2": tmp_path / "gpt2",
+        "empty": tmp_path / "empty.txt",
+        "other": tmp_path / "other",
+    }
+    places["typo"] = tmp_path / "typo.yaml"
+    places["empty"].write_text("  \n")
+    places["typo"].write_text("run: {name: a}\nmodel: {checkpoint: b}\ntrain: {steps: 1, peek_lr: 1}\n")
+    if "{gpt2}" in arguments:
+        GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=17)).save_pretrained(places["gpt2"])
+    if "{other}" in arguments:
+        tiny("qwen3").save_pretrained(places["other"])
+        train_tokenizer([TEXT], 300).save_pretrained(places["other"])
+    assert run(monkeypatch, *(argument.format(**places) for argument in arguments)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    if not error.startswith("Usage"):
+        assert error.startswith(f"mull {arguments[0]}: ")
+        assert error.count("\n") == 1
+
+
+def test_the_installed_command_refuses_without_a_traceback(tmp_path: Path) -> None:
+    command = Path(sys.executable).parent / "mull"
+    done = subprocess.run([command, "train", tmp_path / "none.yaml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"mull train: There is no recipe at {tmp_path}/none.yaml.\n"

@@ -1,0 +1,94 @@
+"""The demo, shrunk to seconds, tells its whole story: every section, figure, folder and check that it promises."""
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+import mull
+from mull.configs import ETDConfig
+from mull.data.chain import ChainTask
+from mull.demo import DemoSize, chain_accuracy, run_demo
+
+TINY = DemoSize(
+    corpus_bytes=200_000,
+    vocab_size=300,
+    length=32,
+    batch_size=4,
+    width=64,
+    layers=4,
+    base_steps=3,
+    continued_steps=2,
+    max_iterations=2,
+    held_out_rows=8,
+    chain_steps=3,
+    chain_prompts=4,
+    new_tokens=4,
+)
+
+
+class Headings(HTMLParser):
+    """Collects the second-level headings of a page, and counts its figures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.headings: list[str] = []
+        self.figures = 0
+        self._inside = False
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self._inside = tag == "h2"
+        self.figures += tag == "svg"
+
+    def handle_data(self, data: str) -> None:
+        if self._inside and data.strip():
+            self.headings.append(data.strip())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_demo_tells_the_whole_story(tmp_path: Path) -> None:
+    report = run_demo(tmp_path, seed=0, size=TINY).read_text()
+    page = Headings()
+    page.feed(report)
+    assert page.headings[:6] == [
+        "What was trained",
+        "Where to loop",
+        "Loss against iterations",
+        "A task that needs depth: chain to root",
+        "Samples",
+        "Saved and loaded",
+    ]
+    assert page.figures == 4
+    assert "the same logits, bit for bit" in report
+    assert "OTHER logits" not in report
+    assert mull.from_pretrained(str(tmp_path / "model")).etd_config is not None
+    again = run_demo(tmp_path, seed=0, size=TINY)
+    assert again.exists(), "a second demo in the same folder replaces the first"
+
+
+def test_accuracy_is_counted_per_hop_and_iteration() -> None:
+    """A model that always answers node 0, whatever it is asked: right exactly where 0 is the root."""
+    task = ChainTask()
+    config = Qwen3Config(
+        vocab_size=task.vocab_size,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    etd = ETDConfig(n_encoder_layers=1, n_think_layers=1, n_decoder_layers=0)
+    model = mull.wrap_transformer_with_etd(AutoModelForCausalLM.from_config(config), etd)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    overall, by_hops = chain_accuracy(model, task, 20, seed=0)
+    batch = task.batches(20, 0, train=False)(0)
+    roots = batch["step_labels"][..., -1]
+    for hops in range(1, 8):
+        expected = (roots[batch["hops"] == hops] == 0).float().mean().item()
+        assert by_hops[hops] == pytest.approx(dict.fromkeys(range(1, 10), expected))
+    asked = batch["hops"] >= 1
+    assert overall[5] == pytest.approx((roots[asked] == 0).float().mean().item())
