@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -47,7 +48,9 @@ def bandwidth() -> float:
     return data.numel() * 4 / best
 
 
-def median_ms(variants: dict[str, Callable[[], object]], rounds: int, tokens: int) -> dict[str, tuple[float, float, float]]:
+def median_ms(
+    variants: dict[str, Callable[[], object]], rounds: int, tokens: int
+) -> dict[str, tuple[float, float, float]]:
     """Milliseconds per token of each variant: median, smallest and largest over the rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
@@ -72,21 +75,26 @@ def main() -> None:
           f"{arguments.rounds} rounds")  # fmt: skip
     print(f"{'model':22} {'variant':26} {'ms/token':>9} {'min':>8} {'max':>8} {'weights only':>13}")
     for label, size in SIZES.items():
-        torch.manual_seed(0)
-        base = AutoModelForCausalLM.from_config(make(size)).eval()
-        model = wrap_transformer_with_etd(base, ETDConfig(n_encoder_layers=2, n_think_layers=4, n_decoder_layers=2))
-        prompt = torch.randint(1, 4096, (1, 32))
-        options = {"max_new_tokens": arguments.tokens, "do_sample": False}
-        variants: dict[str, Callable[[], object]] = {"transformers generate": lambda: base.generate(prompt, **options)}
-        layers = sum(p.numel() for p in base.model.layers[0].parameters()) * 4
-        head = base.lm_head.weight.numel() * 4
-        visits = {"transformers generate": 8}
-        for k in (1, 2, 4):
-            variants[f"mull, {k} iteration(s)"] = lambda k=k: model.generate(prompt, think_iterations=k, **options)
-            visits[f"mull, {k} iteration(s)"] = 4 + 4 * k
-        for name, (middle, low, high) in median_ms(variants, arguments.rounds, arguments.tokens).items():
-            floor = 1000 * (layers * visits[name] + head) / speed
-            print(f"{label:22} {name:26} {middle:9.3f} {low:8.3f} {high:8.3f} {floor:13.3f}")
+        measure(label, size, arguments.tokens, arguments.rounds, speed)
+
+
+def measure(label: str, size: dict[str, int], tokens: int, rounds: int, speed: float) -> None:
+    """Print one model's rows."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(make(size)).eval()
+    model = wrap_transformer_with_etd(base, ETDConfig(n_encoder_layers=2, n_think_layers=4, n_decoder_layers=2))
+    prompt = torch.randint(1, 4096, (1, 32))
+    options = {"max_new_tokens": tokens, "do_sample": False}
+    variants: dict[str, Callable[[], object]] = {"transformers generate": partial(base.generate, prompt, **options)}
+    visits = {"transformers generate": 8}
+    for k in (1, 2, 4):
+        variants[f"mull, {k} iteration(s)"] = partial(model.generate, prompt, think_iterations=k, **options)
+        visits[f"mull, {k} iteration(s)"] = 4 + 4 * k
+    layer_bytes = sum(p.numel() for p in base.model.layers[0].parameters()) * 4
+    head_bytes = base.lm_head.weight.numel() * 4
+    for name, (middle, low, high) in median_ms(variants, rounds, tokens).items():
+        floor = 1000 * (layer_bytes * visits[name] + head_bytes) / speed
+        print(f"{label:22} {name:26} {middle:9.3f} {low:8.3f} {high:8.3f} {floor:13.3f}")
 
 
 if __name__ == "__main__":

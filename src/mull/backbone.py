@@ -12,6 +12,7 @@ Recurrent layers need two things that attention masks give to the others for fre
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -70,7 +71,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """Look up an architecture, and let its delta rule report to the cache.
+    """Look up an architecture, and prepare the functions of its recurrent layers.
 
     Raises:
         ValueError: the architecture is not supported.
@@ -81,7 +82,7 @@ def family_of(config: PreTrainedConfig) -> Family:
         )
     family = FAMILIES[config.model_type]
     if family.delta_rule_module is not None:
-        _let_delta_rule_report(importlib.import_module(f"transformers.models.{family.delta_rule_module}"))
+        _adapt_recurrent_functions(importlib.import_module(f"transformers.models.{family.delta_rule_module}"))
     return family
 
 
@@ -90,21 +91,35 @@ def layer_kinds(config: PreTrainedConfig) -> list[str]:
     return list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
 
 
-def _let_delta_rule_report(module: Any) -> None:
-    """Give the module's delta rules a keyword `cache_view` that takes over the call. Without it they are what they were."""
-    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
-        rule = getattr(module, name)
-        if not hasattr(rule, "reports_to_cache_view"):
-            setattr(module, name, _reporting(rule))
+DELTA_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
 
 
-def _reporting(rule: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(rule)
-    def wrapped(*args: Any, cache_view: SlotView | None = None, **kwargs: Any) -> Any:
-        return rule(*args, **kwargs) if cache_view is None else cache_view.delta_rule(rule, *args, **kwargs)
+def _adapt_recurrent_functions(module: Any) -> None:
+    """Let the functions that a family's recurrent layers call fit their place of work. Their numbers stay what they were.
 
-    wrapped.reports_to_cache_view = True  # type: ignore[attr-defined]
-    return wrapped
+    All of them use transformers' own torch code for tensors on the CPU: transformers chooses a kernel when it is imported, and
+    with one installed its recurrent layers fail on the CPU. The keyword `cache_view`, which a layer hands on to all of them,
+    takes over the call of a delta rule.
+    """
+    for name in (*DELTA_RULES, *CONVOLUTIONS):
+        function = getattr(module, name)
+        if not hasattr(function, "adapted_by_mull"):
+            setattr(module, name, _adapted(function, reports=name in DELTA_RULES))
+
+
+def _adapted(function: Callable[..., Any], reports: bool) -> Callable[..., Any]:
+    reference = inspect.unwrap(function)
+
+    @wraps(function)
+    def adapted(first: Tensor, *args: Any, cache_view: SlotView | None = None, **kwargs: Any) -> Any:
+        chosen = reference if first.device.type == "cpu" else function
+        if cache_view is None or not reports:
+            return chosen(first, *args, **kwargs)
+        return cache_view.delta_rule(chosen, first, *args, **kwargs)
+
+    adapted.adapted_by_mull = True  # type: ignore[attr-defined]
+    return adapted
 
 
 @dataclass(frozen=True)
@@ -184,6 +199,7 @@ def prepare(
     past = 0 if cache is None else cache.n_tokens
     if isinstance(attention_mask, Tensor):
         _check_mask(attention_mask, past + h.shape[1], "linear_attention" in kinds)
+    may_be_packed = position_ids is not None and attention_mask is None and cache is None
     if position_ids is None:
         position_ids = (torch.arange(h.shape[1], device=h.device) + past)[None]
     masks: Any = attention_mask
@@ -201,8 +217,7 @@ def prepare(
     if "linear_attention" not in kinds or isinstance(attention_mask, dict):
         return Sides(masks, rotary, position_ids)
     padding, active = _recurrent_padding(attention_mask, h.shape[1], cache is not None)
-    packed = attention_mask is None and cache is None
-    documents = find_documents(position_ids, h.shape[0]) if packed else None
+    documents = find_documents(position_ids, h.shape[0]) if may_be_packed else None
     return Sides({**masks, "linear_attention": padding}, rotary, position_ids, documents, active)
 
 

@@ -127,8 +127,10 @@ def generate(
             f"The prompt's {n_tokens} tokens and --max-new-tokens {max_new_tokens} exceed the model's {limit} positions: "
             "shorten one."
         )
-    if int(inputs["input_ids"].max()) >= loaded.lm_head.out_features:
-        raise ValueError("The tokenizer has tokens outside the model's vocabulary: it belongs to another model.")
+    if len(tokenizer) > loaded.lm_head.out_features:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model {loaded.lm_head.out_features}: it belongs to another model."
+        )
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with torch.no_grad():

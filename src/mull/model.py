@@ -211,6 +211,11 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(h[:, keep])
         loss = None
         if labels is not None:
+            if num_items_in_batch is None and not torch.compiler.is_compiling() and bool((labels[:, 1:] == -100).all()):
+                raise ValueError(
+                    f"No label of shape {tuple(labels.shape)} is a target: all are -100 behind the first token, which nothing "
+                    "predicts. The mean over them is not a number."
+                )
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,

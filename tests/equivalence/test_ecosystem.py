@@ -103,7 +103,10 @@ def test_lm_eval_scores_a_looped_model(iterations: int, tmp_path: Path, monkeypa
     model = wrap_transformer_with_etd(base, SPLIT.model_copy(update={"max_think_iterations": iterations}))
     manager = TaskManager(include_path=str(toy_task(tmp_path)), include_defaults=False)
     evaluated = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2), tasks=["toy"], task_manager=manager, bootstrap_iters=0
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2),
+        tasks=["toy"],
+        task_manager=manager,
+        bootstrap_iters=0,
     )
     assert evaluated["results"]["toy"]["acc,none"] == pytest.approx(score_by_hand(model, tokenizer))
 

@@ -120,6 +120,14 @@ def test_the_loss_is_the_mean_over_shifted_labels(model: MullForCausalLM, ids: I
     torch.testing.assert_close(total, torch.stack(targets).sum() / 5)
 
 
+def test_labels_without_a_target_are_refused(model: MullForCausalLM, ids: Ids) -> None:
+    labels = torch.full((2, 7), -100)
+    labels[:, 0] = 5
+    with pytest.raises(ValueError, match=r"No label of shape \(2, 7\) is a target"):
+        model(ids(2, 7), labels=labels)
+    assert model(ids(2, 7), labels=labels, num_items_in_batch=4).loss == 0
+
+
 @pytest.mark.parametrize("logits_to_keep", [1, 3, torch.tensor([0, 4])], ids=["last", "last-three", "indices"])
 def test_logits_are_computed_where_asked(model: MullForCausalLM, logits_to_keep: int | Tensor, ids: Ids) -> None:
     full = model(ids(2, 5)).logits
