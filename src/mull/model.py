@@ -26,7 +26,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from mull.backbone import check_not_behind_padding, family_of, layer_kinds, prepare, run_layer
+from mull.backbone import Sides, check_not_behind_padding, family_of, layer_kinds, prepare, run_layer
 from mull.cache import SlotCache
 from mull.configs import ETDConfig, etd_from_dict
 from mull.path import Path, check_path, from_layers
@@ -203,7 +203,8 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None and isinstance(attention_mask, Tensor):
             check_not_behind_padding(attention_mask, h.shape[1], self._text_config)
         stream: list[Tensor] | None = [h] if output_hidden_states else None
-        h = self._visit_all(h, visits, attention_mask, position_ids, cache, stream)
+        sides = prepare(self.model, self._family, h, attention_mask, position_ids, cache)
+        h = self._visit(h, visits, sides, cache, stream)
         if cache is not None:
             cache.advance(h.shape[1])
         h = self.model.norm(h)
@@ -261,30 +262,21 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"backprop_iterations={backprop_iterations} must be at least 1, or nothing is trained.")
         n_detached = 0 if backprop_iterations is None else max(iterations - backprop_iterations, 0)
         visits = self.path(think_iterations)
-        n_encoder, n_think = (0, 0) if self.etd_config is None else self._block_sizes(self.etd_config)
+        etd = self.etd_config
+        n_encoder, n_think = (0, 0) if etd is None else (etd.n_encoder_layers, etd.n_think_layers)
         h = self._embed(input_ids, None)
         sides = prepare(self.model, self._family, h, attention_mask, position_ids, None)
-
-        def run(h: Tensor, part: Path) -> Tensor:
-            for layer, _ in part:
-                h = run_layer(self.model.layers[layer], self._kinds[layer], h, sides, None)
-            return h
-
         decoder = visits[n_encoder + n_think * iterations :]
         states = []
         with torch.no_grad() if n_detached else nullcontext():
-            h = run(h, visits[:n_encoder])
+            h = self._visit(h, visits[:n_encoder], sides)
         for iteration in range(iterations):
             with torch.no_grad() if iteration < n_detached else nullcontext():
                 first = n_encoder + iteration * n_think
-                h = run(h, visits[first : first + n_think])
+                h = self._visit(h, visits[first : first + n_think], sides)
                 if every_iteration or iteration == iterations - 1:
-                    states.append(self.model.norm(run(h, decoder)))
+                    states.append(self.model.norm(self._visit(h, decoder, sides)))
         return tuple(states)
-
-    @staticmethod
-    def _block_sizes(etd: ETDConfig) -> tuple[int, int]:
-        return etd.n_encoder_layers, etd.n_think_layers
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -308,17 +300,15 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         cache.bind(visits)
         return cache
 
-    def _visit_all(
+    def _visit(
         self,
         h: Tensor,
         visits: Path,
-        attention_mask: Tensor | dict[str, Any] | None,
-        position_ids: Tensor | None,
-        cache: SlotCache | None,
-        stream: list[Tensor] | None,
+        sides: Sides,
+        cache: SlotCache | None = None,
+        stream: list[Tensor] | None = None,
     ) -> Tensor:
-        """The one loop that executes paths."""
-        sides = prepare(self.model, self._family, h, attention_mask, position_ids, cache)
+        """The one loop that executes paths. With a cache, `visits` is the whole path that it is bound to."""
         for slot, (layer, _) in enumerate(visits):
             view = None if cache is None else cache.view(slot, sides.active)
             h = run_layer(self.model.layers[layer], self._kinds[layer], h, sides, view)

@@ -57,8 +57,8 @@ def test_a_broken_wrapper_is_refused(family: str, dtype: torch.dtype, monkeypatc
     def forgets_the_last_layer(self: MullForCausalLM, h: Tensor, visits: object, *rest: object) -> Tensor:
         return correct(self, h, visits[:-1], *rest)  # type: ignore[index]
 
-    correct = MullForCausalLM._visit_all
-    monkeypatch.setattr(MullForCausalLM, "_visit_all", forgets_the_last_layer)
+    correct = MullForCausalLM._visit
+    monkeypatch.setattr(MullForCausalLM, "_visit", forgets_the_last_layer)
     with pytest.raises(
         ValueError, match="does not reproduce the base model: with one iteration its logits differ by up to"
     ):

@@ -16,7 +16,9 @@ Ids = Callable[..., Tensor]
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("prompt", "calls"), [(1, [5]), (2, [1] * 5), (11, [2, 1, 2])], ids=["one-pass", "steps", "mixed"]
+    ("prompt", "calls"),
+    [(prompt, calls) for prompt in (1, 2, 11) for calls in ([5], [1] * 5, [2, 1, 2])],
+    ids=str,
 )
 def test_wrong_tokens_leave_no_trace(family: str, prompt: int, calls: list[int], exact: Exact, ids: Ids) -> None:
     model = wrap_transformer_with_etd(exact(family), SPLIT)
