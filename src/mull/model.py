@@ -89,6 +89,8 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # `forward` takes num_items_in_batch, so transformers' Trainer divides by the targets of the whole step.
+    accepts_loss_kwargs = True
     # Recurrent states can be rolled back exactly (mull.cache), so assisted generation is allowed on hybrids as well.
     _is_stateful = False
 

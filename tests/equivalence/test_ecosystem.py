@@ -1,4 +1,4 @@
-"""What users bring works on a wrapped model: PEFT adapters, lm-eval's own model class, torch.compile, an EMA of the weights."""
+"""What users bring works on a wrapped model: PEFT, lm-eval, transformers' Trainer, torch.compile, averaged weights."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ import torch
 import yaml
 from conftest import SPLIT, tiny
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from mull import MullForCausalLM, wrap_transformer_with_etd
 from mull.data.tokenizer import train_tokenizer
@@ -109,6 +109,35 @@ def test_lm_eval_scores_a_looped_model(iterations: int, tmp_path: Path, monkeypa
         bootstrap_iters=0,
     )
     assert evaluated["results"]["toy"]["acc,none"] == pytest.approx(score_by_hand(model, tokenizer))
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_trainer_of_transformers_accumulates_exactly(activation_checkpointing: bool, tmp_path: Path, ids: Ids) -> None:
+    """Rows with 12, 3, 7 and 1 targets: two micro-batches of two rows are one batch of four."""
+    rows = [{"input_ids": row, "labels": row.clone()} for row in ids(4, 13)]
+    for row, n_targets in zip(rows, (12, 3, 7, 1), strict=True):
+        row["labels"][: 13 - n_targets] = -100
+    trained = []
+    for size, accumulate in ((4, 1), (2, 2)):
+        model = wrap_transformer_with_etd(tiny("qwen3"), SPLIT)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulate,
+            activation_checkpointing=activation_checkpointing,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        Trainer(model=model, args=arguments, train_dataset=rows).train()
+        trained.append(model.lm_head.weight.detach())
+    assert not torch.equal(trained[0], tiny("qwen3").lm_head.weight)
+    torch.testing.assert_close(trained[1], trained[0], atol=1e-5, rtol=0)
 
 
 def test_an_average_of_the_weights_is_a_model_of_its_own(ids: Ids) -> None:

@@ -102,3 +102,19 @@ def test_the_configured_number_of_iterations_is_the_default(ids: Ids) -> None:
         default, three = model(ids(2, 9)).logits, model(ids(2, 9), think_iterations=3).logits
     assert torch.equal(default, three)
     assert model(ids(2, 9), use_cache=True).past_key_values.path == SPLIT.path(3)
+
+
+def test_a_conversation_continues_with_its_cache(family: str, ids: Ids) -> None:
+    model = wrap_transformer_with_etd(tiny(family), SPLIT)
+    options = {"do_sample": False, "think_iterations": 2, "eos_token_id": None, "pad_token_id": 0}
+
+    def generate(tokens: Tensor, n_new: int, **more: object) -> Tensor:
+        # A mask of our own: transformers takes generated tokens for padding where they have its id.
+        return model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n_new, **options, **more)
+
+    expected = generate(ids(2, 9), 10)
+    cache = model.new_cache()
+    first = generate(ids(2, 9), 4, past_key_values=cache)
+    assert torch.equal(generate(first, 6, past_key_values=cache), expected)
+    embedded = model.generate(inputs_embeds=model.model.embed_tokens(ids(2, 9)), max_new_tokens=10, **options)
+    assert torch.equal(embedded, expected[:, 9:])
