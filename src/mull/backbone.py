@@ -138,6 +138,13 @@ class Documents:
         return layer(rows).flatten(0, 1)[self.inverse].view_as(h)
 
 
+def is_packed(position_ids: Tensor) -> bool:
+    """Whether `position_ids` ``[B, T]`` restart inside a row. Not asked while compiling, where values cannot be read."""
+    if torch.compiler.is_compiling() or position_ids.shape[1] == 1:
+        return False
+    return bool((position_ids.diff(dim=1) != 1).any())
+
+
 def find_documents(position_ids: Tensor, batch_size: int) -> Documents | None:
     """Locate packed documents by the restarts of `position_ids` ``[B, T]``; None if every row is one document.
 

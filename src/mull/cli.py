@@ -72,6 +72,10 @@ def split(
     documents = load_stdlib().held_out if data is None else load_text_files(data)
     loaded = from_pretrained(model)
     text_config = loaded.config.get_text_config()
+    if length > text_config.max_position_embeddings:
+        raise ValueError(
+            f"--length {length} exceeds the model's {text_config.max_position_embeddings} positions: measure shorter rows."
+        )
     dataset = pack_texts(
         (document.text for document in documents),
         AutoTokenizer.from_pretrained(model),

@@ -26,7 +26,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from mull.backbone import Sides, check_not_behind_padding, family_of, layer_kinds, prepare, run_layer
+from mull.backbone import Sides, check_not_behind_padding, family_of, is_packed, layer_kinds, prepare, run_layer
 from mull.cache import SlotCache
 from mull.configs import ETDConfig, etd_from_dict
 from mull.path import Path, check_path, from_layers
@@ -181,8 +181,8 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: ``[B, T]``.
             attention_mask: ``[B, past + T]`` with 0 at padding, or ``[B, 1, T, past + T]`` boolean.
-            position_ids: ``[B, T]``. Without mask and cache, a restart begins a new document, which attention and recurrent
-                layers keep apart.
+            position_ids: ``[B, T]``. Without a mask, a restart begins a new document, which attention and recurrent layers keep
+                apart; such a call returns no cache.
             past_key_values: Cache of earlier calls, from `new_cache` or a former output.
             inputs_embeds: ``[B, T, D]`` instead of `input_ids`.
             labels: ``[B, T]``, unshifted, -100 ignored; gives ``loss``, the mean over the targets.
@@ -195,12 +195,14 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
             num_items_in_batch: Divide the summed loss by this instead of the number of targets, as transformers' Trainer does.
 
         Raises:
-            ValueError: arguments that contradict each other or the cache.
+            ValueError: arguments that contradict each other or the cache, or labels without a target.
         """
         if output_attentions:
             raise ValueError("output_attentions=True is not supported: attention weights are not collected.")
         visits = self.path(think_iterations, path)
         h = self._embed(input_ids, inputs_embeds)
+        if position_ids is not None and attention_mask is None and is_packed(position_ids):
+            use_cache = self._without_cache(past_key_values, use_cache)
         cache = self._bound_cache(past_key_values, use_cache, visits)
         if cache is not None and isinstance(attention_mask, Tensor):
             check_not_behind_padding(attention_mask, h.shape[1], self._text_config)
@@ -286,6 +288,16 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         if inputs_embeds is not None:
             return inputs_embeds
         return self.model.embed_tokens(input_ids)
+
+    @staticmethod
+    def _without_cache(cache: SlotCache | None, use_cache: bool | None) -> bool:
+        """Packed rows are never cached: with a cache, transformers' masks would let documents see each other, silently."""
+        if cache is not None or use_cache:
+            raise ValueError(
+                "position_ids restart, so the rows hold several packed documents, and these cannot continue from a cache. Pass "
+                "use_cache=False, or one document per row."
+            )
+        return False
 
     def _bound_cache(self, cache: SlotCache | None, use_cache: bool | None, visits: Path) -> SlotCache | None:
         if use_cache is None:

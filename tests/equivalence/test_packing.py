@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import EXACT, SPLIT
+from conftest import EXACT, SPLIT, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -44,6 +44,23 @@ def test_packed_is_separate(
         torch.testing.assert_close(
             packed_gradients[name], parameter.grad, atol=tolerance, rtol=0, msg=f"gradient of {name}"
         )
+
+
+@torch.no_grad()
+def test_packed_rows_are_apart_by_default_and_never_cached(family: str, ids: Callable[..., Tensor]) -> None:
+    """The base model leaks here: its default use_cache=True switches its own detection of packed rows off."""
+    model = wrap_transformer_with_etd(tiny(family), SPLIT)
+    tokens = ids(3, 23)
+    out = model(tokens, position_ids=packed_positions())
+    assert out.past_key_values is None
+    other = tokens.clone()
+    other[0, :5] = ids(1, 5, seed=8)[0]
+    changed = model(other, position_ids=packed_positions()).logits
+    # Experts batch their tokens across documents, so sums may associate differently there.
+    torch.testing.assert_close(changed[0, 5:], out.logits[0, 5:], atol=1e-5 if "moe" in family else 0.0, rtol=0)
+    for options in ({"use_cache": True}, {"past_key_values": model.new_cache()}):
+        with pytest.raises(ValueError, match="several packed documents, and these cannot continue from a cache"):
+            model(tokens, position_ids=packed_positions(), **options)
 
 
 def test_documents_are_located_by_restarts() -> None:

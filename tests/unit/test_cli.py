@@ -110,6 +110,14 @@ def test_train_runs_a_recipe(
     assert "finished after 2 steps" in capsys.readouterr().out
     assert (tmp_path / "tiny" / "model" / "model.safetensors").exists()
 
+    again = ["train", tmp_path / "recipe.yaml", "--set", "train.steps=2"]
+    assert run(monkeypatch, *again) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert run(monkeypatch, *again, "--set", "train.peak_lr=1", "--resume") == 2
+    error = capsys.readouterr().err
+    assert "another configuration (train.peak_lr: 0.0003 stored, 1.0 given)" in error
+    assert error.count("\n") == 1
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -132,6 +140,10 @@ def test_train_runs_a_recipe(
         (["generate", "{gpt2}", "--prompt", "x"], "Architecture 'gpt2' is not supported. Supported are llama"),
         (["generate", "{other}", "--prompt", "x"], "The tokenizer has 300 tokens, the model 97"),
         (["split", "{dir}", "--data", "{dir}/none.txt"], "none.txt does not exist"),
+        (
+            ["split", "{dir}", "--data", "{dir}/text.txt", "--length", "65"],
+            "--length 65 exceeds the model's 64 positions",
+        ),
         (["split", "{dir}", "--data", "{empty}"], "There is no text in"),
         (["split", "{other}", "--data", "{dir}/text.txt"], "outside the model's vocabulary of 97"),
         (["train", "{dir}/none.yaml"], "There is no recipe at"),
