@@ -34,17 +34,20 @@ LINEAR = {
     "linear_conv_kernel_dim": 4,
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+ROPE_BY_KIND = {"full_attention": ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
     "llama": ("llama", {}),
-    "olmo3": ("olmo3", {"sliding_window": 6}),
+    "olmo3": ("olmo3", {"sliding_window": 6, "rope_parameters": ROPE_BY_KIND}),
     "qwen3_next-dense": ("qwen3_next", {**LINEAR, "num_experts": 0}),
     "qwen3_next-moe": ("qwen3_next", {**LINEAR, **MOE}),
     "qwen3_5": ("qwen3_5_text", LINEAR),
-    "olmo_hybrid": ("olmo_hybrid", {**LINEAR, "num_key_value_heads": 4}),
+    "olmo_hybrid": ("olmo_hybrid", {**LINEAR, "num_key_value_heads": 4, "rope_parameters": ROPE}),
+    "olmo_hybrid-nope": ("olmo_hybrid", {**LINEAR, "num_key_value_heads": 4, "rope_parameters": {"rope_theta": None}}),
 }
-HYBRIDS = ["qwen3_next-dense", "qwen3_next-moe", "qwen3_5", "olmo_hybrid"]
+HYBRIDS = ["qwen3_next-dense", "qwen3_next-moe", "qwen3_5", "olmo_hybrid", "olmo_hybrid-nope"]
 EXACT = 1e-6
 """Tolerance of comparisons in fp64. Errors in bookkeeping are 1e-3 and more, rounding is 1e-15; but transformers' norms round to
 fp32 on the way, and where 1e-15 crosses such a boundary it comes back as 5e-8 (measured)."""

@@ -42,10 +42,9 @@ def _multimodal_rotary(base: Any, kinds: set[str], h: Tensor, position_ids: Tens
     return dict.fromkeys(kinds, base.rotary_emb(h, position_ids.expand(3, h.shape[0], -1)))
 
 
-def _attention_only_rotary(base: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
-    # Released OlmoHybrid checkpoints use no rotary embedding at all.
-    rotary = None if base.rotary_emb is None else base.rotary_emb(h, position_ids)
-    return {kind: None if kind == "linear_attention" else rotary for kind in kinds}
+def _optional_rotary(base: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    # Released OlmoHybrid checkpoints have no rotary embedding.
+    return dict.fromkeys(kinds, None if base.rotary_emb is None else base.rotary_emb(h, position_ids))
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family(_one_rotary),
     "olmo3": Family(_rotary_by_kind),
-    "olmo_hybrid": Family(_attention_only_rotary, "olmo_hybrid.modeling_olmo_hybrid"),
+    "olmo_hybrid": Family(_optional_rotary, "olmo_hybrid.modeling_olmo_hybrid"),
     "qwen3": Family(_one_rotary),
     "qwen3_5_text": Family(_multimodal_rotary, "qwen3_5.modeling_qwen3_5"),
     "qwen3_next": Family(_one_rotary, "qwen3_next.modeling_qwen3_next"),

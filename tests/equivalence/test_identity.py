@@ -50,6 +50,7 @@ def test_weights_are_shared_and_keep_their_names(family: str) -> None:
     actual = dict(wrapped.named_parameters())
     assert actual.keys() == expected.keys()
     assert all(actual[name] is parameter for name, parameter in expected.items())
+    assert wrapped.generation_config is base.generation_config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import SPLIT
+from conftest import SPLIT, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -44,6 +44,15 @@ def test_checkpointing_changes_no_gradient(
     actual = gradients(model, model(tokens, **options).loss)
     assert len(recomputed) == 6, "three visits, each computed once more in the backward pass"
     assert_same(actual, expected)
+
+
+def test_recomputed_layers_fill_no_cache(ids: Ids) -> None:
+    """A cache that layers drop while they are checkpointed would claim tokens that it does not hold."""
+    model = wrap_transformer_with_etd(tiny("qwen3"), SPLIT).train()
+    assert model(ids(1, 5)).past_key_values.get_seq_length() == 5
+    model.gradient_checkpointing_enable()
+    assert model(ids(1, 5)).past_key_values is None
+    assert model.eval()(ids(1, 5)).past_key_values.get_seq_length() == 5
 
 
 def test_early_decoding_is_a_shorter_path(family: str, exact: Exact, ids: Ids) -> None:
