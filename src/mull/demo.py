@@ -401,7 +401,9 @@ def _tell_samples(report: Report, text: TextStory, size: DemoSize) -> None:
             cached = looped.generate(**tokens, **options)
             same = torch.equal(cached, looped.generate(**tokens, use_cache=False, **options))
             rows.append([repr(prompt), k, "yes" if same else "no"])
-            section.sample(f"{prompt!r}, {k} iterations", str(text.tokenizer.decode(cached[0])))
+            section.sample(
+                f"{prompt!r}, {k} {'iteration' if k == 1 else 'iterations'}", str(text.tokenizer.decode(cached[0]))
+            )
     section.table(["prompt", "iterations", "same tokens without cache"], rows)
 
 

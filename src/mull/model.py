@@ -97,10 +97,7 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MullConfig) -> None:
         super().__init__(config)
         text_config = config.text_config
-        if not isinstance(text_config, PreTrainedConfig):
-            raise ValueError(
-                "MullConfig needs the text_config of a backbone; mull.from_pretrained and mull.wrap fill it in."
-            )
+        assert isinstance(text_config, PreTrainedConfig), "transformers turns a dictionary into a configuration"
         self._text_config = text_config
         self._family = family_of(text_config)
         self._kinds = layer_kinds(text_config)

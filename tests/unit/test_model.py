@@ -89,6 +89,12 @@ def test_a_stored_configuration_with_unknown_fields_is_refused() -> None:
         MullForCausalLM(config)
 
 
+def test_random_weights_are_those_of_the_backbones_own_initialisation() -> None:
+    """Qwen3-Next scales by 1 + w: a generic initialisation would set its norms to twice the identity."""
+    model = MullForCausalLM(MullConfig(text_config=tiny("qwen3_next-dense").config, etd=SPLIT.model_dump()))
+    assert not model.model.norm.weight.any()
+
+
 def test_a_static_cache_is_refused(model: MullForCausalLM, ids: Ids) -> None:
     with pytest.raises(
         ValueError, match="cache_implementation='static' has one slot per layer. Use one of None, 'dynamic'"
