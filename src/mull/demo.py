@@ -26,6 +26,7 @@ from mull.objectives.base import Batch, Objective
 from mull.objectives.iterations import IterationSampling
 from mull.objectives.next_token import NextToken
 from mull.objectives.steps import StepSupervision
+from mull.path import relative_cost
 from mull.recipe import held_out_loss
 from mull.report import (
     Report,
@@ -333,10 +334,12 @@ def _tell_iterations(report: Report, text: TextStory) -> None:
     controls = {name: losses[1] for name, losses in text.losses.items() if name.startswith("control")}
     section.figure(loss_against_iterations(models, controls), "Held-out loss in nats per token.")
     counts = sorted({k for losses in text.losses.values() for k in losses})
+    layers = len(text.looped.model.layers)
     section.table(
         ["model", *(f"k={k}" for k in counts)],
-        [[name, *(losses.get(k) for k in counts)] for name, losses in text.losses.items()],
-        caption="Held-out loss in nats per token.",
+        [[name, *(losses.get(k) for k in counts)] for name, losses in text.losses.items()]
+        + [["layers run per token, relative to k=1", *(relative_cost(text.looped.path(k), layers) for k in counts)]],
+        caption="Held-out loss in nats per token, and what an iteration costs.",
     )
     section.prose(_verdict(text))
 
