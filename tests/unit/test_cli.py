@@ -60,11 +60,13 @@ def test_generate_continues_the_prompt_alike_at_any_time(
         ["--think-iterations", 3],
         ["--temperature", 1.0, "--seed", 1],
         ["--temperature", 1.0, "--seed", 2],
+        ["--temperature", 1.0, "--seed", 1],
     ):
         assert run(monkeypatch, *arguments, *more) == 0
         outputs.append(capsys.readouterr().out)
     assert all(output.startswith("def f1(x):") for output in outputs)
     assert outputs[0] == outputs[1]
+    assert outputs[3] == outputs[5]
     assert len(set(outputs)) == 4
 
 

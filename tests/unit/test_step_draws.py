@@ -1,0 +1,23 @@
+"""All micro-batches of an optimizer step run equally deep: the loop lets the objective draw once per step."""
+
+import torch
+from conftest import SPLIT, tiny
+
+from mull import wrap_transformer_with_etd
+from mull.objectives.iterations import IterationSampling
+from mull.objectives.next_token import NextToken
+from mull.train import TrainConfig, train
+
+
+def test_one_draw_serves_a_step() -> None:
+    model = wrap_transformer_with_etd(tiny("qwen3"), SPLIT)
+    tokens = torch.arange(3, 13)[None]
+    result = train(
+        model,
+        NextToken(IterationSampling(kind="uniform", maximum=4)),
+        lambda index: {"input_ids": tokens, "labels": tokens},
+        TrainConfig(steps=6, accumulate=4, log_every=1, precision="fp32"),
+    )
+    depths = [record["iterations"] for record in result.history]  # averaged over the micro-batches of a step
+    assert all(depth.is_integer() for depth in depths)
+    assert len(set(depths)) > 1
