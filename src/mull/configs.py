@@ -99,8 +99,6 @@ def split_for(n_layers: int, layer_types: list[str], split: str = "published") -
 
 def attention_period(layer_types: list[str]) -> int:
     """Distance between the attention layers of a hybrid, 1 where there is none to keep."""
-    if "linear_attention" not in layer_types:
-        return 1
     attention = [layer for layer, kind in enumerate(layer_types) if kind != "linear_attention"]
     if not attention:
         return 1
