@@ -1,7 +1,7 @@
 """mull retrofits pretrained decoder language models: recursive depth, routing, multi-token heads, hybrid attention."""
 
 from mull.cache import SlotCache
-from mull.configs import ETDConfig
+from mull.configs import ETDConfig, MTPConfig
 from mull.model import (
     MullConfig,
     MullForCausalLM,
@@ -15,6 +15,7 @@ from mull.presets import TransformerConfig
 
 __all__ = [
     "ETDConfig",
+    "MTPConfig",
     "MullConfig",
     "MullForCausalLM",
     "MullOutput",

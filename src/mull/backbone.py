@@ -278,6 +278,29 @@ def check_not_behind_padding(mask: Tensor | None, n_new: int, config: PreTrained
         )
 
 
+def new_block(base: Any) -> nn.Module:
+    """A further decoder layer with full attention, of the backbone's own class and not initialised.
+
+    Raises:
+        ValueError: the backbone has no layer with full attention to take as a pattern.
+    """
+    kinds = layer_kinds(base.config)
+    if "full_attention" not in kinds:
+        raise ValueError(
+            "No layer of this model has full attention, so there is no pattern for heads of type transformer or sequential: use "
+            "mlp or shared_lm_head."
+        )
+    layer = kinds.index("full_attention")
+    block: nn.Module = type(base.layers[layer])(base.config, layer)
+    return block
+
+
+def new_norm(base: Any) -> nn.Module:
+    """A further norm like the backbone's final one, not initialised."""
+    norm: nn.Module = type(base.norm)(base.config.hidden_size, base.config.rms_norm_eps)
+    return norm
+
+
 def run_layer(layer: nn.Module, kind: str, h: Tensor, sides: Sides, view: SlotView | None) -> Tensor:
     """Run one decoder layer of transformers, unmodified, for one visit.
 

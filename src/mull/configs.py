@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mull.path import Path, recursion
 
@@ -78,6 +78,48 @@ class ETDConfig(BaseModel):
         return cls(n_encoder_layers=encoder, n_think_layers=think, n_decoder_layers=decoder, **options)
 
 
+class MTPConfig(BaseModel):
+    """How many tokens ahead a model predicts beside the next one, and with which heads.
+
+    Source:
+        Parallel heads: arXiv:2404.19737. Sequential modules: DeepSeek-V3 (arXiv:2412.19437). Decaying weights: FastMTP
+        (arXiv:2509.18362).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    num_predict_tokens: int = Field(default=4, ge=1)
+    """Heads behind the main one. Head ``k`` at position ``i`` predicts token ``i + 1 + k``."""
+
+    mtp_head_type: Literal["transformer", "mlp", "shared_lm_head", "sequential"] = "transformer"
+    """``transformer``: a decoder layer per head. ``mlp``: a residual map per head. ``shared_lm_head``: a linear map per head.
+    ``sequential``: each head continues from the head before and the token in between. All share the model's unembedding."""
+
+    share_weights_across_steps: bool = False
+    """Use one set of weights for all heads, recursively; ``sequential`` only."""
+
+    loss_weight_decay: float = Field(default=0.5, gt=0, le=1)
+    """Ratio of the weights of two consecutive heads in the loss: ``α_k ∝ decay^(k-1)``, and the ``α_k`` sum to 1."""
+
+    mtp_loss_weight: float = Field(default=0.3, ge=0)
+    """Weight of all heads together, relative to the main head."""
+
+    @model_validator(mode="after")
+    def _check_sharing(self) -> "MTPConfig":
+        if self.share_weights_across_steps and self.mtp_head_type != "sequential":
+            raise ValueError(
+                f"share_weights_across_steps needs mtp_head_type='sequential', not {self.mtp_head_type!r}: parallel heads with "
+                "the same weights would all predict the same token."
+            )
+        return self
+
+    @property
+    def head_weights(self) -> tuple[float, ...]:
+        """Weight of each head in the loss: 1 for the main one, then ``mtp_loss_weight · α_k``."""
+        decays = [self.loss_weight_decay**k for k in range(self.num_predict_tokens)]
+        return (1.0, *(self.mtp_loss_weight * decay / sum(decays) for decay in decays))
+
+
 def split_for(n_layers: int, layer_types: list[str], split: str = "published") -> tuple[int, int, int]:
     """Encoder, think and decoder layers that scale a published split to `n_layers`.
 
@@ -109,3 +151,8 @@ def attention_period(layer_types: list[str]) -> int:
 def etd_from_dict(etd: Mapping[str, Any] | None) -> ETDConfig | None:
     """Read the ``etd`` entry of a stored configuration."""
     return None if etd is None else ETDConfig.model_validate(dict(etd))
+
+
+def mtp_from_dict(mtp: Mapping[str, Any] | None) -> MTPConfig | None:
+    """Read the ``mtp`` entry of a stored configuration."""
+    return None if mtp is None else MTPConfig.model_validate(dict(mtp))

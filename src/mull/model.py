@@ -26,9 +26,22 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from mull.backbone import Sides, check_not_behind_padding, family_of, is_packed, layer_kinds, prepare, run_layer
+from mull.backbone import (
+    Sides,
+    check_not_behind_padding,
+    family_of,
+    is_packed,
+    layer_kinds,
+    new_block,
+    new_norm,
+    prepare,
+    run_layer,
+)
 from mull.cache import SlotCache
-from mull.configs import ETDConfig, etd_from_dict
+from mull.configs import ETDConfig, MTPConfig, etd_from_dict, mtp_from_dict
+from mull.layers.mtp import HeadTask, MTPHeads, head_losses
+from mull.ops.cross_entropy import accurate
+from mull.ops.token_weights import targets_of
 from mull.path import Path, check_path, from_layers
 
 CACHE_IMPLEMENTATIONS = {None: False, "dynamic": False, "offloaded": True}
@@ -42,14 +55,16 @@ class MullConfig(PreTrainedConfig):
     Args:
         text_config: Configuration of the backbone.
         etd: Fields of `ETDConfig`, or None for a model that runs every layer once.
+        mtp: Fields of `MTPConfig`, or None for a model that predicts the next token only.
     """
 
     model_type = "mull"
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3")}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "mtp_loss", "mtp_step_losses"]
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     etd: dict[str, Any] | None = None
+    mtp: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -65,8 +80,14 @@ class MullOutput(CausalLMOutputWithPast):
     """Output of a forward pass; fields as in transformers.
 
     ``hidden_states``, where asked for, holds the embeddings, the stream behind each visit of the path, and in the last place the
-    normed states, like transformers does.
+    normed states, like transformers does. ``loss - mtp_loss`` is the next-token loss.
     """
+
+    mtp_loss: Tensor | None = None
+    """What the heads behind the main one add to ``loss``, weighted as `MTPConfig` says; given labels and heads."""
+
+    mtp_step_losses: dict[str, Tensor] | None = None
+    """Mean loss of each such head in nats per target, ``mtp_1`` and following; not weighted, detached."""
 
 
 class MullForCausalLM(PreTrainedModel, GenerationMixin):
@@ -106,6 +127,8 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
             self.etd_config.check_depth(text_config.num_hidden_layers, self._kinds)
         self.model = AutoModel.from_config(text_config)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.mtp_config = mtp_from_dict(config.mtp)
+        self.mtp_heads = None if self.mtp_config is None else _new_heads(self.mtp_config, self.model)
         self._no_split_modules = self.model._no_split_modules
         self.post_init()
 
@@ -117,6 +140,11 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        self.model._init_weights(module)
+        if isinstance(module, MTPHeads):
+            module.start_as_identity(self.model.norm)
 
     def new_cache(self, offloading: bool = False) -> SlotCache:
         """An empty cache for calls of this model that share a past."""
@@ -182,7 +210,8 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
                 apart; such a call returns no cache.
             past_key_values: Cache of earlier calls, from `new_cache` or a former output.
             inputs_embeds: ``[B, T, D]`` instead of `input_ids`.
-            labels: ``[B, T]``, unshifted, -100 ignored; gives ``loss``, the mean over the targets.
+            labels: ``[B, T]``, unshifted, -100 ignored; gives ``loss``, the mean over the targets, and for a model with heads
+                what they add to it.
             use_cache: Return a cache; default as in the backbone's configuration.
             output_hidden_states: Return the stream behind every visit.
             output_attentions: Refused: attention weights are not collected.
@@ -211,7 +240,7 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         h = self.model.norm(h)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, keep])
-        loss = None
+        loss, mtp_loss, mtp_step_losses = None, None, None
         if labels is not None:
             if num_items_in_batch is None and not torch.compiler.is_compiling() and bool((labels[:, 1:] == -100).all()):
                 raise ValueError(
@@ -224,12 +253,98 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
                 vocab_size=self._text_config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
+            if self.mtp_config is not None:
+                if cache is not None and cache.n_tokens != h.shape[1]:
+                    raise ValueError(
+                        "Heads that predict further tokens see the tokens of one call, so their loss cannot continue from a cache: "
+                        "give labels with whole rows."
+                    )
+                mtp_loss, mtp_step_losses = self._mtp_loss(
+                    h, input_ids, labels, attention_mask, position_ids, num_items_in_batch
+                )
+                loss = loss + mtp_loss
         return MullOutput(
             loss=loss,
+            mtp_loss=mtp_loss,
+            mtp_step_losses=mtp_step_losses,
             logits=logits,
             past_key_values=cache,
             hidden_states=None if stream is None else (*stream[:-1], h),
         )
+
+    def _mtp_loss(
+        self,
+        h: Tensor,
+        input_ids: Tensor | None,
+        labels: Tensor,
+        attention_mask: Tensor | dict[str, Any] | None,
+        position_ids: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted loss of the heads behind the main one, and the mean loss of each."""
+        assert self.mtp_config is not None
+        n_heads = self.mtp_config.num_predict_tokens
+        targets = targets_of(labels, label_positions(attention_mask, position_ids), 1 + n_heads)
+        valid = targets >= 0
+        valid[..., 0] = False  # the main head has its loss already
+        counts = valid.sum((0, 1)).clamp(min=1)
+        weights = torch.tensor(self.mtp_config.head_weights, device=h.device, dtype=accurate(h.dtype))
+        divisor = counts if num_items_in_batch is None else num_items_in_batch
+        coefficients = valid * (weights / divisor)
+        loss, losses = self.head_losses(
+            h, input_ids, targets, coefficients, attention_mask=attention_mask, position_ids=position_ids
+        )
+        means = losses.sum((0, 1)) / counts
+        return loss, {f"mtp_{k}": means[k] for k in range(1, 1 + n_heads)}
+
+    def head_losses(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor | None,
+        targets: Tensor,
+        coefficients: Tensor,
+        *,
+        attention_mask: Tensor | dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        trunk_gradient: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """``Σ coefficients · CE`` of the main head and those behind it, one head after the other; see `mull.layers.mtp`.
+
+        Args:
+            hidden: Final-normed states ``[B, T, D]``, from `early_decoded`.
+            input_ids: ``[B, T]``, read by sequential heads.
+            targets: ``[B, T, H]``, from `mull.ops.token_weights.targets_of`; H may leave out the last heads.
+            coefficients: ``[B, T, H]``; targets with 0 are not computed.
+            attention_mask: As in `forward`.
+            position_ids: As in `forward`.
+            trunk_gradient: Factor of the gradient from the heads behind the main one into the trunk; 0 detaches them.
+
+        Returns:
+            The sum, differentiable once; and the loss of each computed target ``[B, T, H]``, detached, 0 elsewhere.
+
+        Raises:
+            ValueError: targets for more heads than the model has, or sequential heads without `input_ids`.
+        """
+        n_heads = 1 + (0 if self.mtp_config is None else self.mtp_config.num_predict_tokens)
+        if targets.shape[-1] > n_heads:
+            raise ValueError(
+                f"There are targets for {targets.shape[-1]} heads, the main one included, but the model has {n_heads}: load it "
+                f"with mtp=MTPConfig(num_predict_tokens={targets.shape[-1] - 1})."
+            )
+        embedded = None
+        if self.mtp_heads is not None and self.mtp_heads.sequential:
+            if input_ids is None:
+                raise ValueError(
+                    "Sequential heads read the embeddings of the tokens: give input_ids, not inputs_embeds."
+                )
+            embedded = self.model.embed_tokens(input_ids)
+        sides = prepare(self.model, self._family, hidden, attention_mask, position_ids, None)
+
+        def run_block(block: nn.Module, h: Tensor) -> Tensor:
+            return run_layer(block, "full_attention", h, sides, None)
+
+        task = HeadTask(self.mtp_heads, targets, coefficients, run_block, trunk_gradient)
+        return head_losses(hidden, embedded, self.lm_head.weight, task)
 
     def early_decoded(
         self,
@@ -351,16 +466,42 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         return None
 
 
+def label_positions(attention_mask: Tensor | dict[str, Any] | None, position_ids: Tensor | None) -> Tensor | None:
+    """Positions by which the targets of the heads are found: no head predicts into another document, or from or into padding.
+
+    Args:
+        attention_mask: ``[B, T]`` with 0 at padding. Where there is a mask, rows are single documents, as in `forward`.
+        position_ids: ``[B, T]``; without a mask, a restart begins a document.
+
+    Returns:
+        ``[B, T]`` for `mull.ops.token_weights.targets_of`; None where every row is one document without padding.
+    """
+    if attention_mask is None:
+        return position_ids
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    width = attention_mask.shape[1]
+    return torch.where(attention_mask == 1, attention_mask.cumsum(1), -2 * width)
+
+
 AutoConfig.register("mull", MullConfig)
 AutoModelForCausalLM.register(MullConfig, MullForCausalLM)
 
 
-def wrap_transformer_with_etd(model: PreTrainedModel, config: ETDConfig | None) -> MullForCausalLM:
+def _new_heads(config: MTPConfig, base: PreTrainedModel) -> MTPHeads:
+    """Heads for a backbone, not initialised."""
+    return MTPHeads(config, base.config.hidden_size, lambda: new_block(base), lambda: new_norm(base))
+
+
+def wrap_transformer_with_etd(
+    model: PreTrainedModel, config: ETDConfig | None, mtp: MTPConfig | None = None
+) -> MullForCausalLM:
     """Retrofit a model in memory. The weights are shared, not copied.
 
     Args:
         model: A causal language model of transformers, of a supported architecture.
         config: Which layers think; None only gives the model paths.
+        mtp: Heads that predict further tokens; they start as the model's own next-token prediction.
 
     Returns:
         The retrofitted model, in the training mode that `model` is in.
@@ -369,12 +510,12 @@ def wrap_transformer_with_etd(model: PreTrainedModel, config: ETDConfig | None) 
         ValueError: unsupported architecture, a split that does not fit, a model that is wrapped already, or a wrapped model
             whose single-iteration logits differ from the base model's.
     """
-    wrapped = _share_weights(model, config)
+    wrapped = _share_weights(model, config, mtp)
     certify_identity(wrapped, model)
     return wrapped
 
 
-def _share_weights(model: PreTrainedModel, config: ETDConfig | None) -> MullForCausalLM:
+def _share_weights(model: PreTrainedModel, config: ETDConfig | None, mtp: MTPConfig | None) -> MullForCausalLM:
     if isinstance(model, MullForCausalLM):
         raise ValueError("The model is wrapped already. Wrap the Hugging Face model it was made from.")
     if not isinstance(getattr(model, "lm_head", None), nn.Linear):
@@ -386,10 +527,16 @@ def _share_weights(model: PreTrainedModel, config: ETDConfig | None) -> MullForC
         "attn_implementation": text_config._attn_implementation,
         "experts_implementation": text_config._experts_implementation,
     }
-    etd = None if config is None else config.model_dump()
+    etd_fields = None if config is None else config.model_dump()
+    mtp_fields = None if mtp is None else mtp.model_dump()
     with torch.device("meta"):
-        wrapped = MullForCausalLM(MullConfig(text_config=text_config, etd=etd, **back_ends))
+        wrapped = MullForCausalLM(MullConfig(text_config=text_config, etd=etd_fields, mtp=mtp_fields, **back_ends))
     wrapped.model, wrapped.lm_head = model.model, model.lm_head
+    if mtp is not None:
+        weight = model.lm_head.weight
+        with torch.device(weight.device):
+            wrapped.mtp_heads = _new_heads(mtp, model.model).to(weight.dtype)
+        wrapped.mtp_heads.apply(wrapped._init_weights)
     wrapped.generation_config = model.generation_config
     return wrapped.train(model.training)
 
@@ -428,7 +575,9 @@ def certify_identity(wrapped: MullForCausalLM, model: PreTrainedModel) -> None:
         )
 
 
-def from_pretrained(name_or_dir: str, etd: ETDConfig | None = None, **options: Any) -> MullForCausalLM:
+def from_pretrained(
+    name_or_dir: str, etd: ETDConfig | None = None, mtp: MTPConfig | None = None, **options: Any
+) -> MullForCausalLM:
     """Load a checkpoint, retrofitted.
 
     Args:
@@ -436,6 +585,8 @@ def from_pretrained(name_or_dir: str, etd: ETDConfig | None = None, **options: A
             saved.
         etd: Which layers think. For a model that mull saved, the default is the stored configuration; giving another one
             replaces it.
+        mtp: Heads that predict further tokens. For a model that mull saved, the default is the stored configuration; weights
+            that the checkpoint lacks start as the model's own next-token prediction.
         options: Passed to ``from_pretrained`` of transformers, such as ``dtype`` or ``device_map``.
 
     Returns:
@@ -448,8 +599,16 @@ def from_pretrained(name_or_dir: str, etd: ETDConfig | None = None, **options: A
     config = AutoConfig.from_pretrained(name_or_dir)
     if not isinstance(config, MullConfig):
         family_of(config.get_text_config())
-        return wrap_transformer_with_etd(AutoModelForCausalLM.from_pretrained(name_or_dir, **options), etd)
+        return wrap_transformer_with_etd(AutoModelForCausalLM.from_pretrained(name_or_dir, **options), etd, mtp)
     if etd is not None:
         config.etd = etd.model_dump()
+    if mtp is not None:
+        stored = mtp_from_dict(config.mtp)
+        if stored is not None and stored.mtp_head_type != mtp.mtp_head_type:
+            raise ValueError(
+                f"{name_or_dir} has heads of type {stored.mtp_head_type}, which are no start for type {mtp.mtp_head_type}: leave "
+                f"out mtp to load them, or ask for mtp_head_type={stored.mtp_head_type!r}."
+            )
+        config.mtp = mtp.model_dump()
     model: MullForCausalLM = MullForCausalLM.from_pretrained(name_or_dir, config=config, **options)
     return model

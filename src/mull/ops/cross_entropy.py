@@ -1,50 +1,212 @@
 """Cross-entropy of a vocabulary projection, in bounded memory.
 
+No function here holds the logits of all targets. Rows go through the projection in chunks; the gradient is taken chunk by chunk
+while the logits are there, which needs three matrix products where recomputing them in the backward pass needs four.
+
 Shapes: N targets, D model width, V vocabulary.
 """
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import LinearCrossEntropyOptions
 from torch.nn import functional as F
 
-CHUNK_ABOVE = 2**24
-"""Logits (``N · V``) above which the chunked kernel runs. Below, at most 64 MiB in fp32, materialised logits are faster."""
+CHUNK_LOGITS = 2**22
+"""Logits (rows · V) of a chunk: 16 MiB in fp32."""
+
+MIN_CHUNK_ROWS = 256
+"""Rows of a chunk at least, so that the matrix products stay efficient with a large vocabulary."""
 
 
-def token_losses(
+def weighted_cross_entropy(
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],
     targets: Int[Tensor, " N"],
-    bias: Float[Tensor, " V"] | None = None,
-) -> Float[Tensor, " N"]:
-    """Cross-entropy in nats of every target, ``-log softmax(hidden · weightᵀ + bias)[target]``.
+    coefficients: Float[Tensor, " N"],
+    weight_gradient: Float[Tensor, "V D"] | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
+    """``Σ_n coefficients_n · -ln softmax(hidden_n · weightᵀ)[target_n]``, and each target's loss.
 
-    A large product runs in torch's chunked kernel, which never holds all logits. The kernel ignores autocast and would
-    fall back to fp32 matrix products, so its operands are cast here.
+    Drop rows whose coefficient is 0 before the call: they only cost time.
 
     Args:
         hidden: Final-normed hidden states, one row per target.
         weight: Unembedding matrix.
-        targets: Vocabulary indices; drop ignored positions before the call, they would only cost time.
-        bias: Bias of the unembedding.
+        targets: Vocabulary indices.
+        coefficients: Weight of each target. No gradient flows into them.
+        weight_gradient: Where given, the sum's gradient with respect to `weight` is added to it at once, for an upstream
+            gradient of 1, and does not flow through autograd: several calls then share one matrix instead of making their own.
+            In fp32 for half-precision weights, or the many small terms are rounded away.
 
     Returns:
-        One fp32 loss per target. With bf16 operands of the chunked kernel each is rounded to 8 significant bits. The
-        rounding averages out in a sum over targets (4e-5 relative over 2048 of them), which is why the kernel's own
-        ``reduction="sum"``, itself rounded to bf16 (2e-3 relative), is not used.
+        The fp32 sum, differentiable once with respect to `hidden` and `weight`; and one fp32 loss per target in nats, detached
+        (both fp64 for fp64 operands). Matrix products run in the autocast dtype where autocast is on, the softmax in fp32.
     """
-    if len(targets) * len(weight) <= CHUNK_ABOVE:
-        return F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")
+    total, losses = _WeightedCrossEntropy.apply(
+        hidden, weight, targets, coefficients, weight_gradient, torch.is_grad_enabled()
+    )
+    return total, losses
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    """Takes the gradient in the forward pass; the backward pass scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        coefficients: Tensor,
+        weight_gradient: Tensor | None,
+        differentiable: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if not differentiable or not (any(ctx.needs_input_grad) or weight_gradient is not None):
+            losses = _losses(hidden, weight, targets)
+            return (losses * coefficients).sum(), losses
+        shared = weight_gradient is not None
+        if not shared and ctx.needs_input_grad[1]:
+            weight_gradient = torch.zeros_like(weight, dtype=accurate(weight.dtype))
+        losses, hidden_gradient = cross_entropy_gradients(hidden, weight, targets, coefficients, weight_gradient)
+        own = None if shared or weight_gradient is None else weight_gradient.to(weight.dtype)
+        ctx.save_for_backward(hidden_gradient.to(hidden.dtype), own)
+        ctx.mark_non_differentiable(losses)
+        return (losses * coefficients).sum(), losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _losses: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        return (
+            hidden_gradient * upstream.to(hidden_gradient.dtype),
+            None if weight_gradient is None else weight_gradient * upstream.to(weight_gradient.dtype),
+            *(None,) * 4,
+        )
+
+
+def cross_entropy_gradients(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, " N"],
+    coefficients: Float[Tensor, " N"],
+    weight_gradient: Float[Tensor, "V D"] | None,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, "N D"]]:
+    """Losses of the targets, and the gradient of their sum with `coefficients`, in one pass.
+
+    Args:
+        hidden: Final-normed hidden states, one row per target.
+        weight: Unembedding matrix.
+        targets: Vocabulary indices.
+        coefficients: Weight of each target.
+        weight_gradient: The gradient with respect to `weight` is added to it in place; None does not compute that gradient.
+
+    Returns:
+        One fp32 loss per target in nats, and the gradient with respect to `hidden` in the dtype of the matrix products.
+    """
+    losses = torch.empty(len(targets), dtype=accurate(hidden.dtype), device=hidden.device)
+    hidden, weight = _operands(hidden, weight)
+    # The coefficients multiply rows of width D, not of width V.
+    factors = coefficients[:, None].to(hidden.dtype)
+    scaled, hidden_gradient = hidden * factors, torch.empty_like(hidden)
+    for rows, log_p in _chunks(hidden, weight):
+        picked = targets[rows, None]
+        losses[rows] = -log_p.gather(-1, picked)[:, 0]
+        error = log_p.exp_()  # p - onehot(target)
+        error.scatter_add_(-1, picked, error.new_full(picked.shape, -1.0))
+        error = error.to(weight.dtype)
+        torch.mm(error, weight, out=hidden_gradient[rows])
+        if weight_gradient is not None:
+            _add_product(weight_gradient, error.T, scaled[rows])
+    return losses, hidden_gradient.mul_(factors)
+
+
+def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    losses = torch.empty(len(targets), dtype=accurate(hidden.dtype), device=hidden.device)
+    for rows, log_p in _chunks(*_operands(hidden, weight)):
+        losses[rows] = -log_p.gather(-1, targets[rows, None])[:, 0]
+    return losses
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
+class TokenStatistics(NamedTuple):
+    """What a model's prediction says about each target."""
+
+    loss: Tensor
+    """``[N]`` fp32: ``-ln p(target)`` in nats."""
+
+    entropy: Tensor
+    """``[N]`` fp32: entropy of the prediction in nats."""
+
+    sum_of_squares: Tensor
+    """``[N]`` fp32: ``Σ_v p(v)²``."""
+
+    alignment: Tensor | None
+    """``[N]`` fp32: ``(p - onehot(target))ᵀ · direction · hidden``, the inner product of `direction` with this target's
+    gradient of the unembedding; None without one."""
+
+
+@torch.no_grad()
+def token_statistics(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, " N"],
+    direction: Float[Tensor, "V D"] | None = None,
+) -> TokenStatistics:
+    """Measure predictions without holding their logits, and without gradient.
+
+    Args:
+        hidden: Final-normed hidden states, one row per target.
+        weight: Unembedding matrix.
+        targets: Vocabulary indices.
+        direction: A gradient of the unembedding to compare each target's own with. Their inner product needs no gradient per
+            target: that of a linear map is the outer product of error and input.
+    """
+    measured: list[list[Tensor]] = []
+    hidden, weight = _operands(hidden, weight)
+    for rows, log_p in _chunks(hidden, weight):
+        picked = targets[rows, None]
+        p = log_p.exp()
+        values = [-log_p.gather(-1, picked)[:, 0], -(p * log_p).sum(-1), p.square().sum(-1)]
+        if direction is not None:
+            slope = F.linear(hidden[rows], direction.to(hidden.dtype)).to(p.dtype)
+            values.append((p * slope).sum(-1) - slope.gather(-1, picked)[:, 0])
+        measured.append(values)
+    loss, entropy, squares, *alignment = (
+        [torch.cat(values) for values in zip(*measured, strict=True)]
+        if measured
+        else [hidden.new_zeros(0, dtype=accurate(hidden.dtype))] * (3 if direction is None else 4)
+    )
+    return TokenStatistics(loss, entropy, squares, alignment[0] if alignment else None)
+
+
+def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the matrix products: autocast does not reach into products that are written to a given place."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    losses = F.linear_cross_entropy(
-        hidden.to(dtype),
-        weight.to(dtype),
-        targets,
-        linear_bias=None if bias is None else bias.to(dtype),
-        reduction="none",
-        options=LinearCrossEntropyOptions(),
-    )
-    return losses.float()
+    return hidden.detach().to(dtype), weight.detach().to(dtype)
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows and their log-probabilities: fp32, or fp64 where the operands are."""
+    size = max(CHUNK_LOGITS // len(weight), MIN_CHUNK_ROWS)
+    for start in range(0, len(hidden), size):
+        rows = slice(start, min(start + size, len(hidden)))
+        yield rows, F.linear(hidden[rows], weight).log_softmax(-1, dtype=accurate(hidden.dtype))
+
+
+def accurate(dtype: torch.dtype) -> torch.dtype:
+    """Type in which losses of operands of type `dtype` are computed: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")

@@ -1,0 +1,387 @@
+"""Multi-token prediction heads, and their loss, one head after the other.
+
+Head ``k ≥ 1`` at position ``i`` predicts token ``i + 1 + k``. The main head, ``k = 0``, is the model itself. All heads share the
+model's unembedding, and start as the model's own next-token prediction.
+
+Shapes: B batch, T tokens, D model width, V vocabulary, H heads, the main one included.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from mull.configs import MTPConfig
+from mull.ops.cross_entropy import accurate, weighted_cross_entropy
+
+RunBlock = Callable[[nn.Module, Tensor], Tensor]
+"""Runs a decoder layer of the backbone on hidden states ``[B, T, D]`` with the masks and positions of the call."""
+
+
+class LinearHead(nn.Module):
+    """``W h``, identity at the start: the lightest head."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """Map final-normed states of the trunk to those of the head."""
+        return self.proj(h)
+
+    def start_as_identity(self, _trunk_norm: nn.Module) -> None:
+        """Predict what the trunk predicts."""
+        init.eye_(self.proj.weight)
+
+
+class ResidualHead(nn.Module):
+    """``h + silu(W h)``, the head of Medusa (arXiv:2401.10774, section 2.1.1), with W = 0 at the start."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """Map final-normed states of the trunk to those of the head."""
+        return h + F.silu(self.proj(h))
+
+    def start_as_identity(self, _trunk_norm: nn.Module) -> None:
+        """Predict what the trunk predicts."""
+        init.zeros_(self.proj.weight)
+
+
+class BlockHead(nn.Module):
+    """``norm(block(h))`` with a decoder layer of the backbone, as in Meta's parallel heads (arXiv:2404.19737, section 2).
+
+    Meta's layer reads the stream before the final norm and all heads share that norm; ours reads the normed states, the one
+    convention of all heads here, and has a norm of its own.
+    """
+
+    def __init__(self, block: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.norm = norm
+
+    def forward(self, h: Float[Tensor, "B T D"], run_block: RunBlock) -> Float[Tensor, "B T D"]:
+        """Map final-normed states of the trunk to those of the head."""
+        return self.norm(run_block(self.block, h))
+
+    def start_as_identity(self, trunk_norm: nn.Module) -> None:
+        """Make the block's two branches write nothing; what is left is the norm, at the scale of the trunk's."""
+        silence(self.block)
+        match_scale(self.norm, trunk_norm)
+
+
+class SequentialHead(nn.Module):
+    """``norm(block(proj [norm_e(e); norm_h(h)]))``: DeepSeek-V3's module (arXiv:2412.19437, equations 21 to 23).
+
+    Qwen3-Next ships the same. ``h`` is the state of the head before, ``e`` the embedding of the token that it predicted.
+    """
+
+    def __init__(self, width: int, block: nn.Module, make_norm: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.embedding_norm, self.hidden_norm, self.norm = make_norm(), make_norm(), make_norm()
+        self.proj = nn.Linear(2 * width, width, bias=False)
+        self.block = block
+
+    def forward(
+        self, h: Float[Tensor, "B T D"], embedded: Float[Tensor, "B T D"], run_block: RunBlock
+    ) -> Float[Tensor, "B T D"]:
+        """Advance the states by one token."""
+        joined = torch.cat([self.embedding_norm(embedded), self.hidden_norm(h)], -1)  # (B, T, 2D)
+        return self.norm(run_block(self.block, self.proj(joined)))
+
+    def start_as_identity(self, trunk_norm: nn.Module) -> None:
+        """Let the hidden half through; the embedded half starts at zero, and the block's two branches write nothing."""
+        width = self.proj.out_features
+        init.copy_(self.proj.weight, torch.cat([torch.zeros(width, width), torch.eye(width)], 1))
+        silence(self.block)
+        match_scale(self.norm, trunk_norm)
+
+
+def silence(block: nn.Module) -> None:
+    """Zero what a decoder layer's attention and MLP write with, so that it adds nothing to its stream.
+
+    That is their output maps; in layers of the OLMo family the norms behind them, which would multiply the gradient of a zero
+    map by ``1 / sqrt(eps)``.
+    """
+    norms_branches = hasattr(block, "post_feedforward_layernorm")
+    last = ("post_attention_layernorm", "post_feedforward_layernorm") if norms_branches else ("o_proj", "down_proj")
+    for name, parameter in block.named_parameters():
+        if any(part in name for part in last):
+            init.zeros_(parameter)
+
+
+def match_scale(norm: nn.Module, trunk_norm: nn.Module) -> None:
+    """Let `norm` write states of the root mean square that the trunk's norm gives: a smaller one flattens the prediction.
+
+    A norm answers a vector of ones with its factors, whether they are its weights or, as in Qwen3-Next, 1 + its weights.
+    """
+    weight = norm.get_parameter("weight")
+    ones = torch.ones_like(weight)
+    factor = trunk_norm(ones).square().mean().sqrt()
+    init.copy_(weight, weight + factor - norm(ones))
+
+
+class MTPHeads(nn.Module):
+    """The heads behind the main one.
+
+    Args:
+        config: Number and type of heads.
+        width: D.
+        make_block: Builds a full-attention decoder layer of the backbone.
+        make_norm: Builds a norm like the backbone's final one.
+    """
+
+    def __init__(
+        self,
+        config: MTPConfig,
+        width: int,
+        make_block: Callable[[], nn.Module],
+        make_norm: Callable[[], nn.Module],
+    ) -> None:
+        super().__init__()
+        self.n_heads = config.num_predict_tokens
+        self.kind = config.mtp_head_type
+        make: dict[str, Callable[[], nn.Module]] = {
+            "transformer": lambda: BlockHead(make_block(), make_norm()),
+            "mlp": lambda: ResidualHead(width),
+            "shared_lm_head": lambda: LinearHead(width),
+            "sequential": lambda: SequentialHead(width, make_block(), make_norm),
+        }
+        n_modules = 1 if config.share_weights_across_steps else self.n_heads
+        self.heads = nn.ModuleList(make[self.kind]() for _ in range(n_modules))
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether a head's state depends on the trunk's state of the same position alone."""
+        return self.kind in ("mlp", "shared_lm_head")
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a head continues from the states of the head before, and reads the embedding of the token in between."""
+        return self.kind == "sequential"
+
+    def forward(self, k: int, h: Tensor, embedded: Tensor | None, run_block: RunBlock) -> Tensor:
+        """States of head ``k ≥ 1``; logits are the model's unembedding of them.
+
+        Args:
+            k: Which head.
+            h: ``[B, T, D]``: the trunk's final-normed states, for `sequential` heads those of head ``k - 1``. Pointwise heads
+                take any leading shape.
+            embedded: ``[B, T, D]``: embedding of token ``i + k`` at position ``i``, for `sequential` heads.
+            run_block: See `RunBlock`.
+        """
+        head = self.heads[(k - 1) % len(self.heads)]
+        if self.pointwise:
+            return head(h)
+        return head(h, embedded, run_block) if self.sequential else head(h, run_block)
+
+    def start_as_identity(self, trunk_norm: nn.Module) -> None:
+        """Initialise every head so that it predicts what the trunk predicts.
+
+        Pointwise heads do so exactly, the others up to what their own norm does to the length of single states.
+
+        Args:
+            trunk_norm: The backbone's final norm.
+        """
+        for head in self.heads:
+            head.start_as_identity(trunk_norm)  # type: ignore[operator]
+
+
+def shifted(x: Float[Tensor, "B T D"], offset: int) -> Float[Tensor, "B T D"]:
+    """Bring position ``i + offset`` to position ``i``; zeros where there is none."""
+    return F.pad(x[:, offset:], (0, 0, 0, min(offset, x.shape[1])))
+
+
+@dataclass(frozen=True, eq=False)
+class HeadTask:
+    """What the heads are asked to predict, and how much each prediction counts."""
+
+    heads: MTPHeads | None
+    """None where only the main head has targets."""
+
+    targets: Int[Tensor, "B T H"]
+    """Token that each head shall predict at each position; below 0: none. H may be less than the model has heads: the further
+    ones are then not run at all."""
+
+    coefficients: Float[Tensor, "B T H"]
+    """Factor of each target's loss. Targets with 0 are not computed."""
+
+    run_block: RunBlock
+    trunk_gradient: float = 1.0
+    """Factor of the gradient that the heads behind the main one send into the trunk; 0 detaches them."""
+
+    def rows(self, k: int) -> Tensor:
+        """``[B, T]``: positions at which head `k` has something to learn."""
+        return (self.coefficients[..., k] != 0) & (self.targets[..., k] >= 0)
+
+
+def head_losses(
+    hidden: Float[Tensor, "B T D"],
+    embedded: Float[Tensor, "B T D"] | None,
+    unembedding: Float[Tensor, "V D"],
+    task: HeadTask,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "B T H"]]:
+    """``Σ coefficients · CE`` over positions and heads, head by head.
+
+    Each head's forward and backward pass runs into a detached copy of the trunk's states before the next head starts, so the
+    activations of one head exist at a time, and the trunk is back-propagated through once (arXiv:2404.19737, section 2; there the
+    logits of one head exist at a time, here those of one chunk of rows). Sequential heads are chained: the states of all are
+    computed, then the chain is walked back, cross-entropy and head by head.
+
+    Args:
+        hidden: Final-normed states of the trunk.
+        embedded: Embeddings of the input tokens, for sequential heads.
+        unembedding: The model's vocabulary projection.
+        task: Targets, coefficients, heads.
+
+    Returns:
+        The sum, differentiable once with respect to `hidden`, `embedded`, `unembedding` and the parameters of the heads; and the
+        loss of each computed target in nats, detached, 0 elsewhere.
+    """
+    parameters = [] if task.heads is None else [p for p in task.heads.parameters() if p.requires_grad]
+    total, losses = _HeadByHead.apply(task, torch.is_grad_enabled(), unembedding, hidden, embedded, *parameters)
+    return total, losses
+
+
+class _HeadByHead(torch.autograd.Function):
+    """Takes the gradient in the forward pass, head by head; the backward pass scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        task: HeadTask,
+        differentiable: bool,
+        unembedding: Tensor,
+        hidden: Tensor,
+        embedded: Tensor | None,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.set_grad_enabled(differentiable and any(ctx.needs_input_grad)):
+            work = _Pass(task, unembedding, hidden, embedded, parameters)
+            work.run()
+        if work.gradients[0] is not None:
+            work.gradients[0] = work.gradients[0].to(unembedding.dtype)
+        ctx.gradients = work.gradients
+        ctx.mark_non_differentiable(work.losses)
+        return work.total, work.losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _losses: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "The gradient of the heads is used up: compute the loss again for another backward pass."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        # In place: a second copy of the unembedding's gradient could be the largest tensor of the step.
+        return None, None, *(None if gradient is None else gradient.mul_(upstream) for gradient in gradients)
+
+
+class _Pass:
+    """One forward and backward pass through all heads."""
+
+    def __init__(
+        self,
+        task: HeadTask,
+        unembedding: Tensor,
+        hidden: Tensor,
+        embedded: Tensor | None,
+        parameters: tuple[Tensor, ...],
+    ) -> None:
+        self.task = task
+        self.unembedding = unembedding
+        differentiable = torch.is_grad_enabled()
+        self.hidden = hidden.detach().requires_grad_(hidden.requires_grad and differentiable)
+        self.embedded = None
+        if embedded is not None:
+            self.embedded = embedded.detach().requires_grad_(embedded.requires_grad and differentiable)
+        self.inputs = (self.hidden, self.embedded, *parameters)
+        self.losses = torch.zeros_like(task.coefficients, dtype=accurate(hidden.dtype))
+        self.total = self.losses.new_zeros(())
+        wanted = differentiable and unembedding.requires_grad
+        self.gradients: list[Tensor | None] = [
+            torch.zeros_like(unembedding, dtype=accurate(unembedding.dtype)) if wanted else None
+        ]
+        self.gradients += [None] * len(self.inputs)
+
+    def run(self) -> None:
+        """Compute the losses, and the gradients where they are wanted."""
+        n_heads = self.task.targets.shape[-1]
+        rows = self.task.rows(0)
+        self._back([self._loss(0, self.hidden[rows], rows)], [None])
+        heads = self.task.heads
+        if n_heads == 1:
+            return
+        assert heads is not None, "targets of further heads need heads"
+        if heads.sequential:
+            self._chain(heads, n_heads)
+            return
+        for k in range(1, n_heads):
+            rows = self.task.rows(k)
+            if heads.pointwise:
+                states = heads(k, self.hidden[rows], None, self.task.run_block)
+            else:
+                states = heads(k, self.hidden, None, self.task.run_block)[rows]
+            self._back([self._loss(k, states, rows)], [None], self.task.trunk_gradient)
+
+    def _chain(self, heads: MTPHeads, n_heads: int) -> None:
+        links: list[tuple[Tensor, Tensor]] = []  # what a head reads, detached from the head before, and what it writes
+        states = self.hidden
+        for k in range(1, n_heads):
+            assert self.embedded is not None, "sequential heads need embeddings"
+            read = states if k == 1 else states.detach().requires_grad_(torch.is_grad_enabled())
+            states = heads(k, read, shifted(self.embedded, k), self.task.run_block)
+            links.append((read, states))
+        carried: Tensor | None = None
+        for k in range(n_heads - 1, 0, -1):
+            read, states = links.pop()
+            rows = self.task.rows(k)
+            loss = self._loss(k, states[rows], rows)
+            outputs, upstream = ([loss], [None]) if carried is None else ([loss, states], [None, carried])
+            carried = self._back(outputs, upstream, self.task.trunk_gradient, None if k == 1 else read)
+
+    def _loss(self, k: int, states: Tensor, rows: Tensor) -> Tensor:
+        total, losses = weighted_cross_entropy(
+            states,
+            self.unembedding,
+            self.task.targets[..., k][rows],
+            self.task.coefficients[..., k][rows],
+            self.gradients[0],
+        )
+        self.losses[..., k][rows] = losses
+        self.total += total.detach()
+        return total
+
+    def _back(
+        self,
+        outputs: list[Tensor],
+        upstream: Sequence[Tensor | None],
+        trunk_gradient: float = 1.0,
+        link: Tensor | None = None,
+    ) -> Tensor | None:
+        """Add to the gradients of the inputs; return that of the link to the head before."""
+        factors = [trunk_gradient] * 2 + [1.0] * (len(self.inputs) - 2)  # the first two: hidden states and embeddings
+        wanted = [
+            (place, tensor)
+            for place, (tensor, factor) in enumerate(zip(self.inputs, factors, strict=True))
+            if tensor is not None and tensor.requires_grad and factor != 0
+        ]
+        tensors = [tensor for _, tensor in wanted] + ([] if link is None else [link])
+        if not tensors or not outputs[0].requires_grad:
+            return None
+        found = torch.autograd.grad(outputs, tensors, upstream, allow_unused=True)
+        for (place, _), gradient in zip(wanted, found, strict=False):
+            if gradient is not None:
+                self._add(place, gradient if factors[place] == 1 else gradient * factors[place])
+        return None if link is None else found[-1]
+
+    def _add(self, place: int, gradient: Tensor) -> None:
+        total = self.gradients[place + 1]
+        self.gradients[place + 1] = gradient if total is None else total.add_(gradient)
