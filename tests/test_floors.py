@@ -18,14 +18,14 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = {
     **dict.fromkeys(["configs", "path", "storage", "distributed"], 0),
-    **dict.fromkeys(["ops", "data", "tracking"], 1),
+    **dict.fromkeys(["ops", "data", "tracking", "optimization"], 1),
     **dict.fromkeys(["layers", "cache", "backbone"], 2),
     "model": 3,
-    **dict.fromkeys(["latent", "transfer", "checkpoint", "presets"], 4),
+    **dict.fromkeys(["latent", "transfer", "checkpoint", "presets", "estimate"], 4),
     "generate": 5,
     **dict.fromkeys(["search", "objectives", "evaluation", "report"], 6),
     "train": 7,
-    **dict.fromkeys(["recipe", "demo"], 8),
+    **dict.fromkeys(["recipe", "run", "demo"], 8),
     "cli": 9,
     "__init__": 10,
     "__main__": 10,
@@ -40,6 +40,11 @@ SAME_FLOOR = {
     ("mull.demo", "mull.recipe"),
     ("mull.objectives.next_token", "mull.objectives.iterations"),
     ("mull.objectives.steps", "mull.objectives.iterations"),
+    ("mull.objectives.wmtp", "mull.objectives.iterations"),
+    ("mull.objectives.wmtp", "mull.objectives.weighting"),
+    ("mull.objectives.algorithms", "mull.objectives.weighting"),
+    ("mull.objectives.critic", "mull.objectives.algorithms"),
+    ("mull.run", "mull.recipe"),
 }
 """Pairs (importer, imported) on one floor. Beside them, every objective may import the contract, `mull.objectives.base`."""
 

@@ -1,8 +1,8 @@
-"""The training loop: one for every objective.
+"""The training loop: one for every objective, on one device or many.
 
-An optimizer step accumulates the summed losses of its micro-batches, divides the gradient by their total weight once, clips,
-steps and logs. Everything that a step depends on (weights, optimizer, objective, random generators, number of the next batch)
-is in the checkpoint, so a resumed run continues bit for bit.
+An optimizer step computes the gradient of the mean loss (`mull.step`), clips, updates and logs. Everything that a step depends on
+(weights, optimizer, objective, random generators, number of the next batch) is in the checkpoint, so a resumed run continues bit
+for bit.
 """
 
 import contextlib
@@ -14,20 +14,42 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mull.checkpoint import latest, load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from mull.checkpoint import (
+    CheckpointConfig,
+    CheckpointWriter,
+    latest,
+    load_checkpoint,
+    rng_state,
+    rng_tensors,
+    set_rng_state,
+    set_rng_tensors,
+    stored_tensors,
+    training_tensors,
+)
+from mull.distributed import DistributedConfig, gather_objects, on_first_rank, rank, same_everywhere, world_size
 from mull.objectives.base import Batch, Objective
+from mull.optimization import (
+    OptimizationConfig,
+    Precision,
+    build_optimizers,
+    learning_rate_factor,
+    peak_flops,
+    resolve_precision,
+    update,
+)
+from mull.step import Stage, WrongStepError, accumulate, make_stage, mean_metrics, normalise, total_weight
 from mull.tracking import MetricsLog
 
 if TYPE_CHECKING:
@@ -36,23 +58,34 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Batches = Callable[[int], Batch]
-"""Number of a batch, from 0, to the batch: a pure function, so that a resumed run only needs the number."""
+"""Number of a batch, from 0, to the batch: a pure function, so that ranks and a resumed run only need the number."""
 
 Record = dict[str, Any]
 """One line of the metrics."""
 
 METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+OWN = "objective."
+"""Prefix of the objective's tensors in a checkpoint."""
+
+DEFAULT_CHECKPOINTS = CheckpointConfig()
+DEFAULT_SHARDING = DistributedConfig()
 PRINT_EVERY_SECONDS = 10.0
 """Pause between the progress lines of a run without a terminal."""
 
-REPORTING = {"log_every", "eval_every", "save_every", "keep_last"}
+REPORTING = {"log_every", "eval_every"}
 """Fields of `TrainConfig` that do not influence the weights, and may change between a checkpoint and its resumption."""
 
 
-class TrainConfig(BaseModel):
-    """How long, with which optimizer and schedule, and at which precision to train."""
+class MetricSink(Protocol):
+    """Where records go beside ``metrics.jsonl``. Whoever opens one closes it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take one record."""
+
+
+class TrainConfig(OptimizationConfig):
+    """How long, with which optimizer and schedule, and at which precision to train."""
 
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps of the run. Give either this or `max_seconds`."""
@@ -62,60 +95,20 @@ class TrainConfig(BaseModel):
     schedule then follows the elapsed share of the budget, so such a run is not reproducible bit for bit."""
 
     accumulate: int = Field(default=1, ge=1)
-    """Micro-batches per optimizer step; step ``s`` (from 0) takes batches ``s · accumulate`` and following."""
-
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """``muon`` trains the two-dimensional hidden matrices with Muon, and embeddings, unembedding, norms, biases and
-    convolutions with AdamW."""
-
-    peak_lr: float = Field(default=3e-4, gt=0)
-    """Learning rate of AdamW after warm-up."""
-
-    muon_lr: float = Field(default=0.02, gt=0)
-    """Learning rate of Muon after warm-up, for updates of orthogonal matrices scaled by ``sqrt(max(1, rows / columns))``."""
-
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled weight decay, per unit of learning rate. Embeddings, norms and biases do not decay."""
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of AdamW's two moving averages."""
-
-    clip_norm: float | None = Field(default=1.0, gt=0)
-    """Largest norm of the whole gradient, in nats per unit of weight of a target; ``None`` does not clip."""
-
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """Learning rate after warm-up: half a cosine; warm-up, stable, linear decay; or constant."""
-
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the learning rate rises linearly from 0. It multiplies the schedule, which starts at step 0."""
-
-    decay_share: float = Field(default=0.2, gt=0, le=1)
-    """Share of the run in which ``wsd`` decays; other schedules do not read it."""
-
-    final_lr_fraction: float = Field(default=0.0, ge=0, le=1)
-    """Where ``cosine`` and ``wsd`` end, as a fraction of the peak."""
-
-    precision: Literal["fp32", "bf16", "auto"] = "auto"
-    """``bf16`` runs the loss under autocast; the weights keep their type. ``auto`` is bf16 on devices that compute it natively
-    (CUDA; CPUs with AVX512-BF16 or AMX), otherwise fp32."""
+    """Micro-batches per optimizer step, all ranks together: each rank runs an equal share, and the training is the same on any
+    number of ranks. Step ``s`` (from 0) takes batches ``s · accumulate`` and following, which the ranks take in turns."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
 
     seed: int = 0
-    """Seed of the global random generators of torch, numpy and Python, set at the start of the run."""
+    """Seed of the global random generators of torch, numpy and Python, set at the start of the run; rank r takes ``seed + r``."""
 
     log_every: int = Field(default=10, ge=1)
     """Steps between two records; the first, the last and evaluated steps are always recorded. A record describes its own step."""
 
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between two evaluations; ``None`` evaluates after the last step only."""
-
-    save_every: int | None = Field(default=None, ge=1)
-    """Steps between two checkpoints; ``None`` saves after the last step only."""
-
-    keep_last: int | None = Field(default=2, ge=1)
-    """Checkpoints to keep; ``None`` keeps all."""
 
     @model_validator(mode="after")
     def _check_length(self) -> Self:
@@ -137,15 +130,15 @@ class TrainResult:
     """Time spent in training steps; evaluation and saving are not counted."""
 
     tokens: int
-    """Input tokens consumed, padding not counted where an attention mask ``[B, T]`` marks it."""
+    """Input tokens consumed by all ranks, padding not counted where an attention mask ``[B, T]`` marks it."""
 
     history: list[Record]
     """The records, as in ``metrics.jsonl``."""
 
     stopped: Literal["finished", "until", "sigterm"]
-    """Why the run ended: its length was reached, `until` said so, or the process was asked to terminate."""
+    """Why the run ended: its length was reached, `until` said so, or a process was asked to terminate."""
 
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     """Precision that ran."""
 
 
@@ -153,44 +146,74 @@ class TrainResult:
 class _Run:
     """Everything the steps of one run share."""
 
-    model: "MullForCausalLM"
-    objective: Objective
+    stage: Stage
     batches: Batches
     config: TrainConfig
     optimizers: list[torch.optim.Optimizer]
     device: torch.device
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     configuration: dict[str, Any]
+    flops_per_token: Callable[[], float] | float | None
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
-    terminated: bool = field(default=False)
+    asked_to_terminate: bool = False
+    """This process received SIGTERM."""
+    terminated: bool = False
+    """Any process has; noted at the end of a step, on all ranks alike."""
 
     @property
     def finished(self) -> bool:
         """Whether the run has reached its length."""
         return elapsed_share(self.config, self.step, self.seconds) >= 1
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on."""
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that the optimizers update."""
+        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+
+    def next_batches(self) -> dict[int, Batch]:
+        """This rank's batches of the next step by number, on the device."""
+        first = self.step * self.config.accumulate
         return {
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "objective": self.objective.state_dict(),
+            number: {name: tensor.to(self.device, non_blocking=True) for name, tensor in self.batches(number).items()}
+            for number in range(first + rank(), first + self.config.accumulate, world_size())
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors that the next step depends on, by name; those of the modules and optimizers are no copies."""
+        objective = self.stage.objective.state_dict()
+        own = {OWN + name: value for name, value in objective.items() if isinstance(value, Tensor)}
+        return {**training_tensors(self.stage, self.optimizers), **own}
+
+    def values(self) -> dict[str, Any]:
+        """What else it depends on, as JSON."""
+        objective = self.stage.objective.state_dict()
+        return {
             "step": self.step,
             "seconds": self.seconds,
             "tokens": self.tokens,
-            "rng": rng_state(),
+            "objective": {name: value for name, value in objective.items() if not isinstance(value, Tensor)},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`."""
-        self.model.load_state_dict(state["model"])
-        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(stored)
-        self.objective.load_state_dict(state["objective"])
-        self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
-        set_rng_state(state["rng"])
+    def save(self, writer: CheckpointWriter) -> None:
+        """Save the state, all ranks together."""
+        tensors = {**self.tensors(), **rng_tensors(rank())}
+        writer.save(self.step, tensors, self.values(), self.configuration)
+
+    def load(self, checkpoint: str) -> None:
+        """Restore `save`, all ranks together. A rank that the checkpoint knows nothing of is seeded by its number and step."""
+        stored = stored_tensors(checkpoint)
+        rng = {name: tensor for name, tensor in rng_tensors(rank()).items() if name in stored}
+        tensors = {**self.tensors(), **rng}
+        values = load_checkpoint(checkpoint, tensors, self.configuration)
+        own = {name.removeprefix(OWN): tensor for name, tensor in tensors.items() if name.startswith(OWN)}
+        self.stage.objective.load_state_dict({**values["objective"], **own})
+        self.step, self.seconds, self.tokens = values["step"], values["seconds"], values["tokens"]
+        if rng:
+            set_rng_tensors(tensors, rank())
+        else:
+            _seed(self.config.seed, self.step, rank())
 
 
 def train(
@@ -203,166 +226,132 @@ def train(
     evaluate: Callable[["MullForCausalLM"], Mapping[str, float]] | None = None,
     until: Callable[[Record], bool] | None = None,
     resume: bool = False,
+    checkpoint: CheckpointConfig = DEFAULT_CHECKPOINTS,
+    distributed: DistributedConfig = DEFAULT_SHARDING,
+    logs: Sequence[MetricSink] = (),
+    flops_per_token: Callable[[], float] | float | None = None,
 ) -> TrainResult:
     """Train `model` in place.
 
-    SIGTERM finishes the step, saves and returns. The global random generators are seeded, except when resuming.
+    SIGTERM finishes the step, saves and returns. The global random generators are seeded, except when resuming. In a
+    `mull.distributed.session` of several ranks, all call this alike; the model's weights are then shared among them (FSDP2), and
+    stay so: `mull.distributed.full_state_dict` collects them. Rank 0 alone writes metrics, prints and logs.
 
     Args:
         model: Trained where it is, on its device and in its dtype; parameters that require no gradient stay as they are.
         objective: The loss.
         batches: Number of a batch to the batch, a pure function; tensors are moved to the model's device.
         config: Length, optimizer, schedule, precision and reporting.
-        out_dir: Directory for ``metrics.jsonl`` and the checkpoints; ``None`` writes nothing.
-        evaluate: Called with the model in evaluation mode, without gradient or autocast; its numbers are recorded as
-            ``eval_<name>``. It may draw random numbers without changing the training.
-        until: Called with the record of every step; True ends the run.
-        resume: Continue from the newest checkpoint in `out_dir`, or start when there is none.
+        out_dir: Directory for ``metrics.jsonl`` and the checkpoints; ``None`` writes no metrics.
+        evaluate: Called on every rank, with the model in evaluation mode, without gradient or autocast; its numbers are recorded
+            as ``eval_<name>``. It may draw random numbers without changing the training. All ranks must run equally many layers.
+        until: Called with the record of every step; True on rank 0 ends the run.
+        resume: Continue from the newest checkpoint, or start when there is none.
+        checkpoint: Where and how often to save; without a URL in ``checkpoints`` of `out_dir`, and not at all without `out_dir`.
+        distributed: How ranks share the weights.
+        logs: Receive the records beside ``metrics.jsonl``.
+        flops_per_token: FLOPs of training on one token, forward and backward, or what returns them at each step; records then
+            hold ``mfu``, the share of the devices' `mull.optimization.peak_flops`.
 
     Returns:
         Steps, seconds, tokens, records, and why the run ended.
 
     Raises:
         ValueError: `out_dir` holds another run and `resume` is False, the checkpoint belongs to another configuration, nothing
-            in the model is trainable, or `resume` without `out_dir`.
+            in the model is trainable, `resume` without a place of checkpoints, or micro-batches that ranks cannot share.
         RuntimeError: a loss or gradient is not finite, or no micro-batch of a step has a target (the weights are those of
-            the step before); a checkpoint cannot be written.
+            the step before, and every rank raises); a checkpoint cannot be written.
     """
     directory = None if out_dir is None else Path(out_dir)
-    checkpoint = _checkpoint_to_resume(directory, resume)
-    run = _start(model, objective, batches, config)
-    if checkpoint is not None:
-        run.load_state_dict(load_checkpoint(checkpoint, run.configuration))
-        logger.info("Resuming from %s.", checkpoint)
-    if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-    with (
-        MetricsLog(None if directory is None else directory / METRICS, run.step) as log,
-        _training_mode(model, config),
-        _sigterm(run),
-        _Progress(run) as progress,
-    ):
-        stopped = _loop(run, log, progress, directory, evaluate, until)
-        return TrainResult(run.step, run.seconds, run.tokens, log.records, stopped, run.precision)
+    url = checkpoint.url or (None if directory is None else str(directory / CHECKPOINTS))
+    source = on_first_rank(lambda: _checkpoint_to_resume(directory, url, resume))
+    run = _start(model, objective, batches, config, distributed, flops_per_token)
+    if source is not None:
+        run.load(source)
+        _tell("Resuming from %s.", source)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(MetricsLog(_metrics_file(directory), run.step))
+        stack.enter_context(_sigterm(run))
+        writer = None
+        if url is not None:
+            writer = CheckpointWriter(url, checkpoint.keep_last, checkpoint.asynchronous)
+            stack.callback(writer.close)
+        stack.enter_context(_training_mode(run))
+        progress = stack.enter_context(_Progress(run))
+        loop = _Loop(run, [log, *(logs if rank() == 0 else ())], progress, evaluate, until)
+        stopped = loop.run_to_end(writer, checkpoint.every)
+    return TrainResult(run.step, run.seconds, run.tokens, log.records, stopped, run.precision)
 
 
-def _loop(
-    run: _Run,
-    log: MetricsLog,
-    progress: "_Progress",
-    directory: Path | None,
-    evaluate: Callable[["MullForCausalLM"], Mapping[str, float]] | None,
-    until: Callable[[Record], bool] | None,
-) -> Literal["finished", "until", "sigterm"]:
-    config = run.config
-    finished = run.finished
-    while not finished:
-        record = _optimizer_step(run)
+@dataclass
+class _Loop:
+    """Steps, and what happens between them."""
+
+    run: _Run
+    logs: Sequence[MetricSink]
+    progress: "_Progress"
+    evaluate: Callable[["MullForCausalLM"], Mapping[str, float]] | None
+    until: Callable[[Record], bool] | None
+
+    def run_to_end(
+        self, writer: CheckpointWriter | None, save_every: int | None
+    ) -> Literal["finished", "until", "sigterm"]:
+        run, config = self.run, self.run.config
         finished = run.finished
-        evaluated = finished or _is_due(run.step, config.eval_every)
-        if evaluate is not None and evaluated:
-            record |= {f"eval_{name}": value for name, value in _evaluate(run.model, evaluate).items()}
-        reached = until is not None and until(record)
-        last = finished or reached or run.terminated
-        if last or evaluated or run.step == 1 or _is_due(run.step, config.log_every):
-            log.log(record)
-        progress.show(record, last)
-        if directory is not None and (last or _is_due(run.step, config.save_every)):
-            save_checkpoint(directory, run.step, run.state_dict(), run.configuration, config.keep_last)
-        if last and not finished:
-            return "until" if reached else "sigterm"
-    return "finished"
+        while not finished:
+            record = _optimizer_step(run)
+            finished = run.finished
+            evaluated = finished or _is_due(run.step, config.eval_every)
+            if self.evaluate is not None and evaluated:
+                record |= {f"eval_{name}": value for name, value in _evaluate(run, self.evaluate).items()}
+            reached = self.until is not None and bool(same_everywhere(int(self.until(record))))
+            last = finished or reached or run.terminated
+            if last or evaluated or run.step == 1 or _is_due(run.step, config.log_every):
+                for log in self.logs:
+                    log.log(record)
+            self.progress.show(record, last)
+            if writer is not None:
+                writer.poll()
+                if last or _is_due(run.step, save_every):
+                    run.save(writer)
+            if last and not finished:
+                return "until" if reached else "sigterm"
+        return "finished"
 
 
 def _optimizer_step(run: _Run) -> Record:
     """One step: accumulate, divide by the global weight, clip, update."""
     started = time.perf_counter()
     config = run.config
-    factor = learning_rate_factor(config, run.step, run.seconds)
-    numbers = range(run.step * config.accumulate, (run.step + 1) * config.accumulate)
-    loss, metrics, tokens = _accumulate(run, numbers)
-    grad_norm = _clip(run, numbers)
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        optimizer.step()
-        optimizer.zero_grad()
-    seconds = _elapsed(run.device, started)
+    factor = learning_rate_factor(config, run.step, elapsed_share(config, run.step, run.seconds))
+    parts = accumulate(run.stage, run.next_batches(), run.precision)
+    try:
+        weight = total_weight(parts)
+        metrics = mean_metrics(parts) | run.stage.objective.end_step()
+        norm = normalise(run.trained, parts, config.clip_norm)
+    except WrongStepError as error:
+        run.stage.zero_grad()
+        raise RuntimeError(
+            f"Training stopped in step {run.step + 1}, before the weights changed: {error}. Look at the data of that step, "
+            "or lower the learning rate and resume from a checkpoint."
+        ) from None
+    update(run.optimizers, factor)
+    tokens = sum(part.tokens for part in parts)
+    seconds = _agree_on_end(run, _elapsed(run.device, started))
     run.step += 1
     run.seconds += seconds
     run.tokens += tokens
     return {
         "step": run.step,
         **metrics,
-        "loss": loss,
-        "grad_norm": grad_norm,
+        "loss": sum(part.loss for part in parts) / weight,
+        "grad_norm": norm,
         "lr": config.peak_lr * factor,
         "tokens": run.tokens,
         "seconds": run.seconds,
         "tokens_per_second": tokens / seconds,
+        **_utilisation(run, tokens / seconds),
     }
-
-
-def _accumulate(run: _Run, numbers: range) -> tuple[float, dict[str, float], int]:
-    """Leave the gradient of the step's mean loss in the parameters.
-
-    Returns:
-        Mean loss over all targets of the step, metrics averaged over micro-batches, tokens.
-    """
-    total_loss, total_weight, tokens = 0.0, 0.0, 0
-    metrics: dict[str, float] = {}
-    run.objective.begin_step()
-    for number in numbers:
-        batch = {name: tensor.to(run.device, non_blocking=True) for name, tensor in run.batches(number).items()}
-        with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.precision == "bf16"):
-            output = run.objective(run.model, batch)
-        loss = float(output.sum.detach())
-        if not math.isfinite(loss):
-            raise _stop(run, f"the loss of batch {number} is {loss}")
-        output.sum.backward()
-        total_loss += loss
-        total_weight += float(output.weight)
-        tokens += _count_tokens(batch)
-        for name, value in output.metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + value / len(numbers)
-    if total_weight <= 0:
-        raise _stop(run, f"{_named(numbers)} weigh {total_weight} together, so there is nothing to learn from")
-    # Once per step, so that the gradient does not depend on how targets fall into micro-batches.
-    for gradient in _gradients(run.model):
-        gradient.div_(total_weight)
-    return total_loss / total_weight, metrics, tokens
-
-
-def _clip(run: _Run, numbers: range) -> float:
-    """Bound the gradient's norm, refuse one that is not finite, and return the norm before clipping."""
-    norm = nn.utils.get_total_norm(_gradients(run.model))
-    if not torch.isfinite(norm):
-        raise _stop(run, f"the norm of the gradient of {_named(numbers)} is {float(norm)}")
-    if run.config.clip_norm is not None:
-        nn.utils.clip_grads_with_norm_(run.model.parameters(), run.config.clip_norm, norm)
-    return float(norm)
-
-
-def _stop(run: _Run, reason: str) -> RuntimeError:
-    """The error that ends a run before the optimizer touches the weights."""
-    run.model.zero_grad()
-    return RuntimeError(
-        f"Training stopped in step {run.step + 1}, before the weights changed: {reason}. Look at the data of that step, "
-        "or lower the learning rate and resume from a checkpoint."
-    )
-
-
-def _named(numbers: range) -> str:
-    return f"batch {numbers[0]}" if len(numbers) == 1 else f"batches {numbers[0]} to {numbers[-1]}"
-
-
-def _gradients(model: nn.Module) -> list[Tensor]:
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-
-
-def _count_tokens(batch: Batch) -> int:
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None and mask.ndim == 2 else batch["input_ids"].numel()
 
 
 def _elapsed(device: torch.device, started: float) -> float:
@@ -372,19 +361,32 @@ def _elapsed(device: torch.device, started: float) -> float:
     return time.perf_counter() - started
 
 
+def _agree_on_end(run: _Run, seconds: float) -> float:
+    """Seconds of the step by the clock of rank 0, after noting whether any rank was asked to terminate."""
+    reports = gather_objects((seconds, run.asked_to_terminate))
+    run.terminated = any(asked for _, asked in reports)
+    return reports[0][0]
+
+
+def _utilisation(run: _Run, tokens_per_second: float) -> dict[str, float]:
+    if run.flops_per_token is None:
+        return {}
+    flops = run.flops_per_token() if callable(run.flops_per_token) else run.flops_per_token
+    return {"mfu": flops * tokens_per_second / (peak_flops(run.device, run.precision) * world_size())}
+
+
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _evaluate(
-    model: "MullForCausalLM", evaluate: Callable[["MullForCausalLM"], Mapping[str, float]]
-) -> Mapping[str, float]:
+def _evaluate(run: _Run, evaluate: Callable[["MullForCausalLM"], Mapping[str, float]]) -> Mapping[str, float]:
     """Evaluate without leaving a trace in the training: mode and random generators are restored."""
     rng = rng_state()
-    model.eval()
+    run.stage.eval()
     with torch.no_grad():
-        values = evaluate(model)
-    model.train()
+        values = run.stage.evaluate(evaluate)
+    run.stage.train()
+    run.stage.free()
     set_rng_state(rng)
     return values
 
@@ -397,103 +399,65 @@ def elapsed_share(config: TrainConfig, step: int, seconds: float) -> float:
     return step / config.steps
 
 
-def learning_rate_factor(config: TrainConfig, step: int, seconds: float) -> float:
-    """Fraction of the peak learning rate in a step.
-
-    Args:
-        config: The schedule and the length of the run.
-        step: Optimizer steps done before.
-        seconds: Training seconds before; read by runs with a time budget.
-    """
-    share = elapsed_share(config, step, seconds)
-    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    decay = {
-        "constant": 0.0,
-        "cosine": (1 - math.cos(math.pi * min(share, 1.0))) / 2,
-        "wsd": min(max(0.0, (share - 1 + config.decay_share) / config.decay_share), 1.0),
-    }[config.schedule]
-    return warmup * (1 - decay * (1 - config.final_lr_fraction))
-
-
-def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the hidden matrices and AdamW for the rest.
-
-    Embeddings are the weights of `nn.Embedding` and whatever is tied to them. Weight decay applies to all parameters of two
-    or more dimensions but embeddings. Each group keeps its learning rate after warm-up as ``peak_lr``.
-
-    Raises:
-        ValueError: no parameter requires a gradient.
-    """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trainable:
-        raise ValueError("No parameter of the model requires a gradient: unfreeze some before training.")
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    unembedding = id(getattr(getattr(model, "lm_head", None), "weight", None))
-    decayed = {id(p) for p in trainable if p.ndim >= 2} - embeddings
-    hidden = (
-        {id(p) for p in trainable if p.ndim == 2} - embeddings - {unembedding} if config.optimizer == "muon" else set()
-    )
-
-    adamw_parameters = [p for p in trainable if id(p) not in hidden]
-    groups = [
-        {"params": [p for p in adamw_parameters if id(p) in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for p in adamw_parameters if id(p) not in decayed], "weight_decay": 0.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = []
-    if hidden:
-        matrices = [p for p in trainable if id(p) in hidden]
-        optimizers.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
-    if groups := [group for group in groups if group["params"]]:
-        # The default loop over parameters is several times slower on a CPU.
-        optimizers.append(torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas, fused=True))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers
-
-
-def resolve_precision(precision: Literal["fp32", "bf16", "auto"], device: torch.device) -> Literal["fp32", "bf16"]:
-    """Replace ``auto`` by what the device computes natively: emulated bf16 is slower than fp32."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    else:
-        native = False
-    return "bf16" if native else "fp32"
-
-
-def _start(model: "MullForCausalLM", objective: Objective, batches: Batches, config: TrainConfig) -> _Run:
+def _start(
+    model: "MullForCausalLM",
+    objective: Objective,
+    batches: Batches,
+    config: TrainConfig,
+    distributed: DistributedConfig,
+    flops_per_token: Callable[[], float] | float | None,
+) -> _Run:
+    if config.accumulate % world_size():
+        raise ValueError(
+            f"train.accumulate={config.accumulate} micro-batches per step cannot be shared evenly by {world_size()} ranks: use a "
+            f"multiple of {world_size()}, or another number of ranks."
+        )
     device = next(model.parameters()).device
     precision = resolve_precision(config.precision, device)
-    logger.info("Training on %s in %s (precision=%s).", device, precision, config.precision)
-    model.zero_grad()
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.manual_seed(config.seed)
+    ranks = "" if world_size() == 1 else f" and {world_size() - 1} other ranks"
+    _tell("Training on %s%s in %s (precision=%s).", device, ranks, precision, config.precision)
+    configuration = run_configuration(model, objective, config, distributed)
+    stage = make_stage(model, objective, distributed)
+    stage.zero_grad()
+    _seed(config.seed + rank())
     return _Run(
-        model=model,
-        objective=objective,
+        stage=stage,
         batches=batches,
         config=config,
-        optimizers=build_optimizers(model, config),
+        optimizers=build_optimizers(stage.model, config, stage.companion),
         device=device,
         precision=precision,
-        configuration=run_configuration(model, objective, config),
+        configuration=configuration,
+        flops_per_token=flops_per_token,
     )
 
 
-def run_configuration(model: nn.Module, objective: Objective, config: TrainConfig) -> dict[str, Any]:
+def _seed(*numbers: int) -> None:
+    """Seed the global random generators, with a number or a mixture of several."""
+    seed = numbers[0] if len(numbers) == 1 else int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def run_configuration(
+    model: nn.Module, objective: Objective, config: TrainConfig, distributed: DistributedConfig
+) -> dict[str, Any]:
     """Settings that a checkpoint shares with the run that resumes it, flat: ``train.peak_lr``, ``model.hidden_size``, ….
 
-    The settings of an objective are its public attributes; what it remembers is private, and in its `state_dict`. Where the
-    library, and not the user, may have changed a value (version and path of the model's configuration), it is left out.
+    The settings of an objective are its public attributes, modules apart; what it remembers is private, and in its `state_dict`.
+    Where the library, and not the user, may have changed a value (version and path of the model's configuration), it is left out,
+    and so is what does not influence the weights.
     """
-    settings: dict[str, Any] = {"train": config.model_dump(mode="json", exclude=REPORTING)}
-    public = {name: value for name, value in vars(objective).items() if not name.startswith("_")}
+    settings: dict[str, Any] = {
+        "train": config.model_dump(mode="json", exclude=REPORTING),
+        "distributed": {"param_dtype": distributed.param_dtype},
+    }
+    public = {
+        name: value
+        for name, value in vars(objective).items()
+        if not name.startswith("_") and not isinstance(value, nn.Module)
+    }
     settings["objective"] = {"name": type(objective).__name__} | {
         name: value.model_dump(mode="json") if isinstance(value, BaseModel) else value for name, value in public.items()
     }
@@ -513,33 +477,47 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _checkpoint_to_resume(directory: Path | None, resume: bool) -> Path | None:
-    if directory is None:
+def _checkpoint_to_resume(directory: Path | None, url: str | None, resume: bool) -> str | None:
+    if url is None:
         if resume:
-            raise ValueError("resume=True needs out_dir: the directory with the checkpoints of the run to continue.")
+            raise ValueError(
+                "resume=True needs out_dir or checkpoint.url: where the run to continue has its checkpoints."
+            )
         return None
-    checkpoint = latest(directory)
+    checkpoint = latest(url)
     if resume:
         return checkpoint
-    if checkpoint is not None or (directory / METRICS).exists():
+    has_metrics = directory is not None and (directory / METRICS).exists()
+    if checkpoint is not None or has_metrics:
         raise ValueError(
-            f"{directory} already holds a run. Pass resume=True to continue it, choose another out_dir, or remove the directory."
+            f"{directory if has_metrics else url} already holds a run. Pass resume=True to continue it, choose another place, or "
+            "remove it."
         )
     return None
 
 
+def _metrics_file(directory: Path | None) -> Path | None:
+    """The file of rank 0; other ranks keep their records in memory."""
+    if directory is None or rank() > 0:
+        return None
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory / METRICS
+
+
 @contextlib.contextmanager
-def _training_mode(model: "MullForCausalLM", config: TrainConfig) -> Iterator[None]:
+def _training_mode(run: _Run) -> Iterator[None]:
     """Training mode, with gradient checkpointing when asked for; both are undone at the end."""
+    model, stage = run.stage.model, run.stage
     was_training = model.training
-    enable = config.gradient_checkpointing and not model.is_activation_checkpointing
+    enable = run.config.gradient_checkpointing and not model.is_activation_checkpointing
     if enable:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    model.train()
+    stage.train()
     try:
         yield
     finally:
-        model.train(was_training)
+        stage.train(was_training)
+        stage.free()
         if enable:
             model.activation_checkpointing_disable()
 
@@ -552,7 +530,7 @@ def _sigterm(run: _Run) -> Iterator[None]:
         return
 
     def note(_signal: int, _frame: FrameType | None) -> None:
-        run.terminated = True
+        run.asked_to_terminate = True
 
     previous = signal.signal(signal.SIGTERM, note)
     try:
@@ -561,17 +539,27 @@ def _sigterm(run: _Run) -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def _tell(message: str, *details: object) -> None:
+    """Log on rank 0."""
+    if rank() == 0:
+        logger.info(message, *details)
+
+
 class _Progress:
-    """A progress bar on a terminal; elsewhere a line every ten seconds, and one for the last step."""
+    """On rank 0, a progress bar on a terminal; elsewhere a line every ten seconds, and one for the last step."""
 
     def __init__(self, run: _Run) -> None:
         self._run = run
-        self._interactive = sys.stderr.isatty()
+        self._interactive = sys.stderr.isatty() and rank() == 0
         self._bar = tqdm(total=run.config.steps, initial=run.step, unit="step", disable=not self._interactive)
         self._printed = -math.inf
 
     def show(self, record: Record, last: bool) -> None:
+        if rank() > 0:
+            return
         speed = f"{self._run.tokens / self._run.seconds:,.0f} tokens/s"
+        if "mfu" in record:
+            speed += f", MFU {record['mfu']:.1%}"
         if self._interactive:
             self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed}", refresh=False)
             self._bar.update()

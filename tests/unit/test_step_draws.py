@@ -1,4 +1,4 @@
-"""All micro-batches of an optimizer step run equally deep: the loop lets the objective draw once per step."""
+"""Claim: all micro-batches of an optimizer step run equally deep; outside a step, each call draws for itself."""
 
 import torch
 from conftest import SPLIT, tiny
@@ -21,3 +21,16 @@ def test_one_draw_serves_a_step() -> None:
     depths = [record["iterations"] for record in result.history]  # averaged over the micro-batches of a step
     assert all(depth.is_integer() for depth in depths)
     assert len(set(depths)) > 1
+
+
+def test_calls_outside_a_step_draw_for_themselves() -> None:
+    model = wrap_transformer_with_etd(tiny("qwen3"), SPLIT)
+    tokens = torch.arange(3, 13)[None]
+    batch = {"input_ids": tokens, "labels": tokens}
+    objective = NextToken(IterationSampling(kind="uniform", maximum=4))
+    objective.prepare(model, [batch])
+    inside = {objective(model, batch).metrics["iterations"] for _ in range(20)}
+    objective.end_step()
+    outside = {objective(model, batch).metrics["iterations"] for _ in range(20)}
+    assert len(inside) == 1
+    assert len(outside) > 1

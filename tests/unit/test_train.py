@@ -16,13 +16,13 @@ import torch
 from conftest import SPLIT, tiny
 from torch import Tensor, nn
 
-from mull.checkpoint import checkpoints, latest
+from mull.checkpoint import CheckpointConfig, checkpoints, latest
 from mull.model import wrap_transformer_with_etd
 from mull.objectives.base import Batch, LossOutput, Objective
 from mull.objectives.iterations import IterationSampling
 from mull.objectives.next_token import NextToken
 from mull.tracking import read_metrics
-from mull.train import TrainConfig, build_optimizers, learning_rate_factor, resolve_precision, train
+from mull.train import TrainConfig, train
 
 VOCAB, WIDTH = 11, 8
 CLOCK = {"seconds", "tokens_per_second"}
@@ -50,20 +50,25 @@ class Thinker(nn.Module):
 
 
 class Remembering(NextToken):
-    """An objective whose loss depends on what it has seen."""
+    """An objective whose loss depends on what it has seen, a number and a tensor, and on a module of its own."""
 
-    _seen = 0
+    def __init__(self, iterations: IterationSampling) -> None:
+        super().__init__(iterations)
+        self.companion = nn.Linear(WIDTH, 1)
+        self._seen, self._trace = 0, torch.zeros(2)
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
         self._seen += 1
+        self._trace = 0.5 * self._trace + torch.rand(2)
         total, weight, metrics = super().__call__(model, batch)
-        return LossOutput(total * (1 + 0.1 * self._seen), weight, metrics)
+        beside = self.companion(model.embed(batch["input_ids"])).square().sum()
+        return LossOutput((total + beside) * (1 + 0.1 * self._seen + self._trace.sum()), weight, metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": self._seen}
+        return {"seen": self._seen, "trace": self._trace}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._seen = state["seen"]
+        self._seen, self._trace = state["seen"], state["trace"]
 
 
 def rows(index: int, n_rows: int = 4) -> dict[str, Tensor]:
@@ -87,6 +92,12 @@ def config(**changes: Any) -> TrainConfig:
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def newest(out: Path) -> str:
+    checkpoint = latest(str(out / "checkpoints"))
+    assert checkpoint is not None
+    return Path(checkpoint).name
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -119,7 +130,7 @@ def test_gradient_does_not_depend_on_micro_batches(split: int) -> None:
 
     trained = Thinker()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mull.train.build_optimizers", lambda model, _config: [sgd(model)])
+        patch.setattr("mull.train.build_optimizers", lambda model, *_: [sgd(model)])
         result = train(trained, fixed(), parts, config(steps=1, accumulate=8 // split, clip_norm=None, peak_lr=0.1))
     for name, value in weights(trained).items():
         torch.testing.assert_close(value, weights(model)[name], atol=1e-6, rtol=0)  # fp32, another order of summation
@@ -135,14 +146,15 @@ def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resumed_equals_uninterrupted(tmp_path: Path, optimizer: str) -> None:
-    settings = config(optimizer=optimizer, steps=8, accumulate=2, save_every=3, eval_every=2, warmup_steps=3)
+    settings = config(optimizer=optimizer, steps=8, accumulate=2, eval_every=2, warmup_steps=3)
+    saving = {"checkpoint": CheckpointConfig(every=3)}
     sampled = IterationSampling(kind="poisson_lognormal", mean=2, maximum=5)
 
     def evaluate(_model: Any) -> dict[str, float]:
         return {"noise": float(torch.rand(()))}
 
     straight = Thinker(dropout=0.3)
-    expected = train(straight, Remembering(sampled), rows, settings, tmp_path / "straight", evaluate=evaluate)
+    expected = train(straight, Remembering(sampled), rows, settings, tmp_path / "straight", evaluate=evaluate, **saving)
 
     def killed(index: int) -> dict[str, Tensor]:
         if index == 10:  # first micro-batch of step 6; the checkpoint is of step 3
@@ -150,13 +162,22 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, optimizer: str) -> None:
         return rows(index)
 
     with pytest.raises(KeyboardInterrupt):
-        train(Thinker(dropout=0.3), Remembering(sampled), killed, settings, tmp_path / "killed", evaluate=evaluate)
-    assert latest(tmp_path / "killed") == tmp_path / "killed" / "step-000003"
+        train(
+            Thinker(dropout=0.3),
+            Remembering(sampled),
+            killed,
+            settings,
+            tmp_path / "killed",
+            evaluate=evaluate,
+            **saving,
+        )
+    assert newest(tmp_path / "killed") == "step-000003"
     assert len(read_metrics(tmp_path / "killed" / "metrics.jsonl")) == 5
 
     resumed = Thinker(dropout=0.3, seed=9)
     torch.manual_seed(123)
-    actual = train(resumed, Remembering(sampled), rows, settings, tmp_path / "killed", evaluate=evaluate, resume=True)
+    options = {"evaluate": evaluate, "resume": True, **saving}
+    actual = train(resumed, Remembering(sampled), rows, settings, tmp_path / "killed", **options)
     assert same(weights(straight), weights(resumed))
     without_clock = [
         [{k: v for k, v in r.items() if k not in CLOCK} for r in run.history] for run in (expected, actual)
@@ -192,7 +213,7 @@ def test_sigterm_finishes_the_step_saves_and_stops(tmp_path: Path) -> None:
     result = train(interrupted, fixed(), terminating, config(), tmp_path)
     assert result.stopped == "sigterm"
     assert result.step == 3
-    assert latest(tmp_path) == tmp_path / "step-000003"
+    assert newest(tmp_path) == "step-000003"
     assert signal.getsignal(signal.SIGTERM) == before
     assert train(interrupted, fixed(), rows, config(), tmp_path, resume=True).stopped == "finished"
     train(straight, fixed(), rows, config())
@@ -247,7 +268,7 @@ def first_update(**changes: Any) -> tuple[float, float]:
     model = Thinker()
     before = weights(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mull.train.build_optimizers", lambda model, _config: [sgd(model, 1.0)])
+        patch.setattr("mull.train.build_optimizers", lambda model, *_: [sgd(model, 1.0)])
         result = train(model, fixed(), rows, config(steps=1, **changes))
     change = torch.cat([(weights(model)[name] - before[name]).flatten() for name in before])
     return float(change.norm()), result.history[0]["grad_norm"]
@@ -265,31 +286,6 @@ def test_the_schedule_reaches_the_optimizer() -> None:
     assert first_update(warmup_steps=4)[0] == pytest.approx(first_update()[0] / 4, rel=1e-3)
 
 
-def test_parameters_go_to_the_optimizer_that_suits_them() -> None:
-    model = Thinker()
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-
-    def groups(optimizer: str) -> list[tuple[str, float, set[str]]]:
-        return [
-            (type(o).__name__, group["weight_decay"], {names[id(p)] for p in group["params"]})
-            for o in build_optimizers(model, config(optimizer=optimizer, weight_decay=0.3))
-            for group in o.param_groups
-        ]
-
-    undecayed = {"embed.weight", "conv.bias", "think.bias", "norm.weight", "norm.bias"}
-    assert groups("adamw") == [
-        ("AdamW", 0.3, {"conv.weight", "think.weight", "lm_head.weight"}),
-        ("AdamW", 0.0, undecayed),
-    ]
-    assert groups("muon") == [
-        ("Muon", 0.3, {"think.weight"}),
-        ("AdamW", 0.3, {"conv.weight", "lm_head.weight"}),
-        ("AdamW", 0.0, undecayed),
-    ]
-    model.lm_head.weight = model.embed.weight
-    assert all("lm_head.weight" not in members for _, decay, members in groups("muon") if decay)
-
-
 def test_frozen_parameters_stay_and_a_frozen_model_is_refused() -> None:
     model = Thinker()
     model.embed.requires_grad_(False)
@@ -299,22 +295,6 @@ def test_frozen_parameters_stay_and_a_frozen_model_is_refused() -> None:
     assert not torch.equal(model.think.weight, before["think.weight"])
     with pytest.raises(ValueError, match="unfreeze"):
         train(model.requires_grad_(False), fixed(), rows, config())
-
-
-@pytest.mark.parametrize(
-    ("schedule", "at"),
-    [
-        ("constant", {0: 0.25, 3: 1.0, 50: 1.0, 99: 1.0}),
-        ("cosine", {0: 0.25, 50: 0.55, 25: 0.1 + 0.9 * (2 + math.sqrt(2)) / 4, 100: 0.1}),
-        ("wsd", {1: 0.5, 50: 1.0, 79: 1.0, 90: 0.55, 100: 0.1}),
-    ],
-)
-@pytest.mark.parametrize("budget", ["steps", "max_seconds"])
-def test_schedule_by_hand(schedule: str, at: dict[int, float], budget: str) -> None:
-    shape = {"schedule": schedule, "warmup_steps": 4, "final_lr_fraction": 0.1, "decay_share": 0.2}
-    settings = TrainConfig(steps=100, **shape) if budget == "steps" else TrainConfig(max_seconds=20.0, **shape)
-    for step, factor in at.items():
-        assert learning_rate_factor(settings, step, seconds=step / 5) == pytest.approx(factor, abs=1e-3), step
 
 
 def test_a_time_budget_ends_the_run_and_excludes_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,19 +326,19 @@ def test_until_sees_every_record_and_ends_the_run(tmp_path: Path) -> None:
     assert result.stopped == "until"
     assert seen == [1, 2, 3]
     assert [record["step"] for record in result.history] == [1, 3]
-    assert latest(tmp_path) == tmp_path / "step-000003"
+    assert newest(tmp_path) == "step-000003"
 
 
 def test_a_directory_that_holds_another_run_is_refused(tmp_path: Path) -> None:
-    train(Thinker(), fixed(), rows, config(steps=4, save_every=1), tmp_path)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-000003", "step-000004"]
+    train(Thinker(), fixed(), rows, config(steps=4), tmp_path, checkpoint=CheckpointConfig(every=1))
+    assert [Path(url).name for url in checkpoints(str(tmp_path / "checkpoints"))] == ["step-000003", "step-000004"]
     with pytest.raises(ValueError, match="already holds a run"):
         train(Thinker(), fixed(), rows, config(), tmp_path)
     with pytest.raises(ValueError, match=r"train\.peak_lr: 0\.01 stored, 0\.5 given"):
         train(Thinker(), fixed(), rows, config(steps=4, peak_lr=0.5), tmp_path, resume=True)
     with pytest.raises(ValueError, match=r"objective\.iterations\.maximum: 2 stored, 3 given"):
         train(Thinker(), fixed(3), rows, config(steps=4), tmp_path, resume=True)
-    with pytest.raises(ValueError, match="out_dir"):
+    with pytest.raises(ValueError, match=r"out_dir or checkpoint\.url"):
         train(Thinker(), fixed(), rows, config(), resume=True)
     finished = train(Thinker(), fixed(), rows, config(steps=4, log_every=2), tmp_path, resume=True)
     assert finished.step == 4
@@ -371,20 +351,6 @@ def test_the_run_has_exactly_one_length() -> None:
             TrainConfig(**lengths)
     with pytest.raises(ValueError, match="peek_lr"):
         TrainConfig(steps=1, peek_lr=1.0)
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False, "amx_bf16": True}, "bf16"), ({"neon": True}, "fp32")],
-)
-def test_auto_precision_follows_the_processor(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: str
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    cpu = torch.device("cpu")
-    assert resolve_precision("auto", cpu) == expected
-    assert resolve_precision("fp32", cpu) == "fp32"
-    assert resolve_precision("bf16", cpu) == "bf16"
 
 
 def test_bf16_runs_the_products_in_bf16_and_keeps_fp32_weights() -> None:
@@ -416,7 +382,8 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3-tied", "qwen3_5"])
 def test_a_real_model_resumes_bit_for_bit(tmp_path: Path, family: str) -> None:
-    settings = config(steps=3, optimizer="muon", save_every=2)
+    settings = config(steps=3, optimizer="muon")
+    saving = {"checkpoint": CheckpointConfig(every=2)}
     sampled = NextToken(IterationSampling(kind="uniform", maximum=3, backprop_iterations=2))
 
     def killed(index: int) -> dict[str, Tensor]:
@@ -427,7 +394,69 @@ def test_a_real_model_resumes_bit_for_bit(tmp_path: Path, family: str) -> None:
     straight, first, second = (wrap_transformer_with_etd(tiny(family, seed=seed), SPLIT) for seed in (0, 0, 1))
     train(straight, sampled, rows, settings)
     with pytest.raises(KeyboardInterrupt):
-        train(first, sampled, killed, settings, tmp_path)
-    train(second, sampled, rows, settings, tmp_path, resume=True)
+        train(first, sampled, killed, settings, tmp_path, **saving)
+    train(second, sampled, rows, settings, tmp_path, resume=True, **saving)
     assert same(weights(straight), weights(second))
     assert not same(weights(straight), weights(first))
+
+
+def test_a_step_is_prepare_calls_and_end(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Telling(NextToken):
+        def prepare(self, model: Any, batches: Any) -> Any:
+            seen.append((len(batches), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), model.training))
+            return [{**batch, "extra": torch.tensor(float(n))} for n, batch in enumerate(batches)]
+
+        def __call__(self, model: Any, batch: Batch) -> LossOutput:
+            seen.append(float(batch["extra"]))
+            return super().__call__(model, batch)
+
+        def end_step(self) -> dict[str, float]:
+            seen.append(float(model.think.weight.detach().sum()))
+            return {"whole_step": 7.0, "iterations": 9.0}
+
+    model = Thinker()
+    before = float(model.think.weight.detach().sum())
+    result = train(model, Telling(IterationSampling(maximum=1)), rows, config(steps=1, accumulate=2, precision="bf16"))
+    assert seen == [(2, False, True, True), 0.0, 1.0, before], "the weights changed before the step was over"
+    assert (result.history[0]["whole_step"], result.history[0]["iterations"]) == (7.0, 9.0)
+
+
+def test_a_companion_is_trained_and_saved(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    objective, other = (Remembering(IterationSampling(maximum=2)) for _ in range(2))
+    model = Thinker()
+    before = weights(objective.companion)
+    train(model, objective, rows, config(steps=2, optimizer="muon"), tmp_path)
+    assert not torch.equal(objective.companion.weight, before["weight"])
+    train(Thinker(seed=3), other, rows, config(steps=2, optimizer="muon"), tmp_path, resume=True)
+    assert same(weights(objective.companion), weights(other.companion))
+
+
+def test_checkpoints_go_where_they_are_sent(tmp_path: Path) -> None:
+    elsewhere = CheckpointConfig(url=str(tmp_path / "elsewhere"), asynchronous=False)
+    straight, model = Thinker(), Thinker()
+    train(straight, fixed(), rows, config(steps=4))
+    train(model, fixed(), rows, config(steps=4), until=lambda r: r["step"] == 2, checkpoint=elsewhere)
+    assert [Path(url).name for url in checkpoints(str(tmp_path / "elsewhere"))] == ["step-000002"]
+    resumed = Thinker(seed=5)
+    result = train(resumed, fixed(), rows, config(steps=4), resume=True, checkpoint=elsewhere)
+    assert [record["step"] for record in result.history] == [3, 4]
+    assert same(weights(resumed), weights(straight))
+
+
+def test_other_logs_receive_the_records(tmp_path: Path) -> None:
+    received: list[Any] = []
+    sink = SimpleNamespace(log=lambda record: received.append(dict(record)))
+    result = train(Thinker(), fixed(), rows, config(steps=3, log_every=2), logs=[sink])
+    assert received == result.history
+    assert [record["step"] for record in received] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("flops", [1e6, lambda: 1e6], ids=["number", "function"])
+def test_utilisation_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch, flops: Any) -> None:
+    monkeypatch.setattr("mull.train.peak_flops", lambda device, precision: 1e12)
+    (record,) = train(Thinker(), fixed(), rows, config(steps=1), flops_per_token=flops).history
+    assert record["mfu"] == pytest.approx(record["tokens_per_second"] * 1e6 / 1e12)
+    assert "mfu" not in train(Thinker(), fixed(), rows, config(steps=1)).history[0]

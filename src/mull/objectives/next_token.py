@@ -3,11 +3,13 @@
 Shapes: B batch, T tokens, D model width, N valid targets.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mull.distributed import same_everywhere
 from mull.objectives.base import Batch, LossOutput, Objective
 from mull.objectives.iterations import IterationSampling
 from mull.ops.cross_entropy import token_losses
@@ -31,9 +33,15 @@ class NextToken(Objective):
         self.iterations = iterations
         self._drawn: int | None = None
 
-    def begin_step(self) -> None:
+    def prepare(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> Sequence[Batch]:
         """Draw the number of iterations, one for the whole step."""
-        self._drawn = self.iterations.sample()
+        self._drawn = same_everywhere(self.iterations.sample())
+        return batches
+
+    def end_step(self) -> dict[str, float]:
+        """Forget the number of iterations."""
+        self._drawn = None
+        return {}
 
     def __call__(self, model: "MullForCausalLM", batch: Batch) -> LossOutput:
         """Sum the cross-entropy over the valid targets. Outside a training step each call draws its own iterations.

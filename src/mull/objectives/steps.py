@@ -3,12 +3,14 @@
 Shapes: B batch, T tokens, K steps with a label, k iterations run, N positions with a label, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mull.distributed import global_sum, same_everywhere
 from mull.objectives.base import Batch, LossOutput, Objective
 from mull.objectives.iterations import IterationSampling
 
@@ -17,14 +19,14 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 EMA_DECAY = 0.9
-"""Share of the running first-step accuracy that a batch leaves in place: a window of about ten batches."""
+"""Share of the running first-step accuracy that an optimizer step leaves in place: a window of about ten steps."""
 
 
 class StepSupervision(Objective):
     """Cross-entropy of every iteration's early-decoded output against the label of its step.
 
     A curriculum starts with one iteration: only when the first step is mastered do batches run more, because a later step
-    cannot be learnt on top of a wrong first one. That phase is the objective's state.
+    cannot be learnt on top of a wrong first one. That phase is the objective's state, and advances once per optimizer step.
 
     The batch holds ``step_labels [B, T, K]``: entry ``[b, t, j]`` is what iteration ``j + 1`` shall output *at* position
     ``t`` (not shifted), -100 to ignore.
@@ -50,16 +52,32 @@ class StepSupervision(Objective):
         self._first_step_accuracy = 0.0
         self._mastered = False
         self._drawn: int | None = None
+        self._counts: list[Tensor] = []
 
-    def begin_step(self) -> None:
+    def prepare(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> Sequence[Batch]:
         """Draw the number of iterations, one for the whole step."""
-        self._drawn = self._draw()
+        self._drawn = same_everywhere(self._draw())
+        self._counts = []
+        return batches
+
+    def end_step(self) -> dict[str, float]:
+        """Advance the curriculum by the first-step accuracy over all targets of the step.
+
+        Returns:
+            That accuracy, ``first_step_accuracy``.
+        """
+        hits, targets = global_sum(torch.stack(self._counts).sum(0)).tolist()
+        accuracy = hits / targets
+        self._first_step_accuracy = EMA_DECAY * self._first_step_accuracy + (1 - EMA_DECAY) * accuracy
+        self._mastered = self._mastered or self._first_step_accuracy > self.threshold
+        self._drawn = None
+        return {"first_step_accuracy": accuracy}
 
     def _draw(self) -> int:
         return self.iterations.sample() if self._mastered else 1
 
     def __call__(self, model: "MullForCausalLM", batch: Batch) -> LossOutput:
-        """Sum the cross-entropy over positions and iterations; in training mode, advance the curriculum.
+        """Sum the cross-entropy over positions and iterations. Outside a training step each call draws its own iterations.
 
         Returns:
             Loss in nats summed over the targets, their number, and the metrics ``loss`` (nats per target), ``iterations``,
@@ -84,10 +102,14 @@ class StepSupervision(Objective):
         logits = model.lm_head(torch.stack([state[labelled] for state in states])).float()  # (k, N, V)
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         weight = (targets != IGNORED).sum()
-        first, last = (_accuracy(logits[step], targets[step]) for step in (0, -1))
-        if model.training:
-            self._advance(first)
-        metrics = {"iterations": float(iterations), "first_step_accuracy": first, "last_step_accuracy": last}
+        first, last = (_hits_and_targets(logits[step], targets[step]) for step in (0, -1))
+        if self._drawn is not None:
+            self._counts.append(first)
+        metrics = {
+            "iterations": float(iterations),
+            "first_step_accuracy": _accuracy(first),
+            "last_step_accuracy": _accuracy(last),
+        }
         return LossOutput(total, weight, {"loss": float(total.detach() / weight), **metrics})
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,10 +120,6 @@ class StepSupervision(Objective):
         """Restore `state_dict`."""
         self._first_step_accuracy = state["first_step_accuracy"]
         self._mastered = state["mastered"]
-
-    def _advance(self, accuracy: float) -> None:
-        self._first_step_accuracy = EMA_DECAY * self._first_step_accuracy + (1 - EMA_DECAY) * accuracy
-        self._mastered = self._mastered or self._first_step_accuracy > self.threshold
 
     def _check_labels(self, step_labels: Tensor) -> None:
         n_steps = step_labels.shape[-1]
@@ -117,8 +135,14 @@ class StepSupervision(Objective):
             )
 
 
-def _accuracy(logits: Tensor, targets: Tensor) -> float:
-    """Share of the valid targets that the largest logit hits; 0 where there is none."""
+def _hits_and_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many valid targets the largest logit hits, and how many there are, ``[2]``."""
     valid = targets != IGNORED
     hits = (logits.argmax(-1) == targets) & valid
-    return float(hits.sum() / valid.sum().clamp(min=1))
+    return torch.stack([hits.sum(), valid.sum()])
+
+
+def _accuracy(counts: Tensor) -> float:
+    """Share of the targets that were hit; 0 where there is none."""
+    hits, targets = counts.tolist()
+    return float(hits / max(targets, 1))

@@ -1,12 +1,11 @@
-"""Corpora are deterministic, their parts are disjoint by file, and a mistake in a user's data is named with its place."""
+"""The corpus of the standard library is deterministic, and its parts are disjoint by file."""
 
-import json
 import sysconfig
 from pathlib import Path
 
 import pytest
 
-from mull.data.corpus import Corpus, Document, load_stdlib, load_text_files, subsample
+from mull.data.corpus import Corpus, load_stdlib, subsample
 
 
 @pytest.fixture(scope="module")
@@ -52,54 +51,3 @@ def test_a_subsample_is_seeded_and_bounded(stdlib: Corpus) -> None:
     assert order == sorted(set(order)), "without replacement, in the order of the corpus"
     with pytest.raises(ValueError, match="max_bytes=10"):
         subsample(stdlib.train, 10)
-
-
-def test_files_folders_and_lines_of_json_become_documents(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    (folder / "inner").mkdir(parents=True)
-    (folder / "b.txt").write_bytes(b"two\r\n")
-    (folder / "inner" / "c.py").write_text("three = 3\n")
-    (folder / "blank.txt").write_text(" \n")
-    (folder / "image.png").write_bytes(b"\x89PNG")
-    lines = tmp_path / "lines.jsonl"
-    lines.write_text(
-        json.dumps({"text": "four\u2028\n4", "id": 4}, ensure_ascii=False) + '\n\n{"text": "five"}\n', "utf-8"
-    )
-    assert load_text_files([lines, str(folder)]) == [
-        Document(f"{lines}:1", "four\u2028\n4"),
-        Document(f"{lines}:3", "five"),
-        Document(str(folder / "b.txt"), "two\r\n"),
-        Document(str(folder / "inner" / "c.py"), "three = 3\n"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"content": "x"}', "line 2 has the keys content"),
-        ("{}", r"line 2 has the keys \(none\)"),
-        ('{"text": 3}', "line 2 has the keys text"),
-        ("[1]", "line 2 has a list"),
-        ("{text: x}", "line 2 is not JSON"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
-    file = tmp_path / "data.jsonl"
-    file.write_text('{"text": "good"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=message):
-        load_text_files([file])
-
-
-def test_missing_unreadable_and_empty_data_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt does not exist"):
-        load_text_files([tmp_path / "nowhere.txt"])
-    latin = tmp_path / "latin.txt"
-    latin.write_bytes("é".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.txt is not valid UTF-8"):
-        load_text_files([latin])
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(ValueError, match=r"no text in .*empty"):
-        load_text_files([empty])
-    with pytest.raises(ValueError, match="an empty list of paths"):
-        load_text_files([])

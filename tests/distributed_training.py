@@ -1,0 +1,235 @@
+"""Trainings that one process and several ranks run alike, and what only several ranks can do."""
+
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mull.configs import ETDConfig
+from mull.distributed import DistributedConfig, full_state_dict, on_first_rank, rank, same_everywhere, whole
+from mull.model import MullForCausalLM, wrap_transformer_with_etd
+from mull.objectives.base import Batch, LossOutput, Objective
+from mull.objectives.iterations import IterationSampling
+from mull.objectives.steps import StepSupervision
+from mull.step import accumulate, make_stage, normalise
+from mull.train import TrainConfig, TrainResult, train
+
+VOCAB = 97
+ROWS, STEPS = 8, 3
+UP_TO_THREE = IterationSampling(kind="uniform", minimum=2, maximum=3)
+
+
+class Weighted(Objective):
+    """Cross-entropy with a weight per token that depends on the model, and a companion that regresses the hidden states."""
+
+    def __init__(self, iterations: IterationSampling = UP_TO_THREE, width: int = 32) -> None:
+        torch.manual_seed(7)
+        self.iterations = iterations
+        self.companion = nn.Linear(width, 1).double()
+        self._depth = 0
+        self._seen = torch.zeros(3, dtype=torch.float64)
+
+    def prepare(self, model: Any, batches: Any) -> list[Batch]:
+        self._depth = same_everywhere(self.iterations.sample())
+        return [{**batch, "weights": self.weights(model, batch)} for batch in batches]
+
+    def weights(self, model: Any, batch: Batch) -> Tensor:
+        assert not torch.is_grad_enabled()
+        (hidden,) = model.early_decoded(batch["input_ids"], think_iterations=1)
+        return 3 * torch.sigmoid(hidden[:, :-1].mean(-1) * 5) * (batch["labels"][:, 1:] != -100)
+
+    def __call__(self, model: Any, batch: Batch) -> LossOutput:
+        backprop = self.iterations.backprop(self._depth)
+        (hidden,) = model.early_decoded(batch["input_ids"], think_iterations=self._depth, backprop_iterations=backprop)
+        logits = model.lm_head(hidden[:, :-1])
+        losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
+        assert self.companion is not None
+        regression = (self.companion(hidden)[:, :-1, 0] - 1).square()
+        total = ((losses.view_as(regression) + regression) * batch["weights"]).sum() * batch["factor"]
+        return LossOutput(total, batch["weights"].sum(), {"iterations": float(self._depth)})
+
+    def end_step(self) -> dict[str, float]:
+        self._seen += torch.arange(3)
+        return {"seen": float(self._seen[2])}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self._seen, "depth": self._depth}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._seen, self._depth = state["seen"], state["depth"]
+
+
+class Split:
+    """Step ``s`` has the same rows however it is split; rows have unequal numbers of targets, and some have almost none."""
+
+    def __init__(self, micro_batches: int, factors: dict[int, float] | None = None) -> None:
+        self._parts, self._factors = micro_batches, factors or {}
+
+    def __call__(self, number: int) -> Batch:
+        step, part = divmod(number, self._parts)
+        ids = torch.randint(3, VOCAB, (ROWS, 10), generator=torch.Generator().manual_seed(step))
+        labels = ids.clone()
+        for row in range(ROWS):
+            labels[row, : (2 + 5 * row) % 9] = -100
+        rows = slice(part * ROWS // self._parts, (part + 1) * ROWS // self._parts)
+        factor = torch.tensor(self._factors.get(number, 1.0), dtype=torch.float64)
+        return {"input_ids": ids[rows], "labels": labels[rows], "factor": factor}
+
+
+def model_of(family: str, n_layers: int = 3) -> MullForCausalLM:
+    etd = ETDConfig(n_encoder_layers=1, n_think_layers=n_layers - 2, n_decoder_layers=1)
+    return wrap_transformer_with_etd(tiny(family, dtype=torch.float64, num_hidden_layers=n_layers), etd)
+
+
+CASES: dict[str, tuple[str, dict[str, Any], IterationSampling]] = {
+    "untied, AdamW": ("qwen3", {}, UP_TO_THREE),
+    "tied, Muon, checkpointing": ("qwen3-tied", {"optimizer": "muon", "gradient_checkpointing": True}, UP_TO_THREE),
+    "truncated, clipped": (
+        "qwen3-tied",
+        {"clip_norm": 0.05},
+        IterationSampling(maximum=3, backprop_iterations=1),
+    ),
+    "hybrid with experts": ("qwen3_next-moe", {"optimizer": "muon"}, IterationSampling(maximum=2)),
+}
+
+
+def settings(micro_batches: int, **changes: Any) -> TrainConfig:
+    common = {"steps": STEPS, "peak_lr": 1e-2, "muon_lr": 1e-2, "precision": "fp32", "log_every": 1, "clip_norm": None}
+    return TrainConfig(**{**common, "accumulate": micro_batches, **changes})
+
+
+def weights_of(model: nn.Module, objective: Objective) -> dict[str, Tensor]:
+    assert objective.companion is not None
+    return {**full_state_dict(model), **full_state_dict(objective.companion)}
+
+
+def outcome(result: TrainResult, model: nn.Module, objective: Objective) -> dict[str, Any]:
+    clock = {"seconds", "tokens_per_second"}
+    history = [{name: value for name, value in r.items() if name not in clock} for r in result.history]
+    return {"history": history, "weights": weights_of(model, objective), "stopped": result.stopped}
+
+
+def training(case: str, micro_batches: int, out: Path | None = None, **options: Any) -> dict[str, Any]:
+    """Train a case from its beginning."""
+    family, changes, iterations = CASES[case]
+    model, objective = model_of(family, 4 if "hybrid" in case else 3), Weighted(iterations)
+    if rank() > 0:
+        model.lm_head.weight.data.mul_(2)  # the weights of rank 0 count
+    config = settings(micro_batches, **{**changes, **options.pop("config", {})})
+    result = train(model, objective, options.pop("batches", Split(micro_batches)), config, out, **options)
+    return outcome(result, model, objective)
+
+
+def gradient(micro_batches: int) -> dict[str, Tensor]:
+    """Gradient of the first step, whole and by name; the ranks take the micro-batches in turns."""
+    model, objective = model_of("qwen3-tied"), Weighted(IterationSampling(maximum=3))
+    stage = make_stage(model, objective, DistributedConfig()).train()
+    n_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    batches = {number: Split(micro_batches)(number) for number in range(rank(), micro_batches, n_ranks)}
+    normalise(list(stage.parameters()), accumulate(stage, batches, "fp32"), None)
+    return {name: whole(p.grad) for name, p in stage.named_parameters() if p.grad is not None}
+
+
+def everything_on_ranks(folder: Path) -> dict[str, Any]:
+    """What a group of ranks does; the test compares it with one process."""
+    plain = "untied, AdamW"
+    return {
+        "gradient": gradient(8),
+        **{case: training(case, 4) for case in CASES},
+        "kept gathered": training(plain, 4, distributed=DistributedConfig(reshard_after_forward=False)),
+        "in bf16": training(plain, 4, distributed=DistributedConfig(param_dtype="bf16")),
+        "not a number": not_a_number(),
+        "indivisible": refused(lambda: training(plain, 3)),
+        "two trainings": two_trainings(),
+        "evaluated": training(plain, 4, folder / "evaluated", evaluate=evaluate, config={"eval_every": 1}),
+        "terminated": training(plain, 4, batches=Terminating()),
+        "interrupted": training(plain, 4, folder / "by-ranks", until=second),
+        "resumed": training(plain, 4, folder / "by-one", resume=True),
+        "curriculum": curriculum(),
+        "rank 0 fails": refused(lambda: on_first_rank(fails)),
+    }
+
+
+def second(record: dict[str, Any]) -> bool:
+    return bool(record["step"] == 2)
+
+
+def fails() -> None:
+    raise ValueError("only rank 0 was asked")
+
+
+def refused(call: Any) -> str:
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        call()
+    return str(error.value)
+
+
+def not_a_number() -> tuple[str, bool]:
+    """The message of a loss that is no number on rank 1 in the second step, and whether the weights are those of the first."""
+    model, objective = model_of("qwen3"), Weighted()
+    once, other = model_of("qwen3"), Weighted()
+    schedule = {"schedule": "constant"}
+    train(once, other, Split(4), settings(4, steps=1, **schedule))
+    message = refused(lambda: train(model, objective, Split(4, {7: math.nan}), settings(4, **schedule)))
+    expected, actual = weights_of(once, other), weights_of(model, objective)
+    return message, all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def two_trainings() -> dict[str, Any]:
+    """First the companion alone, then everything, with another objective; and an objective with another companion."""
+    model, first, second = model_of("qwen3"), Weighted(), Weighted()
+    second.companion = first.companion
+    model.requires_grad_(False)
+    train(model, first, Split(4), settings(4))
+    model.requires_grad_(True)
+    result = train(model, second, Split(4), settings(4))
+    both = outcome(result, model, second)
+    if torch.distributed.is_initialized():
+        both["refused"] = refused(lambda: train(model, Weighted(), Split(4), settings(4)))
+    return both
+
+
+def evaluate(model: MullForCausalLM) -> dict[str, float]:
+    logits = model(Split(1)(5)["input_ids"], think_iterations=2, use_cache=False).logits
+    return {"logit": float(logits.square().mean()), "noise": float(torch.rand(()))}
+
+
+class Terminating(Split):
+    """Asks rank 1, or the only process, to terminate while it loads its batch of the second step."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+
+    def __call__(self, number: int) -> Batch:
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__call__(number)
+
+
+def curriculum() -> dict[str, Any]:
+    """Step supervision in which the batches of rank 1 have more first steps, and all of them wrong."""
+    model = model_of("qwen3").eval()
+    objective = StepSupervision(IterationSampling(kind="uniform", minimum=2, maximum=3), threshold=0.04)
+
+    def batches(number: int) -> Batch:
+        ids = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(number))
+        with torch.no_grad():
+            right = fresh(ids, think_iterations=1).logits.argmax(-1)
+        labels = torch.full((2, 6, 3), -100)
+        labels[:, 5] = right[:, 5, None]
+        if number % 2:
+            labels[:, 1:] = (right[:, 1:, None] + 1) % VOCAB
+        return {"input_ids": ids, "step_labels": labels}
+
+    fresh = model_of("qwen3")
+    config = settings(4, steps=5, peak_lr=1e-9, schedule="constant")
+    result = train(model, objective, batches, config)
+    shown = ("first_step_accuracy", "iterations")
+    return {**{name: [r[name] for r in result.history] for name in shown}, "state": objective.state_dict()}
