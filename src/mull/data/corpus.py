@@ -1,14 +1,16 @@
-"""Documents to train on: the Python standard library, which every machine has, or a user's own text files."""
+"""Documents that every machine has: the sources of the Python standard library."""
 
 import hashlib
-import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from mull.data.sources import Document as Document
+from mull.data.sources import load_documents
 
 SKIPPED_FOLDERS = frozenset(
     {
@@ -27,18 +29,6 @@ SKIPPED_FOLDERS = frozenset(
 MIN_BYTES, MAX_BYTES = 500, 200_000
 HELD_OUT_EVERY = 20
 """One file in this many is held out."""
-
-TEXT_SUFFIXES = frozenset({".jsonl", ".md", ".py", ".txt"})
-"""What a folder is searched for. A file that is named itself may have any suffix."""
-
-
-class Document(NamedTuple):
-    """One text that is read on its own."""
-
-    name: str
-    """Where it comes from: a path, for a line of a ``.jsonl`` file with its number."""
-
-    text: str
 
 
 class Corpus(NamedTuple):
@@ -76,7 +66,7 @@ def load_stdlib() -> Corpus:
     if not corpus.train or not corpus.held_out:
         raise FileNotFoundError(
             f"{root} does not hold the sources of the standard library. Use a Python installation that has them, or "
-            "load your own files with mull.data.corpus.load_text_files."
+            "load your own files with mull.data.sources.load_documents."
         )
     return corpus
 
@@ -97,60 +87,7 @@ def _is_held_out(name: str) -> bool:
     return int.from_bytes(digest[:8], "big") % HELD_OUT_EVERY == 0
 
 
-def load_text_files(paths: Iterable[str | Path]) -> list[Document]:
-    """Read a user's own files.
-
-    Args:
-        paths: Files and folders. A folder is searched, in sorted order, for ``.py``, ``.txt``, ``.md`` and ``.jsonl``
-            files. Each line of a ``.jsonl`` file is a document with its text under the key ``text``; any other file is
-            one document.
-
-    Returns:
-        The documents that are not blank, in the order of `paths`.
-
-    Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: a file is not UTF-8, a line of a ``.jsonl`` file has no ``text``, or nothing is left to read.
-    """
-    given = [Path(path) for path in paths]
-    documents = []
-    for path in given:
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist: give text files, .jsonl files or folders that hold them.")
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES) if path.is_dir() else [path]
-        documents += [document for file in files for document in _read(file) if document.text.strip()]
-    if not documents:
-        where = ", ".join(map(str, given)) or "an empty list of paths"
-        raise ValueError(
-            f"There is no text in {where}: at least one document must not be blank "
-            f"(folders are searched for {', '.join(sorted(TEXT_SUFFIXES))})."
-        )
-    return documents
-
-
-def _read(file: Path) -> list[Document]:
-    try:
-        text = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not valid UTF-8 (byte {error.start}): convert it, or leave it out.") from None
-    if file.suffix != ".jsonl":
-        return [Document(str(file), text)]
-    # Not splitlines(): a JSON string may hold other line separators of Unicode as they are.
-    lines = enumerate(text.split("\n"), start=1)
-    return [Document(f"{file}:{number}", _text_of(line, file, number)) for number, line in lines if line.strip()]
-
-
-def _text_of(line: str, file: Path, number: int) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {number} is not JSON ({error.msg}): each line must be an object.") from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        found = (
-            f"the keys {', '.join(record) or '(none)'}" if isinstance(record, dict) else f"a {type(record).__name__}"
-        )
-        raise ValueError(f'{file}, line {number} has {found}: each line must be an object with a string under "text".')
-    return record["text"]
+load_text_files = load_documents
 
 
 def subsample(documents: Sequence[Document], max_bytes: int, seed: int = 0) -> list[Document]:

@@ -1,4 +1,4 @@
-"""Pack documents into rows of one length, and keep them apart.
+"""Pack documents, or examples of a prompt and a completion, into rows of one length, and keep them apart.
 
 Documents follow each other in a row. ``position_ids`` restart at each of them, which is how a model is told where one
 ends, and the first token of each has no label, because it would be predicted from another document. Attention and
@@ -8,13 +8,20 @@ into the next document.
 Shapes: N rows, T tokens per row.
 """
 
+import bisect
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from mull.data.tasks import Example
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100
 
@@ -27,25 +34,29 @@ class PackedDataset:
     """[N, T] int64."""
 
     labels: Tensor
-    """[N, T] int64: ``input_ids`` (not shifted), -100 at the first token of each document and at padding."""
+    """[N, T] int64: ``input_ids`` (not shifted), -100 at the first token of each document, at padding and in prompts."""
 
     position_ids: Tensor
-    """[N, T] int64: position in the document; 0 begins the next one. The last row's padding is a document of its own."""
+    """[N, T] int64: position in the document; 0 begins the next one. Padding is a document of its own."""
 
     bytes_per_token: float | None = None
     """UTF-8 bytes of the packed texts per token, to turn a mean loss in nats into bits per byte:
-    ``loss / (ln 2 * bytes_per_token)``. None where token ids were packed, whose texts are not known."""
+    ``loss / (ln 2 * bytes_per_token)``. Prompts do not count. None where token ids were packed, whose texts are not known."""
+
+    rewards: Tensor | None = None
+    """[N, T] float32: at every token the outcome of its example, 0 at padding. None where no outcomes are known."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def rows(self, indices: Tensor) -> dict[str, Tensor]:
         """A batch of the rows with these indices [B]."""
-        return {
+        batch = {
             "input_ids": self.input_ids[indices],
             "labels": self.labels[indices],
             "position_ids": self.position_ids[indices],
         }
+        return batch if self.rewards is None else {**batch, "rewards": self.rewards[indices]}
 
     def in_order(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """Every row once, in order, as an evaluation needs them. The last batch may be smaller.
@@ -72,13 +83,11 @@ def pack_texts(
     Raises:
         ValueError: the tokenizer has no end-of-text token, no document has text, or a token is outside the vocabulary.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no eos_token, which separates documents: set tokenizer.eos_token.")
+    eos_id, pad_id = _special_ids(tokenizer)
     kept = [text for text in texts if text]
     encoded = tokenizer(kept, add_special_tokens=False)["input_ids"] if kept else []
-    documents = [[*ids, tokenizer.eos_token_id] for ids in encoded]
+    documents = [[*ids, eos_id] for ids in encoded]
     n_tokens = sum(map(len, documents))
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return pack_tokens(
         documents,
         length=length,
@@ -86,6 +95,14 @@ def pack_texts(
         vocab_size=vocab_size,
         bytes_per_token=sum(len(text.encode()) for text in kept) / n_tokens if n_tokens else None,
     )
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """End of text and padding."""
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if eos_id is None:
+        raise ValueError("The tokenizer has no eos_token, which separates documents: set tokenizer.eos_token.")
+    return eos_id, eos_id if pad_id is None else pad_id
 
 
 def pack_tokens(
@@ -111,8 +128,7 @@ def pack_tokens(
     Raises:
         ValueError: rows of fewer than two tokens, no document of at least two, or a token outside the vocabulary.
     """
-    if length < 2:
-        raise ValueError(f"length={length} must be at least 2: a row needs a token to predict from and one to predict.")
+    _check_length(length)
     kept = [np.asarray(document, dtype=np.int64) for document in documents if len(document) >= 2]
     if not kept:
         raise ValueError(
@@ -138,6 +154,158 @@ def pack_tokens(
         torch.from_numpy(array.reshape(n_rows, length)[has_target]) for array in (input_ids, labels, position_ids)
     )
     return PackedDataset(input_rows, label_rows, position_rows, bytes_per_token)
+
+
+class TokenizedExample(NamedTuple):
+    """A prompt, what follows it, and whether that is right."""
+
+    prompt: Sequence[int]
+    """Token ids that are read and not trained on."""
+
+    completion: Sequence[int]
+    """Token ids that are trained on, the end of the text included."""
+
+    outcome: float | None = None
+    """Reward of every token of the example; None where it is not known."""
+
+    n_bytes: int | None = None
+    """UTF-8 bytes of the completion's text; None where it is not known."""
+
+
+def pack_examples(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, length: int, vocab_size: int | None = None
+) -> PackedDataset:
+    """Tokenize examples, end each with the tokenizer's end-of-text token, and pack them whole.
+
+    Prompt and completion are tokenized apart and joined, so that no token reaches across their boundary: at generation, too, the
+    prompt is tokenized without what will follow.
+
+    Args:
+        examples: Either all or none with an outcome.
+        tokenizer: As in `pack_texts`.
+        length: Tokens per row. An example that needs more is left out, see `pack_tokenized_examples`.
+        vocab_size: As in `pack_texts`.
+
+    Raises:
+        ValueError: as in `pack_tokenized_examples`, or the tokenizer has no end-of-text token.
+    """
+    eos_id, pad_id = _special_ids(tokenizer)
+    given = list(examples)
+    prompts, completions = (
+        tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        for texts in ([example.prompt for example in given], [example.completion for example in given])
+    )
+    tokenized = [
+        TokenizedExample(prompt, [*completion, eos_id], example.outcome, len(example.completion.encode()))
+        for prompt, completion, example in zip(prompts, completions, given, strict=True)
+    ]
+    return pack_tokenized_examples(tokenized, length=length, pad_id=pad_id, vocab_size=vocab_size)
+
+
+def pack_tokenized_examples(
+    examples: Iterable[TokenizedExample], *, length: int, pad_id: int, vocab_size: int | None = None
+) -> PackedDataset:
+    """Pack examples whole: each goes, in the given order, into the fullest row that still holds it, or else opens a row.
+
+    An example that is longer than a row is left out and counted in the log: its rest would be read without its prompt, and its
+    outcome belongs to its end. Examples without a target, of fewer than two tokens, are left out as in `pack_tokens`.
+
+    Args:
+        examples: Either all or none with an outcome.
+        length: Tokens per row.
+        pad_id: Token that fills the rows.
+        vocab_size: Size of the model's vocabulary, where it is to be checked.
+
+    Returns:
+        Rows with ``rewards`` if the examples have outcomes, and ``bytes_per_token`` if the bytes of all are known.
+
+    Raises:
+        ValueError: rows of fewer than two tokens, only some of the examples have an outcome, none fits into a row, or a token is
+            outside the vocabulary.
+
+    Source:
+        Best-fit packing, arXiv:2404.10830, in the order of the data instead of by length: a row of one size of example would be
+        a batch of one kind of problem.
+    """
+    _check_length(length)
+    kept = [example for example in examples if len(example.completion) > (not example.prompt)]
+    n_outcomes = sum(example.outcome is not None for example in kept)
+    if n_outcomes not in (0, len(kept)):
+        raise ValueError(f"{n_outcomes} of {len(kept)} examples have an outcome: give one to all of them, or to none.")
+    fitting = [example for example in kept if _n_tokens(example) <= length]
+    if not fitting:
+        shortest = min(map(_n_tokens, kept), default=0)
+        why = (
+            f"the shortest of {len(kept)} has {shortest} tokens, length={length}"
+            if kept
+            else "there are none with a target"
+        )
+        raise ValueError(f"No example fits into a row: {why}. Use longer rows, or check the data.")
+    if len(fitting) < len(kept):
+        logger.warning(
+            "%d of %d examples are longer than length=%d and left out.", len(kept) - len(fitting), len(kept), length
+        )
+    places = _best_fit([_n_tokens(example) for example in fitting], length)
+    return _place(fitting, places, length, pad_id, vocab_size)
+
+
+def _n_tokens(example: TokenizedExample) -> int:
+    return len(example.prompt) + len(example.completion)
+
+
+def _best_fit(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
+    """Row and offset of each item, none larger than a row."""
+    places: list[tuple[int, int]] = []
+    open_rows: list[
+        tuple[int, int]
+    ] = []  # (tokens left, row), sorted; few differ in the first, so the list stays short to search
+    n_rows = 0
+    for size in sizes:
+        best = bisect.bisect_left(open_rows, (size, 0))
+        left, row = open_rows.pop(best) if best < len(open_rows) else (length, n_rows)
+        n_rows = max(n_rows, row + 1)
+        places.append((row, length - left))
+        if left - size >= 2:  # no smaller example has a target
+            bisect.insort(open_rows, (left - size, row))
+    return places
+
+
+def _place(
+    examples: Sequence[TokenizedExample],
+    places: Sequence[tuple[int, int]],
+    length: int,
+    pad_id: int,
+    vocab_size: int | None,
+) -> PackedDataset:
+    """Write the examples at their (row, offset)."""
+    shape = (1 + max(row for row, _ in places), length)
+    input_ids, labels, position_ids = np.full(shape, pad_id), np.full(shape, IGNORED), np.zeros(shape, dtype=np.int64)
+    rewards, used = np.zeros(shape, dtype=np.float32), np.zeros(len(input_ids), dtype=np.int64)
+    for (prompt, completion, outcome, _), (row, start) in zip(examples, places, strict=True):
+        tokens = np.asarray([*prompt, *completion], dtype=np.int64)
+        here, first_target = slice(start, start + len(tokens)), start + max(1, len(prompt))
+        input_ids[row, here] = tokens
+        labels[row, first_target : here.stop] = tokens[first_target - start :]
+        position_ids[row, here] = np.arange(len(tokens))
+        rewards[row, here] = outcome or 0.0
+        used[row] = max(used[row], here.stop)
+    _check_vocabulary(input_ids, vocab_size)
+    columns = np.arange(length)
+    position_ids = np.where(columns < used[:, None], position_ids, columns - used[:, None])
+    n_bytes = [example.n_bytes for example in examples if example.n_bytes is not None]
+    n_tokens = sum(len(example.completion) for example in examples)
+    return PackedDataset(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(labels),
+        torch.from_numpy(position_ids),
+        bytes_per_token=sum(n_bytes) / n_tokens if len(n_bytes) == len(examples) else None,
+        rewards=None if examples[0].outcome is None else torch.from_numpy(rewards),
+    )
+
+
+def _check_length(length: int) -> None:
+    if length < 2:
+        raise ValueError(f"length={length} must be at least 2: a row needs a token to predict from and one to predict.")
 
 
 def _check_vocabulary(stream: np.ndarray, vocab_size: int | None) -> None:

@@ -1,0 +1,311 @@
+"""Documents and records from files, S3 and Hugging Face datasets, each under one name.
+
+A *source* is one of
+
+* a file or a folder: a path, ``file://…``, ``s3://bucket/…`` or another URL that fsspec knows. A ``.jsonl`` file holds one JSON
+  object per line, a ``.json`` file a list of them, and any other file one text. A ``.gz`` behind the suffix is unpacked;
+* ``hf:…``, which the datasets library reads: a folder that its `save_to_disk` wrote, or one ``.parquet``, ``.arrow`` or ``.csv``
+  file, both also by URL; a local folder that its `load_dataset` understands; or else the name of a dataset on the hub.
+
+A *record* is a dictionary with the place it was read from. Everything is read into memory.
+"""
+
+import contextlib
+import gzip
+import json
+import logging
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from mull import storage
+
+DATASET = "hf:"
+"""Beginning of a source that the datasets library reads."""
+
+ALL = "all"
+"""The split that is every split, one after the other."""
+
+TEXT_SUFFIXES = frozenset({".jsonl", ".md", ".py", ".txt"})
+"""What a folder is searched for, each also with ``.gz``. A file that is named itself may have any suffix."""
+
+RECORD_SUFFIXES = frozenset({".json", ".jsonl"})
+TABLE_BUILDERS = {".arrow": "arrow", ".csv": "csv", ".parquet": "parquet"}
+SAVED_MARKERS = ("dataset_dict.json", "state.json")
+"""Files that `save_to_disk` writes: the first beside several splits, the second beside one dataset."""
+
+
+class Document(NamedTuple):
+    """One text that is read on its own."""
+
+    name: str
+    """Where it comes from: a path or URL, for one record of many with its number."""
+
+    text: str
+
+
+class Record(NamedTuple):
+    """One JSON object or one row of a dataset."""
+
+    place: str
+    """``file:line`` or, in a list, ``file:item``, from 1; ``source:row`` of a dataset from 0."""
+
+    fields: dict[str, Any]
+
+
+def load_documents(
+    sources: Iterable[str | Path], *, key: str = "text", split: str | None = None, config: str | None = None
+) -> list[Document]:
+    """Read texts.
+
+    Args:
+        sources: Files, folders, URLs and datasets, as above. A folder is searched, in sorted order, for ``.py``, ``.txt``,
+            ``.md`` and ``.jsonl`` files and their ``.gz`` forms.
+        key: Where a record has its text.
+        split: Which split of the datasets among the sources, such as ``train``; ``all`` joins them. May be left out where there
+            is only one.
+        config: Configuration of the datasets among the sources, which some on the hub have several of.
+
+    Returns:
+        The documents that are not blank, in the order of `sources`.
+
+    Raises:
+        FileNotFoundError: a source does not exist.
+        ValueError: a file is not UTF-8, a record has no string under `key`, `split` or `config` does not apply or does not exist,
+            or nothing is left to read.
+        ConnectionError: the Hugging Face Hub cannot be reached.
+        RuntimeError: a package is missing, with the extra that installs it.
+    """
+    given = [str(source) for source in sources]
+    if not any(source.startswith(DATASET) for source in given):
+        _refuse_dataset_options(", ".join(given), split, config)
+    documents: list[Document] = []
+    for source in given:
+        found = _dataset_texts(source, key, split, config) if source.startswith(DATASET) else _file_texts(source, key)
+        documents += [document for document in found if document.text.strip()]
+    if not documents:
+        where = ", ".join(given) or "an empty list of paths"
+        raise ValueError(
+            f"There is no text in {where}: at least one document must not be blank "
+            f"(folders are searched for {', '.join(sorted(TEXT_SUFFIXES))})."
+        )
+    return documents
+
+
+def read_records(
+    source: str | Path, *, split: str | None = None, config: str | None = None, columns: Collection[str] | None = None
+) -> Iterator[Record]:
+    """Read records one by one.
+
+    Args:
+        source: As above; files must be ``.jsonl`` or ``.json``, and folders are searched for ``.jsonl``.
+        split: As in `load_documents`.
+        config: As in `load_documents`.
+        columns: Keys that are needed: other columns of a dataset are not decoded.
+
+    Raises:
+        ValueError: as in `load_documents`, or a file is of another kind.
+        FileNotFoundError, ConnectionError, RuntimeError: as in `load_documents`.
+    """
+    source = str(source)
+    if source.startswith(DATASET):
+        yield from _dataset_records(source, split, config, columns)
+        return
+    _refuse_dataset_options(source, split, config)
+    files = list(_files(source, frozenset({".jsonl"})))
+    if not files:
+        raise ValueError(f"There are no .jsonl files in {source}: records are read from .jsonl and .json files.")
+    for name, content in files:
+        if _suffix(name) not in RECORD_SUFFIXES:
+            raise ValueError(f"{name} holds no records: give a .jsonl or .json file, or a dataset as {DATASET}….")
+        yield from _records_of(name, content)
+
+
+def string_field(record: Record, key: str) -> str:
+    """The string under `key`.
+
+    Raises:
+        ValueError: there is none; the place and the keys that it has are named.
+    """
+    value = record.fields.get(key)
+    if not isinstance(value, str):
+        found = f"{type(value).__name__} under {key!r}" if key in record.fields else "the keys " + _names(record.fields)
+        raise ValueError(f"{record.place} has {found}: each record must have a string under {key!r}.")
+    return value
+
+
+def _names(keys: Iterable[str]) -> str:
+    return ", ".join(keys) or "(none)"
+
+
+def _refuse_dataset_options(source: str, split: str | None, config: str | None) -> None:
+    for name, value in (("split", split), ("config", config)):
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r} is for datasets, but {source} is no source that begins with {DATASET}: leave {name} out."
+            )
+
+
+def _file_texts(source: str, key: str) -> Iterator[Document]:
+    for name, content in _files(source, TEXT_SUFFIXES):
+        if _suffix(name) in RECORD_SUFFIXES:
+            yield from (Document(record.place, string_field(record, key)) for record in _records_of(name, content))
+        else:
+            yield Document(name, content)
+
+
+def _dataset_texts(source: str, key: str, split: str | None, config: str | None) -> Iterator[Document]:
+    records = _dataset_records(source, split, config, [key])
+    return (Document(record.place, string_field(record, key)) for record in records)
+
+
+def _files(source: str, suffixes: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Name and text of a file, or of the files with these suffixes in a folder."""
+    if not storage.exists(source):
+        raise FileNotFoundError(f"{source} does not exist: give text files, .jsonl files or folders that hold them.")
+    names = _names_in(source)
+    for name in [source] if names is None else [name for name in names if _suffix(name) in suffixes]:
+        yield name, _decode(name, storage.read_bytes(name))
+
+
+def _names_in(source: str) -> list[str] | None:
+    """All files in a folder and the folders in it, sorted folder by folder; None for a file."""
+    filesystem = storage.filesystem(source)
+    root = filesystem._strip_protocol(str(storage.local_path(source)) if storage.is_local(source) else source)
+    with storage.os_errors(source):
+        if not filesystem.isdir(root):
+            return None
+        found = sorted(filesystem.find(root), key=lambda path: path.split("/"))
+    return [storage.join(source, path[len(root) :].lstrip("/")) for path in found]
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name.removesuffix(".gz")).suffix
+
+
+def _decode(name: str, content: bytes) -> str:
+    try:
+        return (gzip.decompress(content) if name.endswith(".gz") else content).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not valid UTF-8 (byte {error.start}): convert it, or leave it out. Tables such as .parquet are read as "
+            f"{DATASET}{name}."
+        ) from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{name} is not a complete gzip file: {error}.") from None
+
+
+def _records_of(name: str, text: str) -> Iterator[Record]:
+    if _suffix(name) == ".json":
+        content = _parse(name, text)
+        if not isinstance(content, list):
+            raise ValueError(f"{name} has a {type(content).__name__}: a .json file must be a list of objects.")
+        values: Iterable[tuple[int, Any]] = enumerate(content, start=1)
+    else:
+        # Not splitlines(): a JSON string may hold other line separators of Unicode as they are.
+        lines = enumerate(text.split("\n"), start=1)
+        values = ((number, _parse(f"{name}:{number}", line)) for number, line in lines if line.strip())
+    for number, value in values:
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}:{number} has a {type(value).__name__}: each record must be an object.")
+        yield Record(f"{name}:{number}", value)
+
+
+def _parse(place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON ({error.msg}): each record must be an object.") from None
+
+
+def _dataset_records(
+    source: str, split: str | None, config: str | None, columns: Collection[str] | None
+) -> Iterator[Record]:
+    rows = _load_dataset(source, split, config)
+    known = set(rows.column_names) & set(rows.column_names if columns is None else columns)
+    if known:  # else every row keeps its columns, for the message that names them
+        rows = rows.select_columns([name for name in rows.column_names if name in known])
+    return (Record(f"{source}:{number}", row) for number, row in enumerate(rows))
+
+
+def _load_dataset(source: str, split: str | None, config: str | None) -> Any:
+    """One `datasets.Dataset`."""
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise RuntimeError(f"{source} needs the datasets library: pip install 'mull[data]'.") from None
+    name = source.removeprefix(DATASET)
+    try:
+        with _quiet(datasets), contextlib.nullcontext() if storage.is_local(name) else storage.os_errors(name):
+            return _find_dataset(datasets, name, split, config)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{source} is no local path, and the Hugging Face Hub cannot be asked for it ({_flat(error)}): check the path or the "
+            f"connection, or write {DATASET} and a folder that save_to_disk wrote."
+        ) from None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{source} cannot be read: {_flat(error)}") from None
+    except OSError as error:
+        raise OSError(f"{source} cannot be read: {_flat(error)}") from None
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{source} cannot be read: {_flat(error.__cause__ or error)}") from None
+
+
+def _find_dataset(datasets: Any, name: str, split: str | None, config: str | None) -> Any:
+    if any(storage.exists(storage.join(name, marker)) for marker in SAVED_MARKERS):
+        if config is not None:
+            raise ValueError(f"config={config!r} is for datasets of the hub, not for one that save_to_disk wrote.")
+        return _pick(datasets, datasets.load_from_disk(name), split)
+    suffix = PurePosixPath(name).suffix
+    if suffix in TABLE_BUILDERS and storage.exists(name):
+        place: dict[str, Any] = {"path": TABLE_BUILDERS[suffix], "data_files": name}
+    elif not storage.is_local(name):
+        tables = ", ".join(TABLE_BUILDERS)
+        raise FileNotFoundError(f"a URL must be a folder that save_to_disk wrote, or one file ({tables}), that exists.")
+    else:
+        place = {"path": name}
+    if split is None:
+        # Before anything is downloaded.
+        (split,) = _only(datasets.get_dataset_split_names(config_name=config, **place))
+    return datasets.load_dataset(name=config, split=split, **place)
+
+
+def _pick(datasets: Any, saved: Any, split: str | None) -> Any:
+    """The split of what `save_to_disk` wrote."""
+    if isinstance(saved, datasets.Dataset):
+        if split not in (None, ALL):
+            raise ValueError(f"it is one dataset without splits, but split={split!r} was asked for: leave split out.")
+        return saved
+    if split == ALL:
+        return datasets.concatenate_datasets(list(saved.values()))
+    if split is None:
+        (split,) = _only(list(saved))
+    if split not in saved:
+        raise ValueError(f"there is no split {split!r}: known are {_names(saved)}, and {ALL}.")
+    return saved[split]
+
+
+def _only(splits: list[str]) -> list[str]:
+    if len(splits) != 1:
+        raise ValueError(f"it has the splits {_names(splits)}: choose one with split, or {ALL}.")
+    return splits
+
+
+def _flat(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """Without progress bars and lines about retries; both are settings of the process, and are restored."""
+    bars_shown = not datasets.are_progress_bars_disabled()
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    datasets.disable_progress_bars()
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
+        if bars_shown:
+            datasets.enable_progress_bars()
