@@ -8,12 +8,13 @@ import copy
 import shutil
 import signal
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
 
 from mull.configs import ETDConfig
 from mull.data.chain import ChainTask, accuracy_by_hops
@@ -21,6 +22,7 @@ from mull.data.corpus import Corpus, load_stdlib, subsample
 from mull.data.packing import PackedDataset, pack_texts
 from mull.data.sampler import ShuffledBatches
 from mull.data.tokenizer import train_tokenizer
+from mull.demo_weights import ARMS, WeightsStory, tell_weights, weights_story
 from mull.model import MullForCausalLM, wrap_transformer_with_etd
 from mull.objectives.base import Batch, Objective
 from mull.objectives.iterations import IterationSampling
@@ -59,6 +61,7 @@ class DemoSize:
     chain_steps: int = 600
     chain_prompts: int = 256
     new_tokens: int = 60
+    weights_steps: int = 24
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,10 @@ class TextStory:
     held_out: PackedDataset
     split: SplitReport
     looped: MullForCausalLM
+    base: PreTrainedModel
+    """The base model before it was continued in any way."""
+
+    packed: PackedDataset
     runs: dict[str, TrainResult]
     losses: dict[str, dict[int, float]]
     """Held-out loss by model and number of iterations."""
@@ -105,6 +112,7 @@ def run_demo(out: Path, seed: int = 0, size: DemoSize | None = None) -> Path:
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     text = text_story(out, seed, size)
+    weights = _weights_story(text, out, seed, size)
     chain = chain_story(out, seed, size)
     report = Report(
         "mull demo: a pretrained model that thinks in loops",
@@ -116,6 +124,7 @@ def run_demo(out: Path, seed: int = 0, size: DemoSize | None = None) -> Path:
     _tell_training(report, text)
     _tell_split(report, text)
     _tell_iterations(report, text)
+    tell_weights(report, weights)
     _tell_chain(report, chain, size)
     _tell_samples(report, text, size)
     _tell_reload(report, out / "model", text)
@@ -146,6 +155,7 @@ def text_story(out: Path, seed: int, size: DemoSize) -> TextStory:
     split = find_split(plain, measured.__getitem__, n_batches=len(measured), n_probe_batches=2)
     etd = split.etd.model_copy(update={"max_think_iterations": size.max_iterations})
     looped = wrap_transformer_with_etd(base, etd)
+    snapshot = copy.deepcopy(base)
     control = wrap_transformer_with_etd(copy.deepcopy(base), None)
     iterations = range(1, size.max_iterations + 1)
     losses = {"base, loops untrained": {k: held_out_loss(looped, held_out, k) for k in iterations}}
@@ -163,7 +173,23 @@ def text_story(out: Path, seed: int, size: DemoSize) -> TextStory:
     losses["control, no loops, equal time"] = {1: held_out_loss(control, held_out, None)}
     looped.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
-    return TextStory(tokenizer, held_out, split, looped, runs, losses)
+    return TextStory(tokenizer, held_out, split, looped, snapshot, packed, runs, losses)
+
+
+def _weights_story(text: TextStory, out: Path, seed: int, size: DemoSize) -> WeightsStory:
+    print(f"weights: {size.weights_steps} steps under each of {len(ARMS)} weightings, on text with planted noise")
+    rows = text.held_out.rows(torch.arange(min(size.held_out_rows // 3, len(text.held_out))))
+    clean = PackedDataset(rows["input_ids"], rows["labels"], rows["position_ids"])
+    return weights_story(
+        text.base,
+        text.packed,
+        lambda model: held_out_loss(model, clean, None),
+        _train,
+        out / "weights",
+        steps=size.weights_steps,
+        batch_size=size.batch_size // 2,
+        seed=seed,
+    )
 
 
 def _architecture(tokenizer: PreTrainedTokenizerBase, size: DemoSize) -> Qwen3Config:
@@ -190,12 +216,17 @@ def _held_out(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, size: DemoSize
 
 
 def _train(
-    model: MullForCausalLM, objective: Objective, batches: Batches, config: TrainConfig, folder: Path
+    model: MullForCausalLM,
+    objective: Objective,
+    batches: Batches,
+    config: TrainConfig,
+    folder: Path,
+    evaluate: Callable[[MullForCausalLM], Mapping[str, float]] | None = None,
 ) -> TrainResult:
     """Train from scratch in an emptied folder; a request to terminate ends the demo, not only this run."""
     if folder.is_dir():
         shutil.rmtree(folder)
-    result = train(model, objective, batches, config, folder)
+    result = train(model, objective, batches, config, folder, evaluate=evaluate)
     if result.stopped == "sigterm":
         raise SystemExit(128 + signal.SIGTERM)
     model.eval()

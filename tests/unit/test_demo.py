@@ -26,6 +26,7 @@ TINY = DemoSize(
     chain_steps=3,
     chain_prompts=4,
     new_tokens=4,
+    weights_steps=4,
 )
 
 
@@ -52,15 +53,16 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path) -> None:
     report = run_demo(tmp_path, seed=0, size=TINY).read_text()
     page = Headings()
     page.feed(report)
-    assert page.headings[:6] == [
+    assert page.headings[:7] == [
         "What was trained",
         "Where to loop",
         "Loss against iterations",
+        "Weighing tokens",
         "A task that needs depth: chain to root",
         "Samples",
         "Saved and loaded",
     ]
-    assert page.figures == 4
+    assert page.figures == 6
     assert "the same logits, bit for bit" in report
     assert "OTHER logits" not in report
     assert mull.from_pretrained(str(tmp_path / "model")).etd_config is not None
