@@ -6,7 +6,7 @@ the same noisy rows in the same order, from the same initial weights, and are ju
 reference was trained on are not counted: Rho-1 is given clean text that the baseline never sees. The row ``reference`` shows what
 that text is worth by itself.
 
-    python benchmarks/rho1_noise.py [--settings main weak-reference …] [--seeds 3] [--steps 150] [--threads 1]
+    python benchmarks/rho1_noise.py [--settings main weak-reference …] [--seeds 3] [--steps 100] [--threads 1]
 """
 
 import argparse
@@ -82,8 +82,8 @@ SETTINGS = {
     "noise-in-input": Setting(where="tokens"),
     "half-noise": Setting(share=0.5),
     "no-noise": Setting(share=0.0),
-    "weak-reference": Setting(reference_steps=15),
-    "weak-reference-no-noise": Setting(share=0.0, reference_steps=15),
+    "weak-reference": Setting(reference_steps=10),
+    "weak-reference-no-noise": Setting(share=0.0, reference_steps=10),
     "noisy-reference": Setting(reference_share=0.25),
 }
 
@@ -253,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["main"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "rho1_noise.json")
     arguments = parser.parse_args()

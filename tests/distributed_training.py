@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mull.configs import ETDConfig
-from mull.distributed import DistributedConfig, full_state_dict, on_first_rank, rank, same_everywhere, whole
+from mull.distributed import DistributedConfig, full_state_dict, on_first_rank, rank, same_everywhere, session, whole
 from mull.model import MullForCausalLM, wrap_transformer_with_etd
 from mull.objectives.base import Batch, LossOutput, Objective
 from mull.objectives.iterations import IterationSampling
@@ -123,8 +124,14 @@ def training(case: str, micro_batches: int, out: Path | None = None, **options: 
     if rank() > 0:
         model.lm_head.weight.data.mul_(2)  # the weights of rank 0 count
     config = settings(micro_batches, **{**changes, **options.pop("config", {})})
-    result = train(model, objective, options.pop("batches", Split(micro_batches)), config, out, **options)
-    return outcome(result, model, objective)
+    batches, loaded = options.pop("batches", Split(micro_batches)), []
+
+    def load(number: int) -> Batch:
+        loaded.append(number)
+        return batches(number)
+
+    result = train(model, objective, load, config, out, **options)
+    return {**outcome(result, model, objective), "loaded": loaded}
 
 
 def gradient(micro_batches: int) -> dict[str, Tensor]:
@@ -187,7 +194,7 @@ def two_trainings() -> dict[str, Any]:
     model, first, second = model_of("qwen3"), Weighted(), Weighted()
     second.companion = first.companion
     model.requires_grad_(False)
-    train(model, first, Split(4), settings(4))
+    train(model, first, Split(4), settings(4), evaluate=evaluate)
     model.requires_grad_(True)
     result = train(model, second, Split(4), settings(4))
     both = outcome(result, model, second)
@@ -233,3 +240,10 @@ def curriculum() -> dict[str, Any]:
     result = train(model, objective, batches, config)
     shown = ("first_step_accuracy", "iterations")
     return {**{name: [r[name] for r in result.history] for name in shown}, "state": objective.state_dict()}
+
+
+if __name__ == "__main__":
+    with session():
+        trained = training("untied, AdamW", 4)
+        if rank() == 0:
+            torch.save(trained, sys.argv[1])

@@ -1,5 +1,6 @@
 """An S3 server on this machine (moto). A test file that wants it says ``pytest_plugins = ["s3_server"]``."""
 
+import logging
 from collections.abc import Iterator
 from itertools import count
 
@@ -16,6 +17,7 @@ def s3() -> Iterator[str]:
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # one line per request
     host, port = server.get_host_and_port()
     endpoint = f"http://{host}:{port}"
     with pytest.MonkeyPatch.context() as environment:

@@ -48,6 +48,7 @@ PATIENCE = timedelta(hours=2)
 """How long a rank waits for the others to write their part."""
 
 _NAME = re.compile(r"step-(\d+)")
+_FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|checkpoint\.json(\.partial)?")
 
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 T = TypeVar("T")
@@ -98,8 +99,7 @@ class CheckpointWriter:
     def __init__(self, url: str, keep_last: int | None, asynchronous: bool) -> None:
         self._url = url
         self._keep_last = keep_last
-        if distributed.rank() == 0:
-            storage.make_folder(url)
+        distributed.on_first_rank(lambda: storage.make_folder(url))
         self._training_side = _Ranks()
         self._writing_side = _Ranks()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
@@ -439,7 +439,9 @@ def _prepare(folder: str) -> bool:
     """Clear away an interrupted checkpoint and make the folder; whether a complete one is there instead."""
     if _is_complete(folder):
         return True
-    storage.remove_tree(folder)
+    _remove(folder)
+    if storage.list_names(folder):
+        raise OSError(f"{folder} holds files that are no checkpoint's; choose another folder")
     storage.make_folder(folder)
     return False
 
@@ -466,9 +468,13 @@ def _prune(url: str, step: int, keep_last: int | None) -> None:
 
 
 def _remove(folder: str) -> None:
-    """Remove a checkpoint; its marker goes first, so that an interruption leaves nothing that looks complete."""
-    storage.remove_tree(storage.join(folder, MARKER))
-    storage.remove_tree(folder)
+    """Remove a checkpoint, whole or not; a folder that holds anything else is somebody's, and stays.
+
+    The marker goes first, so that an interruption leaves nothing that looks complete.
+    """
+    if all(_FILE.fullmatch(name) for name in storage.list_names(folder)):
+        storage.remove_tree(storage.join(folder, MARKER))
+        storage.remove_tree(folder)
 
 
 def _folders(url: str) -> list[tuple[int, str]]:

@@ -1,5 +1,6 @@
 """The command ``mull``: one verb per command. A user's mistake is one line and exit code 2, never a traceback."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from mull.data.corpus import load_stdlib, load_text_files
 from mull.data.packing import pack_texts
 from mull.demo import run_demo
 from mull.model import from_pretrained
-from mull.recipe import load_recipe, run_recipe
+from mull.recipe import load_recipe, recipe_schema
 from mull.report import Report, angular_distance_figure
+from mull.run import estimate_recipe, run_recipe
 from mull.search.split import SplitReport, find_split
 
 TRACEBACK = "MULL_TRACEBACK"
@@ -48,13 +50,31 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file of the run.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, overrides the recipe.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint of the run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything but the training, and print what it will cost.")
+    ] = False,
 ) -> None:
-    """Train a model as a recipe says."""
+    """Train a model as a recipe says. On several devices: torchrun --nproc-per-node N -m mull train RECIPE."""
     loaded = load_recipe(recipe, set_ or [])
+    if dry_run:
+        _print_once(estimate_recipe(loaded))
+        return
     result = run_recipe(loaded, resume)
     folder = loaded.run.out / loaded.run.name
     cost = f"{result.step} steps, {result.tokens} tokens, {result.seconds:.0f} s ({result.precision})"
-    print(f"{result.stopped} after {cost}: {folder}")
+    _print_once(f"{result.stopped} after {cost}: {folder}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, with which editors complete and explain its keys."""
+    print(json.dumps(recipe_schema(), indent=2))
+
+
+def _print_once(text: str) -> None:
+    """Print on the first of the processes that torchrun has started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 @app.command()
@@ -165,5 +185,7 @@ def main() -> None:
         if os.environ.get(TRACEBACK):
             raise
         verb = sys.argv[1] if len(sys.argv) > 1 else ""
-        print(f"mull {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        who = f"mull {verb}" if rank == "0" else f"mull {verb} (rank {rank})"
+        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -6,7 +6,8 @@ backward pass are found by running it on fake tensors, which have a shape and no
 Shapes: B rows of a micro-batch, T tokens of a row, D model width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,6 +58,9 @@ class Schedule:
 
     checkpointing: bool = False
     """Whether layers are recomputed in the backward pass instead of keeping their activations."""
+
+    forward_passes: int = 0
+    """Further passes without gradient over every token, as of algorithms that weigh a whole step, or for sampling it."""
 
     packed: bool = True
     """Whether rows hold several documents: attention then needs a mask, which every visit keeps. That recurrent layers run
@@ -144,6 +148,17 @@ class Estimate:
         """
         return self.step_flops / (peak_flops * world_size)
 
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """The estimate as names and values to print; parts that are 0 are left out."""
+        parts = dataclasses.asdict(self.parameters)
+        yield "parameters", f"{parts.pop('total'):,}"
+        yield from ((f"  {name}", f"{count:,}") for name, count in parts.items() if count)
+        yield "memory per rank", _in_bytes(self.memory.total)
+        yield from ((f"  {name}", _in_bytes(size)) for name, size in dataclasses.asdict(self.memory).items() if size)
+        yield "FLOPs per token, forward", f"{self.forward_flops:,.0f}"
+        yield "FLOPs per token, training", f"{self.training_flops:,.0f}"
+        yield "FLOPs per step", f"{self.step_flops:.3e}"
+
 
 def flops_per_token(
     model: MullForCausalLM, length: int, iterations: float | None = None, n_heads: int | None = None
@@ -175,7 +190,8 @@ def training_flops_per_token(
 ) -> float:
     """FLOPs of a forward and a backward pass per token: three times the forward pass, which is what an MFU refers to.
 
-    The backward pass takes two products for each one of the forward pass. Visits that are not back-propagated through (the first
+    The backward pass takes two products for each one of the forward pass (that of a delta rule a few more, for the triangular
+    solve). Visits that are not back-propagated through (the first
     iterations and the encoder, where `backprop_iterations` is smaller than `iterations`) count once. Frozen weights, and
     targets that are left out for their weight of 0, are not subtracted; recomputed activations are not added.
 
@@ -224,7 +240,10 @@ def estimate(
     )
     mean = schedule.max_iterations if schedule.mean_iterations is None else schedule.mean_iterations
     training = training_flops_per_token(model, schedule.length, mean, schedule.backprop_iterations)
-    beside = 0.0 if reference is None else flops_per_token(reference, schedule.length)
+    forward = flops_per_token(model, schedule.length, mean)
+    beside = forward * schedule.forward_passes
+    if reference is not None:
+        beside += flops_per_token(reference, schedule.length)
     if schedule.checkpointing:
         trunk = _Trunk.of(model, schedule.length)
         beside += trunk.differentiated(_passes(model, mean), schedule.backprop_iterations)
@@ -232,7 +251,7 @@ def estimate(
     return Estimate(
         parameters=_count(model, companion),
         memory=memory,
-        forward_flops=flops_per_token(model, schedule.length, mean),
+        forward_flops=forward,
         training_flops=training,
         tokens_per_step=tokens,
         step_flops=(training + beside) * tokens,
@@ -325,6 +344,14 @@ def _head_flops(model: MullForCausalLM, length: int, n_heads: int | None = None)
     return unembedding + count * (cost + unembedding)
 
 
+def _in_bytes(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:,.1f} {unit}"
+
+
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Tied tensors once."""
     return list({id(tensor): tensor for tensor in tensors}.values())
@@ -406,7 +433,8 @@ def _activations(model: MullForCausalLM, schedule: Schedule) -> int:
     outside = tracer.norm() + tracer.heads()
     if not schedule.checkpointing:
         rows = sum(saved[layer].per_row for layer in visits) * schedule.rows
-        return rows + sum(layer.copies for layer in saved.values()) + outside
+        casts = visits if schedule.world_size > 1 else saved  # one process keeps what it has cast for the next visit
+        return rows + sum(saved[layer].copies for layer in casts) + outside
     largest = max(layer.per_row * schedule.rows + layer.copies for layer in saved.values())
     return len(visits) * tracer.stream_size + largest + outside
 
@@ -454,7 +482,7 @@ class _Tracer:
 
     def norm(self) -> int:
         """What the final norm keeps."""
-        return self._measure(self._model.model.norm).per_row * self._schedule.rows
+        return self._measure(lambda h: self._model.model.norm(h)).per_row * self._schedule.rows
 
     def heads(self) -> int:
         """What the heads behind the main one keep: those of one head at a time, but sequential ones form a chain."""

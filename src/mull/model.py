@@ -141,6 +141,10 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
     def _can_set_experts_implementation(cls) -> bool:
         return True
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # In custom code transformers passes over modules without parameters of their own: the heads, and the experts' routers.
+        super()._initialize_weights(module, is_custom_code=False)
+
     def _init_weights(self, module: nn.Module) -> None:
         self.model._init_weights(module)
         if isinstance(module, MTPHeads):
@@ -256,8 +260,8 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
             if self.mtp_config is not None:
                 if cache is not None and cache.n_tokens != h.shape[1]:
                     raise ValueError(
-                        "Heads that predict further tokens see the tokens of one call, so their loss cannot continue from a cache: "
-                        "give labels with whole rows."
+                        "Heads that predict further tokens see the tokens of one call, so their loss cannot continue from a "
+                        "cache: give labels with whole rows."
                     )
                 mtp_loss, mtp_step_losses = self._mtp_loss(
                     h, input_ids, labels, attention_mask, position_ids, num_items_in_batch

@@ -133,7 +133,7 @@ class TrainResult:
     """Input tokens consumed by all ranks, padding not counted where an attention mask ``[B, T]`` marks it."""
 
     history: list[Record]
-    """The records, as in ``metrics.jsonl``."""
+    """The records, as in ``metrics.jsonl``; ranks other than 0 lack those of before a resumption."""
 
     stopped: Literal["finished", "until", "sigterm"]
     """Why the run ended: its length was reached, `until` said so, or a process was asked to terminate."""
@@ -386,7 +386,6 @@ def _evaluate(run: _Run, evaluate: Callable[["MullForCausalLM"], Mapping[str, fl
     with torch.no_grad():
         values = run.stage.evaluate(evaluate)
     run.stage.train()
-    run.stage.free()
     set_rng_state(rng)
     return values
 

@@ -5,6 +5,8 @@ The objective weighs its targets unequally, by the model, and trains a companion
 and an error of bookkeeping is 1e-3 and more.
 """
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,11 @@ def test_two_ranks_train_as_one(case: str, ranks: list[Outcomes], alone: Outcome
     assert ranks[1][case]["weights"] == {}
 
 
+def test_ranks_take_the_batches_in_turns(ranks: list[Outcomes], alone: Outcomes) -> None:
+    assert alone[PLAIN]["loaded"] == list(range(12))
+    assert [of_rank[PLAIN]["loaded"] for of_rank in ranks] == [list(range(0, 12, 2)), list(range(1, 12, 2))]
+
+
 def test_keeping_gathered_weights_changes_nothing(ranks: list[Outcomes], alone: Outcomes) -> None:
     assert_same_run(ranks[0]["kept gathered"], alone[PLAIN])
 
@@ -173,3 +180,11 @@ def test_ranks_share_one_curriculum(ranks: list[Outcomes]) -> None:
     assert expected["iterations"][:3] == [1, 1, 1]
     assert min(expected["iterations"][3:]) >= 2
     assert ranks[0]["curriculum"] == ranks[1]["curriculum"] == expected
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_training(alone: Outcomes, tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "distributed_training.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*command, str(script), str(tmp_path / "result.pt")], check=True, timeout=120)
+    assert_same_run(torch.load(tmp_path / "result.pt"), alone[PLAIN])

@@ -311,6 +311,19 @@ def test_the_oldest_go_in_the_order_of_numbers(url):
     assert names(url) == ["step-000007", "step-1000002"], "what was just written stays"
 
 
+def test_somebodys_folder_is_never_removed(url):
+    theirs = [storage.join(url, name) for name in ("step-000001", "step-000002")]
+    for folder in theirs:
+        storage.make_folder(folder)
+        storage.write_text_atomic(storage.join(folder, "model.safetensors"), "months of work")
+    with pytest.raises(RuntimeError, match=r"step-000002 holds files that are no checkpoint's; choose another folder"):
+        save(url, 2)
+    save(url, 3, keep_last=1)
+    assert names(url) == ["step-000003"]
+    for folder in theirs:
+        assert storage.list_names(folder) == ["model.safetensors"]
+
+
 def test_a_removal_that_is_interrupted_leaves_nothing_that_looks_complete(url, monkeypatch):
     save(url, 1)
     real, calls = storage.remove_tree, []
@@ -329,7 +342,14 @@ def test_a_removal_that_is_interrupted_leaves_nothing_that_looks_complete(url, m
 
 def test_old_ones_that_cannot_be_removed_are_reported_and_the_new_one_counts(url, monkeypatch, caplog):
     save(url, 1)
-    monkeypatch.setattr(module, "_remove", lambda folder: (_ for _ in ()).throw(OSError("read-only")))
+    real = storage.remove_tree
+
+    def refuse(name: str) -> None:
+        if "step-000001" in name:
+            raise OSError("read-only")
+        real(name)
+
+    monkeypatch.setattr(storage, "remove_tree", refuse)
     save(url, 2, keep_last=1)
     assert names(url) == ["step-000001", "step-000002"]
     assert "step 2 is written, but older ones could not be removed: read-only" in caplog.text
@@ -548,10 +568,11 @@ def test_checkpoints_pass_between_one_and_two_ranks(tmp_path, bucket):
         for rank in range(2)
     ]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     for url in (two, bucket):
         assert storage.list_names(latest(url)) == [".metadata", "__0_0.distcp", "__1_0.distcp", "checkpoint.json"]

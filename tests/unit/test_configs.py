@@ -5,7 +5,7 @@ from conftest import tiny
 from pydantic import ValidationError
 from transformers import LlamaConfig, Olmo3Config, Qwen3_5TextConfig, Qwen3NextConfig
 
-from mull import ETDConfig, TransformerConfig, wrap_transformer_with_etd
+from mull import ETDConfig, MTPConfig, TransformerConfig, wrap_transformer_with_etd
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,45 @@ def test_presets_refuse_what_does_not_fit() -> None:
         TransformerConfig.olmo3_7B_etd(n_encoder_layers=7, n_think_layers=4, n_decoder_layers=5)
     with pytest.raises(ValueError, match="Give all of n_encoder_layers"):
         TransformerConfig.olmo3_7B_etd(n_encoder_layers=7)
+
+
+def test_the_weights_of_heads_halve_and_sum_to_the_weight_of_all() -> None:
+    assert MTPConfig(mtp_loss_weight=1).head_weights == pytest.approx((1, 0.53333, 0.26667, 0.13333, 0.06667), abs=1e-5)
+    assert sum(MTPConfig().head_weights[1:]) == pytest.approx(0.3)
+    assert MTPConfig(num_predict_tokens=1).head_weights == pytest.approx((1, 0.3))
+
+
+def test_weights_without_decay_are_equal() -> None:
+    assert MTPConfig(loss_weight_decay=1, mtp_loss_weight=0.4).head_weights == pytest.approx((1, 0.1, 0.1, 0.1, 0.1))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_predict_tokens": 0},
+        {"mtp_head_type": "medusa"},
+        {"loss_weight_decay": 0},
+        {"loss_weight_decay": 1.5},
+        {"mtp_loss_weight": -0.1},
+        {"num_heads": 4},
+    ],
+    ids=["no-head", "unknown-type", "no-weight", "growing", "negative", "misspelt"],
+)
+def test_impossible_heads_are_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        MTPConfig(**fields)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "mlp", "shared_lm_head"])
+def test_parallel_heads_cannot_share_weights(kind: str) -> None:
+    """They would all predict the same token."""
+    with pytest.raises(ValidationError, match="share_weights_across_steps needs mtp_head_type='sequential', not"):
+        MTPConfig(mtp_head_type=kind, share_weights_across_steps=True)
+    assert MTPConfig(mtp_head_type="sequential", share_weights_across_steps=True).share_weights_across_steps
+
+
+def test_heads_with_a_layer_need_a_pattern_with_full_attention() -> None:
+    base = tiny("olmo3", layer_types=["sliding_attention"] * 8)
+    with pytest.raises(ValueError, match="No layer of this model has full attention, .*: use mlp or shared_lm_head"):
+        wrap_transformer_with_etd(base, None, MTPConfig(mtp_head_type="transformer"))
+    assert wrap_transformer_with_etd(base, None, MTPConfig(mtp_head_type="mlp")).mtp_heads is not None

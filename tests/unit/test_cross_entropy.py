@@ -133,7 +133,7 @@ def test_a_second_derivative_is_refused_instead_of_wrong() -> None:
 def test_losses_of_certain_and_impossible_targets_are_finite() -> None:
     """A loss of 400 nats is beyond what a probability in fp32 can hold."""
     hidden, weight = torch.eye(2) * 20, torch.tensor([[10.0, 0.0], [-10.0, 0.0]])
-    total, losses = weighted_cross_entropy(hidden[[0, 0]].requires_grad_(), weight, torch.tensor([0, 1]), torch.ones(2))
+    _, losses = weighted_cross_entropy(hidden[[0, 0]].requires_grad_(), weight, torch.tensor([0, 1]), torch.ones(2))
     assert losses.tolist() == [0.0, 400.0]
 
 

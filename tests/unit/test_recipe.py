@@ -1,86 +1,101 @@
-"""A recipe is read strictly: what is wrong is one sentence that names the key; what is right trains, saves and resumes."""
+"""Claim: a recipe is read strictly, and what is wrong with it is one sentence that names the key."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from recipes import changed, content
 
-import mull
-from mull.recipe import load_recipe, parse_recipe, run_recipe
+from mull.recipe import Recipe, load_recipe, parse_recipe, recipe_schema
 
-
-def content(tmp_path: Path, **sections: Any) -> dict[str, Any]:
-    text = tmp_path / "text"
-    text.mkdir(exist_ok=True)
-    for name in ("a", "b"):
-        (text / f"{name}.py").write_text("".join(f"def {name}{i}(x):\n    return x + {i}\n\n\n" for i in range(60)))
-    return {
-        "run": {"name": "tiny", "out": str(tmp_path)},
-        "model": {
-            "architecture": {
-                "model_type": "qwen3",
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "head_dim": 16,
-                "max_position_embeddings": 64,
-            },
-            "etd": {"n_encoder_layers": 1, "n_think_layers": 2, "n_decoder_layers": 1, "max_think_iterations": 2},
-        },
-        "data": {
-            "paths": [str(text / "a.py")],
-            "held_out_paths": [str(text / "b.py")],
-            "vocab_size": 280,
-            "length": 32,
-            "batch_size": 4,
-        },
-        "loss": {"iterations": {"kind": "uniform", "maximum": 3}},
-        "train": {"steps": 6, "precision": "fp32", "log_every": 1},
-        **sections,
-    }
-
-
-def changed(tmp_path: Path, key: str, value: Any) -> dict[str, Any]:
-    recipe = content(tmp_path)
-    *sections, last = key.split(".")
-    place = recipe
-    for section in sections:
-        place = place.setdefault(section, {})
-    place[last] = value
-    return recipe
+RHO1 = {"reference": "somewhere"}
+CRITIC = {"pretrain": {"steps": 3}}
+GRPO = {"reward": "arithmetic"}
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("values", "message"),
     [
-        ("train.peek_lr", 1e-4, "unknown key train.peek_lr. Did you mean train.peak_lr?"),
-        ("data.lenght", 3, "unknown key data.lenght. Did you mean data.length?"),
-        ("loss.iterations.maximun", 3, "unknown key loss.iterations.maximun. Did you mean loss.iterations.maximum?"),
-        ("trian", {}, "unknown key trian. Did you mean train?"),
-        ("run.zzz", 1, "unknown key run.zzz. Known are name, out."),
-        ("train.steps", "many", "train.steps='many': Input should be a valid integer"),
-        ("train.max_seconds", 3, "train: steps=6 and max_seconds=3.0: give exactly one"),
-        ("model.checkpoint", "x", "model: give either checkpoint or architecture"),
+        ({"train__peek_lr": 1e-4}, "unknown key train.peek_lr. Did you mean train.peak_lr?"),
+        ({"data__lenght": 3}, "unknown key data.lenght. Did you mean data.length?"),
         (
-            "model.architecture",
-            {"model_type": "gpt2"},
+            {"loss__iterations__maximun": 3},
+            "unknown key loss.iterations.maximun. Did you mean loss.iterations.maximum?",
+        ),
+        ({"trian": {}}, "unknown key trian. Did you mean train?"),
+        ({"run__zzz": 1}, "unknown key run.zzz. Known are name, out, tags."),
+        ({"train__keep_last": 1}, "unknown key train.keep_last. Did you mean checkpoint.keep_last?"),
+        ({"train__eval_every": 1}, "unknown key train.eval_every."),
+        ({"model__mtp__heads": 2}, "unknown key model.mtp.heads."),
+        ({"train__steps": "many"}, "train.steps='many': Input should be a valid integer"),
+        ({"train__max_seconds": 3}, "train: steps=6 and max_seconds=3.0: give exactly one"),
+        ({"train__algo": "rho-wmtp"}, "train.algo: 'rho-wmtp' is not known. Did you mean rho1-wmtp?"),
+        ({"model__checkpoint": "x"}, "model: give either checkpoint or architecture"),
+        (
+            {"model__architecture": {"model_type": "gpt2"}},
             "architecture.model_type='gpt2' is not supported; supported are llama",
         ),
-        ("data.vocab_size", 10, "data.vocab_size=10: Input should be greater than or equal to 257"),
-        ("model.etd.n_think_layers", 0, "model.etd.n_think_layers=0"),
+        ({"data__vocab_size": 10}, "data.vocab_size=10: Input should be greater than or equal to 257"),
+        ({"data__paths": []}, "data.paths=[]: Tuple should have at least 1 item"),
+        ({"model__etd__n_think_layers": 0}, "model.etd.n_think_layers=0"),
+        ({"tracking__uri": "http://x"}, "tracking: uri is MLflow's, and mlflow is false"),
+        ({"data__format": "mbpp", "data__paths": None}, "data: format=mbpp needs paths"),
+        ({"data__format": "mbpp", "data__max_bytes": 3}, "data: max_bytes are for texts, and format=mbpp reads tasks"),
+        ({"data__format": "arithmetic"}, "data: format=arithmetic with arithmetic=None"),
+        ({"data": {"arithmetic": {}}}, "data: format=text with arithmetic="),
+        (
+            {"data": {"format": "arithmetic", "arithmetic": {"operations": "/"}}},
+            "operations='/' must be one or more of",
+        ),
+        (
+            {"data": {"format": "arithmetic", "arithmetic": {}, "paths": ["x"]}},
+            "data: format=arithmetic is generated and reads no paths",
+        ),
+        (
+            {"data__held_out_paths": None, "data__held_out_split": "x", "data__paths": None},
+            "data: held_out_split needs",
+        ),
+        (
+            {"data__held_out_paths": None, "data__held_out_split": "x", "data__split": "x"},
+            "held_out_split='x' is what is trained on",
+        ),
     ],
 )
-def test_a_mistake_is_one_sentence_that_names_the_key(tmp_path: Path, key: str, value: Any, message: str) -> None:
+def test_a_mistake_is_one_sentence_that_names_the_key(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared below
-        parse_recipe(changed(tmp_path, key, value))
+        parse_recipe(changed(content(tmp_path), **values))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train__algo": "rho1-wmtp"}, "train.algo=rho1-wmtp needs the section rho1"),
+        ({"train__algo": "critic-wmtp"}, "train.algo=critic-wmtp needs the section critic"),
+        ({"train__algo": "gradient-wmtp"}, "train.algo=gradient-wmtp needs the section gradient"),
+        ({"train__algo": "grpo-wmtp"}, "train.algo=grpo-wmtp needs the section grpo"),
+        ({"rho1": RHO1}, "the section rho1 belongs to train.algo=rho1-wmtp, but train.algo=next-token"),
+        ({"train__algo": "rho1-wmtp", "rho1": RHO1, "critic": CRITIC}, "the section critic belongs to"),
+        ({"train__algo": "rho1-wmtp", "rho1": {}}, "the key rho1.reference is missing"),
+        ({"train__algo": "critic-wmtp", "critic": {}}, "the key critic.pretrain is missing"),
+        ({"train__algo": "critic-wmtp", "critic": CRITIC}, "needs tasks with right and wrong answers"),
+        ({"train__algo": "gradient-wmtp", "gradient": {"mode": "alignment"}}, "mode alignment needs paths"),
+        ({"train__algo": "gradient-wmtp", "gradient": {"paths": ["x"]}}, "mode=norm with paths="),
+        ({"train__algo": "grpo-wmtp", "grpo": GRPO}, "grades answers to data.format=arithmetic, not text"),
+        ({"train__algo": "grpo-wmtp", "grpo": {"reward": "arithmetics"}}, "Did you mean arithmetic?"),
+        ({"train__algo": "grpo-wmtp", "grpo": {**GRPO, "kl_coef": 0.1}}, "the penalty needs one"),
+        ({"model__mtp": {}}, "model.mtp is not read by train.algo=next-token"),
+        ({"loss__heads": {"detach": True}}, "loss.heads is not read by train.algo=next-token"),
+        ({"loss__control": "shuffled"}, "loss.control is not read by train.algo=next-token"),
+    ],
+)
+def test_an_algorithm_has_its_sections_and_no_others(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared below
+        parse_recipe(changed(content(tmp_path), **values))
+    assert message in str(error.value)
 
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
@@ -90,9 +105,14 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         parse_recipe(recipe)
 
 
-def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+def written(tmp_path: Path, text: str) -> Path:
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(content(tmp_path)))
+    file.write_text(text)
+    return file
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = written(tmp_path, yaml.safe_dump(content(tmp_path)))
     recipe = load_recipe(file, ["train.peak_lr=1e-4", "data.length=16", "loss.iterations={kind: fixed, maximum: 2}"])
     assert recipe.train.peak_lr == 1e-4
     assert recipe.data.length == 16
@@ -100,6 +120,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     for override, message in {
         "train.steps": "lacks a value",
         "train.steps.more=3": "goes through steps, which is a value",
+        "train.steps=[": "--set train.steps=\\[ is not YAML",
     }.items():
         with pytest.raises(ValueError, match=message):
             load_recipe(file, [override])
@@ -108,62 +129,105 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
 def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no recipe at"):
         load_recipe(tmp_path / "nothing.yaml")
-    (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="must hold sections such as run, model and train, but holds list"):
-        load_recipe(tmp_path / "list.yaml")
-    (tmp_path / "broken.yaml").write_text("a: [1")
+        load_recipe(written(tmp_path, "- 1\n"))
+    with pytest.raises(ValueError, match="must hold sections such as run, model and train, but holds NoneType"):
+        load_recipe(written(tmp_path, "\n"))
     with pytest.raises(ValueError, match="is not YAML"):
-        load_recipe(tmp_path / "broken.yaml")
+        load_recipe(written(tmp_path, "a: [1"))
+    with pytest.raises(ValueError, match="the key train.steps is given twice, in lines 2 and 4"):
+        load_recipe(written(tmp_path, "train:\n  steps: 1\n  seed: 3\n  steps: 2\n"))
 
 
-def test_a_recipe_trains_and_its_model_loads_everywhere(tmp_path: Path) -> None:
-    result = run_recipe(parse_recipe(content(tmp_path)))
-    assert result.step == 6
-    lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert lines[-1]["loss"] < lines[0]["loss"]
-    assert lines[-1]["eval_loss"] > 0
-    folder = tmp_path / "tiny" / "model"
-    model = mull.from_pretrained(str(folder))
-    assert model.etd_config is not None
-    assert model.etd_config.max_think_iterations == 2
-    tokens = AutoTokenizer.from_pretrained(folder)("def a1(x):", return_tensors="pt")["input_ids"]
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(tokens).logits, model(tokens).logits)
-
-    again = content(tmp_path, run={"name": "again", "out": str(tmp_path)}, model={"checkpoint": str(folder)})
-    assert run_recipe(parse_recipe(again)).step == 6
-    assert mull.from_pretrained(str(tmp_path / "again" / "model")).etd_config == model.etd_config
+RECIPE = "run: {name: x}\nmodel:\n  checkpoint: y\ntrain:\n  steps: 3\n"
 
 
-def test_a_recipe_resumes_where_it_stopped(tmp_path: Path) -> None:
-    straight = content(tmp_path, run={"name": "straight", "out": str(tmp_path)})
-    run_recipe(parse_recipe(straight))
-    stopped = content(
-        tmp_path, run={"name": "stopped", "out": str(tmp_path)}, train={**straight["train"], "save_every": 4}
-    )
-    run_recipe(parse_recipe(stopped))
-    checkpoints = sorted((tmp_path / "stopped").glob("step-*"))
-    assert [path.name for path in checkpoints] == ["step-000004", "step-000006"]
-    for file in checkpoints[1].iterdir():
-        file.unlink()
-    checkpoints[1].rmdir()
-    run_recipe(parse_recipe(stopped), resume=True)
-    one, two = (mull.from_pretrained(str(tmp_path / name / "model")) for name in ("straight", "stopped"))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+def test_numbers_are_read_as_everyone_writes_them(tmp_path: Path) -> None:
+    text = RECIPE.replace("checkpoint: y", "architecture: {model_type: qwen3, rms_norm_eps: 1e-5, a: 1e+5, b: -2.5E3}")
+    architecture = load_recipe(written(tmp_path, text)).model.architecture
+    assert architecture == {"model_type": "qwen3", "rms_norm_eps": 1e-5, "a": 1e5, "b": -2500.0}
+    assert load_recipe(written(tmp_path, RECIPE.replace("x}", "'1e5'}"))).run.name == "1e5"
+
+
+def test_environment_variables_stand_in_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MULL_TEST_NAME", "night")
+    monkeypatch.setenv("MULL_TEST_EMPTY", "")
+    text = """
+run:
+  name: ${MULL_TEST_NAME}-${MULL_TEST_UNSET:-run}
+  tags: {plain: "$${HOME} costs 3 $", number: "${MULL_TEST_UNSET:-7}"}
+model:
+  checkpoint: "${MULL_TEST_EMPTY:-base}"  # not ${MULL_TEST_UNSET}
+train:
+  steps: &steps ${MULL_TEST_UNSET:-3}
+  seed: *steps
+  peak_lr: ${MULL_TEST_UNSET:-1e-4}
+  betas: [0.9, "${MULL_TEST_UNSET:-0.99}"]
+checkpoint:
+  url: ${MULL_TEST_UNSET:-}
+"""
+    recipe = load_recipe(written(tmp_path, text), ["data.length=${MULL_TEST_UNSET:-64}"])
+    assert recipe.run.name == "night-run"
+    assert recipe.run.tags == {"plain": "${HOME} costs 3 $", "number": "7"}, "a quoted value stays text"
+    assert recipe.model.checkpoint == "base"
+    assert (recipe.train.steps, recipe.train.seed, recipe.train.peak_lr) == (3, 3, 1e-4)
+    assert recipe.train.betas == (0.9, 0.99)
+    assert recipe.checkpoint.url is None
+    assert recipe.data.length == 64
+
+
+def test_a_variable_cannot_smuggle_in_structure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MULL_TEST_NAME", "a\nseed: 3, {b: ${HOME}} # c")
+    recipe = load_recipe(written(tmp_path, RECIPE.replace("{name: x}", "\n  name: ${MULL_TEST_NAME}")))
+    assert recipe.run.name == "a\nseed: 3, {b: ${HOME}} # c"
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "error", "message"),
+    ("value", "message"),
     [
-        ("data.paths", ["nowhere.txt"], FileNotFoundError, "nowhere.txt does not exist"),
-        ("data.length", 65, ValueError, "data.length=65 exceeds the 64 positions of the model"),
-        ("model.etd.n_decoder_layers", 2, ValueError, r"covers 5 layers, but the model has 4"),
-        ("model.architecture.vocab_size", 100, ValueError, "outside the model's vocabulary of 100 tokens"),
-        ("data.batch_size", 10_000, ValueError, "rows"),
+        (
+            "${MULL_TEST_UNSET}",
+            "train.peak_lr reads the environment variable MULL_TEST_UNSET, which is not set: set it, or write "
+            "${MULL_TEST_UNSET:-default}.",
+        ),
+        ("${1X}", "train.peak_lr: ${ must begin ${NAME} or ${NAME:-default}"),
+        ("${X", "train.peak_lr: ${ must begin"),
     ],
 )
-def test_data_tokenizer_and_model_must_fit(
-    tmp_path: Path, key: str, value: Any, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        run_recipe(parse_recipe(changed(tmp_path, key, value)))
+def test_a_variable_without_a_value_is_named_with_its_key(tmp_path: Path, value: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared below
+        load_recipe(written(tmp_path, RECIPE + f"  peak_lr: {value}\n"))
+    assert message in str(error.value)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_recipe(written(tmp_path, RECIPE), [f"train.peak_lr={value}"])
+    assert message in str(error.value)
+
+
+def properties(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        f"{section}.{name}": value
+        for section, definition in schema["$defs"].items()
+        for name, value in definition["properties"].items()
+    }
+
+
+def test_the_schema_explains_every_key() -> None:
+    schema = recipe_schema()
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert [name for name, value in properties(schema).items() if not value.get("description")] == []
+    assert properties(schema)["TrainSection.peak_lr"]["description"] == "Learning rate of AdamW after warm-up."
+    assert "TrainSection.eval_every" not in properties(schema)
+    json.dumps(schema)
+
+
+def test_the_schema_allows_a_variable_wherever_one_is_read() -> None:
+    for name, value in properties(recipe_schema()).items():
+        choices = value.get("anyOf", [value])
+        assert any(choice.get("type") == "string" and "enum" not in choice for choice in choices), name
+
+
+def test_the_recipes_of_the_repository_are_valid() -> None:
+    files = sorted((Path(__file__).parents[2] / "runs").glob("*.yaml"))
+    assert files
+    for file in files:
+        load_recipe(file)

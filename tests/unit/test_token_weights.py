@@ -155,6 +155,7 @@ def test_dropping_the_lowest_share_counts_as_it_is_written() -> None:
     assert [int(keep_highest(scores, valid, share).sum()) for share in (0.7, 1 - 0.3, 0.1, 1.0)] == [210, 210, 30, 300]
     assert math.ceil(0.28 * 25) == 8
     assert int(keep_highest(scores[0, :25], valid[0, :25], 0.28).sum()) == 7
+    assert int(keep_highest(scores[0], valid[0], 0.15).sum()) == 15, "in fp32 the product exceeds 15"
 
 
 def test_invalid_targets_are_not_kept_even_before_the_worst_scores() -> None:
@@ -176,6 +177,7 @@ def test_probability_and_entropy_weights_are_those_of_the_prediction() -> None:
     torch.testing.assert_close(dft_weights(-chosen.log()), chosen)
     weights = entropy_weights(torch.tensor([0.0, math.log(11), -1e-7, 1.0]), 11)
     torch.testing.assert_close(weights, torch.tensor([0.0, 1.0, 0.0, 1 / math.log(11)]))
+    assert weights.min() == 0, "rounding must not make a weight negative"
 
 
 def test_gradient_norm_is_that_of_each_targets_gradient_of_the_unembedding() -> None:
@@ -186,12 +188,13 @@ def test_gradient_norm_is_that_of_each_targets_gradient_of_the_unembedding() -> 
     torch.testing.assert_close(gradient_norm(losses, p.square().sum(-1), hidden.norm(dim=-1)), expected)
 
 
-def test_gradient_norm_in_fp32_is_right_for_certain_predictions() -> None:
+@pytest.mark.parametrize("rounding", [-1.2e-7, 0.0, 1.2e-7], ids=["down", "none", "up"])
+def test_gradient_norm_in_fp32_is_right_for_certain_predictions(rounding: float) -> None:
     gap = torch.linspace(0, 30, 200, dtype=torch.float64)
     logits = torch.stack([gap, torch.zeros_like(gap), torch.zeros_like(gap) - 1], -1)
     p, log_p = logits.softmax(-1), logits.log_softmax(-1)
     exact = (torch.expm1(log_p[:, 0]).square() + p[:, 1:].square().sum(-1)).sqrt()
-    single = gradient_norm(-log_p[:, 0].float(), p.float().square().sum(-1), torch.ones(200))
+    single = gradient_norm(-log_p[:, 0].float(), p.float().square().sum(-1) + rounding, torch.ones(200))
     assert single.dtype == torch.float32
     # The other probabilities' squares drown in those of the target: at worst they count as one probability or as none.
     ratio = single.double() / exact
@@ -465,9 +468,10 @@ def test_statistics_of_equal_single_zero_and_missing_weights_are_finite() -> Non
 
 def test_statistics_of_ranks_add_and_the_largest_is_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = (WeightStatistics.measure(*weighted(seed)) for seed in (1, 2))
-    monkeypatch.setattr(token_weights, "global_sum", lambda sums: sums + theirs.sums)
-    monkeypatch.setattr(token_weights, "gather", lambda largest: [largest, theirs.largest])
-    assert ours.over_ranks().report() == (ours + theirs).report()
+    for one, other in ((ours, theirs), (theirs, ours)):
+        monkeypatch.setattr(token_weights, "global_sum", lambda sums, other=other: sums + other.sums)
+        monkeypatch.setattr(token_weights, "gather", lambda largest, other=other: [largest, other.largest])
+        assert one.over_ranks().report() == (ours + theirs).report()
 
 
 def test_no_gradient_flows_through_any_weight() -> None:

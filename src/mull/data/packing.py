@@ -208,7 +208,7 @@ def pack_tokenized_examples(
     """Pack examples whole: each goes, in the given order, into the fullest row that still holds it, or else opens a row.
 
     An example that is longer than a row is left out and counted in the log: its rest would be read without its prompt, and its
-    outcome belongs to its end. Examples without a target, of fewer than two tokens, are left out as in `pack_tokens`.
+    outcome belongs to its end. Examples without a target are left out, as in `pack_tokens`.
 
     Args:
         examples: Either all or none with an outcome.
@@ -234,12 +234,9 @@ def pack_tokenized_examples(
         raise ValueError(f"{n_outcomes} of {len(kept)} examples have an outcome: give one to all of them, or to none.")
     fitting = [example for example in kept if _n_tokens(example) <= length]
     if not fitting:
-        shortest = min(map(_n_tokens, kept), default=0)
-        why = (
-            f"the shortest of {len(kept)} has {shortest} tokens, length={length}"
-            if kept
-            else "there are none with a target"
-        )
+        why = "there are none with a target"
+        if kept:
+            why = f"the shortest of {len(kept)} has {min(map(_n_tokens, kept))} tokens, length={length}"
         raise ValueError(f"No example fits into a row: {why}. Use longer rows, or check the data.")
     if len(fitting) < len(kept):
         logger.warning(
@@ -256,9 +253,7 @@ def _n_tokens(example: TokenizedExample) -> int:
 def _best_fit(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
     """Row and offset of each item, none larger than a row."""
     places: list[tuple[int, int]] = []
-    open_rows: list[
-        tuple[int, int]
-    ] = []  # (tokens left, row), sorted; few differ in the first, so the list stays short to search
+    open_rows: list[tuple[int, int]] = []  # (tokens left, row), sorted
     n_rows = 0
     for size in sizes:
         best = bisect.bisect_left(open_rows, (size, 0))

@@ -306,8 +306,7 @@ def _corrupt(example: Example, rng: np.random.Generator) -> Example | None:
     for index in rng.permutation(len(changes)).tolist():
         start, end, replacements = changes[index]
         changed = program[:start] + replacements[rng.integers(len(replacements))] + program[end:]
-        new_tree = _parse(changed)
-        if new_tree is not None and ast.dump(new_tree) != ast.dump(tree):
+        if _parse(changed) is not None:  # not so for the star of *args
             return replace(example, completion=changed[len(given) :], outcome=0.0)
     return None
 
@@ -317,7 +316,7 @@ def _parse(program: str) -> ast.Module | None:
         warnings.simplefilter("ignore")  # invalid escape sequences in the strings of other people's programs
         try:
             return ast.parse(program)
-        except (SyntaxError, ValueError):  # the second for null bytes
+        except (SyntaxError, ValueError):  # the second for surrogates, which JSON can hold
             return None
 
 
@@ -333,7 +332,7 @@ def _changes(program: str, tree: ast.Module) -> Iterator[tuple[int, int, Sequenc
     for token in tokens:
         row, column = token.start
         replacements: Sequence[str] = ()
-        if token.string in SWAPS and token.type != tokenize.STRING:
+        if token.string in SWAPS:
             replacements = [SWAPS[token.string]]
         elif token.type == tokenize.NUMBER and token.string.isdecimal():
             replacements = [str(int(token.string) + 1)]

@@ -203,8 +203,8 @@ def shifted(x: Float[Tensor, "B T D"], offset: int) -> Float[Tensor, "B T D"]:
 class HeadTask:
     """What the heads are asked to predict, and how much each prediction counts."""
 
-    heads: MTPHeads | None
-    """None where only the main head has targets."""
+    heads: Any
+    """`MTPHeads`, or PEFT's wrapper around them; None where only the main head has targets."""
 
     targets: Int[Tensor, "B T H"]
     """Token that each head shall predict at each position; below 0: none. H may be less than the model has heads: the further
@@ -331,7 +331,7 @@ class _Pass:
                 states = heads(k, self.hidden, None, self.task.run_block)[rows]
             self._back([self._loss(k, states, rows)], [None], self.task.trunk_gradient)
 
-    def _chain(self, heads: MTPHeads, n_heads: int) -> None:
+    def _chain(self, heads: Any, n_heads: int) -> None:
         links: list[tuple[Tensor, Tensor]] = []  # what a head reads, detached from the head before, and what it writes
         states = self.hidden
         for k in range(1, n_heads):

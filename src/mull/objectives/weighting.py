@@ -39,6 +39,9 @@ class Evidence:
     direction: Tensor | None = None
     """Gradient of the unembedding ``[V, D]`` that `statistics` aligns each target's own with."""
 
+    reference_iterations: int | None = None
+    """Think iterations of the reference; None is its own number."""
+
     temperature: float = 1.0
     """Divides the logits of the predictions that `statistics` and `reference_loss` describe."""
 
@@ -66,6 +69,7 @@ class Evidence:
                 self.batch["input_ids"],
                 attention_mask=self.batch.get("attention_mask"),
                 position_ids=self.batch.get("position_ids"),
+                think_iterations=self.reference_iterations,
             )
         return self._statistics(self.reference, hidden).loss
 

@@ -3,12 +3,14 @@
     L = Σ_k (c_k / N_k) Σ_t w_{t,k} · CE(P_k(x_{t+1+k} | x_{≤t}), x_{t+1+k})
 
 ``w_{t,k} = s_{t+1+k}`` is the score of the *target* token, without gradient, 0 where there is no target, and divided by its mean
-over all valid targets of the optimizer step, on all ranks: algorithms differ in emphasis and not in learning rate.
+over all valid targets of the optimizer step, on all ranks: algorithms differ in emphasis and not in learning rate. Signed scores,
+such as advantages, are not divided; see `Scorer.signed`.
 Shapes: B batch, T tokens, D model width, H heads, the main one included; M micro-batches of a rank, R ranks.
 """
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -64,6 +66,9 @@ class HeadTraining(BaseModel):
 class WeightedMTP(Objective):
     """Cross-entropy of all heads, weighted by token.
 
+    A batch may mark some of its tokens, ``marked [B, T]``: their mean weight is logged as ``weights/marked``, and no algorithm
+    sees the mark.
+
     A model without heads trains its main head only. Algorithms that rank the targets of a step against each other, and
     controls, need the scores of all its micro-batches first: that is a further forward pass without gradient, unless the step is
     one micro-batch.
@@ -74,7 +79,7 @@ class WeightedMTP(Objective):
         heads: Weights and schedule of the heads.
         control: ``shuffled``: the algorithm's weights at random targets of the same head; ``random``: log-normal weights of the
             same mean and deviation. Neither knows what a token is.
-        seed: Seed of the controls.
+        seed: Seed of the controls, and of what the algorithm samples.
     """
 
     def __init__(
@@ -99,10 +104,14 @@ class WeightedMTP(Objective):
         self._n_targets = torch.zeros(0)
         self._statistics: WeightStatistics | None = None
         self._losses: Tensor | None = None
+        self._marked: Tensor | None = None
 
     def prepare(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> Sequence[Batch]:
         """Draw the iterations, count the step's targets, and weigh them where that takes all of them."""
         self._drawn = same_everywhere(self.iterations.sample())
+        places = range(rank(), len(batches) * world_size(), world_size())
+        seeds = [_mixed(self.seed, self._step, place) for place in places]
+        batches = self._scorer.rollout(model, batches, self._drawn, seeds)
         self._count(model, batches)
         self._scorer.begin_step(model)
         if not self._settles or len(batches) * world_size() == 1:
@@ -115,8 +124,9 @@ class WeightedMTP(Objective):
         """Sum the weighted loss over the targets of all heads.
 
         Returns:
-            The loss in nats (per target of the step, before the weights are normalised), the mean weight, and the metric
-            ``iterations``. The loop's division by the sum of the latter normalises the weights.
+            The loss in nats (per target of the step, before the weights are normalised), the weight, and the metric
+            ``iterations``. The weight is that of these targets over the number of the step's: the loop's division by the sum
+            over the step normalises the weights. For signed scores it is these targets' share, and the loop divides by 1.
 
         Raises:
             ValueError: no label of the batch is a target.
@@ -132,16 +142,8 @@ class WeightedMTP(Objective):
         weights, clipped = self._weights(model, batch, evidence)  # (B, T, H) of the active heads
         targets = targets_of(batch["labels"], evidence.positions, weights.shape[-1])
         coefficients = weights * self._head_scale
-        total, losses = model.head_losses(
-            hidden,
-            batch["input_ids"],
-            targets,
-            coefficients,
-            attention_mask=batch.get("attention_mask"),
-            position_ids=batch.get("position_ids"),
-            trunk_gradient=self.heads.trunk_gradient(self._step),
-        )
-        weight = weights.sum() / self._n_targets.sum()
+        total, losses = self._head_losses(model, batch, hidden, targets, coefficients)
+        weight = ((targets >= 0) if self._scorer.signed else weights).sum() / self._n_targets.sum()
         auxiliary = self._scorer.auxiliary_loss(hidden, evidence)
         if auxiliary is not None:
             # The loop divides by the mean weight of the step, which is the weights' business alone.
@@ -150,6 +152,7 @@ class WeightedMTP(Objective):
             self._drawn = None
         else:
             self._note(weights, targets >= 0, clipped)
+            self._note_marked(weights, targets >= 0, batch.get("marked"))
             self._note_losses(losses, (targets >= 0) & (coefficients != 0))
         return LossOutput(total, weight, {"iterations": float(iterations)})
 
@@ -158,12 +161,16 @@ class WeightedMTP(Objective):
         metrics = self._scorer.end_step()
         if self._statistics is not None:
             metrics |= self._statistics.over_ranks().report()
+        if self._marked is not None:
+            weight, count = global_sum(self._marked).tolist()
+            if count:
+                metrics["weights/marked"] = weight / count / metrics["weights/mean"]
         if self._losses is not None:
             sums, counts = global_sum(self._losses)
             means = (sums / counts.clamp(min=1)).tolist()
             metrics |= {f"head{k}_loss": mean for k, mean in enumerate(means) if counts[k]}
             metrics["active_heads"] = float(len(means) - 1)
-        self._statistics, self._losses, self._drawn = None, None, None
+        self._statistics, self._losses, self._marked, self._drawn = None, None, None, None
         self._step += 1
         return metrics
 
@@ -211,6 +218,27 @@ class WeightedMTP(Objective):
             self._head_scale = weights / counts.clamp(min=1)
         self._n_targets = counts
 
+    def _head_losses(
+        self, model: "MullForCausalLM", batch: Batch, hidden: Tensor, targets: Tensor, coefficients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``Σ coefficients · CE`` and the loss of each target; the main head at the scorer's temperature."""
+        compute = partial(
+            model.head_losses,
+            attention_mask=batch.get("attention_mask"),
+            position_ids=batch.get("position_ids"),
+            trunk_gradient=self.heads.trunk_gradient(self._step),
+        )
+        ids, temperature = batch["input_ids"], self._scorer.temperature
+        if temperature == 1:
+            return compute(hidden, ids, targets, coefficients)
+        total, losses = compute(hidden / temperature, ids, targets[..., :1], coefficients[..., :1])
+        if targets.shape[-1] == 1:
+            return total, losses
+        further = coefficients.clone()
+        further[..., 0] = 0
+        total_further, losses_further = compute(hidden, ids, targets, further)
+        return total + total_further, torch.cat([losses, losses_further[..., 1:]], -1)
+
     def _weights(self, model: "MullForCausalLM", batch: Batch, evidence: Evidence) -> tuple[Tensor, Tensor | None]:
         if "weights" in batch:
             return batch["weights"], batch.get("clipped")
@@ -224,7 +252,10 @@ class WeightedMTP(Objective):
         n_active = self._n_active(model)
         valid = targets_of(evidence.batch["labels"], evidence.positions, n_active) >= 0
         clipped = None if scored.clipped is None else align(scored.clipped, n_active) & valid
-        return torch.where(valid, align(scored.scores, n_active), 0), clipped
+        weights = torch.where(valid, align(scored.scores, n_active), 0)
+        if self._scorer.signed:
+            weights[..., 1:].clamp_(min=0)
+        return weights, clipped
 
     @torch.no_grad()
     def _settle(self, model: "MullForCausalLM", evidence: Sequence[Evidence]) -> list[dict[str, Tensor]]:
@@ -267,6 +298,13 @@ class WeightedMTP(Objective):
     def _note(self, weights: Tensor, valid: Tensor, clipped: Tensor | None) -> None:
         measured = WeightStatistics.measure(weights, valid, clipped)
         self._statistics = measured if self._statistics is None else self._statistics + measured
+
+    def _note_marked(self, weights: Tensor, valid: Tensor, marked: Tensor | None) -> None:
+        if marked is None:
+            return
+        chosen = align(marked, weights.shape[-1]) & valid
+        sums = torch.stack([weights[chosen].abs().double().sum(), chosen.sum().double()])
+        self._marked = sums if self._marked is None else self._marked + sums
 
     def _note_losses(self, losses: Tensor, computed: Tensor) -> None:
         sums = torch.stack([losses.double().sum((0, 1)), computed.sum((0, 1)).double()])

@@ -158,7 +158,17 @@ def test_a_dataset_is_read_from_disk_and_from_s3(
             {"number": number} for number in ROWS["number"]
         ]
     assert capfd.readouterr() == ("", ""), "progress bars"
-    assert not datasets.are_progress_bars_disabled(), "the user's setting is restored"
+
+
+def test_the_user_decides_about_progress_bars(tmp_path: Path, datasets: Any) -> None:
+    datasets.Dataset.from_dict(ROWS).save_to_disk(str(tmp_path / "saved"))
+    try:
+        for set_, disabled in ((datasets.disable_progress_bars, True), (datasets.enable_progress_bars, False)):
+            set_()
+            texts(f"hf:{tmp_path / 'saved'}")
+            assert datasets.are_progress_bars_disabled() == disabled
+    finally:
+        datasets.enable_progress_bars()
 
 
 @pytest.mark.parametrize("layout", ["saved", "loaded"])
@@ -235,6 +245,20 @@ def test_an_unreachable_s3_is_one_sentence(bucket: str, monkeypatch: pytest.Monk
             assert caught.type is OSError
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_connection_to_s3_that_is_lost_while_reading_is_one_sentence(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, datasets: Any
+) -> None:
+    from botocore.exceptions import EndpointConnectionError
+
+    def lose(path: str) -> None:
+        raise EndpointConnectionError(endpoint_url=path)
+
+    datasets.Dataset.from_dict(ROWS).save_to_disk(f"{bucket}/saved")
+    monkeypatch.setattr(datasets, "load_from_disk", lose)
+    with pytest.raises(OSError, match=f"hf:{bucket}/saved cannot be read: {bucket}/saved could not be reached"):
+        texts(f"hf:{bucket}/saved")
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,7 +213,7 @@ def test_mistakes_in_pairing_are_named() -> None:
 PROGRAM = '''\
 import re
 
-def count(words: list[str], n: int = 2) -> dict[str, int]:
+def count(words: list[str], n: int = 2, *rest: str) -> dict[str, int]:
     """Words of n + 1 letters, or more."""
     found = {}
     for é, word in enumerate(words):
@@ -250,14 +250,18 @@ def test_a_corrupted_program_differs_in_one_token_of_its_syntax_tree() -> None:
 
 
 def test_only_the_completion_of_a_program_is_corrupted() -> None:
-    example = Example("a", HUMANEVAL["prompt"], HUMANEVAL["canonical_solution"], 1.0)
+    prompt = "def add(a, b=3):\n    c = a if 1 < 2 else b\n"  # six places that could be changed
+    example = Example("a", prompt, HUMANEVAL["canonical_solution"], 1.0)
     changed = {corrupted(example, np.random.default_rng(seed)).completion for seed in range(99)}
     assert "    total = a - b\n    return total\n" in changed
     assert all(completion.startswith("    total = ") for completion in changed)
-    assert len(changed) == 1 + 2 + 2 + 2, "the operator; each of three names is replaced by one of the two others"
+    assert example.completion not in changed, "the change is in the prompt"
+    assert len(changed) == 1 + 3 + 3 + 3, "the operator; each of three names is replaced by one of the three others"
 
 
-@pytest.mark.parametrize("completion", ["pass\n", "return x +", "nothing to see, here", "a\0", "", "\\\r\n"])
+@pytest.mark.parametrize(
+    "completion", ["pass\n", "return x +", "nothing to see, here", "x = '\ud800' + y", "", "\\\r\n"]
+)
 def test_what_cannot_be_corrupted_is_an_error(completion: str) -> None:
     with pytest.raises(ValueError, match="problem cannot be corrupted"):
         corrupted(Example("problem", "A prompt. ", completion, 1.0), np.random.default_rng(0))

@@ -1,0 +1,275 @@
+"""Cost of the loss of multi-token heads: peak memory, throughput of a training step, and what dropped targets save.
+
+`memory`: one loss step, forward and backward, with the trunk's output given, for 1 and 4 further heads of type mlp. Each case
+runs in a process of its own; what counts is the largest memory above what is held before the step: activations, logits and
+gradients. `step`: whole training steps with AdamW of a model with 4 heads beside those of the same model without. `kept`: the
+unembedding alone, where only a share of the targets has weight. Variants alternate in one process, so that a drifting machine
+hits all alike; the median over the rounds is printed.
+
+Compared are mull, materialised logits with `F.cross_entropy` ("logits"), and torch's chunked `F.linear_cross_entropy` ("torch").
+Beside a throughput stands the one that the ratio of the matrix products predicts.
+
+    python benchmarks/multi_token_loss.py [--device cuda] [--parts memory step kept] [--rounds 5] [--threads 2]
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from mull import MTPConfig, MullForCausalLM, wrap_transformer_with_etd
+from mull.layers.mtp import HeadTask, MTPHeads, head_losses
+from mull.ops.cross_entropy import weighted_cross_entropy
+from mull.ops.token_weights import targets_of
+
+WIDTH, N_TOKENS, VOCABULARY = 512, 2048, 65536
+KINDS = ("mull", "logits", "torch")
+RESULTS = Path(__file__).parent / "results"
+
+
+def precision(device: str, name: str) -> AbstractContextManager[None]:
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=name == "bf16")
+
+
+def chunked_by_torch(hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> Tensor:
+    """It ignores autocast, so its operands are cast here."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    options = nn.LinearCrossEntropyOptions()
+    losses = F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
+    return (losses.float() * coefficients).sum()
+
+
+def from_logits(hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> Tensor:
+    losses = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+    return (losses * coefficients).sum()
+
+
+def loss_of_heads(kind: str, heads: MTPHeads, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    coefficients = torch.full(targets.shape, 1 / targets.numel(), device=targets.device)
+    if kind == "mull":
+        task = HeadTask(heads, targets, coefficients, lambda block, h: block(h))
+        return head_losses(hidden, None, weight, task)[0]
+    states = [hidden, *(heads(k, hidden, None, lambda block, h: block(h)) for k in range(1, 1 + heads.n_heads))]
+    if kind == "logits":
+        return from_logits(torch.stack(states, 2).flatten(0, 2), weight, targets.flatten(), coefficients.flatten())
+    per_head = [
+        chunked_by_torch(state[0], weight, targets[0, :, k], coefficients[0, :, k]) for k, state in enumerate(states)
+    ]
+    return torch.stack(per_head).sum()
+
+
+def current_mib(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.memory_allocated() / 2**20
+    return _from_status("VmRSS")
+
+
+def peak_mib(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return _from_status("VmHWM")
+
+
+def _from_status(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory_of_case(device: str, kind: str, n_heads: int, dtype: str) -> float:
+    """Largest memory in MiB above what is held before the step."""
+    torch.manual_seed(0)
+    heads = MTPHeads(MTPConfig(num_predict_tokens=n_heads, mtp_head_type="mlp"), WIDTH, nn.Identity, nn.Identity)
+    heads = heads.to(device)
+
+    def step(vocabulary: int, n_tokens: int) -> float:
+        hidden = torch.randn(1, n_tokens, WIDTH, device=device, requires_grad=True)
+        weight = torch.randn(vocabulary, WIDTH, device=device).mul_(0.05).requires_grad_()
+        targets = torch.randint(vocabulary, (1, n_tokens, 1 + n_heads), device=device)
+        before = current_mib(device)
+        reset_peak(device)
+        with precision(device, dtype):
+            loss = loss_of_heads(kind, heads, hidden, weight, targets)
+        loss.backward()
+        return peak_mib(device) - before
+
+    step(512, 64)  # what the libraries allocate once
+    heads.zero_grad()
+    return step(VOCABULARY, N_TOKENS)
+
+
+def measure_memory(device: str, threads: int) -> list[dict[str, Any]]:
+    rows = []
+    print(f"\nmemory: {N_TOKENS} tokens, width {WIDTH}, vocabulary {VOCABULARY}; MiB above the state before the step")
+    print(f"{'precision':10} {'variant':8} {'1 head':>10} {'4 heads':>10} {'ratio':>7}")
+    for dtype in ("fp32", "bf16"):
+        for kind in KINDS:
+            peaks = []
+            for n_heads in (1, 4):
+                case = [device, kind, str(n_heads), dtype, str(threads)]
+                out = subprocess.run(
+                    [sys.executable, __file__, "--case", *case], check=True, capture_output=True, text=True
+                )
+                peaks.append(float(out.stdout))
+            rows.append({"precision": dtype, "variant": kind, "mib_1_head": peaks[0], "mib_4_heads": peaks[1]})
+            print(f"{dtype:10} {kind:8} {peaks[0]:10.0f} {peaks[1]:10.0f} {peaks[1] / peaks[0]:7.2f}", flush=True)
+    return rows
+
+
+def seconds(variants: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Median duration of each variant; the first round warms up."""
+    durations: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, run in variants.items():
+            started = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if number:
+                durations[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in durations.items()}
+
+
+def make_model(vocabulary: int, n_heads: int, device: str) -> MullForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=WIDTH,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    mtp = MTPConfig(num_predict_tokens=n_heads, mtp_head_type="mlp") if n_heads else None
+    return wrap_transformer_with_etd(AutoModelForCausalLM.from_config(config), None, mtp).to(device).train()
+
+
+def train_step(model: MullForCausalLM, optimizer: torch.optim.Optimizer, tokens: Tensor, dtype: str) -> None:
+    with precision(tokens.device.type, dtype):
+        (hidden,) = model.early_decoded(tokens)
+        n_heads = 0 if model.mtp_config is None else model.mtp_config.num_predict_tokens
+        targets = targets_of(tokens, None, 1 + n_heads)
+        coefficients = (targets >= 0) / float(tokens.numel())
+        loss, _ = model.head_losses(hidden, tokens, targets, coefficients)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def measure_step(device: str, rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    print(f"\nstep: 8 layers of width {WIDTH}, batch of 8 x 256 tokens, AdamW; tokens per second")
+    print(f"{'vocabulary':>10} {'precision':>10} {'next token':>11} {'4 heads':>9} {'ratio':>7} {'by FLOPs':>9}")
+    for vocabulary in (512, 32768):
+        for dtype in ("fp32", "bf16"):
+            tokens = torch.randint(vocabulary, (8, 256), device=device)
+            variants: dict[str, Callable[[], object]] = {}
+            for n_heads in (0, 4):
+                model = make_model(vocabulary, n_heads, device)
+                optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+                variants[str(n_heads)] = partial(train_step, model, optimizer, tokens, dtype)
+            speed = {name: tokens.numel() / value for name, value in seconds(variants, rounds, device).items()}
+            matrices = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2) + vocabulary * WIDTH
+            predicted = matrices / (matrices + 4 * (WIDTH + vocabulary) * WIDTH)
+            row = {"vocabulary": vocabulary, "precision": dtype, "tokens_per_s": speed["0"]}
+            rows.append({**row, "tokens_per_s_4_heads": speed["4"], "ratio_by_flops": predicted})
+            print(
+                f"{vocabulary:10} {dtype:>10} {speed['0']:11.0f} {speed['4']:9.0f} {speed['4'] / speed['0']:7.3f} "
+                f"{predicted:9.3f}",
+                flush=True,
+            )
+    return rows
+
+
+def measure_kept(device: str, rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    vocabulary = 32768
+    print(f"\nkept: unembedding of {N_TOKENS} tokens, width {WIDTH}, vocabulary {vocabulary}; milliseconds")
+    print(f"{'precision':10} {'kept':>6} " + " ".join(f"{kind:>9}" for kind in KINDS) + f" {'logits/mull':>12}")
+    weight = torch.randn(vocabulary, WIDTH, device=device).mul_(0.05).requires_grad_()
+    hidden = torch.randn(N_TOKENS, WIDTH, device=device, requires_grad=True)
+    targets = torch.randint(vocabulary, (N_TOKENS,), device=device)
+
+    def run(loss_of: Callable[..., Any], select: bool, coefficients: Tensor, dtype: str) -> None:
+        with precision(device, dtype):
+            rows = coefficients != 0
+            given = (hidden[rows], targets[rows], coefficients[rows]) if select else (hidden, targets, coefficients)
+            loss = loss_of(given[0], weight, given[1], given[2])
+            (loss if isinstance(loss, Tensor) else loss[0]).backward()
+        hidden.grad = weight.grad = None
+
+    for dtype in ("fp32", "bf16"):
+        for kept in (1.0, 0.6, 0.4, 0.2):
+            coefficients = (torch.rand(N_TOKENS, device=device).argsort() < kept * N_TOKENS).float()
+            durations = seconds(
+                {
+                    "mull": partial(run, weighted_cross_entropy, True, coefficients, dtype),
+                    "logits": partial(run, from_logits, False, coefficients, dtype),
+                    "torch": partial(run, chunked_by_torch, False, coefficients, dtype),
+                },
+                rounds,
+                device,
+            )
+            rows.append({"precision": dtype, "kept": kept, **{f"ms_{k}": 1000 * v for k, v in durations.items()}})
+            print(
+                f"{dtype:10} {kept:6.0%} "
+                + " ".join(f"{1000 * durations[kind]:9.1f}" for kind in KINDS)
+                + f" {durations['logits'] / durations['mull']:12.2f}",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--parts", nargs="+", default=["memory", "step", "kept"], choices=["memory", "step", "kept"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        device, kind, n_heads, dtype, threads = arguments.case
+        torch.set_num_threads(int(threads))
+        print(memory_of_case(device, kind, int(n_heads), dtype))
+        return
+    torch.set_num_threads(arguments.threads)
+    device = arguments.device
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {arguments.threads} threads"
+    print(f"{name}, torch {torch.__version__}, {arguments.rounds} rounds")
+    results: dict[str, Any] = {"device": name, "torch": torch.__version__, "rounds": arguments.rounds}
+    for part in arguments.parts:
+        if part == "memory":
+            results[part] = measure_memory(device, arguments.threads)
+        else:
+            results[part] = (measure_step if part == "step" else measure_kept)(device, arguments.rounds)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"multi_token_loss-{device}.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

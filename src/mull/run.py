@@ -1,0 +1,584 @@
+"""Carry a recipe out: read the data, make the model, train it, save it; or say what that would cost.
+
+The same on one process (``mull train``) and on several (``torchrun -m mull train``).
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from mull import storage
+from mull.backbone import family_of
+from mull.data.arithmetic import CHARACTERS, ArithmeticTask
+from mull.data.corpus import load_stdlib, subsample
+from mull.data.packing import PackedDataset, pack_examples, pack_texts
+from mull.data.sampler import ShuffledBatches
+from mull.data.sources import Document, load_documents
+from mull.data.tasks import Example, load_examples, pairs
+from mull.data.tokenizer import train_tokenizer
+from mull.distributed import device, full_state_dict, on_first_rank, rank, session, world_size
+from mull.estimate import Estimate, Schedule, estimate, training_flops_per_token
+from mull.evaluation.held_out import held_out_losses
+from mull.layers.value_head import ValueHead
+from mull.model import MullConfig, MullForCausalLM, from_pretrained, wrap_transformer_with_etd
+from mull.objectives.algorithms import CriticConfig, GradientConfig, Parts, Rho1Config, make_scorer
+from mull.objectives.base import Batch, Objective
+from mull.objectives.critic import ValueTraining
+from mull.objectives.grpo import REWARDS, GroupRelative, GRPOConfig, sample
+from mull.objectives.iterations import IterationSampling
+from mull.objectives.next_token import NextToken
+from mull.objectives.weighting import Scorer
+from mull.objectives.wmtp import WeightedMTP
+from mull.optimization import peak_flops, resolve_precision
+from mull.recipe import NEXT_TOKEN, ModelSection, Recipe
+from mull.tracking import MlflowLog, sqlite_uri
+from mull.train import Batches, TrainConfig, TrainResult, train
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CRITIC = "critic"
+"""Folder of the first stage of critic-wmtp in the run's folder."""
+
+MLFLOW_STATUS = {"finished": "FINISHED", "until": "FINISHED", "sigterm": "KILLED"}
+
+
+def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
+    """Carry out a recipe.
+
+    The run's folder receives ``metrics.jsonl``, checkpoints, and when the training is finished
+
+    * ``model/``: what was trained, heads included, for `mull.from_pretrained` and transformers' Auto classes once mull is
+      imported; a value head as ``value_head.safetensors``;
+    * ``trunk/``: its backbone, for transformers alone.
+
+    Both hold the tokenizer. ``critic-wmtp`` trains its value head first, with a folder ``critic/`` of the same kind.
+
+    Args:
+        recipe: The run.
+        resume: Continue from the newest checkpoint.
+
+    Raises:
+        ValueError: data, tokenizer and model do not fit each other, or the folder holds another run.
+        FileNotFoundError: a path of the data does not exist.
+        OSError: no checkpoint of a model where one is named.
+        RuntimeError: as in `mull.train.train`; a package is missing; or MLflow cannot be reached.
+    """
+    with session():
+        prepared = _prepare(recipe)
+        torch.manual_seed(recipe.train.seed)
+        model = _load_model(recipe.model, prepared.tokenizer)
+        nn.Module.to(model, device())
+        _announce(recipe, model, device())
+        objective = _objective(recipe, prepared, model, _load_model)
+        folder = recipe.run.out / recipe.run.name
+        if recipe.critic is not None:
+            result = _train_value_head(recipe, prepared, model, objective, folder, resume)
+            if result.stopped != "finished":
+                return result
+        result = _train(recipe, prepared, model, objective, folder, resume)
+        if result.stopped == "finished":
+            _export(model, objective.companion, prepared.tokenizer, folder)
+        return result
+
+
+def _train(
+    recipe: Recipe, prepared: "_Prepared", model: MullForCausalLM, objective: Objective, folder: Path, resume: bool
+) -> TrainResult:
+    flops = None
+    if recipe.grpo is None:  # its steps sample as well
+        sampling = recipe.loss.iterations
+        flops = training_flops_per_token(
+            model, recipe.data.length, _mean_iterations(sampling), sampling.backprop_iterations
+        )
+    tracker = _open_mlflow(recipe, folder)
+    status = "FAILED"
+    try:
+        result = train(
+            model,
+            objective,
+            prepared.batches,
+            _train_config(recipe),
+            folder,
+            evaluate=_evaluation(recipe, prepared),
+            resume=resume,
+            checkpoint=recipe.checkpoint,
+            distributed=recipe.distributed,
+            logs=[] if tracker is None else [tracker],
+            flops_per_token=flops,
+        )
+        status = MLFLOW_STATUS[result.stopped]
+    finally:
+        if tracker is not None:
+            tracker.close(status)
+    return result
+
+
+def _train_value_head(
+    recipe: Recipe, prepared: "_Prepared", model: MullForCausalLM, objective: Objective, folder: Path, resume: bool
+) -> TrainResult:
+    """First stage of critic-wmtp. A finished one is loaded and not repeated."""
+    assert recipe.critic is not None
+    assert isinstance(objective.companion, ValueHead)
+    assert prepared.outcomes is not None
+    stage = recipe.critic.pretrain
+    changes = {"steps": stage.steps, "max_seconds": None, "peak_lr": stage.peak_lr}
+    url = recipe.checkpoint.url
+    checkpoint = recipe.checkpoint.model_copy(
+        update={"url": None if url is None else storage.join(url, CRITIC), "keep_last": 1}
+    )
+    return train(
+        model,
+        ValueTraining(_only(CriticConfig, recipe.critic), objective.companion),
+        ShuffledBatches(prepared.outcomes, recipe.data.batch_size, recipe.train.seed),
+        TrainConfig.model_validate({**_train_config(recipe).model_dump(), **changes}),
+        folder / CRITIC,
+        resume=resume,
+        checkpoint=checkpoint,
+        distributed=recipe.distributed,
+    )
+
+
+def _train_config(recipe: Recipe) -> TrainConfig:
+    return TrainConfig(**recipe.train.model_dump(exclude={"algo"}), eval_every=recipe.eval.every)
+
+
+def _mean_iterations(sampling: IterationSampling) -> float:
+    if sampling.kind == "fixed":
+        return sampling.maximum
+    if sampling.kind == "uniform":
+        return ((sampling.minimum or 1) + sampling.maximum) / 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        draws = [sampling.sample() for _ in range(1000)]
+    return sum(draws) / len(draws)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Everything that is read before a model is loaded."""
+
+    tokenizer: PreTrainedTokenizerBase
+    batches: Batches
+    train: PackedDataset | None
+    """None where batches are generated."""
+
+    held_out: PackedDataset | None
+    outcomes: PackedDataset | None
+    """Right and wrong answers, for a value head."""
+
+    aligned: PackedDataset | None
+    """What gradients are compared with."""
+
+
+def _prepare(recipe: Recipe) -> _Prepared:
+    data = recipe.data
+    if data.arithmetic is not None:
+        return _prepare_arithmetic(recipe)
+    items = _read(recipe, data.paths, data.split)
+    held_out = _read_held_out(recipe)
+    if data.max_bytes is not None:
+        items = subsample([item for item in items if isinstance(item, Document)], data.max_bytes)
+    if recipe.model.checkpoint is not None:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model.checkpoint)
+    else:
+        tokenizer = train_tokenizer((_text(item) for item in items), data.vocab_size)
+    config = _model_config(recipe.model, tokenizer).get_text_config()
+
+    def pack(chosen: Sequence[Document | Example]) -> PackedDataset:
+        return _pack(chosen, tokenizer, data.length, config)
+
+    outcomes, aligned = None, None
+    if recipe.critic is not None:
+        stage = recipe.critic.pretrain
+        found = pairs(
+            [item for item in items if isinstance(item, Example)],
+            per_problem=stage.per_problem,
+            corrupt=stage.corrupt,
+            seed=recipe.train.seed,
+        )
+        outcomes = pack([answer for pair in found for answer in pair])
+    if recipe.gradient is not None and recipe.gradient.paths is not None:
+        aligned = pack(_right(_read(recipe, recipe.gradient.paths, data.split)))
+    packed = pack(_right(items))
+    batches = ShuffledBatches(packed, data.batch_size, recipe.train.seed)
+    return _Prepared(tokenizer, batches, packed, pack(_right(held_out)) if held_out else None, outcomes, aligned)
+
+
+def _prepare_arithmetic(recipe: Recipe) -> _Prepared:
+    """Questions in characters; a checkpoint must read them as the task writes them."""
+    task = _arithmetic(recipe)
+    tokenizer: PreTrainedTokenizerBase = _character_tokenizer()
+    if recipe.model.checkpoint is not None:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model.checkpoint)
+        expected = (task.encode(CHARACTERS), task.eos_id, task.pad_id)
+        if (tokenizer(CHARACTERS)["input_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id) != expected:
+            raise ValueError(
+                f"The tokenizer of {recipe.model.checkpoint} does not read arithmetic character by character: start from a model "
+                "that was trained with data.format=arithmetic."
+            )
+    if recipe.grpo is not None:
+
+        def batches(number: int) -> Batch:
+            return task.prompts(number, recipe.data.batch_size)
+
+        return _Prepared(tokenizer, batches, None, None, None, None)
+    assert recipe.data.arithmetic is not None
+    packed = task.demonstrations(recipe.data.arithmetic.questions, recipe.data.length)
+    shuffled = ShuffledBatches(packed, recipe.data.batch_size, recipe.train.seed)
+    return _Prepared(tokenizer, shuffled, packed, None, None, None)
+
+
+def _arithmetic(recipe: Recipe) -> ArithmeticTask:
+    section = recipe.data.arithmetic
+    assert section is not None
+    return ArithmeticTask(digits=section.digits, operations=section.operations, seed=recipe.train.seed)
+
+
+def _character_tokenizer() -> PreTrainedTokenizerFast:
+    """The vocabulary of `mull.data.arithmetic`: one token per character, padding, the end of the text."""
+    names = [*CHARACTERS, "<pad>", "<eos>"]
+    characters = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
+
+
+def _read(recipe: Recipe, paths: Sequence[str] | None, split: str | None) -> list[Document] | list[Example]:
+    data = recipe.data
+    if paths is None:
+        return load_stdlib().train
+    if data.format == "text":
+        return load_documents(paths, key=data.key, split=split, config=data.config)
+    assert data.format != "arithmetic"
+    return [example for path in paths for example in load_examples(path, data.format, split=split, config=data.config)]
+
+
+def _read_held_out(recipe: Recipe) -> list[Document] | list[Example]:
+    data = recipe.data
+    if data.held_out_paths is not None or data.held_out_split is not None:
+        return _read(recipe, data.held_out_paths or data.paths, data.held_out_split)
+    return load_stdlib().held_out if data.paths is None else []
+
+
+def _text(item: Document | Example) -> str:
+    return item.prompt + item.completion if isinstance(item, Example) else item.text
+
+
+def _right(items: Sequence[Document | Example]) -> list[Document] | list[Example]:
+    """Texts, or the answers that are right as far as is known; nobody should learn to write the others.
+
+    Raises:
+        ValueError: all answers are wrong.
+    """
+    documents = [item for item in items if isinstance(item, Document)]
+    answers = [
+        replace(item, outcome=None) for item in items if isinstance(item, Example) and item.outcome in (None, 1.0)
+    ]
+    if items and not documents and not answers:
+        raise ValueError(f"None of the {len(items)} answers is right (outcome 1): there is nothing to learn to write.")
+    if answers and len(answers) < len(items):
+        _tell("%d of %d answers are wrong and not trained on.", len(items) - len(answers), len(items))
+    return documents or answers
+
+
+def _pack(
+    items: Sequence[Document | Example], tokenizer: PreTrainedTokenizerBase, length: int, config: PreTrainedConfig
+) -> PackedDataset:
+    _check_length("data.length", length, config)
+    examples = [item for item in items if isinstance(item, Example)]
+    if examples:
+        return pack_examples(examples, tokenizer, length=length, vocab_size=config.vocab_size)
+    return pack_texts((_text(item) for item in items), tokenizer, length=length, vocab_size=config.vocab_size)
+
+
+def _check_length(key: str, length: int, config: PreTrainedConfig) -> None:
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"{key}={length} exceeds the {config.max_position_embeddings} positions of the model: shorten the rows."
+        )
+
+
+def _model_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Configuration of the checkpoint, or of the backbone with random weights."""
+    if section.checkpoint is not None:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(section.checkpoint)
+        return config
+    assert section.architecture is not None
+    fields = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        **section.architecture,
+    }
+    return CONFIG_MAPPING[fields.pop("model_type")](**fields)
+
+
+def _load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> MullForCausalLM:
+    dtype = DTYPES[section.dtype]
+    if section.checkpoint is not None:
+        return from_pretrained(section.checkpoint, etd=section.etd, mtp=section.mtp, dtype=dtype)
+    base = AutoModelForCausalLM.from_config(_model_config(section, tokenizer)).to(dtype)
+    return wrap_transformer_with_etd(base, section.etd, section.mtp)
+
+
+def _meta_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> MullForCausalLM:
+    """The model without its weights."""
+    config = _model_config(section, tokenizer)
+    if not isinstance(config, MullConfig):
+        family_of(config.get_text_config())
+        config = MullConfig(text_config=config.get_text_config())
+    if section.etd is not None:
+        config.etd = section.etd.model_dump()
+    if section.mtp is not None:
+        config.mtp = section.mtp.model_dump()
+    with torch.device("meta"):
+        model = nn.Module.to(MullForCausalLM(config), DTYPES[section.dtype])
+    model.tie_weights()
+    return model
+
+
+Loader = Callable[[ModelSection, PreTrainedTokenizerBase], MullForCausalLM]
+
+
+def _objective(recipe: Recipe, prepared: _Prepared, model: MullForCausalLM, load: Loader) -> Objective:
+    """The loss that the recipe asks for, with whatever further models it takes on the model's device."""
+    loss = recipe.loss
+    if recipe.train.algo == NEXT_TOKEN:
+        return NextToken(loss.iterations)
+    scorer = _scorer(recipe, prepared, model, load)
+    return WeightedMTP(scorer, loss.iterations, loss.heads, loss.control, recipe.train.seed)
+
+
+def _scorer(recipe: Recipe, prepared: _Prepared, model: MullForCausalLM, load: Loader) -> Scorer:
+    def reference(name: str) -> MullForCausalLM:
+        section = ModelSection(checkpoint=name, dtype=recipe.model.dtype)
+        return load(section, prepared.tokenizer).eval().requires_grad_(False).to(model.device)
+
+    if (grpo := recipe.grpo) is not None:
+        kept_close = None if grpo.reference is None else reference(grpo.reference)
+        task = _arithmetic(recipe)
+        config = _only(GRPOConfig, grpo)
+        return GroupRelative(config, REWARDS[grpo.reward], [task.eos_id], task.pad_id, kept_close)
+    parts: dict[str, Any] = {}
+    if recipe.rho1 is not None:
+        parts = {"rho1": _only(Rho1Config, recipe.rho1), "reference": reference(recipe.rho1.reference)}
+    if recipe.critic is not None:
+        head = ValueHead(model.lm_head.in_features).to(model.device, model.dtype)
+        parts = {"critic": _only(CriticConfig, recipe.critic), "value_head": head}
+    if recipe.gradient is not None:
+        aligned = prepared.aligned
+        batches = None if aligned is None else ShuffledBatches(aligned, recipe.data.batch_size, recipe.train.seed)
+        parts = {"gradient": _only(GradientConfig, recipe.gradient), "held_out": batches}
+    return make_scorer(recipe.train.algo, model, Parts(**parts))
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def _only(kind: type[S], section: BaseModel) -> S:
+    """The part of a section that an algorithm reads."""
+    return kind(**{name: getattr(section, name) for name in kind.model_fields})
+
+
+def _announce(recipe: Recipe, model: MullForCausalLM, here: torch.device) -> None:
+    """Say what a user may not expect."""
+    native = resolve_precision("auto", here)
+    if recipe.train.precision == "bf16" and native != "bf16":
+        _tell("%s emulates bf16, slower than it computes fp32: train.precision=auto would choose fp32.", here)
+    if recipe.train.algo == NEXT_TOKEN and model.mtp_heads is not None:
+        _tell("The model's %d heads are kept and not trained: train.algo=%s.", model.mtp_heads.n_heads, NEXT_TOKEN)
+    if recipe.train.algo == "baseline-mtp" and model.mtp_heads is None:
+        _tell("The model has no heads behind the main one (model.mtp), so baseline-mtp is next-token prediction.")
+
+
+def _tell(message: str, *details: object) -> None:
+    if rank() == 0:
+        logger.warning(message, *details)
+
+
+def _evaluation(recipe: Recipe, prepared: _Prepared) -> Callable[[MullForCausalLM], Mapping[str, float]] | None:
+    rows, depth = recipe.eval.rows, recipe.loss.iterations.maximum
+    if recipe.data.arithmetic is not None:
+        task = _arithmetic(recipe)
+
+        def right_answers(model: MullForCausalLM) -> Mapping[str, float]:
+            batch = {name: tensor.to(model.device) for name, tensor in task.prompts(0, rows, train=False).items()}
+            answers = sample(
+                model,
+                batch["input_ids"],
+                batch["attention_mask"],
+                end_ids=torch.tensor([task.eos_id], device=model.device),
+                pad_id=task.pad_id,
+                max_new_tokens=task.answer_length,
+                iterations=None if model.etd_config is None else depth,
+                generator=torch.Generator(model.device).manual_seed(recipe.train.seed),
+            )
+            return {"right_answers": float(task.reward(answers, batch).mean())}
+
+        return right_answers
+    held_out = prepared.held_out
+    if held_out is None:
+        return None
+
+    def losses(model: MullForCausalLM) -> Mapping[str, float]:
+        iterations = None if model.etd_config is None else depth
+        return held_out_losses(model, held_out, iterations, batch_size=recipe.data.batch_size, max_rows=rows)
+
+    return losses
+
+
+def _open_mlflow(recipe: Recipe, folder: Path) -> MlflowLog | None:
+    """On rank 0; what goes wrong there is raised on every rank."""
+    tracking, opened = recipe.tracking, []
+    if not tracking.mlflow:
+        return None
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = MlflowLog(
+            tracking.uri or sqlite_uri(recipe.run.out),
+            tracking.experiment,
+            recipe.run.name,
+            folder / "mlflow-run-id",
+            parameters=dict(_flat("", recipe.model_dump(mode="json"))),
+            tags=recipe.run.tags,
+        )
+        opened.append(log)
+
+    on_first_rank(begin)
+    return opened[0] if opened else None
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flat(f"{prefix}.{name}" if prefix else str(name), inner)
+    else:
+        yield prefix, value
+
+
+def _export(
+    model: MullForCausalLM, companion: nn.Module | None, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write the whole model, its backbone and the value head; all ranks call this, and rank 0 writes."""
+    state = full_state_dict(model)
+    value_head = {} if companion is None else full_state_dict(companion)
+    if rank() > 0:
+        return
+    text_config = model.config.get_text_config()
+    trunk = {name: tensor for name, tensor in state.items() if not name.startswith("mtp_heads.")}
+    with torch.device("meta"):
+        whole, backbone = MullForCausalLM(model.config), AutoModelForCausalLM.from_config(text_config)
+    for name, skeleton, weights in (("model", whole, state), ("trunk", backbone, trunk)):
+        skeleton.load_state_dict(weights, assign=True)
+        skeleton.tie_weights()
+        skeleton.generation_config = model.generation_config
+        skeleton.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    if value_head:
+        save_file(value_head, folder / "model" / "value_head.safetensors")
+
+
+def estimate_recipe(recipe: Recipe) -> str:
+    """Check everything that can be checked without the weights, and say what the run would cost.
+
+    Data is read and packed, the tokenizer loaded or trained, and the model built without its weights.
+
+    Returns:
+        A table.
+
+    Raises:
+        ValueError, OSError, RuntimeError: as in `run_recipe`.
+    """
+    with session():
+        prepared = _prepare(recipe)
+        _check_weights(recipe.model.checkpoint)
+        model = _meta_model(recipe.model, prepared.tokenizer)
+        _announce(recipe, model, device())
+        model.path(recipe.loss.iterations.maximum)
+        precision = resolve_precision(recipe.train.precision, device())
+        schedule = _schedule(recipe, precision)
+        _check_length("A row", schedule.length, model.config.get_text_config())
+        with torch.device("meta"):
+            scorer = None if recipe.train.algo == NEXT_TOKEN else _scorer(recipe, prepared, model, _meta_model)
+        if scorer is not None:
+            beside = scorer.whole_step or recipe.loss.control != "none" or recipe.grpo is not None
+            schedule = replace(schedule, forward_passes=int(beside))
+        found = estimate(
+            model,
+            recipe.train,
+            schedule,
+            distributed=recipe.distributed,
+            companion=None if scorer is None else scorer.companion,
+            reference=None if scorer is None else scorer.reference,
+        )
+        rows = [*found.rows(), *_plan_rows(recipe, prepared, found, peak_flops(device(), precision))]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def _schedule(recipe: Recipe, precision: str) -> Schedule:
+    rows, length = recipe.data.batch_size, recipe.data.length
+    if recipe.grpo is not None:
+        rows, length = rows * recipe.grpo.group_size, _arithmetic(recipe).prompt_length + recipe.grpo.max_new_tokens
+    sampling = recipe.loss.iterations
+    return Schedule(
+        rows=rows,
+        length=length,
+        accumulate=recipe.train.accumulate,
+        max_iterations=sampling.maximum,
+        mean_iterations=_mean_iterations(sampling),
+        backprop_iterations=sampling.backprop_iterations,
+        precision=precision,
+        checkpointing=recipe.train.gradient_checkpointing,
+        packed=recipe.grpo is None,
+        world_size=world_size(),
+    )
+
+
+def _plan_rows(recipe: Recipe, prepared: _Prepared, found: Estimate, peak: float) -> Iterator[tuple[str, str]]:
+    """Data and time of the run, as text."""
+    if prepared.train is not None:
+        yield "rows to train on", f"{len(prepared.train):,} of {recipe.data.length:,} tokens"
+    if prepared.held_out is not None:
+        yield "rows held out", f"{len(prepared.held_out):,}"
+    yield "tokens per step", f"{found.tokens_per_step:,}"
+    if (steps := recipe.train.steps) is None:
+        yield "length", f"{recipe.train.max_seconds:,} seconds"
+        return
+    yield "steps", f"{steps:,}"
+    if prepared.train is not None:
+        rows = steps * recipe.train.accumulate * recipe.data.batch_size
+        yield "epochs", f"{rows / len(prepared.train):.2f}"
+    seconds = steps * found.seconds_per_step(peak, world_size())
+    yield (
+        "time at full use of the peak",
+        f"{seconds:,.0f} seconds ({peak / 1e12:,.2f} TFLOP/s per rank); real runs take longer",
+    )
+
+
+def _check_weights(checkpoint: str | None) -> None:
+    """Refuse a local checkpoint without weights, which only loading would find."""
+    if checkpoint is None or not Path(checkpoint).is_dir():
+        return
+    if not any(file.suffix in (".safetensors", ".bin") for file in Path(checkpoint).iterdir()):
+        raise FileNotFoundError(f"{checkpoint} holds no weights (.safetensors): it is no finished checkpoint.")

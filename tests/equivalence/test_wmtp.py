@@ -1,0 +1,535 @@
+"""Claim: every weighting algorithm obeys one contract.
+
+Weights are constants, belong to the target that a head predicts, stay within documents, have mean 1 over the targets of a step, and
+do not depend on how these fall into micro-batches. Arithmetic is in fp64; tolerances as in `conftest.EXACT`.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EXACT, tiny
+from torch import Tensor
+from torch.nn import functional as F
+from weighted_steps import (
+    ALGORITHMS,
+    CONTROLS,
+    DEPTH,
+    DOCUMENTS,
+    TOKENS,
+    Exact,
+    Step,
+    assert_same,
+    data,
+    given_objective,
+    model_of,
+    objective_of,
+    parts_of,
+    run_step,
+    split,
+)
+
+from mull import MTPConfig, MullForCausalLM, wrap_transformer_with_etd
+from mull.checkpoint import CheckpointConfig
+from mull.layers.value_head import value_loss
+from mull.objectives.algorithms import Critic, Parts, Rho1Config, make_scorer
+from mull.objectives.iterations import IterationSampling
+from mull.objectives.wmtp import Control, HeadTraining, WeightedMTP
+from mull.ops.token_weights import lambda_returns, targets_of
+from mull.train import TrainConfig, train
+
+HEAD_TYPES = ("transformer", "mlp", "shared_lm_head", "sequential")
+HEAD_WEIGHTS = (1.0, 0.3 * 2 / 3, 0.3 / 3)
+"""Of the main head and two behind it: ``mtp_loss_weight`` 0.3, decay 0.5."""
+
+
+@pytest.fixture(params=ALGORITHMS)
+def algorithm(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def random_scores(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+
+
+# --- weights are constants ---
+
+
+def test_a_weight_scales_the_gradient_of_its_token(exact: Exact) -> None:
+    """Before normalisation: the sum over a micro-batch is linear in the weights, one token at a time."""
+    model, batch = model_of(exact("qwen3", **DEPTH)), data()
+    scores = random_scores(batch["labels"].shape)
+    token, factor = (1, 9), 3.5
+
+    def unnormalised(scores: Tensor) -> dict[str, Tensor]:
+        step = run_step(model, given_objective(), [{**batch, "scores": scores}])
+        return {name: gradient * step.total_weight for name, gradient in step.gradients.items()}
+
+    one, scaled = torch.zeros_like(scores), scores.clone()
+    one[token], scaled[token] = scores[token], factor * scores[token]
+    before, alone, after = unnormalised(scores), unnormalised(one), unnormalised(scaled)
+    assert float(alone["model.layers.0.mlp.up_proj.weight"].abs().max()) > 1e-6
+    expected = {name: before[name] + (factor - 1) * alone[name] for name in before}
+    assert_same(after, expected, EXACT)
+
+
+def test_only_relative_weights_change_the_training(exact: Exact) -> None:
+    base, batch = exact("qwen3", **DEPTH), data()
+    scores = random_scores(batch["labels"].shape)
+    other = scores.clone()
+    other[1, 9] *= 5
+
+    def trained(scores: Tensor) -> Tensor:
+        model = model_of(base)
+        steps = TrainConfig(steps=2, precision="fp32")
+        train(model, given_objective(), lambda _: {**batch, "scores": scores}, steps)
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    reference = trained(scores)
+    torch.testing.assert_close(trained(scores * 1000), reference, atol=EXACT, rtol=0)
+    assert float((trained(other) - reference).abs().max()) > 1e-5
+
+
+def test_no_gradient_flows_through_weights(algorithm: str, exact: Exact) -> None:
+    """The gradient is that of the logits' cross-entropy with the step's coefficients as numbers."""
+    base = exact("qwen3", **DEPTH)
+    model, batches = model_of(base), split(data(), 2)
+    objective = objective_of(algorithm, model, base, auxiliary_loss_coef=0)
+    run_step(model, objective, batches)  # gradient scores have a scale from the second step on
+    step = run_step(model, objective, batches)
+    loss = torch.zeros((), dtype=torch.float64)
+    for batch, targets, coefficients in zip(batches, step.targets, step.coefficients, strict=True):
+        (hidden,) = model.early_decoded(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2)
+        states = [hidden, *(model.mtp_heads(k, hidden, None, lambda _, h: h) for k in (1, 2))]
+        losses = F.cross_entropy(model.lm_head(torch.stack(states, 2)).movedim(-1, 1), targets, reduction="none")
+        loss = loss + (losses * coefficients).sum() / step.total_weight
+    assert step.loss == pytest.approx(float(loss.detach()), rel=EXACT)
+    model.zero_grad()
+    loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert_same(step.gradients, expected, EXACT)
+
+
+def test_the_baseline_is_the_loss_of_the_model_itself(exact: Exact) -> None:
+    """`MullForCausalLM.forward` computes the same loss from logits, row means apart: whole rows of equal length here."""
+    base = exact("qwen3", **DEPTH)
+    model = model_of(base)
+    batch = {"input_ids": data()["input_ids"], "labels": data()["input_ids"]}
+    step = run_step(model, objective_of("baseline", model, base), split(batch, 4))
+    output = model(**batch, think_iterations=2, use_cache=False)
+    assert step.loss == pytest.approx(float(output.loss.detach()), rel=EXACT)
+    assert step.metrics["head2_loss"] == pytest.approx(float(output.mtp_step_losses["mtp_2"]), rel=EXACT)
+    model.zero_grad()
+    output.loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert_same(step.gradients, expected, EXACT)
+
+
+# --- weights belong to their targets ---
+
+
+def places_by_hand(
+    documents: list[int], labels: list[int], padding: set[int], n_heads: int
+) -> Iterator[tuple[int, int]]:
+    """Position and head of every target of a row, in loops over documents; the row may end within one."""
+    start = 0
+    for length in documents:
+        end = min(start + length, len(labels))
+        for i in range(start, end):
+            for target in range(i + 1, min(i + 1 + n_heads, end)):
+                if labels[target] != -100 and not {i, target} & padding:
+                    yield i, target - i - 1
+        start += length
+
+
+@pytest.mark.parametrize("n_heads", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [2, 3, TOKENS])
+def test_a_weight_is_the_score_of_the_predicted_token(n_heads: int, tokens: int, exact: Exact) -> None:
+    heads = None if n_heads == 1 else "sequential"
+    model = model_of(exact("qwen3", **DEPTH), heads, n_heads - 1)
+    batch = {name: tensor[:6, :tokens] for name, tensor in data().items()}
+    batch["scores"] = random_scores((6, tokens))
+    step = run_step(model, given_objective(heads=HeadTraining(weights="uniform")), split(batch, 3))
+    check_places(step, batch, [(DOCUMENTS[row], set()) for row in range(6)], n_heads)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_never_a_target_nor_predicts_one(side: str, exact: Exact) -> None:
+    model = model_of(exact("qwen3", **DEPTH), "transformer", 3)
+    batch = {"input_ids": data()["input_ids"], "scores": random_scores((8, TOKENS))}
+    lengths = torch.tensor([2, 3, 4, 9, 15, 16, 7, 5])[:, None]
+    column = torch.arange(TOKENS)[None]
+    mask = column < lengths if side == "right" else column >= TOKENS - lengths
+    batch |= {"attention_mask": mask.long(), "labels": torch.where(mask, batch["input_ids"], -100)}
+    step = run_step(model, given_objective(heads=HeadTraining(weights="uniform")), split(batch, 4))
+    rows = [([TOKENS], {i for i in range(TOKENS) if not mask[row, i]}) for row in range(8)]
+    check_places(step, batch, rows, 4)
+
+
+def check_places(step: Step, batch: dict[str, Tensor], rows: list[tuple[list[int], set[int]]], n_heads: int) -> None:
+    targets, coefficients = torch.cat(step.targets), torch.cat(step.coefficients)
+    expected, weights = torch.full_like(targets, -100), torch.zeros_like(coefficients)
+    for row, (documents, padding) in enumerate(rows):
+        labels = batch["labels"][row].tolist()
+        for i, head in places_by_hand(documents, labels, padding, n_heads):
+            expected[row, i, head] = labels[i + 1 + head]
+            weights[row, i, head] = batch["scores"][row, i + 1 + head]
+    assert torch.equal(targets, expected)
+    torch.testing.assert_close(coefficients * (expected >= 0).sum(), weights, atol=EXACT, rtol=0)
+
+
+TOLERANCES = {"qwen3": EXACT, "qwen3_next-dense": 1e-5}
+"""The hybrid computes its decay in fp32, and the gradient of the decay's scale is a small difference of large sums."""
+
+
+@pytest.mark.parametrize("family", TOLERANCES)
+def test_packed_documents_train_like_separate_ones(family: str, algorithm: str, exact: Exact) -> None:
+    row, documents = 2, DOCUMENTS[2]
+    base, packed = exact(family, **DEPTH), {name: tensor[row : row + 1] for name, tensor in data().items()}
+    spans = [slice(sum(documents[:place]), sum(documents[: place + 1])) for place in range(len(documents))]
+    separate = [{name: tensor[:, span] for name, tensor in packed.items()} for span in spans]
+    model = model_of(base, "transformer")
+    together, apart = (objective_of(algorithm, model, base) for _ in range(2))
+    for _ in range(2):
+        one, other = run_step(model, together, [packed]), run_step(model, apart, separate)
+        for span, weights in zip(spans, other.coefficients, strict=True):
+            torch.testing.assert_close(one.coefficients[0][:, span], weights, atol=EXACT, rtol=0)
+        assert_same(other.gradients, one.gradients, TOLERANCES[family])
+
+
+# --- mean 1, whatever the split ---
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_the_mean_weight_is_1_over_all_targets_of_the_step(algorithm: str, control: Control, exact: Exact) -> None:
+    base = exact("qwen3", **DEPTH)
+    model = model_of(base)
+    objective = objective_of(algorithm, model, base, control=control)
+    for _ in range(2):
+        step = run_step(model, objective, split(data(), 8))
+        valid = torch.cat(step.targets) >= 0
+        per_row = valid.sum((1, 2)).tolist()
+        assert len(set(per_row)) > 4, "micro-batches of unequal numbers of targets"
+        assert 0 in per_row
+        effective = torch.cat(step.effective(HEAD_WEIGHTS))
+        assert float(effective[valid].mean()) == pytest.approx(1, abs=1e-6)
+        assert float(effective[~valid].abs().max()) == 0
+
+
+HEADS_OF = {name: HEAD_TYPES[place % len(HEAD_TYPES)] for place, name in enumerate(ALGORITHMS)}
+COMBINATIONS = [(name, control, HEADS_OF[name]) for name in ALGORITHMS for control in CONTROLS]
+COMBINATIONS += [("rho1-skip", "shuffled", heads) for heads in HEAD_TYPES]
+COMBINATIONS += [("critic", "none", heads) for heads in HEAD_TYPES]
+
+
+@pytest.mark.parametrize(("algorithm", "control", "heads"), COMBINATIONS)
+def test_the_split_into_micro_batches_changes_nothing(
+    algorithm: str, control: Control, heads: str, exact: Exact
+) -> None:
+    base, batch = exact("qwen3", **DEPTH), data()
+    model = model_of(base, heads)
+    second = {}
+    for n in (1, 2, 8):
+        objective = objective_of(algorithm, model, base, control=control)
+        run_step(model, objective, split(batch, n))
+        second[n] = run_step(model, objective, split(batch, n))
+    for n in (2, 8):
+        assert second[n].loss == pytest.approx(second[1].loss, rel=EXACT)
+        assert_same(second[n].gradients, second[1].gradients, EXACT)
+        assert second[n].metrics == pytest.approx(second[1].metrics, rel=EXACT)
+
+
+# --- Rho-1 ---
+
+
+def test_rho1_with_the_model_as_reference_is_the_baseline() -> None:
+    """Bit for bit: the excess is 0 and its exponential 1."""
+    base = tiny("qwen3", **DEPTH)
+    model = wrap_transformer_with_etd(base, None, MTPConfig(num_predict_tokens=2, mtp_head_type="mlp")).train()
+    reference = wrap_transformer_with_etd(copy.deepcopy(base), None).eval()
+    iterations = IterationSampling(maximum=1)
+    parts = Parts(reference=reference, rho1=Rho1Config(mode="weighted"))
+    weighted, plain = (
+        run_step(model, WeightedMTP(make_scorer(name, model, parts), iterations), split(data(), 4))
+        for name in ("rho1-wmtp", "baseline-mtp")
+    )
+    assert weighted.metrics == plain.metrics
+    assert weighted.loss == plain.loss
+    for name, gradient in plain.gradients.items():
+        assert torch.equal(weighted.gradients[name], gradient), name
+
+
+@pytest.mark.parametrize("skip_share", [0.0, 0.3, 0.97])
+def test_token_skip_keeps_its_share_of_the_step(skip_share: float, exact: Exact) -> None:
+    """Also where a micro-batch keeps nothing at all."""
+    base = exact("qwen3", **DEPTH)
+    model = model_of(base)
+    for n in (1, 4, 8):
+        parts = Parts(reference=parts_of(base, "rho1-skip").reference, rho1=Rho1Config(skip_share=skip_share))
+        objective = WeightedMTP(make_scorer("rho1-wmtp", model, parts), IterationSampling(maximum=2))
+        step = run_step(model, objective, split(data(), n))
+        kept = [int((coefficients[..., 0] > 0).sum()) for coefficients in step.coefficients]
+        n_targets = int((torch.cat(step.targets)[..., 0] >= 0).sum())
+        assert sum(kept) == math.ceil(round((1 - skip_share) * n_targets, 6))
+        if skip_share == 0.97 and n == 8:
+            assert 0 in kept
+        assert step.metrics["weights/head0/zero_rate"] == pytest.approx(1 - sum(kept) / n_targets)
+
+
+def test_the_excess_is_signed(exact: Exact) -> None:
+    """A token that the reference finds harder counts less than one on which both agree."""
+    base, batch = exact("qwen3", **DEPTH), data()
+    model = model_of(base, None)
+    objective = objective_of("rho1-weighted", model, base)
+    step = run_step(model, objective, [batch])
+    reference = parts_of(base, "rho1-weighted").reference
+    assert reference is not None
+    with torch.no_grad():
+        ours = model(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2).logits
+        theirs = reference(batch["input_ids"], position_ids=batch["position_ids"]).logits
+    targets = step.targets[0][..., 0]
+    excess = F.cross_entropy(ours.mT, targets, reduction="none") - F.cross_entropy(theirs.mT, targets, reduction="none")
+    valid = targets >= 0
+    assert (excess[valid] < -0.1).any()
+    assert (excess[valid] > 0.1).any()
+    weights = step.coefficients[0][..., 0] * valid.sum()
+    torch.testing.assert_close(weights[valid].log(), excess[valid], atol=EXACT, rtol=0)
+
+
+# --- state ---
+
+REMEMBERING = [("critic", "none"), ("gradient-norm", "none"), ("gradient-alignment", "none"), ("dft", "shuffled")]
+
+
+@pytest.mark.parametrize(("algorithm", "control"), REMEMBERING)
+def test_a_restored_state_continues_exactly(algorithm: str, control: Control, exact: Exact) -> None:
+    base = exact("qwen3", **DEPTH)
+    model = model_of(base)
+
+    def fresh() -> WeightedMTP:
+        return objective_of(algorithm, model, base, control=control)
+
+    def step_on(objective: WeightedMTP, seed: int) -> Step:
+        return run_step(model, objective, split(data(seed), 2))
+
+    straight, stopped, resumed, forgetful = fresh(), fresh(), fresh(), fresh()
+    for seed in (1, 2):
+        step_on(straight, seed)
+        step_on(stopped, seed)
+    state = stopped.state_dict()
+    tensors = {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
+    values = json.loads(json.dumps({name: value for name, value in state.items() if name not in tensors}))
+    resumed.load_state_dict({**values, **tensors})
+    expected, actual, other = (step_on(objective, 3) for objective in (straight, resumed, forgetful))
+    for name, gradient in expected.gradients.items():
+        assert torch.equal(actual.gradients[name], gradient), name
+    assert actual.metrics == expected.metrics
+    assert any(not torch.allclose(other.gradients[name], gradient) for name, gradient in expected.gradients.items())
+
+
+@pytest.mark.parametrize("algorithm", ["critic", "gradient-alignment"])
+def test_a_resumed_training_is_the_uninterrupted_one(algorithm: str, tmp_path: Path) -> None:
+    base = tiny("qwen3", **DEPTH)
+
+    def trained(folder: str, **options: object) -> MullForCausalLM:
+        model = model_of(base)
+        objective = objective_of(algorithm, model, base)
+        config = TrainConfig(steps=4, accumulate=2, precision="fp32", log_every=1)
+        train(
+            model,
+            objective,
+            lambda number: split(data(number // 2), 2)[number % 2],
+            config,
+            tmp_path / folder,
+            checkpoint=CheckpointConfig(every=2),
+            **options,
+        )
+        return model
+
+    straight = trained("straight").state_dict()
+    trained("stopped", until=lambda record: record["step"] == 2)
+    resumed = trained("stopped", resume=True).state_dict()
+    for name, weight in straight.items():
+        assert torch.equal(resumed[name], weight), name
+
+
+@pytest.mark.parametrize("algorithm", ["critic", "gradient-norm", "gradient-alignment", "rho1-skip"])
+def test_evaluation_leaves_no_trace(algorithm: str, exact: Exact) -> None:
+    base = exact("qwen3", **DEPTH)
+    model = model_of(base)
+    watched, alone = (objective_of(algorithm, model, base) for _ in range(2))
+    for seed in (1, 2):
+        model.eval()
+        with torch.no_grad():
+            assert torch.isfinite(watched(model, data(9)).sum)
+        model.train()
+        one, other = (run_step(model, objective, split(data(seed), 2)) for objective in (watched, alone))
+        assert one.loss == other.loss
+        assert one.metrics == other.metrics
+
+
+# --- the critic's own loss ---
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.1])
+def test_the_auxiliary_loss_is_a_mean_squared_error_beside_the_token_loss(coefficient: float, exact: Exact) -> None:
+    """Its size does not depend on the weights, nor on the number of micro-batches; its gradient reaches the trunk."""
+    base, batch = exact("qwen3", **DEPTH), data()
+    model = model_of(base)
+    plain = run_step(model, objective_of("critic", model, base, auxiliary_loss_coef=0), split(batch, 4))
+    objective = objective_of("critic", model, base, auxiliary_loss_coef=coefficient)
+    step = run_step(model, objective, split(batch, 4))
+    assert all(torch.equal(a, b) for a, b in zip(plain.coefficients, step.coefficients, strict=True))
+
+    critic = objective._scorer
+    assert isinstance(critic, Critic)
+    (hidden,) = model.early_decoded(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2)
+    evidence = critic.evidence(model, batch, hidden)
+    values = critic.companion(hidden)
+    returns = lambda_returns(critic(evidence).scores, values.detach(), evidence.valid)
+    model.zero_grad()
+    critic.companion.zero_grad()
+    (coefficient * value_loss(values, returns, evidence.valid) / evidence.valid.sum()).backward()
+    modules = {"": model, "companion.": critic.companion}
+    expected = dict(plain.gradients)
+    for prefix, module in modules.items():
+        for name, parameter in module.named_parameters():
+            if coefficient and parameter.grad is not None:
+                expected[prefix + name] = expected.get(prefix + name, 0) + parameter.grad
+    assert_same(step.gradients, expected, EXACT)
+    trunk = "model.layers.0.mlp.up_proj.weight"
+    assert torch.allclose(step.gradients[trunk], plain.gradients[trunk], rtol=1e-9, atol=0) == (coefficient == 0)
+    assert any(name.startswith("companion.") for name in step.gradients) == (coefficient > 0)
+
+
+# --- controls ---
+
+
+@pytest.mark.parametrize("algorithm", ["dft", "rho1-skip", "critic"])
+def test_the_shuffled_control_keeps_the_weights_of_each_head(algorithm: str, exact: Exact) -> None:
+    base = exact("qwen3", **DEPTH)
+    model = model_of(base)
+
+    def weights(control: Control) -> tuple[Tensor, Tensor]:
+        objective = objective_of(algorithm, model, base, control=control)
+        step = run_step(model, objective, split(data(), 4))
+        return torch.cat(step.effective(HEAD_WEIGHTS)), torch.cat(step.targets) >= 0
+
+    (plain, valid), (shuffled, _), (random, _) = (weights(control) for control in CONTROLS)
+    for head in range(3):
+        among = valid[..., head]
+        expected, kept, drawn = (values[..., head][among] for values in (plain, shuffled, random))
+        torch.testing.assert_close(kept.sort().values, expected.sort().values, atol=1e-6, rtol=0)
+        assert not torch.allclose(kept, expected, atol=1e-3)
+        assert float(drawn.mean()) == pytest.approx(float(expected.mean()), rel=1e-6)
+        assert not torch.allclose(drawn.sort().values, expected.sort().values, atol=1e-3)
+
+
+@pytest.mark.parametrize("control", ["shuffled", "random"])
+def test_controls_follow_from_seed_and_step_alone(control: Control, exact: Exact) -> None:
+    base = exact("qwen3", **DEPTH)
+    model = model_of(base)
+
+    def steps(seed: int) -> list[Tensor]:
+        objective = objective_of("dft", model, base, control=control, seed=seed)
+        return [torch.cat(run_step(model, objective, split(data(), 2)).coefficients) for _ in range(2)]
+
+    before = torch.get_rng_state()
+    first = steps(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    again, other = steps(3), steps(4)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], other[0])
+
+
+# --- heads ---
+
+
+def test_the_curriculum_adds_one_head_after_the_other(exact: Exact) -> None:
+    base = exact("qwen3", **DEPTH)
+    model = model_of(base, "mlp", 3)
+    objective = objective_of("baseline", model, base, heads=HeadTraining(curriculum_steps=6))
+    trained = []
+    for _ in range(8):
+        step = run_step(model, objective, split(data(), 2))
+        heads = {int(name.split(".")[2]) + 1 for name in step.gradients if name.startswith("mtp_heads.")}
+        assert heads == set(range(1, 1 + int(step.metrics["active_heads"])))
+        assert step.targets[0].shape[-1] == 1 + len(heads)
+        trained.append(len(heads))
+    assert trained == [1, 1, 2, 2, 3, 3, 3, 3]
+
+
+def test_the_warm_up_raises_the_heads_gradient_into_the_trunk_alone(exact: Exact) -> None:
+    base = exact("qwen3", **DEPTH)
+    model, batches = model_of(base, "transformer"), split(data(), 2)
+    full = run_step(model, objective_of("baseline", model, base), batches).gradients
+    main = run_step(model_of(base, None), objective_of("baseline", model, base), batches).gradients
+    objective = objective_of("baseline", model, base, heads=HeadTraining(warmup_steps=4))
+    for numerator in (0, 1, 2, 3, 4, 4):
+        gradients = run_step(model, objective, batches).gradients
+        share = numerator / 4
+        expected = {
+            name: main[name] + share * (gradient - main[name]) if name.startswith("model.") else gradient
+            for name, gradient in full.items()
+        }
+        assert_same(gradients, expected, EXACT)
+
+
+@pytest.mark.parametrize("heads", HEAD_TYPES)
+def test_detached_heads_leave_the_trunk_to_the_main_head(heads: str, exact: Exact) -> None:
+    base, batches = exact("qwen3", **DEPTH), split(data(), 2)
+    model, bare = model_of(base, heads), model_of(base, None)
+    detached = run_step(model, objective_of("baseline", model, base, heads=HeadTraining(detach=True)), batches)
+    main = run_step(bare, objective_of("baseline", bare, base), batches)
+    trunk = {name: gradient for name, gradient in detached.gradients.items() if name.startswith("model.")}
+    assert_same(trunk, {name: main.gradients[name] for name in trunk}, EXACT)
+    assert any(float(g.abs().max()) > 0 for name, g in detached.gradients.items() if name.startswith("mtp_heads."))
+
+
+# --- what is learnt ---
+
+
+def losses_on_noise(heads: str) -> list[float]:
+    """Loss of each head on fresh random tokens after a training on others, in nats."""
+    base = tiny("qwen3", vocab_size=12, hidden_size=16, head_dim=8, **DEPTH)
+    model = model_of(base, heads)
+    objective = WeightedMTP(make_scorer("baseline-mtp", model), IterationSampling(maximum=1))
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(_number: int) -> dict[str, Tensor]:
+        tokens = torch.randint(12, (16, 12), generator=generator)
+        return {"input_ids": tokens, "labels": tokens}
+
+    train(model, objective, batch, TrainConfig(steps=80, peak_lr=2e-2, weight_decay=0, precision="fp32", log_every=80))
+    model.eval()
+    with torch.no_grad():
+        for fresh in objective.prepare(model, [batch(0) for _ in range(16)]):
+            objective(model, fresh)
+    metrics = objective.end_step()
+    return [metrics[f"head{k}_loss"] for k in range(3)]
+
+
+@pytest.mark.parametrize("heads", ["transformer", "sequential"])
+def test_nothing_is_learnt_where_there_is_nothing_to_learn(heads: str) -> None:
+    """Tokens drawn at random cannot be predicted: a head below ln V would have seen its label."""
+    for loss in losses_on_noise(heads):
+        assert math.log(12) - 0.02 < loss < math.log(12) + 0.2
+
+
+@pytest.mark.parametrize("heads", ["transformer", "sequential"])
+def test_labels_shifted_by_one_are_caught(heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above, with every head asked for the token before its own, can fail: what a head sees, it learns."""
+
+    def too_early(labels: Tensor, positions: Tensor | None, n_heads: int) -> Tensor:
+        return targets_of(F.pad(labels[:, :-1], (1, 0), value=-100), positions, n_heads)
+
+    monkeypatch.setattr("mull.objectives.wmtp.targets_of", too_early)
+    losses = losses_on_noise(heads)
+    sees_its_label = [True, True, True] if heads == "sequential" else [True, False, False]
+    assert [loss < math.log(12) - 0.1 for loss in losses] == sees_its_label
