@@ -46,12 +46,15 @@ def precision(device: str, name: str) -> AbstractContextManager[None]:
 
 
 def chunked_by_torch(hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> Tensor:
-    """It ignores autocast, so its operands are cast here."""
+    """For coefficients of which those besides 0 are equal: its sum is faster than its single losses.
+
+    It ignores autocast, so its operands are cast here.
+    """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden, weight = hidden.bfloat16(), weight.bfloat16()
     options = nn.LinearCrossEntropyOptions()
-    losses = F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
-    return (losses.float() * coefficients).sum()
+    targets = targets.masked_fill(coefficients == 0, -100)
+    return coefficients.max() * F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
 
 
 def from_logits(hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> Tensor:

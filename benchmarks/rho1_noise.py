@@ -1,10 +1,10 @@
 """Rho-1 on a language with planted noise: does it find the noise, and does that help on clean text?
 
 The language is a first-order Markov chain, so its entropy is known and no model can have a lower loss. A share of the training
-labels is replaced by random tokens; a reference model of the same size has seen clean text of the same language. All arms train on
-the same noisy rows in the same order, from the same initial weights, and are judged on clean held-out text. The tokens that the
-reference was trained on are not counted: Rho-1 is given clean text that the baseline never sees. The row ``reference`` shows what
-that text is worth by itself.
+labels is replaced by random tokens; a reference model of the same size has seen clean text of the same language. All arms train
+on the same noisy rows in the same order, from the same initial weights, and are judged on clean held-out text. The tokens that
+the reference was trained on are not counted: Rho-1 is given clean text that the baseline never sees. The row ``reference`` shows
+what that text is worth by itself.
 
     python benchmarks/rho1_noise.py [--settings main weak-reference …] [--seeds 3] [--steps 100] [--threads 1]
 """
@@ -169,7 +169,9 @@ def new_model(seed: int) -> MullForCausalLM:
     return wrap_transformer_with_etd(AutoModelForCausalLM.from_config(config), None)
 
 
-def fit(seed: int, dataset: PackedDataset, planted: Tensor, arm: Arm, steps: int, reference: MullForCausalLM | None) -> tuple[MullForCausalLM, float | None]:  # fmt: skip
+def fit(
+    seed: int, dataset: PackedDataset, planted: Tensor, arm: Arm, steps: int, reference: MullForCausalLM | None = None
+) -> tuple[MullForCausalLM, float | None]:
     """Train a new model; return it and the mean weight of planted targets."""
     model = new_model(seed)
     scorer = make_scorer(arm.algorithm, model, Parts(reference=reference, rho1=arm.rho1))
@@ -208,7 +210,7 @@ def run_seed(setting: Setting, seed: int, steps: int, arms: Mapping[str, Arm]) -
         return plant_noise(text[name], share, vocab_size=VOCAB, special_ids=[PAD], seed=seed, where=setting.where)
 
     reference_steps = steps if setting.reference_steps is None else setting.reference_steps
-    reference, _ = fit(seed + 100, *noisy("reference", setting.reference_share), ARMS[BASELINE], reference_steps, None)
+    reference, _ = fit(seed + 100, *noisy("reference", setting.reference_share), ARMS[BASELINE], reference_steps)
     results: Result = {REFERENCE: {"excess": mean_loss(reference, text["held_out"]) - best, "noise_weight": None}}
     rows = noisy("train", setting.share)
     for name, arm in arms.items():

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from mull.configs import ETDConfig
 from mull.distributed import DistributedConfig, full_state_dict, on_first_rank, rank, same_everywhere, session, whole
-from mull.model import MullForCausalLM, wrap_transformer_with_etd
+from mull.model import MullForCausalLM
 from mull.objectives.base import Batch, LossOutput, Objective
 from mull.objectives.iterations import IterationSampling
 from mull.objectives.steps import StepSupervision
+from mull.retrofit import wrap_transformer_with_etd
 from mull.step import accumulate, make_stage, normalise
 from mull.train import TrainConfig, TrainResult, train
 

@@ -2,16 +2,10 @@
 
 from mull.cache import SlotCache
 from mull.configs import ETDConfig, MTPConfig
-from mull.model import (
-    MullConfig,
-    MullForCausalLM,
-    MullOutput,
-    certify_identity,
-    from_pretrained,
-    wrap_transformer_with_etd,
-)
+from mull.model import MullConfig, MullForCausalLM, MullOutput
 from mull.path import Path, Visit, from_actions, from_layers, recursion
 from mull.presets import TransformerConfig
+from mull.retrofit import certify_identity, from_pretrained, wrap_transformer_with_etd
 
 __all__ = [
     "ETDConfig",

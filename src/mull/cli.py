@@ -15,9 +15,9 @@ from mull.configs import ETDConfig
 from mull.data.corpus import load_stdlib, load_text_files
 from mull.data.packing import pack_texts
 from mull.demo import run_demo
-from mull.model import from_pretrained
 from mull.recipe import load_recipe, recipe_schema
 from mull.report import Report, angular_distance_figure
+from mull.retrofit import from_pretrained
 from mull.run import estimate_recipe, run_recipe
 from mull.search.split import SplitReport, find_split
 

@@ -23,7 +23,7 @@ from mull.data.packing import PackedDataset, pack_texts
 from mull.data.sampler import ShuffledBatches
 from mull.data.tokenizer import train_tokenizer
 from mull.demo_weights import ARMS, WeightsStory, tell_weights, weights_story
-from mull.model import MullForCausalLM, wrap_transformer_with_etd
+from mull.model import MullForCausalLM
 from mull.objectives.base import Batch, Objective
 from mull.objectives.iterations import IterationSampling
 from mull.objectives.next_token import NextToken
@@ -38,6 +38,7 @@ from mull.report import (
     loss_against_iterations,
     loss_curves,
 )
+from mull.retrofit import wrap_transformer_with_etd
 from mull.search.split import SplitReport, find_split
 from mull.train import Batches, TrainConfig, TrainResult, train
 

@@ -18,11 +18,12 @@ from mull.configs import MTPConfig
 from mull.data.noise import plant_noise
 from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches
-from mull.model import MullForCausalLM, wrap_transformer_with_etd
+from mull.model import MullForCausalLM
 from mull.objectives.algorithms import Parts, make_scorer
 from mull.objectives.iterations import IterationSampling
 from mull.objectives.wmtp import Control, HeadTraining, WeightedMTP
 from mull.report import Report, Series, loss_curves
+from mull.retrofit import wrap_transformer_with_etd
 from mull.train import TrainConfig, TrainResult
 
 NOISE = 0.25

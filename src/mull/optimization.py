@@ -134,7 +134,7 @@ class Muon(torch.optim.Muon):
 
 
 def build_optimizers(
-    model: nn.Module, config: OptimizationConfig, companion: nn.Module | None = None
+    model: nn.Module | None, config: OptimizationConfig, companion: nn.Module | None = None
 ) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the hidden matrices of the model and AdamW for the rest.
 
@@ -142,7 +142,7 @@ def build_optimizers(
     or more dimensions but embeddings. Each group keeps its learning rate after warm-up as ``peak_lr``.
 
     Args:
-        model: The model; its unembedding is called ``lm_head``.
+        model: The model; its unembedding is called ``lm_head``. None trains the companion alone.
         config: Which optimizer, at which learning rate.
         companion: Module that is trained beside the model.
 

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, Olmo3Config, PreTrainedConfig
 
 from mull.configs import ETDConfig
-from mull.model import MullForCausalLM, wrap_transformer_with_etd
+from mull.model import MullForCausalLM
+from mull.retrofit import wrap_transformer_with_etd
 
 OLMO3_VOCAB_SIZE = 100278
 """Entries of the OLMo 3 tokenizer."""

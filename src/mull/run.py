@@ -4,42 +4,26 @@ The same on one process (``mull train``) and on several (``torchrun -m mull trai
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from mull import storage
-from mull.backbone import family_of
-from mull.data.arithmetic import CHARACTERS, ArithmeticTask
-from mull.data.corpus import load_stdlib, subsample
-from mull.data.packing import PackedDataset, pack_examples, pack_texts
 from mull.data.sampler import ShuffledBatches
-from mull.data.sources import Document, load_documents
-from mull.data.tasks import Example, load_examples, pairs
-from mull.data.tokenizer import train_tokenizer
 from mull.distributed import device, full_state_dict, on_first_rank, rank, session, world_size
 from mull.estimate import Estimate, Schedule, estimate, training_flops_per_token
 from mull.evaluation.held_out import held_out_losses
 from mull.layers.value_head import ValueHead
-from mull.model import MullConfig, MullForCausalLM, from_pretrained, wrap_transformer_with_etd
+from mull.model import MullForCausalLM
 from mull.objectives.algorithms import CriticConfig, GradientConfig, Parts, Rho1Config, make_scorer
-from mull.objectives.base import Batch, Objective
+from mull.objectives.base import Objective
 from mull.objectives.critic import ValueTraining
 from mull.objectives.grpo import REWARDS, GroupRelative, GRPOConfig, sample
 from mull.objectives.iterations import IterationSampling
@@ -47,13 +31,13 @@ from mull.objectives.next_token import NextToken
 from mull.objectives.weighting import Scorer
 from mull.objectives.wmtp import WeightedMTP
 from mull.optimization import peak_flops, resolve_precision
+from mull.prepare import Loader, Prepared, arithmetic_task, check_length, load_model, meta_model, prepare
 from mull.recipe import NEXT_TOKEN, ModelSection, Recipe
 from mull.tracking import MlflowLog, sqlite_uri
-from mull.train import Batches, TrainConfig, TrainResult, train
+from mull.train import METRICS, TrainConfig, TrainResult, train
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CRITIC = "critic"
 """Folder of the first stage of critic-wmtp in the run's folder."""
 
@@ -82,12 +66,13 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
         RuntimeError: as in `mull.train.train`; a package is missing; or MLflow cannot be reached.
     """
     with session():
-        prepared = _prepare(recipe)
+        prepared = prepare(recipe)
         torch.manual_seed(recipe.train.seed)
-        model = _load_model(recipe.model, prepared.tokenizer)
+        model = load_model(recipe.model, prepared.tokenizer)
         nn.Module.to(model, device())
+        model.path(recipe.loss.iterations.maximum)
         _announce(recipe, model, device())
-        objective = _objective(recipe, prepared, model, _load_model)
+        objective = _objective(recipe, prepared, model, load_model)
         folder = recipe.run.out / recipe.run.name
         if recipe.critic is not None:
             result = _train_value_head(recipe, prepared, model, objective, folder, resume)
@@ -100,7 +85,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
 
 
 def _train(
-    recipe: Recipe, prepared: "_Prepared", model: MullForCausalLM, objective: Objective, folder: Path, resume: bool
+    recipe: Recipe, prepared: Prepared, model: MullForCausalLM, objective: Objective, folder: Path, resume: bool
 ) -> TrainResult:
     flops = None
     if recipe.grpo is None:  # its steps sample as well
@@ -108,7 +93,9 @@ def _train(
         flops = training_flops_per_token(
             model, recipe.data.length, _mean_iterations(sampling), sampling.backprop_iterations
         )
-    tracker = _open_mlflow(recipe, folder)
+    # `train` refuses a folder that holds a run, and that run's MLflow run is none of this one's.
+    refused = not resume and (folder / METRICS).exists()
+    tracker = None if refused else _open_mlflow(recipe, folder)
     status = "FAILED"
     try:
         result = train(
@@ -132,7 +119,7 @@ def _train(
 
 
 def _train_value_head(
-    recipe: Recipe, prepared: "_Prepared", model: MullForCausalLM, objective: Objective, folder: Path, resume: bool
+    recipe: Recipe, prepared: Prepared, model: MullForCausalLM, objective: Objective, folder: Path, resume: bool
 ) -> TrainResult:
     """First stage of critic-wmtp. A finished one is loaded and not repeated."""
     assert recipe.critic is not None
@@ -171,195 +158,7 @@ def _mean_iterations(sampling: IterationSampling) -> float:
     return sum(draws) / len(draws)
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """Everything that is read before a model is loaded."""
-
-    tokenizer: PreTrainedTokenizerBase
-    batches: Batches
-    train: PackedDataset | None
-    """None where batches are generated."""
-
-    held_out: PackedDataset | None
-    outcomes: PackedDataset | None
-    """Right and wrong answers, for a value head."""
-
-    aligned: PackedDataset | None
-    """What gradients are compared with."""
-
-
-def _prepare(recipe: Recipe) -> _Prepared:
-    data = recipe.data
-    if data.arithmetic is not None:
-        return _prepare_arithmetic(recipe)
-    items = _read(recipe, data.paths, data.split)
-    held_out = _read_held_out(recipe)
-    if data.max_bytes is not None:
-        items = subsample([item for item in items if isinstance(item, Document)], data.max_bytes)
-    if recipe.model.checkpoint is not None:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model.checkpoint)
-    else:
-        tokenizer = train_tokenizer((_text(item) for item in items), data.vocab_size)
-    config = _model_config(recipe.model, tokenizer).get_text_config()
-
-    def pack(chosen: Sequence[Document | Example]) -> PackedDataset:
-        return _pack(chosen, tokenizer, data.length, config)
-
-    outcomes, aligned = None, None
-    if recipe.critic is not None:
-        stage = recipe.critic.pretrain
-        found = pairs(
-            [item for item in items if isinstance(item, Example)],
-            per_problem=stage.per_problem,
-            corrupt=stage.corrupt,
-            seed=recipe.train.seed,
-        )
-        outcomes = pack([answer for pair in found for answer in pair])
-    if recipe.gradient is not None and recipe.gradient.paths is not None:
-        aligned = pack(_right(_read(recipe, recipe.gradient.paths, data.split)))
-    packed = pack(_right(items))
-    batches = ShuffledBatches(packed, data.batch_size, recipe.train.seed)
-    return _Prepared(tokenizer, batches, packed, pack(_right(held_out)) if held_out else None, outcomes, aligned)
-
-
-def _prepare_arithmetic(recipe: Recipe) -> _Prepared:
-    """Questions in characters; a checkpoint must read them as the task writes them."""
-    task = _arithmetic(recipe)
-    tokenizer: PreTrainedTokenizerBase = _character_tokenizer()
-    if recipe.model.checkpoint is not None:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model.checkpoint)
-        expected = (task.encode(CHARACTERS), task.eos_id, task.pad_id)
-        if (tokenizer(CHARACTERS)["input_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id) != expected:
-            raise ValueError(
-                f"The tokenizer of {recipe.model.checkpoint} does not read arithmetic character by character: start from a model "
-                "that was trained with data.format=arithmetic."
-            )
-    if recipe.grpo is not None:
-
-        def batches(number: int) -> Batch:
-            return task.prompts(number, recipe.data.batch_size)
-
-        return _Prepared(tokenizer, batches, None, None, None, None)
-    assert recipe.data.arithmetic is not None
-    packed = task.demonstrations(recipe.data.arithmetic.questions, recipe.data.length)
-    shuffled = ShuffledBatches(packed, recipe.data.batch_size, recipe.train.seed)
-    return _Prepared(tokenizer, shuffled, packed, None, None, None)
-
-
-def _arithmetic(recipe: Recipe) -> ArithmeticTask:
-    section = recipe.data.arithmetic
-    assert section is not None
-    return ArithmeticTask(digits=section.digits, operations=section.operations, seed=recipe.train.seed)
-
-
-def _character_tokenizer() -> PreTrainedTokenizerFast:
-    """The vocabulary of `mull.data.arithmetic`: one token per character, padding, the end of the text."""
-    names = [*CHARACTERS, "<pad>", "<eos>"]
-    characters = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    characters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
-
-
-def _read(recipe: Recipe, paths: Sequence[str] | None, split: str | None) -> list[Document] | list[Example]:
-    data = recipe.data
-    if paths is None:
-        return load_stdlib().train
-    if data.format == "text":
-        return load_documents(paths, key=data.key, split=split, config=data.config)
-    assert data.format != "arithmetic"
-    return [example for path in paths for example in load_examples(path, data.format, split=split, config=data.config)]
-
-
-def _read_held_out(recipe: Recipe) -> list[Document] | list[Example]:
-    data = recipe.data
-    if data.held_out_paths is not None or data.held_out_split is not None:
-        return _read(recipe, data.held_out_paths or data.paths, data.held_out_split)
-    return load_stdlib().held_out if data.paths is None else []
-
-
-def _text(item: Document | Example) -> str:
-    return item.prompt + item.completion if isinstance(item, Example) else item.text
-
-
-def _right(items: Sequence[Document | Example]) -> list[Document] | list[Example]:
-    """Texts, or the answers that are right as far as is known; nobody should learn to write the others.
-
-    Raises:
-        ValueError: all answers are wrong.
-    """
-    documents = [item for item in items if isinstance(item, Document)]
-    answers = [
-        replace(item, outcome=None) for item in items if isinstance(item, Example) and item.outcome in (None, 1.0)
-    ]
-    if items and not documents and not answers:
-        raise ValueError(f"None of the {len(items)} answers is right (outcome 1): there is nothing to learn to write.")
-    if answers and len(answers) < len(items):
-        _tell("%d of %d answers are wrong and not trained on.", len(items) - len(answers), len(items))
-    return documents or answers
-
-
-def _pack(
-    items: Sequence[Document | Example], tokenizer: PreTrainedTokenizerBase, length: int, config: PreTrainedConfig
-) -> PackedDataset:
-    _check_length("data.length", length, config)
-    examples = [item for item in items if isinstance(item, Example)]
-    if examples:
-        return pack_examples(examples, tokenizer, length=length, vocab_size=config.vocab_size)
-    return pack_texts((_text(item) for item in items), tokenizer, length=length, vocab_size=config.vocab_size)
-
-
-def _check_length(key: str, length: int, config: PreTrainedConfig) -> None:
-    if length > config.max_position_embeddings:
-        raise ValueError(
-            f"{key}={length} exceeds the {config.max_position_embeddings} positions of the model: shorten the rows."
-        )
-
-
-def _model_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """Configuration of the checkpoint, or of the backbone with random weights."""
-    if section.checkpoint is not None:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(section.checkpoint)
-        return config
-    assert section.architecture is not None
-    fields = {
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-        **section.architecture,
-    }
-    return CONFIG_MAPPING[fields.pop("model_type")](**fields)
-
-
-def _load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> MullForCausalLM:
-    dtype = DTYPES[section.dtype]
-    if section.checkpoint is not None:
-        return from_pretrained(section.checkpoint, etd=section.etd, mtp=section.mtp, dtype=dtype)
-    base = AutoModelForCausalLM.from_config(_model_config(section, tokenizer)).to(dtype)
-    return wrap_transformer_with_etd(base, section.etd, section.mtp)
-
-
-def _meta_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> MullForCausalLM:
-    """The model without its weights."""
-    config = _model_config(section, tokenizer)
-    if not isinstance(config, MullConfig):
-        family_of(config.get_text_config())
-        config = MullConfig(text_config=config.get_text_config())
-    if section.etd is not None:
-        config.etd = section.etd.model_dump()
-    if section.mtp is not None:
-        config.mtp = section.mtp.model_dump()
-    with torch.device("meta"):
-        model = nn.Module.to(MullForCausalLM(config), DTYPES[section.dtype])
-    model.tie_weights()
-    return model
-
-
-Loader = Callable[[ModelSection, PreTrainedTokenizerBase], MullForCausalLM]
-
-
-def _objective(recipe: Recipe, prepared: _Prepared, model: MullForCausalLM, load: Loader) -> Objective:
+def _objective(recipe: Recipe, prepared: Prepared, model: MullForCausalLM, load: Loader) -> Objective:
     """The loss that the recipe asks for, with whatever further models it takes on the model's device."""
     loss = recipe.loss
     if recipe.train.algo == NEXT_TOKEN:
@@ -368,14 +167,14 @@ def _objective(recipe: Recipe, prepared: _Prepared, model: MullForCausalLM, load
     return WeightedMTP(scorer, loss.iterations, loss.heads, loss.control, recipe.train.seed)
 
 
-def _scorer(recipe: Recipe, prepared: _Prepared, model: MullForCausalLM, load: Loader) -> Scorer:
+def _scorer(recipe: Recipe, prepared: Prepared, model: MullForCausalLM, load: Loader) -> Scorer:
     def reference(name: str) -> MullForCausalLM:
         section = ModelSection(checkpoint=name, dtype=recipe.model.dtype)
         return load(section, prepared.tokenizer).eval().requires_grad_(False).to(model.device)
 
     if (grpo := recipe.grpo) is not None:
         kept_close = None if grpo.reference is None else reference(grpo.reference)
-        task = _arithmetic(recipe)
+        task = arithmetic_task(recipe)
         config = _only(GRPOConfig, grpo)
         return GroupRelative(config, REWARDS[grpo.reward], [task.eos_id], task.pad_id, kept_close)
     parts: dict[str, Any] = {}
@@ -415,10 +214,10 @@ def _tell(message: str, *details: object) -> None:
         logger.warning(message, *details)
 
 
-def _evaluation(recipe: Recipe, prepared: _Prepared) -> Callable[[MullForCausalLM], Mapping[str, float]] | None:
+def _evaluation(recipe: Recipe, prepared: Prepared) -> Callable[[MullForCausalLM], Mapping[str, float]] | None:
     rows, depth = recipe.eval.rows, recipe.loss.iterations.maximum
     if recipe.data.arithmetic is not None:
-        task = _arithmetic(recipe)
+        task = arithmetic_task(recipe)
 
         def right_answers(model: MullForCausalLM) -> Mapping[str, float]:
             batch = {name: tensor.to(model.device) for name, tensor in task.prompts(0, rows, train=False).items()}
@@ -510,16 +309,15 @@ def estimate_recipe(recipe: Recipe) -> str:
         ValueError, OSError, RuntimeError: as in `run_recipe`.
     """
     with session():
-        prepared = _prepare(recipe)
-        _check_weights(recipe.model.checkpoint)
-        model = _meta_model(recipe.model, prepared.tokenizer)
+        prepared = prepare(recipe)
+        model = meta_model(recipe.model, prepared.tokenizer)
         _announce(recipe, model, device())
         model.path(recipe.loss.iterations.maximum)
         precision = resolve_precision(recipe.train.precision, device())
         schedule = _schedule(recipe, precision)
-        _check_length("A row", schedule.length, model.config.get_text_config())
+        check_length("A row", schedule.length, model.config.get_text_config())
         with torch.device("meta"):
-            scorer = None if recipe.train.algo == NEXT_TOKEN else _scorer(recipe, prepared, model, _meta_model)
+            scorer = None if recipe.train.algo == NEXT_TOKEN else _scorer(recipe, prepared, model, meta_model)
         if scorer is not None:
             beside = scorer.whole_step or recipe.loss.control != "none" or recipe.grpo is not None
             schedule = replace(schedule, forward_passes=int(beside))
@@ -539,7 +337,7 @@ def estimate_recipe(recipe: Recipe) -> str:
 def _schedule(recipe: Recipe, precision: str) -> Schedule:
     rows, length = recipe.data.batch_size, recipe.data.length
     if recipe.grpo is not None:
-        rows, length = rows * recipe.grpo.group_size, _arithmetic(recipe).prompt_length + recipe.grpo.max_new_tokens
+        rows, length = rows * recipe.grpo.group_size, arithmetic_task(recipe).prompt_length + recipe.grpo.max_new_tokens
     sampling = recipe.loss.iterations
     return Schedule(
         rows=rows,
@@ -555,7 +353,7 @@ def _schedule(recipe: Recipe, precision: str) -> Schedule:
     )
 
 
-def _plan_rows(recipe: Recipe, prepared: _Prepared, found: Estimate, peak: float) -> Iterator[tuple[str, str]]:
+def _plan_rows(recipe: Recipe, prepared: Prepared, found: Estimate, peak: float) -> Iterator[tuple[str, str]]:
     """Data and time of the run, as text."""
     if prepared.train is not None:
         yield "rows to train on", f"{len(prepared.train):,} of {recipe.data.length:,} tokens"
@@ -574,11 +372,3 @@ def _plan_rows(recipe: Recipe, prepared: _Prepared, found: Estimate, peak: float
         "time at full use of the peak",
         f"{seconds:,.0f} seconds ({peak / 1e12:,.2f} TFLOP/s per rank); real runs take longer",
     )
-
-
-def _check_weights(checkpoint: str | None) -> None:
-    """Refuse a local checkpoint without weights, which only loading would find."""
-    if checkpoint is None or not Path(checkpoint).is_dir():
-        return
-    if not any(file.suffix in (".safetensors", ".bin") for file in Path(checkpoint).iterdir()):
-        raise FileNotFoundError(f"{checkpoint} holds no weights (.safetensors): it is no finished checkpoint.")

@@ -423,7 +423,7 @@ def _start(
         stage=stage,
         batches=batches,
         config=config,
-        optimizers=build_optimizers(stage.model, config, stage.companion),
+        optimizers=build_optimizers(stage.model if objective.trains_model else None, config, stage.companion),
         device=device,
         precision=precision,
         configuration=configuration,

@@ -1,6 +1,7 @@
 """The command: every verb does its work, and a user's mistake is one line on standard error and exit code 2."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,52 @@ def test_train_runs_a_recipe(
     error = capsys.readouterr().err
     assert "another configuration (train.peak_lr: 0.0003 stored, 1.0 given)" in error
     assert error.count("\n") == 1
+
+
+def test_a_dry_run_prints_what_it_would_take_and_trains_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = str(checkpoint / "text.txt")
+    recipe = {
+        "run": {"name": "tiny", "out": str(tmp_path)},
+        "model": {"checkpoint": str(checkpoint)},
+        "data": {"paths": [text], "length": 32, "batch_size": 2},
+        "train": {"steps": 9, "accumulate": 2, "precision": "fp32"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert run(monkeypatch, "train", tmp_path / "recipe.yaml", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(checkpoint).parameters())
+    for line in (rf"^parameters +{n_parameters:,}$", "^tokens per step +128$", "^steps +9$", "^memory per rank +.*iB$"):
+        assert re.search(line, printed, re.MULTILINE), printed
+    assert not (tmp_path / "tiny").exists()
+    wrong = ["train", tmp_path / "recipe.yaml", "--dry-run", "--set", "data.length=65"]
+    assert run(monkeypatch, *wrong) == 2
+    assert "data.length=65 exceeds the 64 positions of the model" in capsys.readouterr().err
+
+
+def test_the_schema_of_recipes_is_printed_for_editors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "schema") == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert "train" in schema["required"]
+    assert schema["additionalProperties"] is False
+
+
+def test_of_several_ranks_the_first_one_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run(monkeypatch, "train", tmp_path / "none.yaml") == 2
+    assert capsys.readouterr().err.startswith("mull train (rank 1): There is no recipe at")
+    monkeypatch.setattr(cli, "estimate_recipe", lambda recipe: "a table")
+    (tmp_path / "recipe.yaml").write_text("run: {name: a}\nmodel: {checkpoint: b}\ntrain: {steps: 1}\n")
+    assert run(monkeypatch, "train", tmp_path / "recipe.yaml", "--dry-run") == 0
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    assert run(monkeypatch, "train", tmp_path / "recipe.yaml", "--dry-run") == 0
+    assert capsys.readouterr().out == "a table\n"
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,11 @@ from mull.estimate import (
     training_flops_per_token,
 )
 from mull.layers.value_head import ValueHead
-from mull.model import MullForCausalLM, wrap_transformer_with_etd
+from mull.model import MullForCausalLM
 from mull.ops.token_weights import targets_of
 from mull.optimization import OptimizationConfig, build_optimizers
 from mull.presets import TransformerConfig
+from mull.retrofit import wrap_transformer_with_etd
 
 ADAMW, MUON = OptimizationConfig(), OptimizationConfig(optimizer="muon")
 ROWS, LENGTH = 3, 64

@@ -17,12 +17,13 @@ from torch import Tensor
 from mull.configs import ETDConfig, MTPConfig
 from mull.data.arithmetic import ArithmeticTask
 from mull.distributed import DistributedConfig, full_state_dict, rank, whole
-from mull.model import MullForCausalLM, wrap_transformer_with_etd
+from mull.model import MullForCausalLM
 from mull.objectives import grpo
 from mull.objectives.base import Batch
 from mull.objectives.grpo import REWARDS, GroupRelative, GRPOConfig, sample
 from mull.objectives.iterations import IterationSampling
 from mull.objectives.wmtp import HeadTraining, WeightedMTP
+from mull.retrofit import wrap_transformer_with_etd
 from mull.step import accumulate, make_stage, normalise, total_weight
 from mull.train import TrainConfig, train
 

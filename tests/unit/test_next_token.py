@@ -7,9 +7,10 @@ import torch
 from conftest import SPLIT, tiny
 from torch import Tensor, nn
 
-from mull.model import MullForCausalLM, wrap_transformer_with_etd
+from mull.model import MullForCausalLM
 from mull.objectives.iterations import IterationSampling
 from mull.objectives.next_token import NextToken
+from mull.retrofit import wrap_transformer_with_etd
 
 Ids = Callable[..., Tensor]
 

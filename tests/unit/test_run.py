@@ -1,8 +1,9 @@
 """Claim: a recipe is carried out as it says, whatever its algorithm; what cannot work is refused before any training."""
 
+import itertools
 import json
-import logging
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +25,8 @@ from mull.configs import ETDConfig, MTPConfig
 from mull.data.arithmetic import CHARACTERS, ArithmeticTask
 from mull.data.packing import pack_tokens
 from mull.evaluation.held_out import held_out_loss, held_out_losses
-from mull.model import wrap_transformer_with_etd
 from mull.recipe import parse_recipe
+from mull.retrofit import wrap_transformer_with_etd
 from mull.run import estimate_recipe, run_recipe
 from mull.tracking import MlflowLog, sqlite_uri
 
@@ -81,18 +82,11 @@ def test_the_trunk_is_a_checkpoint_of_transformers_alone(tmp_path: Path, tied: b
     carry_out(changed(recipe, model__architecture__tie_word_embeddings=tied, train__steps=2))
     folder = tmp_path / "tiny"
     assert "mull" not in (folder / "trunk" / "config.json").read_text()
-    program = f"""
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({str(folder / "trunk")!r})
-tokens = AutoTokenizer.from_pretrained({str(folder / "trunk")!r})("def a1(x):", return_tensors="pt")["input_ids"]
-torch.save(model(tokens).logits.detach(), {str(tmp_path / "logits.pt")!r})
-assert "mull" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, capture_output=True)
+    trunk = AutoModelForCausalLM.from_pretrained(folder / "trunk")
+    assert type(trunk).__module__.startswith("transformers.models.qwen3.")
     model = mull.from_pretrained(str(folder / "model"))
-    tokens = AutoTokenizer.from_pretrained(folder / "model")("def a1(x):", return_tensors="pt")["input_ids"]
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(tokens, think_iterations=1).logits)
+    tokens = AutoTokenizer.from_pretrained(folder / "trunk")("def a1(x):", return_tensors="pt")["input_ids"]
+    assert torch.equal(trunk(tokens).logits, model(tokens, think_iterations=1).logits)
     assert ("lm_head.weight" in load_file(folder / "trunk" / "model.safetensors")) is not tied
 
 
@@ -133,13 +127,15 @@ def test_every_weighting_trains_all_heads(tmp_path: Path, values: dict[str, Any]
     if "rho1" in values:
         carry_out(named(tmp_path, "base", train__steps=1))
     filled = json.loads(json.dumps(values).replace("{folder}", str(tmp_path)))
-    carry_out(
-        named(tmp_path, "tiny", model__mtp={"num_predict_tokens": 2}, train__steps=3, train__accumulate=2, **filled)
-    )
+    training = {"train__steps": 4, "train__peak_lr": 0.05, "train__accumulate": 2}
+    recipe = named(tmp_path, "tiny", model__mtp={"num_predict_tokens": 2}, **training, **filled)
+    estimate_recipe(parse_recipe(recipe))
+    assert not (tmp_path / "tiny").exists()
+    carry_out(recipe)
     log = records(tmp_path / "tiny")
-    assert [record["active_heads"] for record in log] == [2.0, 2.0, 2.0]
+    assert [record["active_heads"] for record in log] == [2.0] * 4
     assert all(math.isfinite(value) for record in log for value in record.values())
-    assert any(record["weights/ess"] < 0.999 for record in log), "all weights are equal"
+    assert log[-1]["weights/ess"] < 1 - 1e-6, "all weights are equal"
 
 
 def test_a_reference_that_is_the_model_itself_weighs_all_tokens_alike(tmp_path: Path) -> None:
@@ -161,6 +157,7 @@ def critic(tmp_path: Path, name: str, **values: Any) -> dict[str, Any]:
 
 
 def test_a_critic_is_trained_first_and_saved_with_the_model(tmp_path: Path) -> None:
+    assert "  beside" in estimate_recipe(parse_recipe(critic(tmp_path, "one")))
     carry_out(critic(tmp_path, "one"))
     first, second = records(tmp_path / "one" / "critic"), records(tmp_path / "one")
     assert [record["step"] for record in first] == [1, 2, 3, 4]
@@ -177,15 +174,14 @@ def test_a_critic_resumes_in_the_stage_where_it_stopped(tmp_path: Path) -> None:
     carry_out(critic(tmp_path, "straight"))
     stopped = critic(tmp_path, "stopped", checkpoint={"every": 3})
     carry_out(stopped)
-    pretraining = (tmp_path / "stopped" / "critic" / "metrics.jsonl").stat().st_mtime_ns
+    pretraining = records(tmp_path / "stopped" / "critic")
     for left_over in ("checkpoints/step-000006", "model"):
         shutil.rmtree(tmp_path / "stopped" / left_over)
     carry_out(stopped, resume=True)
     assert_same(tmp_path / "straight", tmp_path / "stopped")
     heads = [load_file(tmp_path / name / "model" / "value_head.safetensors") for name in ("straight", "stopped")]
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
-    assert records(tmp_path / "stopped" / "critic") == records(tmp_path / "stopped" / "critic")[:4]
-    assert pretraining
+    assert records(tmp_path / "stopped" / "critic") == pretraining, "the first stage was repeated"
 
     # Killed in the first stage, nothing of the second exists.
     for left_over in ("checkpoints", "model", "trunk", "critic/checkpoints"):
@@ -200,11 +196,9 @@ def test_wrong_answers_are_not_trained_on(tmp_path: Path, caplog: pytest.LogCapt
     recipe["data"] = {"paths": [str(answers(tmp_path))], "format": "examples", "vocab_size": 280, "length": 32}
     carry_out(recipe)
     assert "40 of 80 answers are wrong and not trained on." in caplog.text
-    for line in ("outcome", "completion"):
-        (tmp_path / "wrong.jsonl").write_text('{"prompt": "a", "completion": "bcd", "outcome": 0}\n')
-        with pytest.raises(ValueError, match="None of the 1 answers is right"):
-            estimate_recipe(parse_recipe(changed(recipe, data__paths=[str(tmp_path / "wrong.jsonl")])))
-        assert line
+    (tmp_path / "wrong.jsonl").write_text('{"prompt": "a", "completion": "bcd", "outcome": 0}\n')
+    with pytest.raises(ValueError, match="None of the 1 answers is right"):
+        estimate_recipe(parse_recipe(changed(recipe, data__paths=[str(tmp_path / "wrong.jsonl")])))
 
 
 def arithmetic(tmp_path: Path, name: str, **values: Any) -> dict[str, Any]:
@@ -233,7 +227,7 @@ def test_arithmetic_is_learned_from_answers_and_then_from_rewards(tmp_path: Path
     assert log[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert all(0 <= record["reward"] <= 1 and record["completion_length"] <= 3 for record in log)
     table = estimate_recipe(parse_recipe(changed(recipe, model={"checkpoint": str(base)})))
-    assert f"tokens per step              {4 * 2 * (4 + 3)}" in table
+    assert re.search(rf"^tokens per step +{4 * 2 * (4 + 3)}$", table, re.MULTILINE)
 
     carry_out(named(tmp_path, "text", train__steps=1))
     wrong = changed(recipe, model={"checkpoint": str(tmp_path / "text" / "model")}, grpo={"reward": "arithmetic"})
@@ -254,8 +248,9 @@ REFUSED = [
         ValueError,
         "The reference model has a vocabulary of 97 tokens, the model one of 280",
     ),
-    ({"train__algo": "rho1-wmtp", "rho1": {"reference": "{empty}"}}, OSError, "empty"),
-    ({"model": {"checkpoint": "{empty}"}}, OSError, "empty"),
+    ({"train__algo": "rho1-wmtp", "rho1": {"reference": "{empty}"}}, ValueError, "Unrecognized model in .*empty"),
+    ({"model": {"checkpoint": "{empty}"}}, ValueError, "Unrecognized model in .*empty"),
+    ({"model": {"checkpoint": "{other}"}, "loss": {}}, ValueError, ".*other has no tokenizer: save"),
     ({"model": {"checkpoint": "{unfinished}"}, "loss": {}}, OSError, "unfinished"),
 ]
 
@@ -273,10 +268,10 @@ def test_data_tokenizer_and_models_must_fit(
         carry_out(named(tmp_path, "base", train__steps=1))
         shutil.copytree(tmp_path / "base" / "model", places["unfinished"])
         (tmp_path / "unfinished" / "model.safetensors").unlink()
-    filled = json.loads(json.dumps(values))
+    text = json.dumps(values)
     for name, place in places.items():
-        filled = json.loads(json.dumps(filled).replace(f"{{{name}}}", place))
-    recipe = parse_recipe(changed(content(tmp_path), **filled))
+        text = text.replace(f"{{{name}}}", place)
+    recipe = parse_recipe(changed(content(tmp_path), **json.loads(text)))
     with pytest.raises(error, match=message):
         (run_recipe if carried_out else estimate_recipe)(recipe)
     assert not (tmp_path / "tiny").exists()
@@ -287,12 +282,10 @@ def test_a_dry_run_says_what_the_run_then_takes_and_writes_nothing(tmp_path: Pat
         content(tmp_path), train__algo="baseline-mtp", model__mtp={"num_predict_tokens": 1}, train__accumulate=2
     )
     before = sorted(tmp_path.rglob("*"))
-    state = torch.get_rng_state()
     table = dict(
         line.split("  ", 1) for line in estimate_recipe(parse_recipe(recipe)).replace("\n  ", "\n").splitlines()
     )
     assert sorted(tmp_path.rglob("*")) == before
-    del state
     result = carry_out(recipe)
     rows = {name.strip(): value.strip() for name, value in table.items()}
     n_parameters = sum(tensor.numel() for tensor in weights(tmp_path / "tiny").values())
@@ -413,7 +406,7 @@ def _rows(packed: Any) -> list[torch.Tensor]:
     found = []
     for ids, positions, labels in zip(packed.input_ids, packed.position_ids, packed.labels, strict=True):
         starts = [*(positions == 0).nonzero()[:, 0].tolist(), len(ids)]
-        for first, last in zip(starts, starts[1:], strict=False):
+        for first, last in itertools.pairwise(starts):
             if (labels[first:last] >= 0).any():
                 found.append(ids[first:last])
     return found

@@ -13,7 +13,7 @@ from conftest import FAMILIES, tiny
 from torch.nn import functional as F
 
 from mull.configs import ETDConfig
-from mull.model import wrap_transformer_with_etd
+from mull.retrofit import wrap_transformer_with_etd
 from mull.search.split import (
     SplitReport,
     angular_distance,

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -55,6 +55,7 @@ def noise(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@settings(deadline=None)
 @given(seed=SEEDS, tokens=st.integers(1, 9), n_heads=st.integers(1, 5), is_packed=st.booleans())
 def test_targets_are_those_of_a_loop_over_documents(seed: int, tokens: int, n_heads: int, is_packed: bool) -> None:
     labels, positions, documents = packed(seed, tokens=tokens)
@@ -69,6 +70,7 @@ def test_targets_are_those_of_a_loop_over_documents(seed: int, tokens: int, n_he
                 assert targets[b, i, h] == (labels[b, j] if inside else NO_TARGET)
 
 
+@settings(deadline=None)
 @given(seed=SEEDS, tokens=st.integers(1, 9), n_heads=st.integers(1, 5))
 def test_every_head_weighs_a_token_by_its_one_score(seed: int, tokens: int, n_heads: int) -> None:
     labels, positions, _ = packed(seed, tokens=tokens)
@@ -80,6 +82,7 @@ def test_every_head_weighs_a_token_by_its_one_score(seed: int, tokens: int, n_he
     assert (align(labels.float() + 1, n_heads)[:, beyond] == 0).all()
 
 
+@settings(deadline=None)
 @given(seed=SEEDS, tokens=st.integers(1, 9))
 def test_the_targets_of_every_head_are_among_the_valid_tokens(seed: int, tokens: int) -> None:
     labels, positions, _ = packed(seed, tokens=tokens)
@@ -104,6 +107,7 @@ def test_left_padding_predicts_nothing_given_its_position_ids() -> None:
         assert targets[0, 3].tolist() == [6, 7, NO_TARGET]
 
 
+@settings(deadline=None)
 @given(seed=SEEDS, tokens=st.integers(1, 9))
 def test_the_final_token_is_the_last_target_of_its_document(seed: int, tokens: int) -> None:
     labels, positions, documents = packed(seed, tokens=tokens)
@@ -137,6 +141,7 @@ def test_extreme_excess_losses_neither_overflow_nor_vanish() -> None:
     assert (weights.square() * 1e12).isfinite().all()
 
 
+@settings(deadline=None)
 @given(
     scores=st.lists(st.integers(-3, 3), max_size=60),
     share=st.one_of(st.integers(1, 100).map(lambda n: n / 100), st.floats(0.01, 1)),
@@ -219,6 +224,7 @@ def literal_advantages(
     return expected
 
 
+@settings(deadline=None)
 @given(
     seed=SEEDS, tokens=st.integers(1, 12), gamma=st.sampled_from([0.0, 0.9, 1.0]), lam=st.sampled_from([0.0, 0.95, 1.0])
 )
@@ -372,6 +378,7 @@ def weighted(seed: int, n_heads: int = 4) -> tuple[Tensor, Tensor]:
     return torch.where(valid, align(noise(labels.shape, seed).float().exp(), n_heads), 0), valid
 
 
+@settings(deadline=None)
 @given(seed=SEEDS)
 def test_shuffling_keeps_each_heads_multiset_of_weights_on_its_targets(seed: int) -> None:
     weights, valid = weighted(seed)
@@ -395,6 +402,7 @@ def test_shuffling_draws_every_permutation_equally_often_and_heads_independently
     assert all(abs(count - 1000) < 5 * math.sqrt(1000 * 5 / 6) for count in counts.values())
 
 
+@settings(deadline=None)
 @given(seed=SEEDS)
 def test_matched_random_weights_keep_each_heads_mean(seed: int) -> None:
     weights, valid = weighted(seed)
@@ -422,6 +430,7 @@ def test_matched_random_weights_of_heads_without_targets_or_weight_are_zero() ->
     assert matched_random(0 * weights, valid, torch.Generator()).tolist() == [[[0.0, 0.0]] * 3]
 
 
+@settings(deadline=None)
 @given(seed=SEEDS, signed=st.booleans())
 def test_statistics_of_parts_add_up_to_the_direct_formulas_of_the_whole(seed: int, signed: bool) -> None:
     weights, valid = weighted(seed)

@@ -17,10 +17,10 @@ from conftest import SPLIT, tiny
 from torch import Tensor, nn
 
 from mull.checkpoint import CheckpointConfig, checkpoints, latest
-from mull.model import wrap_transformer_with_etd
 from mull.objectives.base import Batch, LossOutput, Objective
 from mull.objectives.iterations import IterationSampling
 from mull.objectives.next_token import NextToken
+from mull.retrofit import wrap_transformer_with_etd
 from mull.tracking import read_metrics
 from mull.train import TrainConfig, train
 

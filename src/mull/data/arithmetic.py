@@ -117,7 +117,7 @@ class ArithmeticTask:
         """
         if number < 0 or rows < 1:
             raise ValueError(f"number={number} must not be negative and rows={rows} must be positive.")
-        texts = self._draw((self.seed, number, int(train)), rows, train)
+        texts = self._draw((self.seed, number), rows, train)
         questions = [self.encode(question) for question, _ in texts]
         answers = [[*self.encode(answer), self.eos_id] for _, answer in texts]
         input_ids = torch.tensor([[self.pad_id] * (self.prompt_length - len(ids)) + ids for ids in questions])
@@ -154,8 +154,8 @@ class ArithmeticTask:
         """
         if n_questions < 1:
             raise ValueError(f"n_questions={n_questions} must be positive.")
-        # Four numbers: no batch of `prompts` has the same generator.
-        texts = self._draw((self.seed, 0, 1, 1), n_questions, train=True)
+        # Three numbers: no batch of `prompts` has the same generator.
+        texts = self._draw((self.seed, 0, 1), n_questions, train=True)
         examples = [TokenizedExample(self.encode(text), [*self.encode(answer), self.eos_id]) for text, answer in texts]
         return pack_tokenized_examples(examples, length=length, pad_id=self.pad_id, vocab_size=self.vocab_size)
 

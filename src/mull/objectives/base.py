@@ -37,6 +37,10 @@ class Objective(ABC):
     companion: nn.Module | None = None
     """Module that is trained and saved beside the model, such as a value head."""
 
+    trains_model = True
+    """Whether the loss reaches the model's weights. Otherwise the companion alone is trained, and no optimizer state is kept for
+    the model."""
+
     def prepare(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> Sequence[Batch]:
         """See all micro-batches of a step before the first loss, without gradient.
 
@@ -64,7 +68,10 @@ class Objective(ABC):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the objective remembers between steps and a resumed run needs: tensors and JSON values, by name."""
+        """What the objective remembers between steps and a resumed run needs: tensors and JSON values, by name.
+
+        A tensor is there from the start, with its final shape: checkpoints are loaded in place.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

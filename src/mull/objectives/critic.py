@@ -22,6 +22,8 @@ class ValueTraining(Objective):
         value_head: Trained in place.
     """
 
+    trains_model = False
+
     def __init__(self, config: CriticConfig, value_head: ValueHead) -> None:
         self.gamma, self.gae_lambda = config.gamma, config.gae_lambda
         self.companion = self._value_head = value_head
@@ -31,7 +33,7 @@ class ValueTraining(Objective):
         """Sum the squared error over the valid targets.
 
         Returns:
-            The sum, the number of targets, and the metrics ``value`` and ``outcome``: means over the targets.
+            The sum, the number of targets, and the metrics ``value``, ``outcome`` and ``mse``: means over the targets.
 
         Raises:
             ValueError: the batch has no rewards, or no target.
@@ -54,5 +56,7 @@ class ValueTraining(Objective):
             values = self._value_head(hidden)[:, :-1][evidence.valid[:, 1:]]
         outcome = batch["rewards"][evidence.valid]
         return LossOutput(
-            total, count, {"value": float(values.mean()), "outcome": float(outcome.mean()), "mse": float(total / count)}
+            total,
+            count,
+            {"value": float(values.mean()), "outcome": float(outcome.mean()), "mse": float(total.detach() / count)},
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from mull.distributed import same_everywhere
 from mull.objectives.base import Batch, LossOutput, Objective
 from mull.objectives.iterations import IterationSampling
-from mull.ops.cross_entropy import token_losses
+from mull.ops.cross_entropy import weighted_cross_entropy
 
 if TYPE_CHECKING:
     from mull.model import MullForCausalLM
@@ -70,7 +70,8 @@ class NextToken(Objective):
             backprop_iterations=self.iterations.backprop(iterations),
         )[-1]
         rows = hidden[:, :-1][valid]  # (N, D)
-        total = token_losses(rows, model.lm_head.weight, targets[valid], model.lm_head.bias).sum()
+        ones = torch.ones(len(rows), device=rows.device)
+        total, _ = weighted_cross_entropy(rows, model.lm_head.weight, targets[valid], ones)
         return LossOutput(
             total, n_targets, {"loss": float(total.detach() / n_targets), "iterations": float(iterations)}
         )

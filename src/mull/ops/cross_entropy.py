@@ -206,7 +206,3 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def accurate(dtype: torch.dtype) -> torch.dtype:
     """Type in which losses of operands of type `dtype` are computed: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")

@@ -24,8 +24,9 @@ from transformers import PreTrainedModel
 
 from mull.backbone import family_of, layer_kinds, prepare, run_layer
 from mull.configs import ETDConfig, attention_period
-from mull.model import MullForCausalLM, wrap_transformer_with_etd
+from mull.model import MullForCausalLM
 from mull.path import from_layers
+from mull.retrofit import wrap_transformer_with_etd
 
 Tokens = Literal["all", "last"]
 Batch = Mapping[str, Tensor]
