@@ -29,7 +29,7 @@ help:
 	@echo "make test-all  every test"
 	@echo "make demo      the demo on this machine's CPU; report in out/demo"
 	@echo "make docs      the documentation, in site/"
-	@echo "make bench     decoding overhead of the path loop"
+	@echo "make bench     decoding overhead of the path loop; memory and speed of the multi-token loss"
 	@echo "make clean     remove caches and built files; $(VENV) and out/ stay"
 
 # torch comes first and alone, so that a CPU-only wheel that lies on the index is not replaced by a later resolution.
@@ -41,7 +41,7 @@ $(VENV)/core.stamp: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/core.stamp
-	$(PIP) --editable '.[dev,eval]'
+	$(PIP) --editable '.[dev,data,eval,mlflow,s3]'
 	touch $@
 
 $(VENV)/docs.stamp: $(VENV)/core.stamp
@@ -69,6 +69,7 @@ docs: $(VENV)/docs.stamp
 
 bench: $(VENV)/core.stamp
 	$(BIN)/python benchmarks/decode_overhead.py
+	$(BIN)/python benchmarks/multi_token_loss.py
 
 clean:
 	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -59,7 +59,7 @@ SAME_FLOOR = {
 }
 """Pairs (importer, imported) on one floor. Beside them, every objective may import the contract, `mull.objectives.base`."""
 
-OPTIONAL = {"s3fs", "mlflow", "lm_eval", "peft", "fla", "mkdocs"}
+OPTIONAL = {"datasets", "moto", "s3fs", "mlflow", "lm_eval", "peft", "fla", "mkdocs"}
 """Packages of the extras: importing mull must work, and be the same, without them."""
 
 MAX_FILE_LINES = 600

@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, TextStreamer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from mull.configs import ETDConfig
-from mull.data.corpus import load_stdlib, load_text_files
+from mull.data.corpus import load_stdlib
 from mull.data.packing import pack_texts
+from mull.data.sources import load_documents
 from mull.demo import run_demo
 from mull.recipe import load_recipe, recipe_schema
 from mull.report import Report, angular_distance_figure
@@ -81,7 +82,8 @@ def _print_once(text: str) -> None:
 def split(
     model: ModelArgument,
     data: Annotated[
-        list[Path] | None, typer.Option(help="Text to measure on; default: Python's standard library.")
+        list[str] | None,
+        typer.Option(help="Text to measure on: files, folders, s3://… or hf:…; default: Python's standard library."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for split.json and split.html.")] = Path("out/split"),
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 256,
@@ -89,7 +91,7 @@ def split(
     batch_size: Annotated[int, typer.Option(help="Rows per batch.")] = 8,
 ) -> None:
     """Measure which layers of MODEL encode, think and decode, and propose an ETDConfig."""
-    documents = load_stdlib().held_out if data is None else load_text_files(data)
+    documents = load_stdlib().held_out if data is None else load_documents(data)
     loaded = from_pretrained(model)
     text_config = loaded.config.get_text_config()
     if length > text_config.max_position_embeddings:

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mull.data.sources import Document as Document
-from mull.data.sources import load_documents
+from mull.data.sources import Document
 
 SKIPPED_FOLDERS = frozenset(
     {
@@ -85,9 +84,6 @@ def _is_machine_specific(name: str) -> bool:
 def _is_held_out(name: str) -> bool:
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_EVERY == 0
-
-
-load_text_files = load_documents
 
 
 def subsample(documents: Sequence[Document], max_bytes: int, seed: int = 0) -> list[Document]:

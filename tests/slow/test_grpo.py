@@ -1,7 +1,7 @@
 """Claim: from the reward of its own answers a model learns what its demonstrations leave open, and not from shuffled advantages.
 
-Of the demonstrations of two-digit addition, 60 % are wrong by one in the last digit: a model that imitates them perfectly is right
-40 % of the time, and its most likely answer is a wrong one. Measured on operands that nothing was trained on
+Of the demonstrations of two-digit addition, 60 % are wrong by one in the last digit: a model that imitates them perfectly is
+right 40 % of the time, and its most likely answer is wrong. Measured on operands that nothing was trained on
 (docs/papers/grpo.md); the bounds leave room below the worst of three seeds.
 """
 
