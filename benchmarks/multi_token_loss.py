@@ -6,10 +6,10 @@ gradients. `step`: whole training steps with AdamW of a model with 4 heads besid
 unembedding alone, where only a share of the targets has weight. Variants alternate in one process, so that a drifting machine
 hits all alike; the median over the rounds is printed.
 
-Compared are mull, materialised logits with `F.cross_entropy` ("logits"), and torch's chunked `F.linear_cross_entropy` ("torch").
-Beside a throughput stands the one that the ratio of the matrix products predicts.
+Compared are mull, materialised logits with `F.cross_entropy` ("logits"), and with `--torch` torch's chunked
+`F.linear_cross_entropy`, which takes minutes on a CPU. Beside a throughput stands the one that the ratio of the matrix products predicts.
 
-    python benchmarks/multi_token_loss.py [--device cuda] [--parts memory step kept] [--rounds 5] [--threads 2]
+    python benchmarks/multi_token_loss.py [--device cuda] [--parts memory step kept] [--rounds 5] [--threads 2] [--torch]
 """
 
 import argparse
@@ -37,7 +37,7 @@ from mull.ops.cross_entropy import weighted_cross_entropy
 from mull.ops.token_weights import targets_of
 
 WIDTH, N_TOKENS, VOCABULARY = 512, 2048, 65536
-KINDS = ("mull", "logits", "torch")
+LOSSES = ("mull", "logits", "torch")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -122,12 +122,12 @@ def memory_of_case(device: str, kind: str, n_heads: int, dtype: str) -> float:
     return step(VOCABULARY, N_TOKENS)
 
 
-def measure_memory(device: str, threads: int) -> list[dict[str, Any]]:
+def measure_memory(device: str, threads: int, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = []
     print(f"\nmemory: {N_TOKENS} tokens, width {WIDTH}, vocabulary {VOCABULARY}; MiB above the state before the step")
     print(f"{'precision':10} {'variant':8} {'1 head':>10} {'4 heads':>10} {'ratio':>7}")
     for dtype in ("fp32", "bf16"):
-        for kind in KINDS:
+        for kind in kinds:
             peaks = []
             for n_heads in (1, 4):
                 case = [device, kind, str(n_heads), dtype, str(threads)]
@@ -208,11 +208,11 @@ def measure_step(device: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_kept(device: str, rounds: int) -> list[dict[str, Any]]:
+def measure_kept(device: str, rounds: int, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = []
     vocabulary = 32768
     print(f"\nkept: unembedding of {N_TOKENS} tokens, width {WIDTH}, vocabulary {vocabulary}; milliseconds")
-    print(f"{'precision':10} {'kept':>6} " + " ".join(f"{kind:>9}" for kind in KINDS) + f" {'logits/mull':>12}")
+    print(f"{'precision':10} {'kept':>6} " + " ".join(f"{kind:>9}" for kind in kinds) + f" {'logits/mull':>12}")
     weight = torch.randn(vocabulary, WIDTH, device=device).mul_(0.05).requires_grad_()
     hidden = torch.randn(N_TOKENS, WIDTH, device=device, requires_grad=True)
     targets = torch.randint(vocabulary, (N_TOKENS,), device=device)
@@ -228,19 +228,13 @@ def measure_kept(device: str, rounds: int) -> list[dict[str, Any]]:
     for dtype in ("fp32", "bf16"):
         for kept in (1.0, 0.6, 0.4, 0.2):
             coefficients = (torch.rand(N_TOKENS, device=device).argsort() < kept * N_TOKENS).float()
-            durations = seconds(
-                {
-                    "mull": partial(run, weighted_cross_entropy, True, coefficients, dtype),
-                    "logits": partial(run, from_logits, False, coefficients, dtype),
-                    "torch": partial(run, chunked_by_torch, False, coefficients, dtype),
-                },
-                rounds,
-                device,
-            )
+            loss_of = {"mull": weighted_cross_entropy, "logits": from_logits, "torch": chunked_by_torch}
+            variants = {kind: partial(run, loss_of[kind], kind == "mull", coefficients, dtype) for kind in kinds}
+            durations = seconds(variants, rounds, device)
             rows.append({"precision": dtype, "kept": kept, **{f"ms_{k}": 1000 * v for k, v in durations.items()}})
             print(
                 f"{dtype:10} {kept:6.0%} "
-                + " ".join(f"{1000 * durations[kind]:9.1f}" for kind in KINDS)
+                + " ".join(f"{1000 * durations[kind]:9.1f}" for kind in kinds)
                 + f" {durations['logits'] / durations['mull']:12.2f}",
                 flush=True,
             )
@@ -253,6 +247,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["memory", "step", "kept"], choices=["memory", "step", "kept"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--torch", action="store_true")
     parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
@@ -265,11 +260,13 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {arguments.threads} threads"
     print(f"{name}, torch {torch.__version__}, {arguments.rounds} rounds")
     results: dict[str, Any] = {"device": name, "torch": torch.__version__, "rounds": arguments.rounds}
-    for part in arguments.parts:
-        if part == "memory":
-            results[part] = measure_memory(device, arguments.threads)
-        else:
-            results[part] = (measure_step if part == "step" else measure_kept)(device, arguments.rounds)
+    kinds = LOSSES if arguments.torch else LOSSES[:2]
+    if "memory" in arguments.parts:
+        results["memory"] = measure_memory(device, arguments.threads, kinds)
+    if "step" in arguments.parts:
+        results["step"] = measure_step(device, arguments.rounds)
+    if "kept" in arguments.parts:
+        results["kept"] = measure_kept(device, arguments.rounds, kinds)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"multi_token_loss-{device}.json").write_text(json.dumps(results, indent=2) + "\n")
 

@@ -57,7 +57,7 @@ T = TypeVar("T")
 class CheckpointConfig(BaseModel):
     """Where, how often and how a run saves what it needs to continue."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     url: str | None = None
     """Folder of the checkpoints: a path, ``file://…`` or ``s3://bucket/…``; ``None`` is ``checkpoints`` in the run's folder."""

@@ -20,7 +20,7 @@ class ETDConfig(BaseModel):
         scales that split to other depths, and ``mull split`` measures one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     n_encoder_layers: int = Field(ge=0)
     """Layers that run once, before the loop."""

@@ -64,6 +64,13 @@ def test_flops_are_those_that_pytorch_counts(family: str) -> None:
     assert flops_per_token(meta(real), LENGTH, iterations) == pytest.approx(expected, rel=0.02)
 
 
+def test_the_state_of_a_delta_rule_counts_with_both_of_its_widths() -> None:
+    real = model("qwen3_next-dense", linear_key_head_dim=48, linear_value_head_dim=96)
+    with torch.no_grad():
+        expected = counted(lambda: real(tokens(), think_iterations=1, use_cache=False))
+    assert flops_per_token(meta(real), LENGTH, 1) == pytest.approx(expected, rel=0.01)
+
+
 def test_a_think_iteration_costs_what_its_layers_cost() -> None:
     looped = model("qwen3")
     one, two, half = (flops_per_token(looped, LENGTH, iterations) for iterations in (1, 2, 1.5))

@@ -185,6 +185,8 @@ def test_a_step_has_the_gradient_of_reinforce(case: str) -> None:
     metrics = objective.end_step()
     expected, kl = reinforce(model, reward, objective.settings, reference)
     samples = answers_of(reward)
+    for first in range(0, len(samples), GROUP):
+        assert len({tuple(prompt) for prompt, *_ in samples[first : first + GROUP]}) == 1, "a group answers one prompt"
     assert len({len(answer) for _, answer, _ in samples}) > 2
     assert any(answer[-1] not in ENDS for _, answer, _ in samples), "an answer that is cut off counts as it is"
     assert_same_gradient(actual, expected)

@@ -155,7 +155,7 @@ def test_environment_variables_stand_in_values(tmp_path: Path, monkeypatch: pyte
     text = """
 run:
   name: ${MULL_TEST_NAME}-${MULL_TEST_UNSET:-run}
-  tags: {plain: "$${HOME} costs 3 $", number: "${MULL_TEST_UNSET:-7}"}
+  tags: {plain: &plain "$${HOME} costs 3 $", same: *plain, number: "${MULL_TEST_UNSET:-7}"}
 model:
   checkpoint: "${MULL_TEST_EMPTY:-base}"  # not ${MULL_TEST_UNSET}
 train:
@@ -168,7 +168,8 @@ checkpoint:
 """
     recipe = load_recipe(written(tmp_path, text), ["data.length=${MULL_TEST_UNSET:-64}"])
     assert recipe.run.name == "night-run"
-    assert recipe.run.tags == {"plain": "${HOME} costs 3 $", "number": "7"}, "a quoted value stays text"
+    plain = "${HOME} costs 3 $"
+    assert recipe.run.tags == {"plain": plain, "same": plain, "number": "7"}, "a quoted value stays text"
     assert recipe.model.checkpoint == "base"
     assert (recipe.train.steps, recipe.train.seed, recipe.train.peak_lr) == (3, 3, 1e-4)
     assert recipe.train.betas == (0.9, 0.99)

@@ -20,7 +20,7 @@ class IterationSampling(BaseModel):
         `maximum`, because one long draw would decide the memory of the whole run.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: Literal["fixed", "uniform", "poisson_lognormal"] = "fixed"
     """``fixed`` always runs `maximum`; ``uniform`` draws from ``minimum..maximum``, both included; ``poisson_lognormal`` draws
