@@ -7,7 +7,8 @@ unembedding alone, where only a share of the targets has weight. Variants altern
 hits all alike; the median over the rounds is printed.
 
 Compared are mull, materialised logits with `F.cross_entropy` ("logits"), and with `--torch` torch's chunked
-`F.linear_cross_entropy`, which takes minutes on a CPU. Beside a throughput stands the one that the ratio of the matrix products predicts.
+`F.linear_cross_entropy`, which takes minutes on a CPU. Beside a throughput stands the one that the ratio of the matrix
+products predicts.
 
     python benchmarks/multi_token_loss.py [--device cuda] [--parts memory step kept] [--rounds 5] [--threads 2] [--torch]
 """

@@ -30,6 +30,7 @@ from mull import MullForCausalLM, wrap_transformer_with_etd
 from mull.data.noise import plant_noise
 from mull.data.packing import PackedDataset, pack_tokens
 from mull.data.sampler import ShuffledBatches
+from mull.demo_weights import MarkedRows
 from mull.objectives.algorithms import Parts, Rho1Config, make_scorer
 from mull.objectives.iterations import IterationSampling
 from mull.objectives.wmtp import Control, WeightedMTP
@@ -120,36 +121,6 @@ class Language:
         return float(-np.log((self.probabilities[before] * hit).sum(-1)).mean())
 
 
-class Watch:
-    """The noisy rows, and how much the planted targets among them count in training."""
-
-    def __init__(self, dataset: PackedDataset, planted: Tensor, model: MullForCausalLM) -> None:
-        self._dataset, self._planted = dataset, planted
-        self._shown = planted[:0]
-        self._sums = torch.zeros(4, dtype=torch.float64)
-        self._head_losses = model.head_losses
-        model.head_losses = self._watched  # type: ignore[method-assign]
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def rows(self, indices: Tensor) -> dict[str, Tensor]:
-        """Rows by index, as every dataset has them."""
-        self._shown = self._planted[indices]
-        return self._dataset.rows(indices)
-
-    def _watched(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        weights, valid, planted = args[3][:, :-1, 0], args[2][:, :-1, 0] >= 0, self._shown[:, 1:]
-        sums = [weights[planted].sum(), planted.sum(), weights[valid].sum(), valid.sum()]
-        self._sums += torch.stack([number.double() for number in sums])
-        return self._head_losses(*args, **options)
-
-    def mean_weight(self) -> float | None:
-        """Mean weight of planted targets over the whole training, where the mean over all targets is 1."""
-        weight, count, total, targets = self._sums.tolist()
-        return (weight / count) / (total / targets) if count else None
-
-
 def new_model(seed: int) -> MullForCausalLM:
     """A small Qwen3."""
     torch.manual_seed(seed)
@@ -172,16 +143,17 @@ def new_model(seed: int) -> MullForCausalLM:
 def fit(
     seed: int, dataset: PackedDataset, planted: Tensor, arm: Arm, steps: int, reference: MullForCausalLM | None = None
 ) -> tuple[MullForCausalLM, float | None]:
-    """Train a new model; return it and the mean weight of planted targets."""
+    """Train a new model; return it, and the mean weight of planted targets where the mean over all targets is 1."""
     model = new_model(seed)
     scorer = make_scorer(arm.algorithm, model, Parts(reference=reference, rho1=arm.rho1))
     objective = WeightedMTP(scorer, IterationSampling(maximum=1), control=arm.control, seed=seed)
-    watch = Watch(dataset, planted, model)
+    batches = ShuffledBatches(MarkedRows(dataset, planted), BATCH_SIZE, seed)
     config = TrainConfig(
-        steps=steps, warmup_steps=20, optimizer="muon", peak_lr=3e-3, muon_lr=0.02, precision="fp32", log_every=steps
+        steps=steps, warmup_steps=20, optimizer="muon", peak_lr=3e-3, muon_lr=0.02, precision="fp32", log_every=1
     )
-    train(model, objective, ShuffledBatches(watch, BATCH_SIZE, seed), config)
-    return model.eval(), watch.mean_weight()
+    history = train(model, objective, batches, config).history
+    weights = [record["weights/marked"] for record in history if "weights/marked" in record]
+    return model.eval(), statistics.mean(weights) if weights else None
 
 
 @torch.no_grad()

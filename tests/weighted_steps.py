@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from conftest import VOCAB
+from conftest import VOCAB, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mull import ETDConfig, MTPConfig, MullForCausalLM, wrap_transformer_with_etd
+from mull.distributed import full_state_dict
 from mull.layers.value_head import ValueHead
 from mull.objectives.algorithms import CriticConfig, GradientConfig, Parts, Rho1Config, make_scorer
 from mull.objectives.base import Batch
 from mull.objectives.iterations import IterationSampling
 from mull.objectives.weighting import Evidence, Scorer
-from mull.objectives.wmtp import WeightedMTP
+from mull.objectives.wmtp import Control, WeightedMTP
+from mull.train import TrainConfig, train
 
 ALGORITHMS = {
     "baseline": "baseline-mtp",
@@ -34,6 +36,7 @@ ALGORITHMS = {
 CONTROLS = ("none", "shuffled", "random")
 ETD = ETDConfig(n_encoder_layers=1, n_think_layers=1, n_decoder_layers=1)
 DEPTH = {"num_hidden_layers": 3}
+TWO = IterationSampling(maximum=2)
 TOKENS = 16
 DOCUMENTS = [[16], [7, 9], [3, 1, 5, 7], [16], [2, 14], [8, 8], [1] * 16, [11, 5]]
 """Lengths of the packed documents of each of eight rows; the last but one has no target."""
@@ -92,12 +95,16 @@ def parts_of(base: PreTrainedModel, algorithm: str, **critic: Any) -> Parts:
 
 
 def objective_of(
-    algorithm: str, model: MullForCausalLM, base: PreTrainedModel, iterations: int = 2, **options: Any
+    algorithm: str,
+    model: MullForCausalLM,
+    base: PreTrainedModel,
+    iterations: IterationSampling = TWO,
+    **options: Any,
 ) -> WeightedMTP:
     """The objective, with companions of its own."""
     critic = {name: options.pop(name) for name in tuple(options) if name in CriticConfig.model_fields}
     scorer = make_scorer(ALGORITHMS[algorithm], model, parts_of(base, algorithm, **critic))
-    return WeightedMTP(scorer, IterationSampling(maximum=iterations), **options)
+    return WeightedMTP(scorer, iterations, **options)
 
 
 def given(evidence: Evidence) -> Tensor:
@@ -107,7 +114,7 @@ def given(evidence: Evidence) -> Tensor:
 
 def given_objective(**options: Any) -> WeightedMTP:
     """Weights that the test chooses: entry ``scores`` of the batch."""
-    return WeightedMTP(Scorer(given), IterationSampling(maximum=2), **options)
+    return WeightedMTP(Scorer(given), TWO, **options)
 
 
 @dataclass
@@ -183,3 +190,33 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 
 Exact = Callable[..., PreTrainedModel]
+
+TRAININGS: dict[str, tuple[str, Control, str]] = {
+    "ranked over all ranks": ("rho1-skip", "none", "transformer"),
+    "with a companion": ("critic", "none", "mlp"),
+    "shuffled over all ranks": ("dft", "shuffled", "sequential"),
+    "random weights": ("rho1-weighted", "random", "shared_lm_head"),
+    "running mean": ("gradient-norm", "none", "mlp"),
+    "held-out gradient": ("gradient-alignment", "none", "mlp"),
+}
+"""Algorithm, control and heads of trainings that several ranks run like one."""
+
+
+def trainings() -> dict[str, tuple[dict[str, Tensor], list[dict[str, Any]]]]:
+    """Weights after three steps, and what was logged, of each of `TRAININGS`; on any number of ranks, weights on rank 0 alone."""
+    outcomes = {}
+    for name, (algorithm, control, heads) in TRAININGS.items():
+        base = tiny("qwen3", dtype=torch.float64, **DEPTH)
+        model = model_of(base, heads)
+        iterations = IterationSampling(kind="uniform", maximum=3)
+        objective = objective_of(algorithm, model, base, iterations, control=control)
+        config = TrainConfig(steps=3, accumulate=4, precision="fp32", log_every=1)
+        result = train(model, objective, lambda number: split(data(number // 4), 4)[number % 4], config)
+        timed = ("seconds", "tokens_per_second")
+        records = [{key: value for key, value in record.items() if key not in timed} for record in result.history]
+        companion = {} if objective.companion is None else full_state_dict(objective.companion)
+        outcomes[name] = (
+            full_state_dict(model) | {f"companion.{key}": value for key, value in companion.items()},
+            records,
+        )
+    return outcomes

@@ -191,9 +191,9 @@ def training_flops_per_token(
     """FLOPs of a forward and a backward pass per token: three times the forward pass, which is what an MFU refers to.
 
     The backward pass takes two products for each one of the forward pass (that of a delta rule a few more, for the triangular
-    solve). Visits that are not back-propagated through (the first
-    iterations and the encoder, where `backprop_iterations` is smaller than `iterations`) count once. Frozen weights, and
-    targets that are left out for their weight of 0, are not subtracted; recomputed activations are not added.
+    solve). Visits that are not back-propagated through count once: the first iterations and the encoder, where
+    `backprop_iterations` is smaller than `iterations`. Frozen weights, and targets that are left out for their weight of 0, are
+    not subtracted; recomputed activations are not added.
 
     Args:
         model: Its weights are not read; the meta device will do.

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EXACT, tiny
+from distributed_ranks import run_ranks
 from torch import Tensor
 from torch.nn import functional as F
 from weighted_steps import (
@@ -32,6 +33,7 @@ from weighted_steps import (
     parts_of,
     run_step,
     split,
+    trainings,
 )
 
 from mull import MTPConfig, MullForCausalLM, wrap_transformer_with_etd
@@ -246,6 +248,34 @@ def test_the_split_into_micro_batches_changes_nothing(algorithm: str, control: C
         assert parts.loss == pytest.approx(whole.loss, rel=EXACT)
         assert_same(parts.gradients, whole.gradients, EXACT)
         assert parts.metrics == pytest.approx(whole.metrics, rel=EXACT)
+
+
+@pytest.mark.slow
+def test_two_ranks_weigh_and_train_as_one_process(tmp_path: Path) -> None:
+    """The steps of a rank are half of the micro-batches; every rank logs the numbers of the whole step."""
+    ranks, alone = run_ranks(trainings, folder=tmp_path), trainings()
+    for name, (weights, records) in alone.items():
+        assert_same(ranks[0][name][0], weights, EXACT)
+        for of_rank in ranks:
+            assert len(of_rank[name][1]) == len(records)
+            for record, expected in zip(of_rank[name][1], records, strict=True):
+                assert record == pytest.approx(expected, rel=EXACT), name
+
+
+def test_marked_tokens_are_reported_and_not_seen(exact: Exact) -> None:
+    base, batch = exact("qwen3", **DEPTH), data()
+    model = model_of(base)
+    marked = torch.rand(batch["labels"].shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    plain = run_step(model, objective_of("dft", model, base), split(batch, 4))
+    step = run_step(model, objective_of("dft", model, base), split({**batch, "marked": marked}, 4))
+    assert step.loss == plain.loss
+    effective, targets = torch.cat(step.effective(HEAD_WEIGHTS)), torch.cat(step.targets)
+    chosen = torch.zeros_like(targets, dtype=torch.bool)
+    for head in range(3):
+        chosen[:, : TOKENS - 1 - head, head] = marked[:, 1 + head :]
+    expected = float(effective[chosen & (targets >= 0)].mean())
+    assert step.metrics["weights/marked"] == pytest.approx(expected, rel=EXACT)
+    assert "weights/marked" not in plain.metrics
 
 
 # --- Rho-1 ---

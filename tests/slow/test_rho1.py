@@ -35,7 +35,7 @@ def test_rho1_passes_noise_over_and_wins_on_clean_text(seed: int, benchmark: Mod
     assert results["baseline"]["noise_weight"] == pytest.approx(1)
     for mode in ("weighted", "token_skip"):
         rho1, shuffled = results[f"rho1 {mode}"], results[f"rho1 {mode}, shuffled"]
-        assert rho1["noise_weight"] < 0.3
+        assert rho1["noise_weight"] < 0.5
         assert rho1["excess"] < baseline - 0.1
         assert shuffled["noise_weight"] == pytest.approx(1, abs=0.05)
         assert shuffled["excess"] > baseline - 0.01
