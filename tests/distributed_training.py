@@ -156,7 +156,7 @@ def everything_on_ranks(folder: Path) -> dict[str, Any]:
         "not a number": not_a_number(),
         "indivisible": refused(lambda: training(plain, 3)),
         "two trainings": two_trainings(),
-        "evaluated": training(plain, 4, folder / "evaluated", evaluate=evaluate, config={"eval_every": 1}),
+        "evaluated": training(plain, 4, folder / "evaluated", evaluate=evaluate, eval_every=1),
         "terminated": training(plain, 4, batches=Terminating()),
         "interrupted": training(plain, 4, folder / "by-ranks", until=second),
         "resumed": training(plain, 4, folder / "by-one", resume=True),

@@ -23,13 +23,13 @@ from mull.data.packing import PackedDataset, pack_texts
 from mull.data.sampler import ShuffledBatches
 from mull.data.tokenizer import train_tokenizer
 from mull.demo_weights import ARMS, WeightsStory, tell_weights, weights_story
+from mull.evaluation.held_out import held_out_loss
 from mull.model import MullForCausalLM
 from mull.objectives.base import Batch, Objective
 from mull.objectives.iterations import IterationSampling
 from mull.objectives.next_token import NextToken
 from mull.objectives.steps import StepSupervision
 from mull.path import relative_cost
-from mull.recipe import held_out_loss
 from mull.report import (
     Report,
     Series,
@@ -223,11 +223,12 @@ def _train(
     config: TrainConfig,
     folder: Path,
     evaluate: Callable[[MullForCausalLM], Mapping[str, float]] | None = None,
+    eval_every: int | None = None,
 ) -> TrainResult:
     """Train from scratch in an emptied folder; a request to terminate ends the demo, not only this run."""
     if folder.is_dir():
         shutil.rmtree(folder)
-    result = train(model, objective, batches, config, folder, evaluate=evaluate)
+    result = train(model, objective, batches, config, folder, evaluate=evaluate, eval_every=eval_every)
     if result.stopped == "sigterm":
         raise SystemExit(128 + signal.SIGTERM)
     model.eval()

@@ -52,6 +52,7 @@ Train = Callable[
         TrainConfig,
         Path,
         Callable[[MullForCausalLM], Mapping[str, float]],
+        int,
     ],
     TrainResult,
 ]
@@ -123,11 +124,13 @@ def weights_story(
             muon_lr=0.01,
             peak_lr=1e-3,
             log_every=1,
-            eval_every=max(steps // EVALUATIONS, 1),
             seed=seed,
         )
         batches = ShuffledBatches(MarkedRows(noisy, planted), batch_size, seed)
-        runs[name] = train(model, objective, batches, config, out / name, lambda m: {"clean_loss": clean_loss(m)})
+        every = max(steps // EVALUATIONS, 1)
+        runs[name] = train(
+            model, objective, batches, config, out / name, lambda m: {"clean_loss": clean_loss(m)}, every
+        )
     return WeightsStory(clean_loss(reference), runs)
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -24,7 +24,6 @@ from mull.checkpoint import CheckpointConfig
 from mull.configs import ETDConfig, MTPConfig
 from mull.data.arithmetic import MAX_DIGITS, OPERATIONS, ArithmeticTask
 from mull.distributed import DistributedConfig
-from mull.evaluation.held_out import held_out_loss as held_out_loss
 from mull.objectives.algorithms import CriticConfig, GradientConfig, Rho1Config, algorithm_names
 from mull.objectives.grpo import REWARDS, GRPOConfig
 from mull.objectives.iterations import IterationSampling
@@ -200,8 +199,6 @@ class TrainSection(TrainConfig):
     algo: str = NEXT_TOKEN
     """``next-token``, or a weighting of tokens: ``baseline-mtp`` (all weights 1), ``critic-wmtp``, ``dft``, ``entropy``,
     ``gradient-wmtp``, ``grpo-wmtp``, ``rho1-wmtp``, or one of another package (entry points ``mull.objectives``)."""
-
-    eval_every: ClassVar[None] = None  # type: ignore[misc]  # the section eval has it
 
     @field_validator("algo")
     @classmethod

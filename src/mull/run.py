@@ -105,6 +105,7 @@ def _train(
             _train_config(recipe),
             folder,
             evaluate=_evaluation(recipe, prepared),
+            eval_every=recipe.eval.every,
             resume=resume,
             checkpoint=recipe.checkpoint,
             distributed=recipe.distributed,
@@ -144,7 +145,7 @@ def _train_value_head(
 
 
 def _train_config(recipe: Recipe) -> TrainConfig:
-    return TrainConfig(**recipe.train.model_dump(exclude={"algo"}), eval_every=recipe.eval.every)
+    return TrainConfig(**recipe.train.model_dump(exclude={"algo"}))
 
 
 def _mean_iterations(sampling: IterationSampling) -> float:

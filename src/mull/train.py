@@ -73,7 +73,7 @@ DEFAULT_SHARDING = DistributedConfig()
 PRINT_EVERY_SECONDS = 10.0
 """Pause between the progress lines of a run without a terminal."""
 
-REPORTING = {"log_every", "eval_every"}
+REPORTING = {"log_every"}
 """Fields of `TrainConfig` that do not influence the weights, and may change between a checkpoint and its resumption."""
 
 
@@ -106,9 +106,6 @@ class TrainConfig(OptimizationConfig):
 
     log_every: int = Field(default=10, ge=1)
     """Steps between two records; the first, the last and evaluated steps are always recorded. A record describes its own step."""
-
-    eval_every: int | None = Field(default=None, ge=1)
-    """Steps between two evaluations; ``None`` evaluates after the last step only."""
 
     @model_validator(mode="after")
     def _check_length(self) -> Self:
@@ -224,6 +221,7 @@ def train(
     out_dir: Path | str | None = None,
     *,
     evaluate: Callable[["MullForCausalLM"], Mapping[str, float]] | None = None,
+    eval_every: int | None = None,
     until: Callable[[Record], bool] | None = None,
     resume: bool = False,
     checkpoint: CheckpointConfig = DEFAULT_CHECKPOINTS,
@@ -245,6 +243,7 @@ def train(
         out_dir: Directory for ``metrics.jsonl`` and the checkpoints; ``None`` writes no metrics.
         evaluate: Called on every rank, with the model in evaluation mode, without gradient or autocast; its numbers are recorded
             as ``eval_<name>``. It may draw random numbers without changing the training. All ranks must run equally many layers.
+        eval_every: Steps between two evaluations; None evaluates after the last step only.
         until: Called with the record of every step; True on rank 0 ends the run.
         resume: Continue from the newest checkpoint, or start when there is none.
         checkpoint: Where and how often to save; without a URL in ``checkpoints`` of `out_dir`, and not at all without `out_dir`.
@@ -278,7 +277,7 @@ def train(
             stack.callback(writer.close)
         stack.enter_context(_training_mode(run))
         progress = stack.enter_context(_Progress(run))
-        loop = _Loop(run, [log, *(logs if rank() == 0 else ())], progress, evaluate, until)
+        loop = _Loop(run, [log, *(logs if rank() == 0 else ())], progress, evaluate, eval_every, until)
         stopped = loop.run_to_end(writer, checkpoint.every)
     return TrainResult(run.step, run.seconds, run.tokens, log.records, stopped, run.precision)
 
@@ -291,6 +290,7 @@ class _Loop:
     logs: Sequence[MetricSink]
     progress: "_Progress"
     evaluate: Callable[["MullForCausalLM"], Mapping[str, float]] | None
+    eval_every: int | None
     until: Callable[[Record], bool] | None
 
     def run_to_end(
@@ -301,7 +301,7 @@ class _Loop:
         while not finished:
             record = _optimizer_step(run)
             finished = run.finished
-            evaluated = finished or _is_due(run.step, config.eval_every)
+            evaluated = finished or _is_due(run.step, self.eval_every)
             if self.evaluate is not None and evaluated:
                 record |= {f"eval_{name}": value for name, value in _evaluate(run, self.evaluate).items()}
             reached = self.until is not None and bool(same_everywhere(int(self.until(record))))

@@ -146,8 +146,8 @@ def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resumed_equals_uninterrupted(tmp_path: Path, optimizer: str) -> None:
-    settings = config(optimizer=optimizer, steps=8, accumulate=2, eval_every=2, warmup_steps=3)
-    saving = {"checkpoint": CheckpointConfig(every=3)}
+    settings = config(optimizer=optimizer, steps=8, accumulate=2, warmup_steps=3)
+    saving = {"checkpoint": CheckpointConfig(every=3), "eval_every": 2}
     sampled = IterationSampling(kind="poisson_lognormal", mean=2, maximum=5)
 
     def evaluate(_model: Any) -> dict[str, float]:
@@ -195,7 +195,7 @@ def test_evaluation_leaves_no_trace_in_training() -> None:
         return {"noise": float(torch.rand(()))}
 
     with_evaluation, without = Thinker(dropout=0.5), Thinker(dropout=0.5)
-    result = train(with_evaluation, fixed(), rows, config(eval_every=1), evaluate=evaluate)
+    result = train(with_evaluation, fixed(), rows, config(), evaluate=evaluate, eval_every=1)
     train(without, fixed(), rows, config())
     assert same(weights(with_evaluation), weights(without))
     assert modes == [(False, False)] * 6
@@ -309,7 +309,7 @@ def test_a_time_budget_ends_the_run_and_excludes_evaluation(monkeypatch: pytest.
         now[0] += 100.0
         return {"x": 0.0}
 
-    result = train(Thinker(), fixed(), slow, config(steps=None, max_seconds=4.5, eval_every=1), evaluate=evaluate)
+    result = train(Thinker(), fixed(), slow, config(steps=None, max_seconds=4.5), evaluate=evaluate, eval_every=1)
     assert (result.step, result.seconds) == (5, 5.0)
     lr = [record["lr"] for record in result.history]
     assert lr == pytest.approx([1e-2 * (1 + math.cos(math.pi * s / 4.5)) / 2 for s in range(5)])

@@ -16,7 +16,7 @@ from torch import Tensor
 from mull.distributed import global_sum
 from mull.layers.value_head import ValueHead, value_loss
 from mull.objectives.base import Batch
-from mull.objectives.weighting import Evidence, Scored, Scorer
+from mull.objectives.weighting import Evidence, Scored, Scorer, check_reference
 from mull.ops.cross_entropy import cross_entropy_gradients
 from mull.ops.token_weights import (
     RunningMoments,
@@ -344,12 +344,7 @@ class Parts:
 def _rho1(model: "MullForCausalLM", parts: Parts) -> Scorer:
     if parts.reference is None:
         raise ValueError("rho1-wmtp compares with a reference model, and none was given.")
-    ours, theirs = model.lm_head.out_features, parts.reference.lm_head.out_features
-    if ours != theirs:
-        raise ValueError(
-            f"The reference model has a vocabulary of {theirs} tokens, the model one of {ours}: their losses are about different "
-            "tokens. Use a reference with the same tokenizer."
-        )
+    check_reference(model, parts.reference)
     kind = Rho1Weighted if parts.rho1.mode == "weighted" else Rho1TokenSkip
     return kind(parts.rho1, parts.reference)
 

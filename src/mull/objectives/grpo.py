@@ -23,7 +23,7 @@ from torch import Tensor
 from mull.data.arithmetic import ArithmeticTask
 from mull.distributed import global_sum
 from mull.objectives.base import Batch
-from mull.objectives.weighting import Evidence, Scorer
+from mull.objectives.weighting import Evidence, Scorer, check_reference
 from mull.ops.cross_entropy import accurate
 from mull.ops.token_weights import IGNORED, MAX_EXPONENT, group_advantages
 
@@ -121,9 +121,11 @@ class GroupRelative(Scorer):
             ``advantages [N]``.
 
         Raises:
-            ValueError: prompts that are not padded on the left, too long a row for the model, or rewards of a wrong shape or
-                value.
+            ValueError: prompts that are not padded on the left, too long a row for the model, a reference of another vocabulary,
+                or rewards of a wrong shape or value.
         """
+        if self.reference is not None:
+            check_reference(model, self.reference)
         self._iterations = iterations
         self._seen = torch.zeros(6, dtype=torch.float64, device=model.device)
         self._divergence = torch.zeros(2, dtype=torch.float64, device=model.device)

@@ -89,6 +89,20 @@ class Evidence:
         )
 
 
+def check_reference(model: "MullForCausalLM", reference: "MullForCausalLM") -> None:
+    """Refuse a reference model of another vocabulary.
+
+    Raises:
+        ValueError: names both sizes.
+    """
+    ours, theirs = model.lm_head.out_features, reference.lm_head.out_features
+    if ours != theirs:
+        raise ValueError(
+            f"The reference model has a vocabulary of {theirs} tokens, the model one of {ours}: their losses are about different "
+            "tokens. Use a reference with the same tokenizer."
+        )
+
+
 @dataclass
 class Scored:
     """Scores of a micro-batch, from `Scorer.__call__`."""
