@@ -112,7 +112,7 @@ class Language:
             cumulated = self.probabilities[tokens[-1]].cumsum(1)
             choice = (cumulated < rng.random((rows, 1))).sum(1).clip(max=SUCCESSORS - 1)
             tokens.append(self.successors[tokens[-1], choice])
-        return pack_tokens(list(np.stack(tokens, 1)), length=LENGTH, pad_id=PAD)
+        return pack_tokens(np.stack(tokens, 1).tolist(), length=LENGTH, pad_id=PAD)
 
     def best_loss(self, dataset: PackedDataset) -> float:
         """Mean loss in nats of the language's own probabilities on its text."""
@@ -239,7 +239,7 @@ def main() -> None:
         show(name, SETTINGS[name], tables[name])
     record = {
         "command": f"python {shlex.join(sys.argv)}",
-        "machine": f"{platform.machine()} {platform.processor()}, {arguments.threads} thread(s), torch {torch.__version__}, fp32",
+        "machine": f"{platform.machine()}, {arguments.threads} thread(s), torch {torch.__version__}, fp32",
         "seconds": round(time.perf_counter() - started, 1),
         "seeds": list(range(arguments.seeds)),
         "steps": arguments.steps,
