@@ -33,7 +33,7 @@ from mull.objectives.wmtp import WeightedMTP
 from mull.optimization import peak_flops, resolve_precision
 from mull.prepare import Loader, Prepared, arithmetic_task, check_length, load_model, meta_model, prepare
 from mull.recipe import NEXT_TOKEN, ModelSection, Recipe
-from mull.tracking import MlflowLog, sqlite_uri
+from mull.tracking import MlflowLog, flat, sqlite_uri
 from mull.train import METRICS, TrainConfig, TrainResult, train
 
 logger = logging.getLogger(__name__)
@@ -259,21 +259,13 @@ def _open_mlflow(recipe: Recipe, folder: Path) -> MlflowLog | None:
             tracking.experiment,
             recipe.run.name,
             folder / "mlflow-run-id",
-            parameters=dict(_flat("", recipe.model_dump(mode="json"))),
+            parameters=flat(recipe.model_dump(mode="json")),
             tags=recipe.run.tags,
         )
         opened.append(log)
 
     on_first_rank(begin)
     return opened[0] if opened else None
-
-
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for name, inner in value.items():
-            yield from _flat(f"{prefix}.{name}" if prefix else str(name), inner)
-    else:
-        yield prefix, value
 
 
 def _export(

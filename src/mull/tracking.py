@@ -83,6 +83,15 @@ class MetricsLog:
         self.close()
 
 
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted names, ``train.peak_lr``; an empty mapping stays as it is."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = {f"{name}.{key}": entry for key, entry in flat(value).items()} if isinstance(value, dict) else {}
+        found |= inner or {name: value}
+    return found
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read a metrics file; a last line that a killed run left unfinished is skipped.
 

@@ -50,7 +50,7 @@ from mull.optimization import (
     update,
 )
 from mull.step import Stage, WrongStepError, accumulate, make_stage, mean_metrics, normalise, total_weight
-from mull.tracking import MetricsLog
+from mull.tracking import MetricsLog, flat
 
 if TYPE_CHECKING:
     from mull.model import MullForCausalLM
@@ -465,15 +465,7 @@ def run_configuration(
         settings["model"] = json.loads(model_config.to_json_string(use_diff=False))
         for name in ("transformers_version", "_name_or_path"):
             settings["model"].pop(name, None)
-    return dict(_flat("", settings))
-
-
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for name, inner in value.items():
-            yield from _flat(f"{prefix}.{name}" if prefix else str(name), inner)
-    else:
-        yield prefix, value
+    return flat(settings)
 
 
 def _checkpoint_to_resume(directory: Path | None, url: str | None, resume: bool) -> str | None:

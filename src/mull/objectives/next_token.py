@@ -7,21 +7,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from mull.distributed import same_everywhere
+from mull.model import label_positions
 from mull.objectives.base import Batch, LossOutput, Objective
 from mull.objectives.iterations import IterationSampling
 from mull.ops.cross_entropy import weighted_cross_entropy
+from mull.ops.token_weights import IGNORED, targets_of
 
 if TYPE_CHECKING:
     from mull.model import MullForCausalLM
 
-IGNORED = -100
-
 
 class NextToken(Objective):
-    """Cross-entropy of the last iteration's prediction, position ``t`` against the label at ``t + 1``.
+    """Cross-entropy of the last iteration's prediction, position ``t`` against the label at ``t + 1``, within documents.
 
     Only the rows of valid targets reach the unembedding.
 
@@ -53,7 +52,8 @@ class NextToken(Objective):
         Raises:
             ValueError: no label of the batch is a valid target.
         """
-        targets = next_token_targets(batch)
+        positions = label_positions(batch.get("attention_mask"), batch.get("position_ids"))
+        targets = targets_of(batch["labels"], positions, 1)[:, :-1, 0]
         valid = targets != IGNORED  # (B, T-1)
         n_targets = valid.sum()
         if n_targets == 0:
@@ -75,17 +75,3 @@ class NextToken(Objective):
         return LossOutput(
             total, n_targets, {"loss": float(total.detach() / n_targets), "iterations": float(iterations)}
         )
-
-
-def next_token_targets(batch: Batch) -> Tensor:
-    """Labels shifted to the position that predicts them, ``[B, T-1]``, -100 where there is none.
-
-    The first token of a packed document is nobody's target: the position before it belongs to another document. Documents
-    are read from `position_ids`, and only without an attention mask, as everywhere in mull.
-    """
-    targets = batch["labels"][:, 1:]
-    positions = batch.get("position_ids")
-    if positions is None or "attention_mask" in batch:
-        return targets
-    same_document = positions[:, 1:] == positions[:, :-1] + 1
-    return torch.where(same_document, targets, IGNORED)

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from mull.distributed import global_sum, same_everywhere
 from mull.objectives.base import Batch, LossOutput, Objective
 from mull.objectives.iterations import IterationSampling
+from mull.ops.token_weights import IGNORED
 
 if TYPE_CHECKING:
     from mull.model import MullForCausalLM
 
-IGNORED = -100
 EMA_DECAY = 0.9
 """Share of the running first-step accuracy that an optimizer step leaves in place: a window of about ten steps."""
 
