@@ -22,7 +22,7 @@ from mull.model import MullForCausalLM
 from mull.objectives.algorithms import Parts, make_scorer
 from mull.objectives.iterations import IterationSampling
 from mull.objectives.wmtp import Control, HeadTraining, WeightedMTP
-from mull.report import Report, Series, loss_curves
+from mull.report import Report, Series, held_out_curves
 from mull.retrofit import wrap_transformer_with_etd
 from mull.train import TrainConfig, TrainResult
 
@@ -33,14 +33,17 @@ N_HEADS = 2
 EVALUATIONS = 4
 """Evaluations on clean text in each run."""
 
+SHUFFLED = ", shuffled"
+"""What follows an algorithm in the name of its control."""
+
 ARMS: dict[str, tuple[str, Control]] = {
     "baseline": ("baseline-mtp", "none"),
     "Rho-1, token_skip": ("rho1-wmtp", "none"),
-    "Rho-1, shuffled": ("rho1-wmtp", "shuffled"),
+    f"Rho-1{SHUFFLED}": ("rho1-wmtp", "shuffled"),
     "DFT": ("dft", "none"),
-    "DFT, shuffled": ("dft", "shuffled"),
+    f"DFT{SHUFFLED}": ("dft", "shuffled"),
     "entropy": ("entropy", "none"),
-    "entropy, shuffled": ("entropy", "shuffled"),
+    f"entropy{SHUFFLED}": ("entropy", "shuffled"),
 }
 """Name of a run to its algorithm and control."""
 
@@ -144,44 +147,53 @@ def tell_weights(report: Report, story: WeightsStory) -> None:
         "puts the same weights on other targets. Rho-1 drops the 30 % of targets on which the model exceeds its reference least; "
         "the reference is the base model itself."
     )
-    held_out = [
-        Series(
-            label=name,
-            x=[0, *(record["tokens"] for record in run.history if "eval_clean_loss" in record)],
-            y=[story.before, *(record["eval_clean_loss"] for record in run.history if "eval_clean_loss" in record)],
-        )
-        for name, run in story.runs.items()
-    ]
-    training = [
-        Series(label=name, x=[record["tokens"] for record in run.history], y=[record["loss"] for record in run.history])
-        for name, run in story.runs.items()
-        if "shuffled" not in name
-    ]
+    curves = {name: _clean_curve(name, run, story.before) for name, run in story.runs.items()}
+    controls = {name: curves[other] for name in curves if (other := _control(name)) in curves and other != name}
     section.figure(
-        loss_curves([], held_out),
-        "Loss on clean held-out text. Below it: the training loss, which is no measure of quality here, because each weighting "
-        "defines its own.",
+        held_out_curves([curve for name, curve in curves.items() if SHUFFLED not in name], controls),
+        "Loss on clean held-out text while the model is trained on noisy text; shuffled controls dashed.",
     )
-    section.figure(loss_curves(training), "Weighted training loss on noisy text.")
-    rows = [_row(name, run, story.before) for name, run in story.runs.items()]
     section.table(
-        ["run", "clean loss", "change", "weight of noise", "effective sample", "entropy", "zero", "head 1", "head 2"],
-        rows,
+        ["run", "clean loss", "change", "head 1", "head 2"],
+        [_losses(name, run, story.before) for name, run in story.runs.items()],
         caption=(
-            f"Clean held-out loss in nats per token, {story.before:.3f} before; mean weight of planted targets, where the mean "
-            "of all is 1; effective sample size as a share of the targets, normalised entropy and share of zero weights, all "
-            "averaged over the steps; training loss of the further heads over the targets they computed, last step. One seed."
+            f"Clean held-out loss in nats per token, {story.before:.3f} before; loss of the further heads on the noisy targets "
+            "that they were trained on in the last step. One seed."
+        ),
+    )
+    section.table(
+        ["run", "weight of noise", "effective sample", "entropy", "zero"],
+        [_weights(name, run) for name, run in story.runs.items()],
+        caption=(
+            "Mean weight of planted targets, where the mean of all is 1; effective sample size as a share of the targets, "
+            "normalised entropy, and share of targets without weight; averaged over the steps."
         ),
     )
     section.prose(_verdict(story))
 
 
-def _row(name: str, run: TrainResult, before: float) -> list[Any]:
+def _clean_curve(name: str, run: TrainResult, before: float) -> Series:
+    evaluated = [record for record in run.history if "eval_clean_loss" in record]
+    return Series(
+        label=name,
+        x=[0, *(record["tokens"] for record in evaluated)],
+        y=[before, *(record["eval_clean_loss"] for record in evaluated)],
+    )
+
+
+def _control(name: str) -> str:
+    return f"{name.split(',')[0]}{SHUFFLED}"
+
+
+def _losses(name: str, run: TrainResult, before: float) -> list[Any]:
     last = run.history[-1]
-    names = ["weights/marked", "weights/ess", "weights/entropy", "weights/zero_rate"]
-    means = [sum(record[metric] for record in run.history) / len(run.history) for metric in names]
     clean = last["eval_clean_loss"]
-    return [name, clean, clean - before, *means, last["head1_loss"], last["head2_loss"]]
+    return [name, clean, clean - before, last["head1_loss"], last["head2_loss"]]
+
+
+def _weights(name: str, run: TrainResult) -> list[Any]:
+    metrics = ["weights/marked", "weights/ess", "weights/entropy", "weights/zero_rate"]
+    return [name, *(sum(record[metric] for record in run.history) / len(run.history) for metric in metrics)]
 
 
 def _verdict(story: WeightsStory) -> str:
@@ -189,14 +201,12 @@ def _verdict(story: WeightsStory) -> str:
     final = {name: run.history[-1]["eval_clean_loss"] for name, run in story.runs.items()}
     sentences = []
     for name, loss in final.items():
-        if name == "baseline" or "shuffled" in name:
+        if name == "baseline" or SHUFFLED in name:
             continue
-        gain = final["baseline"] - loss
-        control = (
-            final["baseline"] - final[next(other for other in final if other == f"{name.split(',')[0]}, shuffled")]
-        )
+        gain, control = final["baseline"] - loss, final["baseline"] - final[_control(name)]
+        where, where_control = ("below" if difference > 0 else "above" for difference in (gain, control))
         sentences.append(
-            f"{name.split(',')[0]} ends {abs(gain):.3f} nats {'below' if gain > 0 else 'above'} the baseline on clean text, its "
-            f"shuffled control {abs(control):.3f} {'below' if control > 0 else 'above'}."
+            f"{name} ends {abs(gain):.3f} nats {where} the baseline on clean text, its shuffled control {abs(control):.3f} "
+            f"{where_control}."
         )
     return " ".join(sentences)

@@ -123,6 +123,28 @@ def loss_curves(
     return figure
 
 
+def held_out_curves(runs: Sequence[Series], controls: Mapping[str, Series] | None = None) -> Figure:
+    """Held-out loss of several runs during training, and of their controls in the same colour, dashed.
+
+    Args:
+        runs: One series per run; x is the number of tokens.
+        controls: Label of a run to the series of its control.
+    """
+    with _style():
+        figure = Figure(figsize=(7.4, 3.9), layout="constrained")
+        axes = figure.subplots()
+        colours = _colours(runs)
+        for series, marker in zip(runs, MARKERS, strict=False):
+            colour = colours[series.label]
+            axes.plot(series.x, series.y, color=colour, marker=marker, label=series.label)
+            if controls and (control := controls.get(series.label)) is not None:
+                axes.plot(control.x, control.y, color=colour, linestyle="--", linewidth=1.2, label=control.label)
+        axes.set(xlabel="tokens", ylabel="held-out loss (nats per token)")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        _legend(figure, columns=2)
+    return figure
+
+
 def loss_against_iterations(
     models: Sequence[Series], controls: Mapping[str, float] | None = None, *, trained_iterations: int | None = None
 ) -> Figure:

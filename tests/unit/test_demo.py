@@ -62,7 +62,7 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path) -> None:
         "Samples",
         "Saved and loaded",
     ]
-    assert page.figures == 6
+    assert page.figures == 5
     assert "the same logits, bit for bit" in report
     assert "OTHER logits" not in report
     assert mull.from_pretrained(str(tmp_path / "model")).etd_config is not None

@@ -18,6 +18,7 @@ from mull.report import (
     Series,
     accuracy_against_iterations,
     angular_distance_figure,
+    held_out_curves,
     loss_against_iterations,
     loss_curves,
     svg,
@@ -83,6 +84,9 @@ def figures() -> dict[str, Figure]:
         Series(label="c", x=[1], y=[0.2]),
     ]
     return {
+        "held out": held_out_curves(
+            [Series(label="a", x=[0, 9], y=[3.1, 3.0])], {"a": Series(label="a, shuffled", x=[0, 9], y=[3.1, 3.2])}
+        ),
         "loss": loss_curves([Series(label="a", x=range(50), y=[3.0] * 50)], [Series(label="a", x=[9], y=[3.1])]),
         "iterations": loss_against_iterations(lines, {"control": 0.5}, trained_iterations=2),
         "accuracy": accuracy_against_iterations(
@@ -206,3 +210,12 @@ def test_table_formats_columns_of_numbers() -> None:
     assert report.html().count('<td class="number">') == 8
     with pytest.raises(ValueError, match="2 columns got a row of 1"):
         report.section("T").table(["a", "b"], [["c"]])
+
+
+def test_a_control_has_the_colour_of_its_run_and_is_dashed() -> None:
+    runs = [Series(label=name, x=[0, 1], y=[3.0, 2.0]) for name in "ab"]
+    lines = held_out_curves(runs, {"b": Series(label="control", x=[0, 1], y=[3.0, 2.5])}).axes[0].lines
+    drawn = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in lines}
+    assert drawn["b"][0] == drawn["control"][0] != drawn["a"][0]
+    assert drawn["control"][1] == "--"
+    assert drawn["b"][1] == "-"
