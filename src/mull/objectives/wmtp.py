@@ -74,7 +74,7 @@ class WeightedMTP(Objective):
     one micro-batch.
 
     Args:
-        scorer: The weighting, from `mull.objectives.weighting.make_scorer`.
+        scorer: The weighting, from `mull.objectives.algorithms.make_scorer`.
         iterations: Think iterations of a step.
         heads: Weights and schedule of the heads.
         control: ``shuffled``: the algorithm's weights at random targets of the same head; ``random``: log-normal weights of the
