@@ -66,9 +66,9 @@ def from_logits(hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: T
 def loss_of_heads(kind: str, heads: MTPHeads, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     coefficients = torch.full(targets.shape, 1 / targets.numel(), device=targets.device)
     if kind == "mull":
-        task = HeadTask(heads, targets, coefficients, lambda block, h: block(h))
+        task = HeadTask(heads, targets, coefficients, lambda block, h, _k: block(h))
         return head_losses(hidden, None, weight, task)[0]
-    states = [hidden, *(heads(k, hidden, None, lambda block, h: block(h)) for k in range(1, 1 + heads.n_heads))]
+    states = [hidden, *(heads(k, hidden, None, lambda block, h, _k: block(h)) for k in range(1, 1 + heads.n_heads))]
     if kind == "logits":
         return from_logits(torch.stack(states, 2).flatten(0, 2), weight, targets.flatten(), coefficients.flatten())
     per_head = [

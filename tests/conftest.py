@@ -44,10 +44,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next-dense": ("qwen3_next", {**LINEAR, "num_experts": 0}),
     "qwen3_next-moe": ("qwen3_next", {**LINEAR, **MOE}),
     "qwen3_5": ("qwen3_5_text", LINEAR),
+    "qwen3_5-moe": ("qwen3_5_moe_text", {**LINEAR, **MOE}),
     "olmo_hybrid": ("olmo_hybrid", {**LINEAR, "num_key_value_heads": 4, "rope_parameters": ROPE}),
     "olmo_hybrid-nope": ("olmo_hybrid", {**LINEAR, "num_key_value_heads": 4, "rope_parameters": {"rope_theta": None}}),
 }
-HYBRIDS = ["qwen3_next-dense", "qwen3_next-moe", "qwen3_5", "olmo_hybrid", "olmo_hybrid-nope"]
+HYBRIDS = ["qwen3_next-dense", "qwen3_next-moe", "qwen3_5", "qwen3_5-moe", "olmo_hybrid", "olmo_hybrid-nope"]
 EXACT = 1e-6
 """Tolerance of comparisons in fp64. Errors in bookkeeping are 1e-3 and more, rounding is 1e-15; but transformers' norms round to
 fp32 on the way, and where 1e-15 crosses such a boundary it comes back as 5e-8 (measured)."""
@@ -95,7 +96,7 @@ def delta_rule_reference(
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PreTrainedModel]:
     """Tiny models in fp64 throughout: transformers' own delta rules compute in fp32, so the reference takes their place."""
-    for module in ("qwen3_next", "qwen3_5", "olmo_hybrid"):
+    for module in ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid"):
         modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
         for rule in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
             monkeypatch.setattr(modeling, rule, delta_rule_reference)

@@ -198,6 +198,7 @@ TRAININGS: dict[str, tuple[str, Control, str]] = {
     "random weights": ("rho1-weighted", "random", "shared_lm_head"),
     "running mean": ("gradient-norm", "none", "mlp"),
     "held-out gradient": ("gradient-alignment", "none", "mlp"),
+    "one chain for all steps": ("baseline", "none", "native"),
 }
 """Algorithm, control and heads of trainings that several ranks run like one."""
 

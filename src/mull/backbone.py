@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
 
 from mull.cache import SlotCache, SlotView
+from mull.static_cache import StaticCall, StaticSlotView
 
 Rotary = Callable[[nn.Module, set[str], Tensor, Tensor], dict[str, Any]]
 """``(base model, layer kinds, hidden states, position_ids) -> position embeddings by layer kind``."""
@@ -64,6 +65,7 @@ FAMILIES: dict[str, Family] = {
     "olmo_hybrid": Family(_optional_rotary, "olmo_hybrid.modeling_olmo_hybrid"),
     "qwen3": Family(_one_rotary),
     "qwen3_5_text": Family(_multimodal_rotary, "qwen3_5.modeling_qwen3_5"),
+    "qwen3_5_moe_text": Family(_multimodal_rotary, "qwen3_5_moe.modeling_qwen3_5_moe"),
     "qwen3_next": Family(_one_rotary, "qwen3_next.modeling_qwen3_next"),
 }
 """Supported architectures by their ``model_type``."""
@@ -111,7 +113,7 @@ def _adapted(function: Callable[..., Any], reports: bool) -> Callable[..., Any]:
     reference = inspect.unwrap(function)
 
     @wraps(function)
-    def adapted(first: Tensor, *args: Any, cache_view: SlotView | None = None, **kwargs: Any) -> Any:
+    def adapted(first: Tensor, *args: Any, cache_view: SlotView | StaticSlotView | None = None, **kwargs: Any) -> Any:
         chosen = reference if first.device.type == "cpu" else function
         if cache_view is None or not reports:
             return chosen(first, *args, **kwargs)
@@ -227,6 +229,51 @@ def prepare(
     return Sides({**masks, "linear_attention": padding}, rotary, position_ids, documents, active)
 
 
+def prepare_static(base: Any, family: Family, h: Tensor, call: StaticCall) -> Sides:
+    """Compute masks and rotary embeddings of a call on a `mull.static_cache.StaticSlotCache`.
+
+    Nothing here waits for the device, so the call can be compiled or captured.
+
+    Args:
+        base: The backbone.
+        family: Its entry of `FAMILIES`.
+        h: Embeddings ``[B, T, D]``.
+        call: Where the tokens stand.
+
+    Raises:
+        ValueError: the backbone uses an attention that is neither sdpa nor eager.
+    """
+    config = base.config
+    attention = config._attn_implementation
+    if attention not in STATIC_ATTENTIONS:
+        raise ValueError(
+            f"Attention {attention!r} cannot look into a cache of fixed size. Load the model with attn_implementation='sdpa' "
+            "(or 'eager')."
+        )
+    kinds = set(layer_kinds(config))
+    n_new = h.shape[1]
+    key = torch.arange(n_new if call.fresh else call.n_keys, device=h.device)
+    position = call.positions[:, None, :, None]
+    masks: dict[str, Tensor | None] = dict.fromkeys(kinds)
+    for kind in kinds - {"linear_attention"}:
+        window = config.sliding_window if kind == "sliding_attention" else None
+        if call.fresh and attention == "sdpa" and (window is None or n_new <= window):
+            continue  # without a mask, sdpa is causal by itself
+        visible = key <= position  # (B, 1, T, keys)
+        if window is not None:
+            visible = visible & (key > position - window)
+        masks[kind] = visible if attention == "sdpa" else _additive(visible, h.dtype)
+    return Sides(masks, family.rotary(base, kinds, h, call.positions), call.positions)
+
+
+STATIC_ATTENTIONS = ("sdpa", "eager")
+"""Implementations of attention that obey a mask per row over more keys than there are queries."""
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
 def _check_mask(mask: Tensor, n_keys: int, recurrent: bool) -> None:
     if mask.ndim == 2 and mask.shape[1] != n_keys:
         raise ValueError(
@@ -278,8 +325,13 @@ def check_not_behind_padding(mask: Tensor | None, n_new: int, config: PreTrained
         )
 
 
-def new_block(base: Any) -> nn.Module:
+def new_block(base: Any, routed: bool = False) -> nn.Module:
     """A further decoder layer with full attention, of the backbone's own class and not initialised.
+
+    Args:
+        base: The backbone.
+        routed: In a backbone with routed experts, build one that has them, as released multi-token modules do, even where the
+            first layer with full attention has none.
 
     Raises:
         ValueError: the backbone has no layer with full attention to take as a pattern.
@@ -290,7 +342,10 @@ def new_block(base: Any) -> nn.Module:
             "No layer of this model has full attention, so there is no pattern for heads of type transformer or sequential: use "
             "mlp or shared_lm_head."
         )
-    layer = kinds.index("full_attention")
+    patterns = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+    if routed:
+        patterns.sort(key=lambda layer: not hasattr(base.layers[layer].mlp, "experts"))
+    layer = patterns[0]
     block: nn.Module = type(base.layers[layer])(base.config, layer)
     return block
 
@@ -301,7 +356,7 @@ def new_norm(base: Any) -> nn.Module:
     return norm
 
 
-def run_layer(layer: nn.Module, kind: str, h: Tensor, sides: Sides, view: SlotView | None) -> Tensor:
+def run_layer(layer: nn.Module, kind: str, h: Tensor, sides: Sides, view: SlotView | StaticSlotView | None) -> Tensor:
     """Run one decoder layer of transformers, unmodified, for one visit.
 
     Args:

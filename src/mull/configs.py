@@ -83,7 +83,7 @@ class MTPConfig(BaseModel):
 
     Source:
         Parallel heads: arXiv:2404.19737. Sequential modules: DeepSeek-V3 (arXiv:2412.19437). Decaying weights: FastMTP
-        (arXiv:2509.18362).
+        (arXiv:2509.18362). Native heads: the ``mtp.*`` weights of released Qwen3-Next and Qwen3.5 checkpoints.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -91,12 +91,20 @@ class MTPConfig(BaseModel):
     num_predict_tokens: int = Field(default=4, ge=1)
     """Heads behind the main one. Head ``k`` at position ``i`` predicts token ``i + 1 + k``."""
 
-    mtp_head_type: Literal["transformer", "mlp", "shared_lm_head", "sequential"] = "transformer"
+    mtp_head_type: Literal["transformer", "mlp", "shared_lm_head", "sequential", "native"] = "transformer"
     """``transformer``: a decoder layer per head. ``mlp``: a residual map per head. ``shared_lm_head``: a linear map per head.
-    ``sequential``: each head continues from the head before and the token in between. All share the model's unembedding."""
+    ``sequential``: each head continues from the head before and the token in between. ``native``: one such module, run
+    recursively, with the weights' names of Qwen3-Next and Qwen3.5. All share the model's unembedding."""
 
     share_weights_across_steps: bool = False
-    """Use one set of weights for all heads, recursively; ``sequential`` only."""
+    """Use one set of weights for all heads, recursively; ``sequential`` only, ``native`` heads do so whatever is said here."""
+
+    native_hidden_state: Literal["normed", "stream"] = "normed"
+    """What ``native`` heads read from the trunk: its final-normed state, or the stream before the final norm."""
+
+    speculation_lookahead: int = Field(default=3, ge=0)
+    """Tokens that decoding drafts at most per round; 0 drafts none. Heads with weights of their own draft at most
+    `num_predict_tokens`, recursive ones as many as they are asked for."""
 
     loss_weight_decay: float = Field(default=0.5, gt=0, le=1)
     """Ratio of the weights of two consecutive heads in the loss: ``α_k ∝ decay^(k-1)``, and the ``α_k`` sum to 1."""
@@ -105,13 +113,23 @@ class MTPConfig(BaseModel):
     """Weight of all heads together, relative to the main head."""
 
     @model_validator(mode="after")
-    def _check_sharing(self) -> "MTPConfig":
-        if self.share_weights_across_steps and self.mtp_head_type != "sequential":
+    def _check_head_type(self) -> "MTPConfig":
+        if self.share_weights_across_steps and self.mtp_head_type not in ("sequential", "native"):
             raise ValueError(
                 f"share_weights_across_steps needs mtp_head_type='sequential', not {self.mtp_head_type!r}: parallel heads with "
                 "the same weights would all predict the same token."
             )
+        if self.native_hidden_state != "normed" and self.mtp_head_type != "native":
+            raise ValueError(
+                f"native_hidden_state={self.native_hidden_state!r} needs mtp_head_type='native', not {self.mtp_head_type!r}: all "
+                "other heads read the final-normed state. Leave it out."
+            )
         return self
+
+    @property
+    def recursive(self) -> bool:
+        """Whether one module, fed with its own states, predicts all further tokens."""
+        return self.mtp_head_type == "native" or self.share_weights_across_steps
 
     @property
     def head_weights(self) -> tuple[float, ...]:

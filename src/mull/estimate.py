@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from mull.backbone import Sides, family_of, layer_kinds, run_layer
 from mull.distributed import DistributedConfig
+from mull.layers.recursion import ChainedSteps
 from mull.model import MullForCausalLM
 from mull.ops.cross_entropy import CHUNK_LOGITS, MIN_CHUNK_ROWS
 from mull.optimization import OptimizationConfig, build_optimizers
@@ -338,10 +339,12 @@ def _head_flops(model: MullForCausalLM, length: int, n_heads: int | None = None)
     if count == 0:
         return unembedding
     one: nn.Module = model.mtp_heads.heads[0]
-    cost = 2 * _active_matrices(one, config)
-    if hasattr(one, "block"):
-        cost += _mixing_flops("full_attention", config, length)
-    return unembedding + count * (cost + unembedding)
+    cost = count * (2 * _active_matrices(one, config) + unembedding)
+    if model.mtp_heads.blocks:
+        # Step k of a recursive head goes over the keys of steps 1 to k.
+        spans = [k * length for k in range(1, 1 + count)] if model.mtp_heads.recursive else [length] * count
+        cost += sum(_mixing_flops("full_attention", config, span) for span in spans)
+    return unembedding + cost
 
 
 def _in_bytes(size: float) -> str:
@@ -489,15 +492,30 @@ class _Tracer:
         heads = self._model.mtp_heads
         if heads is None:
             return 0
+        if heads.recursive:
+            chain = self._measure(self._chain)
+            return chain.per_row * self._schedule.rows + chain.copies
 
-        def run_block(block: nn.Module, h: Tensor) -> Tensor:
+        def run_block(block: nn.Module, h: Tensor, _k: int) -> Tensor:
             return self._run(block, "full_attention", h)
 
         saved = self._measure(lambda h: heads(1, h, torch.empty_like(h), run_block))
         chained = heads.n_heads if heads.sequential else 1
         return saved.per_row * self._schedule.rows * chained + saved.copies
 
+    def _chain(self, h: Tensor) -> Tensor:
+        heads: Any = self._model.mtp_heads
+        kind = "full_attention"
+        sides = self._sides(kind, h)
+        run_block = ChainedSteps(sides.masks[kind], sides.position_ids, lambda _: sides.rotary[kind], "sdpa")
+        for k in range(1, 1 + heads.n_heads):
+            h = heads(k, h, torch.empty_like(h), run_block)
+        return h
+
     def _run(self, layer: nn.Module, kind: str, h: Tensor) -> Tensor:
+        return run_layer(layer, kind, h, self._sides(kind, h), None)
+
+    def _sides(self, kind: str, h: Tensor) -> Sides:
         position_ids = torch.arange(h.shape[1])[None]
         config = self._model.config.get_text_config()
         rotary = family_of(config).rotary(self._model.model, {kind}, h, position_ids)
@@ -505,7 +523,7 @@ class _Tracer:
         if kind != "linear_attention" and (self._schedule.packed or _keys(kind, config, h.shape[1]) < h.shape[1]):
             mask = torch.empty(len(h), 1, h.shape[1], h.shape[1], dtype=torch.bool)
         self._shared.update(_storage(tensor) for tensor in (*(rotary[kind] or ()), mask) if tensor is not None)
-        return run_layer(layer, kind, h, Sides({kind: mask}, rotary, position_ids), None)
+        return Sides({kind: mask}, rotary, position_ids)
 
     def _measure(self, call: Callable[[Tensor], Tensor]) -> _Saved:
         two, three = self._bytes(call, 2), self._bytes(call, 3)  # a single row needs fewer copies

@@ -6,9 +6,10 @@ base checkpoint loads without renaming, and `generate`, PEFT, lm-eval and safete
 Shapes: B batch, T tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,14 +36,17 @@ from mull.backbone import (
     new_block,
     new_norm,
     prepare,
+    prepare_static,
     run_layer,
 )
-from mull.cache import SlotCache
+from mull.cache import SlotCache, SlotView
 from mull.configs import MTPConfig, etd_from_dict, mtp_from_dict
-from mull.layers.mtp import HeadTask, MTPHeads, head_losses
+from mull.layers.mtp import HeadTask, MTPHeads, NativeHeads, RunBlock, before_norm, head_losses
+from mull.layers.recursion import ChainedSteps
 from mull.ops.cross_entropy import accurate
 from mull.ops.token_weights import targets_of
 from mull.path import Path, check_path, from_layers
+from mull.static_cache import StaticCall, StaticSlotCache, StaticSlotView
 
 CACHE_IMPLEMENTATIONS = {None: False, "dynamic": False, "offloaded": True}
 """``cache_implementation`` of ``generate`` that a `SlotCache` serves, and whether it offloads."""
@@ -128,7 +132,8 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = AutoModel.from_config(text_config)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.mtp_config = mtp_from_dict(config.mtp)
-        self.mtp_heads = None if self.mtp_config is None else new_heads(self.mtp_config, self.model)
+        if self.mtp_config is not None:
+            self.attach_heads(new_heads(self.mtp_config, self.model))
         self._no_split_modules = self.model._no_split_modules
         self.post_init()
 
@@ -147,8 +152,21 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         self.model._init_weights(module)
-        if isinstance(module, MTPHeads):
+        if isinstance(module, MTPHeads | NativeHeads):
             module.start_as_identity(self.model.norm)
+
+    @property
+    def mtp_heads(self) -> MTPHeads | NativeHeads | None:
+        """The heads behind the main one, or PEFT's wrapper around them.
+
+        They are the submodule ``mtp_heads``; native ones ``mtp``, so that their weights have the names of released checkpoints.
+        """
+        heads: Any = self._modules.get("mtp_heads", self._modules.get("mtp"))
+        return heads
+
+    def attach_heads(self, heads: MTPHeads | NativeHeads) -> None:
+        """Make these the model's heads."""
+        setattr(self, "mtp" if heads.kind == "native" else "mtp_heads", heads)
 
     def new_cache(self, offloading: bool = False) -> SlotCache:
         """An empty cache for calls of this model that share a past."""
@@ -178,9 +196,14 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
                     "etd=ETDConfig(...) or wrap it with wrap_transformer_with_etd."
                 )
             return from_layers(range(n_layers))
-        return self.etd_config.path(self._iterations(think_iterations))
+        return self.etd_config.path(self.iterations(think_iterations))
 
-    def _iterations(self, think_iterations: int | None) -> int:
+    def iterations(self, think_iterations: int | None) -> int:
+        """Passes through the think block of a call with this argument; 1 for a model without one.
+
+        Raises:
+            ValueError: iterations below 1.
+        """
         if self.etd_config is None:
             return 1
         iterations = self.etd_config.max_think_iterations if think_iterations is None else think_iterations
@@ -238,7 +261,8 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
             check_not_behind_padding(attention_mask, h.shape[1], self._text_config)
         stream: list[Tensor] | None = [h] if output_hidden_states else None
         sides = prepare(self.model, self._family, h, attention_mask, position_ids, cache)
-        h = self._visit(h, visits, sides, cache, stream)
+        view = None if cache is None else partial(cache.view, active=sides.active)
+        h = self._visit(h, visits, sides, view, stream)
         if cache is not None:
             cache.advance(h.shape[1])
         h = self.model.norm(h)
@@ -343,12 +367,26 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
                 )
             embedded = self.model.embed_tokens(input_ids)
         sides = prepare(self.model, self._family, hidden, attention_mask, position_ids, None)
+        task = HeadTask(self.mtp_heads, targets, coefficients, self._run_block(hidden, sides), trunk_gradient)
+        read = self.head_input(hidden)
+        return head_losses(hidden, embedded, self.lm_head.weight, task, None if read is hidden else read)
 
-        def run_block(block: nn.Module, h: Tensor) -> Tensor:
-            return run_layer(block, "full_attention", h, sides, None)
+    def _run_block(self, hidden: Tensor, sides: Sides) -> RunBlock:
+        """Run the layers of heads on the tokens of one call, without a cache."""
+        if self.mtp_config is None or not self.mtp_config.recursive:
+            return lambda block, h, _k: run_layer(block, "full_attention", h, sides, None)
+        base, kind = self.model, "full_attention"
+        return ChainedSteps(
+            sides.masks[kind],
+            sides.position_ids,
+            lambda position_ids: self._family.rotary(base, {kind}, hidden, position_ids)[kind],
+            self._text_config._attn_implementation,
+        )
 
-        task = HeadTask(self.mtp_heads, targets, coefficients, run_block, trunk_gradient)
-        return head_losses(hidden, embedded, self.lm_head.weight, task)
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What the first head, or all parallel ones, read where the trunk's final-normed state is `hidden` ``[..., D]``."""
+        reads_stream = self.mtp_config is not None and self.mtp_config.native_hidden_state == "stream"
+        return before_norm(hidden, self.model.norm) if reads_stream else hidden
 
     def early_decoded(
         self,
@@ -377,7 +415,7 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: `backprop_iterations` below 1.
         """
-        iterations = self._iterations(think_iterations)
+        iterations = self.iterations(think_iterations)
         if backprop_iterations is not None and backprop_iterations < 1:
             raise ValueError(f"backprop_iterations={backprop_iterations} must be at least 1, or nothing is trained.")
         n_detached = 0 if backprop_iterations is None else max(iterations - backprop_iterations, 0)
@@ -397,6 +435,47 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
                 if every_iteration or iteration == iterations - 1:
                     states.append(self.model.norm(self._visit(h, decoder, sides)))
         return tuple(states)
+
+    def decode(self, input_ids: Tensor, cache: StaticSlotCache, call: StaticCall) -> Tensor:
+        """Run tokens against a static cache, as `mull.generate` does. Logits are ``lm_head(state)``.
+
+        Args:
+            input_ids: ``[B, T]``.
+            cache: Cache of the path to run.
+            call: Where the tokens stand.
+
+        Returns:
+            Final-normed states ``[B, T, D]``.
+        """
+        h = self.model.embed_tokens(input_ids)
+        sides = prepare_static(self.model, self._family, h, call)
+        return self.model.norm(self._visit(h, cache.path, sides, partial(cache.view, call=call)))
+
+    def decode_head(
+        self, k: int, h: Tensor, embedded: Tensor | None, cache: StaticSlotCache, call: StaticCall
+    ) -> Tensor:
+        """Run head ``k`` against its block's slot of a static cache.
+
+        Args:
+            k: Which head, from 1.
+            h: ``[B, T, D]``: final-normed states of the trunk; for the later ones of sequential heads what the head before wrote.
+            embedded: ``[B, T, D]``, embeddings that sequential heads read.
+            cache: The cache.
+            call: Where the head's entries stand.
+
+        Returns:
+            States ``[B, T, D]``.
+        """
+        heads = self.mtp_heads
+        assert heads is not None, "only a model with heads drafts"
+
+        def run_block(block: nn.Module, x: Tensor, step: int) -> Tensor:
+            sides = prepare_static(self.model, self._family, x, call)
+            view = cache.head_view((step - 1) % len(heads.heads), call)
+            return run_layer(block, "full_attention", x, sides, view)
+
+        states: Tensor = heads(k, self.head_input(h) if k == 1 else h, embedded, run_block)
+        return states
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -435,13 +514,12 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         h: Tensor,
         visits: Path,
         sides: Sides,
-        cache: SlotCache | None = None,
+        view: Callable[[int], SlotView | StaticSlotView] | None = None,
         stream: list[Tensor] | None = None,
     ) -> Tensor:
-        """The one loop that executes paths. With a cache, `visits` is the whole path that it is bound to."""
+        """The one loop that executes paths. `view` gives the cache's slot of a visit; then `visits` is the cache's whole path."""
         for slot, (layer, _) in enumerate(visits):
-            view = None if cache is None else cache.view(slot, sides.active)
-            h = run_layer(self.model.layers[layer], self._kinds[layer], h, sides, view)
+            h = run_layer(self.model.layers[layer], self._kinds[layer], h, sides, None if view is None else view(slot))
             if stream is not None:
                 stream.append(h)
         return h
@@ -492,6 +570,9 @@ AutoConfig.register("mull", MullConfig)
 AutoModelForCausalLM.register(MullConfig, MullForCausalLM)
 
 
-def new_heads(config: MTPConfig, base: PreTrainedModel) -> MTPHeads:
+def new_heads(config: MTPConfig, base: PreTrainedModel) -> MTPHeads | NativeHeads:
     """Heads for a backbone, not initialised."""
-    return MTPHeads(config, base.config.hidden_size, lambda: new_block(base), lambda: new_norm(base))
+    width = base.config.hidden_size
+    if config.mtp_head_type == "native":
+        return NativeHeads(config, width, lambda: new_block(base, routed=True), lambda: new_norm(base))
+    return MTPHeads(config, width, lambda: new_block(base), lambda: new_norm(base))

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from mull.backbone import family_of
 from mull.configs import ETDConfig, MTPConfig, mtp_from_dict
 from mull.model import MullConfig, MullForCausalLM, new_heads
+from mull.native import HUB_OPTIONS, choose_hidden_state, load_native_heads, read_native_heads
 
 
 def wrap_transformer_with_etd(
@@ -19,7 +20,8 @@ def wrap_transformer_with_etd(
     Args:
         model: A causal language model of transformers, of a supported architecture.
         config: Which layers think; None only gives the model paths.
-        mtp: Heads that predict further tokens; they start as the model's own next-token prediction.
+        mtp: Heads that predict further tokens; they start as the model's own next-token prediction. Native ones, too: the
+            checkpoint that the model came from is not at hand, so `from_pretrained` is what reads theirs.
 
     Returns:
         The retrofitted model, in the training mode that `model` is in.
@@ -53,8 +55,9 @@ def _share_weights(model: PreTrainedModel, config: ETDConfig | None, mtp: MTPCon
     if mtp is not None:
         weight = model.lm_head.weight
         with torch.device(weight.device):
-            wrapped.mtp_heads = new_heads(mtp, model.model).to(weight.dtype)
-        wrapped.mtp_heads.apply(wrapped._init_weights)
+            heads = new_heads(mtp, model.model).to(weight.dtype)
+        wrapped.attach_heads(heads)
+        heads.apply(wrapped._init_weights)
     wrapped.generation_config = model.generation_config
     return wrapped.train(model.training)
 
@@ -104,20 +107,24 @@ def from_pretrained(
         etd: Which layers think. For a model that mull saved, the default is the stored configuration; giving another one
             replaces it.
         mtp: Heads that predict further tokens. For a model that mull saved, the default is the stored configuration; weights
-            that the checkpoint lacks start as the model's own next-token prediction.
-        options: Passed to ``from_pretrained`` of transformers, such as ``dtype`` or ``device_map``.
+            that the checkpoint lacks start as the model's own next-token prediction. Native heads of a Hugging Face checkpoint
+            are read from it, and what they read (`native_hidden_state`), if not given, is known or measured; see
+            `mull.native`.
+        options: Passed to ``from_pretrained`` of transformers, such as ``dtype``, ``device_map`` or ``revision``.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
         OSError: no checkpoint at `name_or_dir`.
-        ValueError: as in `wrap_transformer_with_etd`.
+        ValueError: as in `wrap_transformer_with_etd`; or native heads that the checkpoint does not have, or not as this
+            architecture has them.
     """
-    config = AutoConfig.from_pretrained(name_or_dir)
+    hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
+    config = AutoConfig.from_pretrained(name_or_dir, **hub_options)
     if not isinstance(config, MullConfig):
         family_of(config.get_text_config())
-        return wrap_transformer_with_etd(AutoModelForCausalLM.from_pretrained(name_or_dir, **options), etd, mtp)
+        return _from_base(name_or_dir, etd, mtp, hub_options, options)
     if etd is not None:
         config.etd = etd.model_dump()
     if mtp is not None:
@@ -127,6 +134,27 @@ def from_pretrained(
                 f"{name_or_dir} has heads of type {stored.mtp_head_type}, which are no start for type {mtp.mtp_head_type}: leave "
                 f"out mtp to load them, or ask for mtp_head_type={stored.mtp_head_type!r}."
             )
+        if stored is not None and "native_hidden_state" not in mtp.model_fields_set:
+            mtp = mtp.model_copy(update={"native_hidden_state": stored.native_hidden_state})
         config.mtp = mtp.model_dump()
     model: MullForCausalLM = MullForCausalLM.from_pretrained(name_or_dir, config=config, **options)
+    return model
+
+
+def _from_base(
+    name_or_dir: str,
+    etd: ETDConfig | None,
+    mtp: MTPConfig | None,
+    hub_options: dict[str, Any],
+    options: dict[str, Any],
+) -> MullForCausalLM:
+    """Retrofit a checkpoint of transformers."""
+    native = mtp is not None and mtp.mtp_head_type == "native"
+    # Read first: a checkpoint without them is told apart before a large trunk is loaded.
+    tensors = read_native_heads(name_or_dir, **hub_options) if native else {}
+    model = wrap_transformer_with_etd(AutoModelForCausalLM.from_pretrained(name_or_dir, **options), etd, mtp)
+    if mtp is not None and native:
+        load_native_heads(model, tensors, name_or_dir)
+        if "native_hidden_state" not in mtp.model_fields_set:
+            choose_hidden_state(model, name_or_dir)
     return model

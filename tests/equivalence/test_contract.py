@@ -23,6 +23,7 @@ MASK_FUNCTIONS = {
     "olmo3": {"create_causal_mask", "create_sliding_window_causal_mask"},
     "qwen3_next": {"create_causal_mask", "create_recurrent_attention_mask"},
     "qwen3_5_text": {"create_causal_mask", "create_recurrent_attention_mask"},
+    "qwen3_5_moe_text": {"create_causal_mask", "create_recurrent_attention_mask"},
     "olmo_hybrid": {"create_causal_mask", "create_recurrent_attention_mask"},
 }
 CACHE_NAMES = {"past_key_values", "cache_params"}
@@ -65,7 +66,7 @@ def test_layers_ask_the_cache_only_for_what_a_view_answers(family: str) -> None:
     assert asked <= set(dir(SlotView)), "a layer asks its cache for something new"
 
 
-@pytest.mark.parametrize("family_name", ["qwen3_next-dense", "qwen3_5", "olmo_hybrid"])
+@pytest.mark.parametrize("family_name", ["qwen3_next-dense", "qwen3_5", "qwen3_5-moe", "olmo_hybrid"])
 def test_recurrent_layers_hand_keywords_on_to_the_delta_rule(family_name: str) -> None:
     model = tiny(family_name)
     mixer = model.model.layers[0].linear_attn

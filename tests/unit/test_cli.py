@@ -10,10 +10,11 @@ import pytest
 import torch
 import yaml
 from conftest import tiny
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3Config
 
-from mull import cli
+from mull import MTPConfig, cli, wrap_transformer_with_etd
 from mull.data.tokenizer import train_tokenizer
+from mull.native import export_native_heads
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(200))
 
@@ -69,6 +70,53 @@ def test_generate_continues_the_prompt_alike_at_any_time(
     assert outputs[0] == outputs[1]
     assert outputs[3] == outputs[5]
     assert len(set(outputs)) == 4
+
+
+def test_generate_drafts_the_same_text_and_says_what_it_took(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    wrap_transformer_with_etd(base, None, MTPConfig(num_predict_tokens=2, mtp_head_type="mlp")).save_pretrained(
+        tmp_path
+    )
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    arguments = ["generate", tmp_path, "--prompt", "def f1(x):", "--max-new-tokens", 20, "--stats"]
+    told = []
+    for more in ([], ["--draft", "mtp", "--draft-length", 2], ["--draft", "mtp"], ["--draft", "mtp", "--compile"]):
+        if more[-1:] == ["--compile"]:
+            monkeypatch.setattr(torch, "compile", lambda run, **options: run)
+        assert run(monkeypatch, *arguments, *more) == 0
+        told.append(capsys.readouterr())
+    assert len({each.out for each in told}) == 1, "drafts change the text"
+    plain, fixed = told[0].err, told[1].err
+    assert "position" not in plain
+    assert re.search(r"^rounds +19 \(19 with 0 drafts\)$", plain, re.MULTILINE)
+    rows = [
+        [int(cell) for cell in row]
+        for row in re.findall(r"^ +(\d) +(\d+) +(\d+) +(\d+) +[\d.]+%$", fixed, re.MULTILINE)
+    ]
+    assert [row[0] for row in rows] == [1, 2]
+    for _, drafted, tested, accepted in rows:
+        assert drafted >= tested >= accepted
+    assert rows[1][2] == rows[0][3], "the second draft is tested where the first was accepted"
+
+
+def test_generate_drafts_with_the_native_heads_of_a_base_checkpoint(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    base = tiny("qwen3_5", vocab_size=len(tokenizer))
+    base.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    heads = MTPConfig(num_predict_tokens=1, mtp_head_type="native")
+    export_native_heads(wrap_transformer_with_etd(base, None, heads), tmp_path)
+    arguments = ["generate", tmp_path, "--prompt", "def f1(x):", "--max-new-tokens", 8]
+    assert run(monkeypatch, *arguments) == 0
+    plain = capsys.readouterr().out
+    assert run(monkeypatch, *arguments, "--mtp", "native", "--draft", "mtp", "--draft-length", 2, "--stats") == 0
+    drafted = capsys.readouterr()
+    assert drafted.out == plain
+    assert re.search(r"^ +2 +\d+ +\d+ +\d+ +[\d.]+%$", drafted.err, re.MULTILINE)
 
 
 def test_split_measures_and_proposes(
@@ -183,7 +231,24 @@ def test_of_several_ranks_the_first_one_reports(
             ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--think-iterations", "2"],
             "think_iterations=2 needs a think block",
         ),
-        (["generate", "{dir}", "--prompt", "x", "--temperature", "-1"], "must not be negative"),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--temperature", "-1"],
+            "temperature=-1.0: Input should be greater than or equal to 0",
+        ),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--top-k", "5"],
+            "top_k would have no effect: temperature=0 is greedy",
+        ),
+        (["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft", "mtp"], "this model has none"),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft", "other"],
+            "Invalid value for '--draft'",
+        ),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft-length", "2"],
+            "draft_length=2 needs draft='mtp'",
+        ),
+        (["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--mtp", "native"], "{dir}"),
         (["generate", "{dir}", "--prompt", "x", "--think-iteration", "2"], "No such option"),
         (["generate", "{dir}"], "Missing option"),
         (["generate", "{gpt2}", "--prompt", "x"], "Architecture 'gpt2' is not supported. Supported are llama"),
@@ -224,7 +289,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         train_tokenizer([TEXT], 300).save_pretrained(places["other"])
     assert run(monkeypatch, *(argument.format(**places) for argument in arguments)) == 2
     error = capsys.readouterr().err
-    assert message in error
+    assert message.format(**places) in error
     assert "Traceback" not in error
     if not error.startswith("Usage"):
         assert error.startswith(f"mull {arguments[0]}: ")

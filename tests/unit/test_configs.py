@@ -100,8 +100,19 @@ def test_weights_without_decay_are_equal() -> None:
         {"loss_weight_decay": 1.5},
         {"mtp_loss_weight": -0.1},
         {"num_heads": 4},
+        {"speculation_lookahead": -1},
+        {"mtp_head_type": "native", "native_hidden_state": "last"},
     ],
-    ids=["no-head", "unknown-type", "no-weight", "growing", "negative", "misspelt"],
+    ids=[
+        "no-head",
+        "unknown-type",
+        "no-weight",
+        "growing",
+        "negative",
+        "misspelt",
+        "drafts-less-than-none",
+        "unknown-state",
+    ],
 )
 def test_impossible_heads_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
@@ -114,6 +125,24 @@ def test_parallel_heads_cannot_share_weights(kind: str) -> None:
     with pytest.raises(ValidationError, match="share_weights_across_steps needs mtp_head_type='sequential', not"):
         MTPConfig(mtp_head_type=kind, share_weights_across_steps=True)
     assert MTPConfig(mtp_head_type="sequential", share_weights_across_steps=True).share_weights_across_steps
+
+
+@pytest.mark.parametrize("kind", ["transformer", "mlp", "shared_lm_head", "sequential"])
+def test_only_native_heads_read_the_stream(kind: str) -> None:
+    with pytest.raises(
+        ValidationError, match=f"native_hidden_state='stream' needs mtp_head_type='native', not '{kind}'"
+    ):
+        MTPConfig(mtp_head_type=kind, native_hidden_state="stream")
+    assert MTPConfig(mtp_head_type=kind, native_hidden_state="normed").native_hidden_state == "normed"
+    assert MTPConfig(mtp_head_type="native", native_hidden_state="stream").recursive
+
+
+def test_one_module_for_all_steps_is_recursive() -> None:
+    assert MTPConfig(mtp_head_type="native").recursive
+    assert MTPConfig(mtp_head_type="native", share_weights_across_steps=True).recursive
+    assert MTPConfig(mtp_head_type="sequential", share_weights_across_steps=True).recursive
+    assert not MTPConfig(mtp_head_type="sequential").recursive
+    assert not MTPConfig(mtp_head_type="transformer").recursive
 
 
 def test_heads_with_a_layer_need_a_pattern_with_full_attention() -> None:

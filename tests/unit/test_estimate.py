@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mull.backbone import prepare
 from mull.configs import ETDConfig, MTPConfig
 from mull.distributed import DistributedConfig
 from mull.estimate import (
@@ -55,7 +56,7 @@ def counted(call: Any) -> float:
 def test_flops_are_those_that_pytorch_counts(family: str) -> None:
     iterations = 3
     # Experts run in groups that the counter does not know; one by one they are ordinary products.
-    changes = {"experts_implementation": "eager"} if family == "qwen3_next-moe" else {}
+    changes = {"experts_implementation": "eager"} if "moe" in family else {}
     real = model(family, sliding_window=LENGTH) if family == "olmo3" else model(family)
     for name, value in changes.items():
         setattr(real.config.get_text_config(), f"_{name}", value)
@@ -97,9 +98,19 @@ def test_of_routed_experts_only_the_chosen_ones_count() -> None:
     assert [count.total - count.active for count in parameters] == [8 * 2 * expert, 0]
 
 
-@pytest.mark.parametrize("kind", ["transformer", "mlp", "shared_lm_head", "sequential"])
-def test_every_head_counts_itself_and_its_unembedding(kind: Any) -> None:
-    real = model(mtp=MTPConfig(num_predict_tokens=3, mtp_head_type=kind))
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [
+        ("transformer", False),
+        ("mlp", False),
+        ("shared_lm_head", False),
+        ("sequential", False),
+        ("sequential", True),
+        ("native", True),
+    ],
+)
+def test_every_head_counts_itself_and_its_unembedding(kind: Any, share: bool) -> None:
+    real = model(mtp=MTPConfig(num_predict_tokens=3, mtp_head_type=kind, share_weights_across_steps=share))
     targets = targets_of(tokens(), None, 4)
 
     def run() -> None:
@@ -109,9 +120,6 @@ def test_every_head_counts_itself_and_its_unembedding(kind: Any) -> None:
 
     # The last positions of a row have no target.
     assert flops_per_token(real, LENGTH, 2) == pytest.approx(counted(run), rel=0.02)
-    shared = MTPConfig(num_predict_tokens=3, mtp_head_type="sequential", share_weights_across_steps=True)
-    if kind == "sequential":
-        assert flops_per_token(model(mtp=shared), LENGTH, 2) == flops_per_token(real, LENGTH, 2)
     assert flops_per_token(real, LENGTH, 2, n_heads=0) == flops_per_token(model(), LENGTH, 2)
 
 
@@ -226,6 +234,30 @@ def test_heads_are_there_one_at_a_time_but_sequential_ones_together() -> None:
     without = estimate(meta(model()), ADAMW, Schedule(rows=ROWS, length=LENGTH, packed=False)).memory.activations
     assert activations["transformer", 4] == activations["transformer", 1] > without
     assert activations["sequential", 4] - without == 4 * (activations["sequential", 1] - without)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_the_steps_of_a_recursive_head_keep_all_their_keys(family: str, packed: bool) -> None:
+    real = model(family, MTPConfig(num_predict_tokens=3, mtp_head_type="native"))
+    schedule = Schedule(rows=ROWS, length=LENGTH, packed=packed)
+    without = estimate(meta(model(family)), ADAMW, schedule).memory.activations
+    hidden = torch.randn(ROWS, LENGTH, 32, requires_grad=True) * 2
+    positions = torch.arange(LENGTH).remainder(40 if packed else LENGTH).expand(ROWS, LENGTH)
+    sides = prepare(real.model, real._family, hidden, None, positions, None)
+
+    def chain() -> Tensor:
+        run_block, states = real._run_block(hidden, sides), hidden
+        for k in (1, 2, 3):
+            states = real.mtp_heads(k, states, torch.randn_like(hidden), run_block)
+        return states
+
+    shared = {
+        tensor for tensor in (*sides.rotary["full_attention"], sides.masks["full_attention"]) if tensor is not None
+    }
+    expected = kept(chain, [*real.parameters(), *shared])
+    found = estimate(meta(real), ADAMW, schedule).memory.activations - without
+    assert found == pytest.approx(expected, rel=0.03)
 
 
 def test_ranks_share_weights_and_state_and_gather_layers() -> None:

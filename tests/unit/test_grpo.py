@@ -143,7 +143,7 @@ def reinforce(
                 worth[place] += config.kl_coef * float(delta.detach().exp() - 1)
             losses[0].append(term)
         for k in range(1, n_heads):
-            states = model.mtp_heads(k, hidden[0], None, lambda _block, h: h)
+            states = model.mtp_heads(k, hidden[0], None, lambda _block, h, _k: h)
             log_q = model.lm_head(states).log_softmax(-1)
             losses[k] += [
                 -max(worth[place], 0.0) * log_q[place - 1 - k, ids[0, place]]

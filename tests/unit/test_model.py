@@ -62,7 +62,8 @@ def test_a_mask_over_pairs_of_tokens_is_refused_where_layers_cannot_obey(ids: Id
 def test_unknown_architectures_are_refused_with_the_known_ones(tmp_path: Path) -> None:
     other = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=17))
     message = (
-        "Architecture 'gpt2' is not supported. Supported are llama, olmo3, olmo_hybrid, qwen3, qwen3_5_text, qwen3_next"
+        "Architecture 'gpt2' is not supported. Supported are llama, olmo3, olmo_hybrid, qwen3, qwen3_5_moe_text, qwen3_5_text, "
+        "qwen3_next"
     )
     with pytest.raises(ValueError, match=message):
         wrap_transformer_with_etd(other, SPLIT)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mull.configs import MTPConfig
-from mull.layers.mtp import HeadTask, MTPHeads, RunBlock, head_losses, shifted
+from mull.layers.mtp import HeadTask, MTPHeads, NativeHeads, RunBlock, head_losses, shifted
 from mull.ops import cross_entropy
 
 B, T, D, V = 3, 11, 8, 37
@@ -20,6 +20,7 @@ HEADS = {
     "shared_lm_head": MTPConfig(num_predict_tokens=3, mtp_head_type="shared_lm_head"),
     "sequential": MTPConfig(num_predict_tokens=3, mtp_head_type="sequential"),
     "sequential-shared": MTPConfig(num_predict_tokens=3, mtp_head_type="sequential", share_weights_across_steps=True),
+    "native": MTPConfig(num_predict_tokens=3, mtp_head_type="native"),
 }
 
 
@@ -51,8 +52,29 @@ class Norm(nn.Module):
         return h * h.square().mean(-1, keepdim=True).add(1e-6).rsqrt() * self.weight
 
 
-def run(block: nn.Module, h: Tensor) -> Tensor:
+def run(block: nn.Module, h: Tensor, _k: int) -> Tensor:
     return block(h)
+
+
+class RunWithMemory:
+    """Runs the steps of a recursive head, each of which also reads what the steps before entered its block with."""
+
+    def __init__(self) -> None:
+        self.before: list[Tensor] = []
+
+    def __call__(self, block: nn.Module, h: Tensor, k: int) -> Tensor:
+        if k == 1:
+            self.before = []
+        self.before.append(h)
+        return block(h + sum(state.tanh() for state in self.before) / k)
+
+
+def runner(heads: MTPHeads | NativeHeads) -> RunBlock:
+    return RunWithMemory() if heads.recursive else run
+
+
+def heads_of(config: MTPConfig) -> MTPHeads | NativeHeads:
+    return (NativeHeads if config.mtp_head_type == "native" else MTPHeads)(config, D, Block, Norm)
 
 
 class Toy(nn.Module):
@@ -65,7 +87,7 @@ class Toy(nn.Module):
         self.unembedding = nn.Linear(D, V, bias=False)
         if tied:
             self.unembedding.weight = self.embedding.weight
-        self.heads = MTPHeads(config, D, Block, Norm)
+        self.heads = heads_of(config)
         self.double()
 
     def states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +99,9 @@ def scaled_gradient(x: Tensor, factor: float) -> Tensor:
     return x * factor + x.detach() * (1 - factor)
 
 
-def all_states(heads: MTPHeads, hidden: Tensor, embedded: Tensor, run_block: RunBlock, factor: float = 1.0) -> Tensor:
+def all_states(
+    heads: MTPHeads | NativeHeads, hidden: Tensor, embedded: Tensor, run_block: RunBlock, factor: float = 1.0
+) -> Tensor:
     """``[B, T, H, D]`` in one graph."""
     states = [hidden]
     trunk, embedded = scaled_gradient(hidden, factor), scaled_gradient(embedded, factor)
@@ -88,7 +112,7 @@ def all_states(heads: MTPHeads, hidden: Tensor, embedded: Tensor, run_block: Run
 
 
 def naive(toy: Toy, tokens: Tensor, targets: Tensor, coefficients: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    logits = toy.unembedding(all_states(toy.heads, *toy.states(tokens), run, factor))  # (B, T, H, V)
+    logits = toy.unembedding(all_states(toy.heads, *toy.states(tokens), runner(toy.heads), factor))  # (B, T, H, V)
     losses = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none", ignore_index=-100)
     losses = losses.view_as(coefficients)
     return (losses * coefficients).sum(), losses.detach() * (coefficients != 0)
@@ -98,7 +122,7 @@ def head_by_head(
     toy: Toy, tokens: Tensor, targets: Tensor, coefficients: Tensor, factor: float
 ) -> tuple[Tensor, Tensor]:
     hidden, embedded = toy.states(tokens)
-    task = HeadTask(toy.heads, targets, coefficients, run, factor)
+    task = HeadTask(toy.heads, targets, coefficients, runner(toy.heads), factor)
     return head_losses(hidden, embedded if toy.heads.sequential else None, toy.unembedding.weight, task)
 
 
@@ -152,6 +176,25 @@ def test_the_heads_gradient_into_the_trunk_is_scaled_and_no_other(config: MTPCon
     assert_equals_naive(Toy(config, tied=False), *problem(), factor=factor)
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0])
+def test_heads_may_read_something_else_than_the_main_one(config: MTPConfig, factor: float) -> None:
+    """What they read has a gradient of its own, and the heads none into what the main head reads."""
+    toy = Toy(config, tied=False)
+    tokens, targets, coefficients = problem()
+    hidden, embedded = toy.states(tokens)
+    read = hidden.tanh() * toy.trunk.bias
+    states = all_states(toy.heads, read, embedded, runner(toy.heads), factor)
+    logits = toy.unembedding(torch.cat([hidden[:, :, None], states[:, :, 1:]], 2))
+    losses = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none", ignore_index=-100)
+    expected = (losses.view_as(coefficients) * coefficients).sum()
+    expected_gradients = gradients(toy, expected)
+    hidden, embedded = toy.states(tokens)
+    task = HeadTask(toy.heads, targets, coefficients, runner(toy.heads), factor)
+    actual, _ = head_losses(hidden, embedded, toy.unembedding.weight, task, hidden.tanh() * toy.trunk.bias)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+    assert_same(gradients(toy, actual), expected_gradients)
+
+
 def test_detached_heads_leave_the_trunk_the_gradient_of_the_main_head(config: MTPConfig) -> None:
     toy = Toy(config, tied=False)
     tokens, targets, coefficients = problem()
@@ -186,7 +229,7 @@ def test_targets_of_fewer_heads_leave_the_further_ones_out(config: MTPConfig, n_
         head.register_forward_hook(lambda *_, number=number: calls.append(number))
     _, losses = head_by_head(toy, tokens, targets, coefficients, 1.0)
     assert losses.shape == (B, T, n_heads)
-    assert calls == ([0] * (n_heads - 1) if config.share_weights_across_steps else list(range(n_heads - 1)))
+    assert calls == ([0] * (n_heads - 1) if config.recursive else list(range(n_heads - 1)))
     padded = [F.pad(tensor, (0, 4 - n_heads)) for tensor in (targets, coefficients)]
     expected = gradients(toy, naive(toy, tokens, *padded, 1.0)[0])
     actual = gradients(toy, head_by_head(toy, tokens, targets, coefficients, 1.0)[0])
@@ -351,8 +394,9 @@ def test_every_head_learns_from_its_start(config: MTPConfig) -> None:
 
 
 def test_shared_weights_are_one_module(config: MTPConfig) -> None:
-    heads = MTPHeads(config, D, Block, Norm)
-    assert len(heads.heads) == (1 if config.share_weights_across_steps else 3)
+    heads = heads_of(config)
+    assert len(heads.heads) == (1 if config.recursive else 3)
+    assert len(heads.blocks) == (0 if heads.pointwise else len(heads.heads))
 
 
 def test_heads_have_no_parameters_besides_their_own() -> None:
@@ -364,10 +408,11 @@ def test_heads_have_no_parameters_besides_their_own() -> None:
         "shared_lm_head": 3 * square,
         "sequential": 3 * (2 * square + block + 3 * D),
         "sequential-shared": 2 * square + block + 3 * D,
+        "native": 2 * square + block + 3 * D,
     }
     counts: dict[str, int] = {}
     for name, config in HEADS.items():
-        counts[name] = sum(p.numel() for p in MTPHeads(config, D, Block, Norm).parameters())
+        counts[name] = sum(p.numel() for p in heads_of(config).parameters())
     assert counts == expected
 
 

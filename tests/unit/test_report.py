@@ -16,6 +16,7 @@ from mull.configs import ETDConfig
 from mull.report import (
     Report,
     Series,
+    acceptance_figure,
     accuracy_against_iterations,
     angular_distance_figure,
     held_out_curves,
@@ -93,6 +94,8 @@ def figures() -> dict[str, Figure]:
             lines, {2: {1: 0.1, 2: 0.9}, 3: {1: 0.2}}, held_out_hops={3}, chance=0.1
         ),
         "accuracy, one panel": accuracy_against_iterations(lines),
+        "acceptance": acceptance_figure([0.8, 0.5], [0.8, 0.4], {"plain": [9.0, 11.0, 14.0], "2 drafts": [12.0]}),
+        "acceptance, one position": acceptance_figure([0.8], [0.8]),
         "split": angular_distance_figure(split_report()),
         "split without probe": angular_distance_figure(split_report(probe=(), standard_errors=None)),
     }
@@ -141,6 +144,17 @@ def test_accuracy_by_hops_prints_every_measured_cell_and_marks_held_out_rows() -
     panel = figures()["accuracy"].axes[1]
     assert sorted(text.get_text() for text in panel.texts) == ["10", "20", "90"]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["2", "3 (held out)"]
+
+
+def test_acceptance_and_speed_are_drawn_as_given_with_their_medians() -> None:
+    drafts, speed = figures()["acceptance"].axes
+    assert [list(line.get_ydata()) for line in drafts.lines] == [[0.8, 0.5], [0.8, 0.4]]
+    assert [list(line.get_xdata()) for line in drafts.lines] == [[1, 2], [1, 2]]
+    assert [list(line.get_ydata()) for line in speed.lines] == [[9.0, 11.0, 14.0], [12.0]]
+    assert [text.get_text() for text in speed.texts] == ["11", "12"]
+    assert [label.get_text() for label in speed.get_xticklabels()] == ["plain", "2 drafts"]
+    assert speed.get_ylim()[0] == 0, "a speed axis that does not begin at 0 exaggerates"
+    assert [int(tick) for tick in figures()["acceptance, one position"].axes[0].get_xticks()] == [1]
 
 
 def test_the_split_figure_shades_the_proposal_and_draws_its_window_apart() -> None:

@@ -393,7 +393,7 @@ def test_held_out_losses_are_those_of_every_head() -> None:
     for document in _rows(packed):
         (hidden,) = model.early_decoded(document[None], think_iterations=3)
         for k in range(3):
-            states = hidden if k == 0 else model.mtp_heads(k, hidden, None, lambda block, h: h)
+            states = hidden if k == 0 else model.mtp_heads(k, hidden, None, lambda _block, h, _k: h)
             targets = document[1 + k :]
             logits = model.lm_head(states)[0, : len(targets)]
             sums[k] += F.cross_entropy(logits, targets, reduction="sum").item()

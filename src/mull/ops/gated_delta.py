@@ -1,15 +1,25 @@
-"""The gated delta rule's state: replaying recorded inputs, so that rejected tokens can be taken back exactly.
+"""The gated delta rule's state: taking rejected tokens back exactly, and short calls without a loop over tokens.
 
-Shapes: B batch, T tokens, H value heads, G key heads (G divides H), K key width, V value width.
+Shapes: B batch, T tokens, H value heads, G key heads (G divides H), K key width, V value width, C channels of the convolution.
 
-The rule itself runs in transformers' layers. A state cannot be cropped, but it can be recomputed: the layer's inputs to the
-rule are enough, no projection and no weight is touched.
+Long calls run transformers' rule. A state cannot be cropped, but it can be recomputed: the layer's inputs to the rule are
+enough, no projection and no weight is touched.
 
     S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t k_t v_t^T          (arXiv:2412.06464, equation 10)
+
+In a call of a few tokens the tokens' writes ``u_t`` are found together, by one triangular system instead of a loop (the paper's
+section 3.3 for a single chunk, here without padding it to 64 tokens). With ``c_t = g_1 + ... + g_t``:
+
+    u_t = beta_t (v_t - exp(c_t) S_0^T k_t - sum_{j<t} exp(c_t - c_j) (k_t . k_j) u_j)
+    S_n = exp(c_n) S_0 + sum_{j<=n} exp(c_n - c_j) k_j u_j^T
+
+so that the state after any prefix of the call follows from `DeltaWrites` alone.
 """
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 L2_NORM_EPSILON = 1e-6
@@ -59,3 +69,93 @@ def replay_state(
         delta = (value[:, t] - remembered) * beta[:, t, :, None]
         state = state + k_t[..., None] * delta[..., None, :]
     return state
+
+
+class DeltaWrites(NamedTuple):
+    """What the tokens of a call write to the state, in the state's precision."""
+
+    key: Float[Tensor, "B H T K"]
+    """Normalised keys."""
+
+    update: Float[Tensor, "B H T V"]
+    """``u_t``: what the token adds to the state along its key."""
+
+    decay: Float[Tensor, "B H T"]
+    """``c_t``: sum of the log decays from the call's first token to this one."""
+
+
+def short_gated_delta(
+    query: Float[Tensor, "B T G K"],
+    key: Float[Tensor, "B T G K"],
+    value: Float[Tensor, "B T H V"],
+    g: Float[Tensor, "B T H"],
+    beta: Float[Tensor, "B T H"],
+    state: Float[Tensor, "B H K V"],
+) -> tuple[Float[Tensor, "B T H V"], DeltaWrites]:
+    """Run the rule over a few tokens, leaving the state as it is. Work and memory grow with T squared.
+
+    Measured on one CPU thread, in fp32, with 32 heads of 128 x 128: 0.12 ms for 1 token and 0.29 ms for 4, against 1.9 ms and
+    7.4 ms of transformers' loop over tokens.
+
+    Args:
+        query: Queries before normalisation, as the layer passes them to the rule.
+        key: Keys before normalisation.
+        value: Values.
+        g: Decay in log space, at most 0.
+        beta: Write strength.
+        state: State before the first token. Its precision is that of the computation; transformers computes in fp32.
+
+    Returns:
+        Outputs in the precision of `query`, and what `written_state` needs. Equal to transformers' rules up to rounding.
+    """
+    n_tokens, width = key.shape[1], key.shape[-1]
+    v, decay, write = (x.to(state.dtype).transpose(1, 2) for x in (value, g.cumsum(1, dtype=state.dtype), beta))
+    both = torch.cat([query, key], 1).to(state.dtype)
+    both = both * torch.rsqrt(both.pow(2).sum(-1, keepdim=True) + L2_NORM_EPSILON)
+    both = both.repeat_interleave(value.shape[2] // key.shape[2], dim=2).transpose(1, 2)  # (B, H, 2T, K)
+    k = both[:, :, n_tokens:]
+    remembered = decay.exp().repeat(1, 1, 2)[..., None] * (both @ state)  # (B, H, 2T, V)
+    # What overflows above the diagonal is cut off, not multiplied by 0.
+    between = (decay[..., :, None] - decay[..., None, :]).exp().tril()  # (B, H, T, T)
+    similar = (both @ k.mT).unflatten(2, (2, n_tokens)) * between[:, :, None]  # (B, H, 2, T, T)
+    update = write[..., None] * (v - remembered[:, :, n_tokens:])
+    if n_tokens > 1:
+        system = write[..., None] * similar[:, :, 1]  # the diagonal is taken as 1
+        update = torch.linalg.solve_triangular(system, update, upper=False, unitriangular=True)
+    out = (remembered[:, :, :n_tokens] + similar[:, :, 0] @ update) * width**-0.5
+    return out.transpose(1, 2).to(query.dtype), DeltaWrites(k, update, decay)
+
+
+def written_state(
+    state: Float[Tensor, "B H K V"], writes: DeltaWrites, n_keep: Int[Tensor, " B"] | None = None
+) -> Float[Tensor, "B H K V"]:
+    """The state after the first tokens of a call.
+
+    Args:
+        state: State before the call.
+        writes: What `short_gated_delta` returned for the call.
+        n_keep: Tokens of each row that count, 0 to T; None for all.
+    """
+    key, update, decay = writes
+    if n_keep is None:
+        total, later = decay[..., -1:], decay[..., -1:] - decay
+    else:
+        # The last kept token's decay; without one, nothing decays.
+        total = decay.gather(2, (n_keep - 1).clamp(min=0)[:, None, None].expand(-1, decay.shape[1], 1))
+        total = total * (n_keep > 0)[:, None, None]
+        dropped = torch.arange(decay.shape[2], device=decay.device) >= n_keep[:, None]
+        later = (total - decay).masked_fill(dropped[:, None], -torch.inf)
+    weighted = key * later.exp()[..., None]
+    return total.exp()[..., None] * state + weighted.mT @ update
+
+
+def convolution_window(inputs: Float[Tensor, "B C N"], width: int, n_new: Int[Tensor, " B"]) -> Float[Tensor, "B C W"]:
+    """The last `width` inputs of a convolution, row by row.
+
+    Args:
+        inputs: The window before a call, `width` inputs, and behind it those of the call.
+        width: W, inputs that the window holds.
+        n_new: Inputs of the call that count in each row, from its left end.
+    """
+    index = n_new[:, None] + torch.arange(width, device=inputs.device)  # (B, W)
+    return inputs.gather(-1, index[:, None, :].expand(-1, inputs.shape[1], -1))

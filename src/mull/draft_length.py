@@ -1,0 +1,302 @@
+"""How many tokens to draft: from what rounds of each length cost, and from how many drafts the model accepts.
+
+A round drafts K tokens, verifies them in one pass of the model and emits, in each row, the accepted ones and one more. With
+``α_k`` the chance that the draft at position k is accepted if all before it were, and ``c_K`` the seconds of a round,
+
+``tokens per second(K) = (1 + Σ_{k ≤ K} Π_{j ≤ k} α_j) / c_K``
+
+(arXiv:2211.17192, equation 1 and theorem 3.8, which assume one α and known costs). The number of rows cancels. K = 0 is plain
+decoding.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+PLAIN_ROUNDS = 2
+"""Plain rounds at the start; the first one of any length is not timed, because it also initialises and compiles."""
+
+PRIOR_ACCEPTANCE = 0.6
+"""Acceptance of the first position before any was seen."""
+
+PRIOR_WEIGHT = 2.0
+"""Drafts that the prior counts as."""
+
+PRIOR_SLOPE = 0.25
+"""Cost of a drafted and verified token in plain rounds, at most, where a length has not been timed."""
+
+MEMORY = 32
+"""Rounds after which an observed acceptance counts 1/e."""
+
+IDLE_WEIGHT = 2.0
+"""Drafts that the acceptance of a position counts as after it was not observed for long, or once it has changed."""
+
+FAST_MEMORY = 6
+"""Rounds of the short average that detects a change of acceptance."""
+
+SURPRISE = 2.5
+"""Standard deviations of the short average from the long one that are a change."""
+
+WINDOW = 9
+"""Rounds of a length whose median is its cost."""
+
+STALE = 32
+"""Rounds without a length after which its times count as a single one."""
+
+CATCH_UP = 8
+"""Rounds without a position after which its head has so much to catch up on that the round's time is not typical."""
+
+SINGLE_TIME = 1.3
+"""A length that was timed once is believed to cost at most this multiple of what the other lengths suggest."""
+
+FIRST_SHARE, HIGHEST_SHARE, LOWEST_SHARE = 0.01, 0.2, 0.005
+"""Share of the tokens that looking at longer, or at shorter lengths may cost: at first; after a look that found an improvement;
+and after many that did not. Each of those halves it."""
+
+LEAST_LOSS = 0.08
+"""A look costs at least this share of a round, so that near ties are not tried all the time."""
+
+CLOSER = 0.75
+"""A look that shrinks a length's distance from the best one, in tokens per second, to this share is worth another one soon."""
+
+
+class DraftLength:
+    """Chooses how many tokens to draft in the next round, 0 included, and learns from every round.
+
+    It starts with plain rounds, then takes the length of the most expected tokens per second. Now and then it takes the best of
+    the longer, or of the shorter lengths instead: as often as the tokens that this is expected to lose stay within a small share
+    of all. The share halves with every look that finds nothing better, down to a floor, and jumps up when one does: looks at
+    useless heads are rare, and a change of the text is noticed.
+
+    * Cost of a length: the lower median of its last rounds. The first round of a length is left out. That of the first round
+      after a pause, in which the heads catch up on the tokens in between, counts only if it is low. Untimed lengths are
+      interpolated, or continued with the slope of the timed ones, at most `PRIOR_SLOPE`. A length is not taken to cost more than
+      a longer one: while the machine changes its pace, times of different age would say so.
+    * Acceptance of a position: a mean that forgets, drawn towards that of the position before. Two means of different memory
+      disagree when the text changes; then the longer one is dropped.
+
+    A choice is a function of the rounds observed before: nothing is random.
+
+    Args:
+        longest: Tokens that may be drafted in a round; 0 if there is nothing to draft with.
+        fixed: Always choose this length.
+
+    Raises:
+        ValueError: `fixed` is not between 0 and `longest`.
+    """
+
+    def __init__(self, longest: int, fixed: int | None = None) -> None:
+        if fixed is not None and not 0 <= fixed <= longest:
+            raise ValueError(
+                f"draft_length={fixed} must lie between 0 and {longest}, the tokens that this model's heads can draft in a round."
+            )
+        self._longest = longest
+        self._fixed = fixed
+        self._positions = [_Position(PRIOR_WEIGHT if k == 0 else 0.0) for k in range(longest)]
+        self._timings = [_Timing() for _ in range(longest + 1)]
+        self._catch_ups: deque[float] = deque(maxlen=5)
+        self._round = 0
+        self._shares = {"longer": FIRST_SHARE, "shorter": FIRST_SHARE}
+        self._tokens: list[float] = []
+        self._costs: list[float] = []
+        self._rates: list[float] = []
+        self._best = 0
+        self._next = 0
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """Chance that the draft at each position, from the first, is accepted if all before it were."""
+        found: list[float] = []
+        before: float | None = None
+        for position in self._positions:
+            before = position.acceptance(before)
+            found.append(before)
+        return tuple(found)
+
+    @property
+    def seconds(self) -> dict[int, float]:
+        """Measured cost of a round, by draft length; lengths that were not timed are missing."""
+        return {length: timing.cost for length, timing in enumerate(self._timings) if timing.cost is not None}
+
+    def choose(self) -> int:
+        """Tokens to draft in the next round; the same until a round is observed."""
+        return self._next if self._fixed is None else self._fixed
+
+    def observe(self, length: int, accepted: Sequence[int], seconds: float) -> None:
+        """Learn from a finished round.
+
+        Args:
+            length: Tokens drafted in each row; it need not be the length that was chosen.
+            accepted: How many of them were accepted, in each row that is still running.
+            seconds: Wall time of the whole round, from drafting to acceptance.
+        """
+        assert 0 <= length <= self._longest
+        best, looked = self._best, length == self._next != self._best
+        distance = self._distance(length) if looked else 0.0
+        self._time(length, seconds)
+        n_reached = len(accepted)
+        for k, position in enumerate(self._positions):
+            n_accepted = sum(n > k for n in accepted)
+            position.observe(n_accepted, n_reached if k < length else 0)
+            n_reached = n_accepted
+        if self._timings[0].calls < PLAIN_ROUNDS:
+            return
+        self._rate()
+        if looked:
+            side = "longer" if length > best else "shorter"
+            found = self._distance(length) < CLOSER * distance
+            self._shares[side] = HIGHEST_SHARE if found else max(self._shares[side] / 2, LOWEST_SHARE)
+        self._plan()
+
+    def _time(self, length: int, seconds: float) -> None:
+        timing = self._timings[length]
+        catches_up = length > 0 and self._pause(length) > CATCH_UP
+        if catches_up and timing.cost is not None:
+            self._catch_ups.append(max(0.0, seconds - timing.cost))
+        self._round += 1
+        timing.observe(seconds, self._round, only_if_low=catches_up)
+
+    def _pause(self, length: int) -> int:
+        """Rounds since all positions of a length were last drafted."""
+        return self._round - max(timing.last for timing in self._timings[length:])
+
+    def _rate(self) -> None:
+        """Expected tokens of a round and row, cost of a round, and their ratio, by length; and the best length."""
+        self._costs = self._estimated_costs()
+        self._tokens = [1.0]
+        reached = 1.0
+        for acceptance in self.acceptance:
+            reached *= acceptance
+            self._tokens.append(self._tokens[-1] + reached)
+        self._rates = [tokens / cost for tokens, cost in zip(self._tokens, self._costs, strict=True)]
+        self._best = self._rates.index(max(self._rates))
+
+    def _distance(self, length: int) -> float:
+        """Share of the best length's tokens per second that `length` is expected to miss."""
+        return 1 - self._rates[length] / self._rates[self._best]
+
+    def _estimated_costs(self) -> list[float]:
+        plain = self._timings[0].cost
+        assert plain is not None
+        certain = [length for length, timing in enumerate(self._timings) if timing.is_certain]
+        costs = [plain]
+        last = 0  # the longest length so far whose cost was measured
+        for length, timing in enumerate(self._timings[1:], 1):
+            if timing.cost is not None and timing.is_certain:
+                costs.append(timing.cost)
+                last = length
+                continue
+            if longer := [each for each in certain if each > length]:
+                end = self._timings[longer[0]].cost
+                assert end is not None
+                slope = (end - costs[last]) / (longer[0] - last)
+            else:
+                slope = PRIOR_SLOPE * plain
+                slope = min(slope, max((costs[last] - plain) / last, 0.0)) if last else slope
+            likely = costs[last] + slope * (length - last)
+            costs.append(likely if timing.cost is None else min(timing.cost, SINGLE_TIME * likely))
+        for length in range(self._longest, 0, -1):
+            costs[length - 1] = min(costs[length - 1], costs[length])
+        return costs
+
+    def _plan(self) -> None:
+        """Take the best length next, or look at another one that is due."""
+        best, self._next = self._best, self._best
+        sides = {"longer": range(best + 1, self._longest + 1), "shorter": range(best)}
+        for side, lengths in sides.items():
+            if not lengths:
+                continue
+            length = max(lengths, key=self._rates.__getitem__)
+            pause = self._pause(length) if side == "longer" else self._round - self._timings[length].last
+            if pause * self._tokens[best] * self._shares[side] >= self._loss(length):
+                self._next = length
+                return
+
+    def _loss(self, length: int) -> float:
+        """Tokens per row that a round of `length` is expected to lose against the best length in the same time."""
+        best = self._best
+        seconds = self._costs[length]
+        if best == 0 and self._catch_ups:
+            seconds += _lower_median(self._catch_ups)
+        return max(seconds * self._rates[best] - self._tokens[length], LEAST_LOSS * self._tokens[best])
+
+
+class _Timing:
+    """What rounds of one length cost."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.last = 0
+        """Number of the last round of this length, from 1."""
+
+        self.cost: float | None = None
+        """Seconds, or None before it was timed."""
+
+        self._window: deque[float] = deque(maxlen=WINDOW)
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether one odd round cannot have made the cost."""
+        return len(self._window) > 1
+
+    def observe(self, seconds: float, round_number: int, *, only_if_low: bool) -> None:
+        """Take in a round; one that may be dearer than usual counts only if it lies below the cost known."""
+        stale = round_number - self.last > STALE
+        self.last = round_number
+        self.calls += 1
+        if self.calls == 1:
+            return
+        if stale and self.cost is not None:
+            self._window.clear()
+            self._window.append(self.cost)
+        if not only_if_low or self.cost is None or seconds < self.cost:
+            self._window.append(seconds)
+            self.cost = _lower_median(self._window)
+
+
+class _Position:
+    """How often drafts at one position were accepted, of those that were reached.
+
+    Args:
+        weight: Drafts that the prior counts as. With 0, the estimate is that of the position before until there is evidence.
+    """
+
+    def __init__(self, weight: float) -> None:
+        self._n_accepted = PRIOR_ACCEPTANCE * weight
+        self._n_reached = weight
+        self._short_mean: float | None = None
+
+    def acceptance(self, before: float | None) -> float:
+        """The estimate; that of the position before counts as one draft."""
+        if before is None:
+            return self._n_accepted / self._n_reached
+        return (self._n_accepted + before) / (self._n_reached + 1)
+
+    def observe(self, n_accepted: int, n_reached: int) -> None:
+        """Take in a round; without a row that reached the position, its evidence fades, and the mean stays."""
+        keep = 1 - 1 / MEMORY
+        if n_reached:
+            self._n_accepted = keep * self._n_accepted + n_accepted
+            self._n_reached = keep * self._n_reached + n_reached
+            self._detect_change(n_accepted / n_reached, n_reached)
+        elif self._n_reached > IDLE_WEIGHT:
+            keep = max(keep, IDLE_WEIGHT / self._n_reached)
+            self._n_accepted *= keep
+            self._n_reached *= keep
+
+    def _detect_change(self, share: float, n_rows: int) -> None:
+        """Start anew from the short average where the long one cannot explain it."""
+        mean = self._n_accepted / self._n_reached
+        gain = 1 / FAST_MEMORY
+        short = mean if self._short_mean is None else self._short_mean
+        short += gain * (share - short)
+        # Rows are not independent, and a variance near 0 would make any event a change.
+        variance = max(mean * (1 - mean) / min(n_rows, 4), 0.02) * gain / (2 - gain)
+        if (short - mean) ** 2 > SURPRISE**2 * variance:
+            self._n_accepted, self._n_reached = short * IDLE_WEIGHT, IDLE_WEIGHT
+        self._short_mean = short
+
+
+def _lower_median(values: Iterable[float]) -> float:
+    """The median; of an even number of values the lower one in the middle: delays are more common than rounds too short."""
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 2]
