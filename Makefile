@@ -29,7 +29,7 @@ help:
 	@echo "make test-all  every test"
 	@echo "make demo      the demo on this machine's CPU; report in out/demo"
 	@echo "make docs      the documentation, in site/"
-	@echo "make bench     decoding overhead of the path loop; memory and speed of the multi-token loss"
+	@echo "make bench     decoding overhead of the path loop; multi-token loss; self-speculative decoding (hours)"
 	@echo "make clean     remove caches and built files; $(VENV) and out/ stay"
 
 # torch comes first and alone, so that a CPU-only wheel that lies on the index is not replaced by a later resolution.
@@ -70,6 +70,7 @@ docs: $(VENV)/docs.stamp
 bench: $(VENV)/core.stamp
 	$(BIN)/python benchmarks/decode_overhead.py
 	$(BIN)/python benchmarks/multi_token_loss.py
+	$(BIN)/python benchmarks/speculation.py
 
 clean:
 	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

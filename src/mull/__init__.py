@@ -2,18 +2,23 @@
 
 from mull.cache import SlotCache
 from mull.configs import ETDConfig, MTPConfig
+from mull.generate import GenerateOutput, GenerationStats, generate
 from mull.model import MullConfig, MullForCausalLM, MullOutput
+from mull.ops.sampling import Sampling
 from mull.path import Path, Visit, from_actions, from_layers, recursion
 from mull.presets import TransformerConfig
 from mull.retrofit import certify_identity, from_pretrained, wrap_transformer_with_etd
 
 __all__ = [
     "ETDConfig",
+    "GenerateOutput",
+    "GenerationStats",
     "MTPConfig",
     "MullConfig",
     "MullForCausalLM",
     "MullOutput",
     "Path",
+    "Sampling",
     "SlotCache",
     "TransformerConfig",
     "Visit",
@@ -21,6 +26,7 @@ __all__ = [
     "from_actions",
     "from_layers",
     "from_pretrained",
+    "generate",
     "recursion",
     "wrap_transformer_with_etd",
 ]

@@ -1,7 +1,7 @@
 """What differs between the backbones of transformers: masks, rotary embeddings, how a decoder layer is called.
 
 Masks and rotary embeddings are computed once per call and shared by all visits. transformers' layer code runs unmodified; the
-private parts of it that mull relies on are touched here and in `mull.cache` only, and pinned by a contract test per family.
+private parts of it that mull relies on are touched here and in the caches only, and pinned by a contract test per family.
 
 Recurrent layers need two things that attention masks give to the others for free:
 
@@ -257,8 +257,9 @@ def prepare_static(base: Any, family: Family, h: Tensor, call: StaticCall) -> Si
     masks: dict[str, Tensor | None] = dict.fromkeys(kinds)
     for kind in kinds - {"linear_attention"}:
         window = config.sliding_window if kind == "sliding_attention" else None
-        if call.fresh and attention == "sdpa" and (window is None or n_new <= window):
-            continue  # without a mask, sdpa is causal by itself
+        reach = n_new if call.fresh else call.n_keys
+        if (call.fresh or call.sees_all) and attention == "sdpa" and (window is None or reach <= window):
+            continue  # without a mask, sdpa is causal by itself, and a single token sees all
         visible = key <= position  # (B, 1, T, keys)
         if window is not None:
             visible = visible & (key > position - window)

@@ -22,7 +22,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from mull.ops.gated_delta import no_op_where_inactive, replay_state
+from mull.ops.gated_delta import convolution_window, no_op_where_inactive, replay_state
 from mull.path import Path
 
 
@@ -126,7 +126,8 @@ class RecurrentSlot(LinearAttentionLayer):
         continues = self.has_previous_state[0]
         self.has_previous_state[0] = True
         # In place: the address stays fixed, which captured graphs rely on.
-        window.copy_(_last_window(full, window.shape[-1], None if active is None else active.sum(1)))
+        width = window.shape[-1]
+        window.copy_(full[..., -width:] if active is None else convolution_window(full, width, active.sum(1)))
         # The first call convolves what the layer would without a cache, so that its sums associate in the same order.
         return full if continues else conv_states
 
@@ -160,7 +161,7 @@ class RecurrentSlot(LinearAttentionLayer):
         for call in kept:
             if call.key.shape[1]:
                 self.has_previous_state[0] = True
-                window = _last_window(torch.cat([window, call.conv], -1), window.shape[-1], call.active.sum(1))
+                window = convolution_window(torch.cat([window, call.conv], -1), window.shape[-1], call.active.sum(1))
                 state = replay_state(state, call.key, call.value, call.g, call.beta)
         self.window.copy_(window)
         self.state.copy_(state)
@@ -195,14 +196,6 @@ class RecurrentSlot(LinearAttentionLayer):
             self._conv_before = self._conv_before.index_select(0, rows)
         if self._state_before is not None:
             self._state_before = self._state_before.index_select(0, rows)
-
-
-def _last_window(inputs: Tensor, width: int, n_new: Tensor | None) -> Tensor:
-    """The last `width` inputs of each row, where only `n_new` of those after the first `width` count (None: all)."""
-    if n_new is None:
-        return inputs[..., -width:]
-    index = n_new[:, None] + torch.arange(width, device=inputs.device)  # (B, width)
-    return inputs.gather(-1, index[:, None, :].expand(-1, inputs.shape[1], -1))
 
 
 class SlotCache(Cache):

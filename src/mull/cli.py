@@ -4,18 +4,22 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import torch
 import typer
-from transformers import AutoTokenizer, TextStreamer, set_seed
+from pydantic import ValidationError
+from transformers import AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
 
-from mull.configs import ETDConfig
+from mull.configs import ETDConfig, MTPConfig
 from mull.data.corpus import load_stdlib
 from mull.data.packing import pack_texts
 from mull.data.sources import load_documents
 from mull.demo import run_demo
+from mull.distributed import device
+from mull.evaluation.speculation import acceptance_by_position, describe_call
+from mull.generate import GenerationStats
+from mull.generate import generate as continue_rows
 from mull.recipe import load_recipe, recipe_schema
 from mull.report import Report, angular_distance_figure
 from mull.retrofit import from_pretrained
@@ -135,38 +139,73 @@ def generate(
     etd: Annotated[
         str | None, typer.Option(help="Encoder,think,decoder layers, e.g. 7,4,5, for a base checkpoint.")
     ] = None,
+    mtp: Annotated[
+        Literal["native"] | None,
+        typer.Option(help="Heads of a base checkpoint: those under mtp.* of Qwen3-Next and 3.5."),
+    ] = None,
+    draft: Annotated[
+        Literal["mtp"] | None, typer.Option(help="Draft with the model's heads; the text stays the same.")
+    ] = None,
+    draft_length: Annotated[
+        int | None, typer.Option(help="Tokens to draft per round; default: by measured cost and acceptance.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Least probability, relative to the likeliest token's.")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divides the logits of tokens that occurred; 1 is none.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile rounds: minutes at first, faster later.")
+    ] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Say on standard error what it took.")] = False,
 ) -> None:
     """Continue a prompt, token by token as they come."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    if temperature < 0:
-        raise ValueError(f"--temperature {temperature} must not be negative; 0 is greedy.")
-    loaded: Any = from_pretrained(model, etd=None if etd is None else _parse_split(etd))
+    heads = None if mtp is None else MTPConfig(mtp_head_type=mtp)
+    loaded: Any = from_pretrained(model, etd=None if etd is None else _parse_split(etd), mtp=heads)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
-    n_tokens, limit = inputs["input_ids"].shape[1], loaded.config.get_text_config().max_position_embeddings
-    if n_tokens == 0:
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].numel() == 0:
         raise ValueError("The prompt is empty: give at least one token to continue.")
-    if n_tokens + max_new_tokens > limit:
-        raise ValueError(
-            f"The prompt's {n_tokens} tokens and --max-new-tokens {max_new_tokens} exceed the model's {limit} positions: "
-            "shorten one."
-        )
     if len(tokenizer) > loaded.lm_head.out_features:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens, the model {loaded.lm_head.out_features}: it belongs to another model."
         )
-    set_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with torch.no_grad():
-        loaded.generate(
-            **inputs,
-            **sampling,
-            max_new_tokens=max_new_tokens,
-            think_iterations=think_iterations,
-            streamer=TextStreamer(tokenizer),
-        )
+    output = continue_rows(
+        loaded.to(device()),
+        inputs["input_ids"],
+        max_new_tokens=max_new_tokens,
+        draft=draft,
+        draft_length=draft_length,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        think_iterations=think_iterations,
+        streamer=TextStreamer(tokenizer),
+        compile=compile_,
+    )
+    if stats:
+        print(_stats_text(output.stats), file=sys.stderr)
+
+
+def _stats_text(stats: GenerationStats) -> str:
+    """A call's statistics as lines, and a table of the drafted positions where there are any."""
+    facts = describe_call(stats)
+    width = max(map(len, facts))
+    lines = [f"{name:<{width}}  {fact}" for name, fact in facts.items()]
+    positions = acceptance_by_position([stats])
+    if positions:
+        lines += ["", f"{'position':>8}  {'drafted':>8}  {'tested':>8}  {'accepted':>8}  {'share':>6}"]
+    for place, counts in enumerate(positions, start=1):
+        drafted, verified, accepted = counts
+        lines.append(f"{place:>8}  {drafted:>8}  {verified:>8}  {accepted:>8}  {counts.conditional:>6.1%}")
+    return "\n".join(lines)
 
 
 def _parse_split(text: str) -> ETDConfig:
@@ -189,5 +228,17 @@ def main() -> None:
         verb = sys.argv[1] if len(sys.argv) > 1 else ""
         rank = os.environ.get("RANK", "0")
         who = f"mull {verb}" if rank == "0" else f"mull {verb} (rank {rank})"
-        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{who}: {' '.join(_message(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _message(error: Exception) -> str:
+    """What an error says; of the fields of a configuration, which value does not fit and why."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    mistakes = []
+    for mistake in error.errors():
+        reason = mistake["msg"].removeprefix("Value error, ")
+        field = ".".join(map(str, mistake["loc"]))
+        mistakes.append(f"{field}={mistake['input']!r}: {reason}" if field else reason)
+    return "; ".join(mistakes)

@@ -146,11 +146,11 @@ class Decoder:
             for row, prompt in enumerate(prompts):
                 text.seen[row, torch.tensor(prompt, device=text.seen.device)] = True
 
-    def stop(self, rows: Sequence[int]) -> None:
-        """Let rows grow no further."""
-        for row in rows:
-            self._running[row] = False
-        self.text.running.copy_(torch.tensor(self._running))
+    def stop_all_but(self, running: Sequence[bool]) -> None:
+        """Let the other rows grow no further."""
+        if list(running) != self._running:
+            self._running = list(running)
+            self.text.running.copy_(torch.tensor(self._running))
 
     def round(self, length: int, generator: torch.Generator | None) -> list[list[int]]:
         """Draft and verify once.
@@ -229,7 +229,9 @@ class Decoder:
             inputs = torch.cat([inputs, proposal.tokens], 1)
         positions = newest[:, None] + torch.arange(length + 1, device=newest.device)
         # A plain step advances recurrent states at once; a verified one waits for the verdict.
-        call = StaticCall(positions, n_keys, n_valid=None if length else text.running.long())
+        n_valid = None if length else text.running.long()
+        alone = not length and self.size.n_rows == 1 and not self.has_fixed_shapes
+        call = StaticCall(positions, n_keys, n_valid, sees_all=alone)
         h = self.model.decode(inputs, self.cache, call)
         if text.states is not None:
             text.states.scatter_(1, positions[..., None].expand_as(h), h)
@@ -275,8 +277,10 @@ class Decoder:
 
 
 def _captures(model: Any) -> bool:
-    """Whether rounds become CUDA graphs: on a GPU, for models whose passes never wait for the host. Experts of transformers may:
-    they look up which of them were chosen."""
+    """Whether rounds become CUDA graphs: on a GPU, for models without experts.
+
+    Those of transformers look up which of them were chosen, and wait for the host to know.
+    """
     on_gpu: bool = model.lm_head.weight.device.type == "cuda"
     return on_gpu and not getattr(model.config.get_text_config(), "num_experts", 0)
 

@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mull.data.corpus import Corpus, load_stdlib, subsample
 from mull.data.packing import PackedDataset, pack_texts
 from mull.data.sampler import ShuffledBatches
 from mull.data.tokenizer import train_tokenizer
+from mull.demo_speculation import SpeculationSize, SpeculationStory, speculation_story, tell_speculation
 from mull.demo_weights import ARMS, WeightsStory, tell_weights, weights_story
 from mull.evaluation.held_out import held_out_loss
 from mull.model import MullForCausalLM
@@ -63,6 +64,7 @@ class DemoSize:
     chain_prompts: int = 256
     new_tokens: int = 60
     weights_steps: int = 24
+    speculation: SpeculationSize = field(default_factory=SpeculationSize)
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def run_demo(out: Path, seed: int = 0, size: DemoSize | None = None) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     text = text_story(out, seed, size)
     weights = _weights_story(text, out, seed, size)
+    speculation = _speculation_story(text, out, seed, size)
     chain = chain_story(out, seed, size)
     report = Report(
         "mull demo: a pretrained model that thinks in loops",
@@ -126,6 +129,7 @@ def run_demo(out: Path, seed: int = 0, size: DemoSize | None = None) -> Path:
     _tell_split(report, text)
     _tell_iterations(report, text)
     tell_weights(report, weights)
+    tell_speculation(report, speculation, text.tokenizer)
     _tell_chain(report, chain, size)
     _tell_samples(report, text, size)
     _tell_reload(report, out / "model", text)
@@ -191,6 +195,18 @@ def _weights_story(text: TextStory, out: Path, seed: int, size: DemoSize) -> Wei
         batch_size=size.batch_size // 2,
         seed=seed,
     )
+
+
+def _speculation_story(text: TextStory, out: Path, seed: int, size: DemoSize) -> SpeculationStory:
+    drafting = size.speculation
+    print(
+        f"drafting: {drafting.own_rows} rows of the looped model's own text, {drafting.steps} steps for its heads; then timings"
+    )
+    story = speculation_story(
+        out / "model", text.packed, text.held_out, _train, out / "drafting", size=drafting, seed=seed
+    )
+    text.tokenizer.save_pretrained(out / "drafting" / "model")
+    return story
 
 
 def _architecture(tokenizer: PreTrainedTokenizerBase, size: DemoSize) -> Qwen3Config:

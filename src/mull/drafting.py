@@ -8,6 +8,7 @@ head was not in use) are caught up on first, from the trunk's states of the whol
 Shapes: B rows, T tokens, W window, D model width, V vocabulary, K drafts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,8 +89,7 @@ class Drafter:
         self._final = [[0] * self.text.tokens.shape[0] for _ in range(self._n_modules)]
 
     def steady_window(self, longest: int) -> int:
-        """Positions that a round has to cover at most if the round before drafted: those it made known, and those that it
-        filled from drafts."""
+        """Positions that a round has to cover at most after one that drafted: what that made known, or filled from drafts."""
         if not self._has_cache:
             return 1
         return longest + 1 + (longest - 1 if self._chained else 0)
@@ -135,12 +135,23 @@ class Drafter:
             self.mark_final(length, end)
 
     def _run_window(self, length: int, positions: Tensor, n_keys: int) -> None:
-        call = StaticCall(positions, n_keys, n_valid=None)
+        run = self._runner(StaticCall(positions, n_keys, n_valid=None))
         h = self._states_at(positions)
         for k in range(1, len(self._in_use(length)) + 1):
             embedded = self._embedded_at(positions + k) if self.heads.sequential else None
-            out = self.model.decode_head(k, h, embedded, self.cache, call)
+            out = run(k, h, embedded)
             h = out if self.heads.sequential else h
+
+    def _runner(self, call: StaticCall) -> Callable[[int, Tensor, Tensor | None], Tensor]:
+        """Runs heads ``(k, h, embedded)`` at the positions of a call."""
+        assert self.text.states is not None
+        sides = self.model.static_sides(self.text.states[:, : call.positions.shape[1]], call)
+
+        def run(k: int, h: Tensor, embedded: Tensor | None) -> Tensor:
+            states: Tensor = self.model.decode_head(k, h, embedded, self.cache, call, sides)
+            return states
+
+        return run
 
     def _states_at(self, positions: Tensor) -> Tensor:
         assert self.text.states is not None, "drafting needs the trunk's states"
@@ -165,14 +176,14 @@ class Drafter:
         start = (newest - window).clamp(min=0)
         last = newest - 1 - start
         positions = _span(start, window)
-        call = StaticCall(positions, n_keys, n_valid=None)
+        run = self._runner(StaticCall(positions, n_keys, n_valid=None))
         h = self._states_at(positions)
         chooser = _Chooser(self, uniform)
         if not self.heads.sequential:
-            outs = [_at(self.model.decode_head(k, h, None, self.cache, call), last) for k in range(1, length + 1)]
+            outs = [_at(run(k, h, None), last) for k in range(1, length + 1)]
             return chooser.choose_all(torch.stack(outs, 1))
         for k in range(1, length + 1):
-            h = self.model.decode_head(k, h, self._embedded_at(positions + k), self.cache, call)
+            h = run(k, h, self._embedded_at(positions + k))
             chooser.choose(self.model.lm_head(_at(h, last)))
         return chooser.proposal()
 
@@ -180,16 +191,16 @@ class Drafter:
         newest = self.text.newest
         start = (newest - window).clamp(min=0)
         positions = _span(start, window)
-        call = StaticCall(positions, n_keys, n_valid=None)
+        run = self._runner(StaticCall(positions, n_keys, n_valid=None))
         chooser = _Chooser(self, uniform)
-        out = self.model.decode_head(1, self._states_at(positions), self._embedded_at(positions + 1), self.cache, call)
+        out = run(1, self._states_at(positions), self._embedded_at(positions + 1))
         state = _at(out, newest - 1 - start)
         chooser.choose(self.model.lm_head(state))
         for k in range(2, length + 1):
             # The chain goes on behind the text, in slots that the next round overwrites with true entries.
-            call = StaticCall((newest + k - 2)[:, None], n_keys, n_valid=None)
+            run = self._runner(StaticCall((newest + k - 2)[:, None], n_keys, n_valid=None))
             embedded = self.model.model.embed_tokens(chooser.tokens[-1])[:, None]
-            state = self.model.decode_head(k, state[:, None], embedded, self.cache, call)[:, 0]
+            state = run(k, state[:, None], embedded)[:, 0]
             chooser.choose(self.model.lm_head(state))
         return chooser.proposal()
 

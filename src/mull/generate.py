@@ -24,6 +24,9 @@ from mull.path import Path
 CAPACITY_STEP = 256
 """Buffers of compiled decoders are rounded up to this many tokens, so that calls of similar lengths share them."""
 
+UNSTEADY_ROPES = {"dynamic", "longrope"}
+"""Rotary embeddings of transformers that look at the largest position of a call."""
+
 
 @dataclass
 class GenerationStats:
@@ -65,11 +68,8 @@ class GenerationStats:
     warm_up_seconds: float = 0.0
     """Wall time of rounds that had to be compiled or captured first. `tokens_per_second` and `speedup` leave them out."""
 
-    timed_tokens: int = 0
-    """Tokens of all rows that were made in `decode_seconds`."""
-
-    timed_steps: int = 0
-    """Rounds without drafts that would have made them."""
+    timed_tokens: list[int] = field(default_factory=list)
+    """Tokens of each row that were made in `decode_seconds`."""
 
     plain_seconds: float | None = None
     """Wall time of a round without drafts: the median of this call's, or what earlier calls of this size measured; None where
@@ -82,47 +82,49 @@ class GenerationStats:
 
     @property
     def mean_accepted_length(self) -> float:
-        """Mean number of tokens per row and round, the model's own included: 1 for plain decoding. No speed-up, as drafts cost
-        time."""
+        """Mean tokens per row and round, the model's own included: 1 for plain decoding. No speed-up, as drafts cost time."""
         return 1 + sum(self.accepted) / self.row_rounds if self.row_rounds else 1.0
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens of all rows per second of decoding."""
-        return self.timed_tokens / self.decode_seconds if self.decode_seconds else 0.0
+        return sum(self.timed_tokens) / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
     def speedup(self) -> float | None:
-        """Time that plain decoding would have taken for the same tokens, at `plain_seconds` a round, over the time taken; None
-        where no plain round was measured, which a fixed draft length leaves no room for."""
+        """Time of plain decoding for the same tokens, at `plain_seconds` a round, over `decode_seconds`.
+
+        None where no plain round was measured: a fixed draft length leaves no room for one.
+        """
         if self.plain_seconds is None or not self.decode_seconds:
             return None
-        return self.timed_steps * self.plain_seconds / self.decode_seconds
+        return max(self.timed_tokens) * self.plain_seconds / self.decode_seconds
 
-    def record(self, length: int, gained: Sequence[int], seconds: float, warm_up: bool) -> None:
+    def record(self, length: int, gained: Sequence[int], kept: Sequence[int], seconds: float, warm_up: bool) -> None:
         """Enter a round.
 
         Args:
             length: Its draft length.
-            gained: Tokens that each running row gained.
+            gained: Tokens that each row gained; 0 for those that no longer run.
+            kept: How many of them are part of the text, which may have ended inside the round.
             seconds: Its wall time.
             warm_up: Whether it was compiled or captured in that time.
         """
+        running = [n for n in gained if n]
         self.rounds += 1
-        self.row_rounds += len(gained)
+        self.row_rounds += len(running)
         self.draft_lengths[length] = self.draft_lengths.get(length, 0) + 1
         for counts in (self.drafted, self.verified, self.accepted):
             counts.extend([0] * (length - len(counts)))
         for position in range(length):
-            self.drafted[position] += len(gained)
-            self.verified[position] += sum(n > position for n in gained)
-            self.accepted[position] += sum(n > position + 1 for n in gained)
+            self.drafted[position] += len(running)
+            self.verified[position] += sum(n > position for n in running)
+            self.accepted[position] += sum(n > position + 1 for n in running)
         if warm_up:
             self.warm_up_seconds += seconds
             return
         self.decode_seconds += seconds
-        self.timed_tokens += sum(gained)
-        self.timed_steps += max(gained)
+        self.timed_tokens = [n + new for n, new in zip(self.timed_tokens or [0] * len(kept), kept, strict=True)]
 
 
 @dataclass
@@ -176,7 +178,7 @@ def generate(
     think_iterations: int | None = None,
     path: Sequence[Sequence[int]] | None = None,
     streamer: Streamer | None = None,
-    compile: bool = False,
+    compile: bool = False,  # noqa: A002
 ) -> GenerateOutput:
     """Continue prompts.
 
@@ -237,20 +239,14 @@ def _run(
     streamer: Streamer | None,
 ) -> None:
     begin = time.perf_counter()
-    gained = [[token] for token in decoder.start(prompts, generator)]
+    rows.append([[token] for token in decoder.start(prompts, generator)])
     stats.prefill_seconds = time.perf_counter() - begin
     if streamer is not None:
         streamer.put(torch.tensor(prompts[0]))
+        streamer.put(torch.tensor(rows.tokens[0]))
     plain: list[float] = []
-    while True:
-        was_running = list(rows.running)
-        ended = rows.append(gained)
-        if streamer is not None and was_running[0]:
-            streamer.put(torch.tensor(rows.tokens[0][-rows.last_kept[0] :]))
-        if not any(rows.running):
-            break
-        if ended:
-            decoder.stop(ended)
+    while any(rows.running):
+        decoder.stop_all_but(rows.running)
         length = policy.choose()
         if not decoder.has_fixed_shapes:
             length = min(length, rows.most_left - 1)
@@ -258,11 +254,14 @@ def _run(
         begin = time.perf_counter()
         gained = decoder.round(length, generator)
         seconds = time.perf_counter() - begin
-        counts = [len(tokens) for tokens, runs in zip(gained, rows.running, strict=True) if runs]
-        policy.observe(length, [n - 1 for n in counts], seconds)
-        stats.record(length, counts, seconds, warm_up)
+        kept = rows.append(gained)
+        counts = [len(tokens) for tokens in gained]
+        policy.observe(length, [n - 1 for n in counts if n], seconds)
+        stats.record(length, counts, kept, seconds, warm_up)
         if length == 0 and not warm_up:
             plain.append(seconds)
+        if streamer is not None:
+            streamer.put(torch.tensor(rows.tokens[0][-kept[0] :]))
     stats.plain_seconds = median(plain) if plain else policy.seconds.get(0)
     if streamer is not None:
         streamer.end()
@@ -274,7 +273,6 @@ class _Rows:
     def __init__(self, n_rows: int, max_new_tokens: int, end_tokens: frozenset[int]) -> None:
         self.tokens: list[list[int]] = [[] for _ in range(n_rows)]
         self.running = [True] * n_rows
-        self.last_kept = [0] * n_rows
         self.max_new_tokens = max_new_tokens
         self.end_tokens = end_tokens
 
@@ -286,20 +284,16 @@ class _Rows:
         )
 
     def append(self, gained: Sequence[Sequence[int]]) -> list[int]:
-        """Take what a round gave, up to an end token or the limit inside it; return the rows that ended."""
-        ended = []
+        """Take what a round gave, up to an end token or the limit inside it; return how much of it each row kept."""
+        counts = []
         for row, new in enumerate(gained):
-            if not self.running[row]:
-                continue
             kept = list(new[: self.max_new_tokens - len(self.tokens[row])])
             ends = [place for place, token in enumerate(kept) if token in self.end_tokens]
             kept = kept[: ends[0] + 1] if ends else kept
             self.tokens[row] += kept
-            self.last_kept[row] = len(kept)
-            if ends or len(self.tokens[row]) >= self.max_new_tokens:
-                self.running[row] = False
-                ended.append(row)
-        return ended
+            self.running[row] = self.running[row] and not ends and len(self.tokens[row]) < self.max_new_tokens
+            counts.append(len(kept))
+        return counts
 
 
 def _decoder(
@@ -349,11 +343,23 @@ def _prompts(model: Any, input_ids: Tensor, attention_mask: Tensor | None, max_n
         masks = attention_mask.tolist()
         rows = [[token for token, real in zip(*row, strict=True) if real] for row in zip(rows, masks, strict=True)]
     if not rows or not all(rows):
-        raise ValueError("Every row needs at least one token to continue, and at least one row is empty or all padding.")
-    vocabulary = model.config.get_text_config().vocab_size
+        raise ValueError(
+            "Every row needs at least one token to continue, and at least one row is empty or all padding."
+        )
+    config = model.config.get_text_config()
+    ropes = [config.rope_parameters, *config.rope_parameters.values()] if config.rope_parameters else []
+    unsteady = {rope["rope_type"] for rope in ropes if isinstance(rope, dict) and "rope_type" in rope} & UNSTEADY_ROPES
+    if unsteady:
+        raise ValueError(
+            f"The model's rotary embeddings are {unsteady.pop()!r}: they change with the length of the longest row, drafts "
+            "included, so a row's text would depend on them. Use model.generate."
+        )
+    vocabulary = config.vocab_size
     if max(map(max, rows)) >= vocabulary or min(map(min, rows)) < 0:
-        raise ValueError(f"input_ids holds tokens outside 0 to {vocabulary - 1}: the tokenizer belongs to another model.")
-    n_tokens, limit = max(map(len, rows)), model.config.get_text_config().max_position_embeddings
+        raise ValueError(
+            f"input_ids holds tokens outside 0 to {vocabulary - 1}: the tokenizer belongs to another model."
+        )
+    n_tokens, limit = max(map(len, rows)), config.max_position_embeddings
     if n_tokens + max_new_tokens > limit:
         raise ValueError(
             f"The longest prompt's {n_tokens} tokens and max_new_tokens={max_new_tokens} exceed the model's {limit} positions: "

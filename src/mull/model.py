@@ -448,11 +448,21 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
             Final-normed states ``[B, T, D]``.
         """
         h = self.model.embed_tokens(input_ids)
-        sides = prepare_static(self.model, self._family, h, call)
+        sides = self.static_sides(h, call)
         return self.model.norm(self._visit(h, cache.path, sides, partial(cache.view, call=call)))
 
+    def static_sides(self, h: Tensor, call: StaticCall) -> Sides:
+        """What the layers of a call on a static cache share, for `decode_head`; `h` is ``[B, T, D]``."""
+        return prepare_static(self.model, self._family, h, call)
+
     def decode_head(
-        self, k: int, h: Tensor, embedded: Tensor | None, cache: StaticSlotCache, call: StaticCall
+        self,
+        k: int,
+        h: Tensor,
+        embedded: Tensor | None,
+        cache: StaticSlotCache,
+        call: StaticCall,
+        sides: Sides,
     ) -> Tensor:
         """Run head ``k`` against its block's slot of a static cache.
 
@@ -462,6 +472,7 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
             embedded: ``[B, T, D]``, embeddings that sequential heads read.
             cache: The cache.
             call: Where the head's entries stand.
+            sides: From `static_sides`.
 
         Returns:
             States ``[B, T, D]``.
@@ -470,7 +481,6 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         assert heads is not None, "only a model with heads drafts"
 
         def run_block(block: nn.Module, x: Tensor, step: int) -> Tensor:
-            sides = prepare_static(self.model, self._family, x, call)
             view = cache.head_view((step - 1) % len(heads.heads), call)
             return run_layer(block, "full_attention", x, sides, view)
 

@@ -199,6 +199,35 @@ def accuracy_against_iterations(
     return figure
 
 
+def acceptance_figure(
+    conditional: Sequence[float], cumulative: Sequence[float], speeds: Mapping[str, Sequence[float]] | None = None
+) -> Figure:
+    """Acceptance of drafts by position and, beside it, the speed of decoding with and without them.
+
+    Args:
+        conditional: Share of accepted drafts at the first, second, ... position, of those whose predecessors were accepted.
+        cumulative: Share of accepted drafts of all that were drafted there.
+        speeds: Name of a way of decoding to tokens per second, one number per measurement; each is drawn, and their median.
+    """
+    with _style():
+        figure = Figure(figsize=(8.4 if speeds else 7.4, 3.9), layout="constrained")
+        panels = figure.subplots(1, 2 if speeds else 1, squeeze=False)[0]
+        places = range(1, len(conditional) + 1)
+        axes = panels[0]
+        axes.plot(
+            places, conditional, color=PALETTE[0], marker=MARKERS[0], label="of those whose predecessors were accepted"
+        )
+        axes.plot(places, cumulative, color=PALETTE[1], marker=MARKERS[1], label="of all drafted")
+        axes.set(xlabel="position of the draft", ylabel="accepted (%)", ylim=(-0.03, 1.03), title="Drafts")
+        axes.set_xlim(0.6, len(conditional) + 0.4)
+        axes.set_xticks(places)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+        if speeds:
+            _speed_points(panels[1], speeds)
+        _legend(figure, columns=2)
+    return figure
+
+
 def angular_distance_figure(split: "SplitReport") -> Figure:
     """The distance curve with the proposed blocks shaded, and below it the loop probe where there is one.
 
@@ -260,6 +289,26 @@ def _iteration_lines(axes: Axes, models: Sequence[Series], trained_iterations: i
         axes.axvspan(trained_iterations + 0.5, most + 0.5, color="#EEF0F3", zorder=0, label="more than in training")
         axes.set_xlim(right=most + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _speed_points(axes: Axes, speeds: Mapping[str, Sequence[float]]) -> None:
+    """Every measurement as a point, in the order of measuring from left to right, and the median as a line with its number."""
+    for column, measured in enumerate(speeds.values()):
+        colour = PALETTE[2 + column % (len(PALETTE) - 2)]
+        spread = np.linspace(-0.2, 0.2, len(measured)) if len(measured) > 1 else np.zeros(1)
+        axes.plot(column + spread, measured, "o", color=colour, alpha=0.55, markeredgewidth=0)
+        middle = float(np.median(measured))
+        axes.hlines(middle, column - 0.28, column + 0.28, color=colour, linewidth=2.2)
+        axes.annotate(f"{middle:.3g}", (column + 0.28, middle), (4, 0), textcoords="offset points", va="center")
+    axes.set_xticks(range(len(speeds)), labels=list(speeds))
+    axes.grid(visible=False, axis="x")
+    axes.set(
+        xlim=(-0.5, len(speeds) - 0.25),
+        ylim=(0, 1.12 * max(max(measured) for measured in speeds.values())),
+        xlabel="way of decoding",
+        ylabel="tokens per second",
+        title="Speed",
+    )
 
 
 def _legend(figure: Figure, columns: int) -> None:

@@ -51,6 +51,9 @@ class StaticCall:
     fresh: bool = False
     """The rows start here, each at position 0: attention is causal over the call's own tokens, without a look into the cache."""
 
+    sees_all: bool = False
+    """There is one row with one token, at slot ``n_keys - 1``: it sees every key, so attention needs no mask."""
+
 
 class _AttentionSlot:
     """Keys and values of one visit, ``[B, H, capacity, W]`` each."""

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EXACT, FAMILIES, HYBRIDS, SPLIT, VOCAB, tiny
+from conftest import EXACT, HYBRIDS, SPLIT, VOCAB, tiny
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import GenerationConfig
 
 from mull.configs import MTPConfig
 from mull.decoder import Decoder, Size
-from mull.drafting import Drafter, Proposal
+from mull.drafting import Proposal
 from mull.generate import generate
 from mull.model import MullForCausalLM
 from mull.ops.sampling import Sampling
@@ -133,8 +134,7 @@ class Driver:
         self.decoder = Decoder(model, model.path(2), sampling or Sampling(), Size(len(prompts), capacity, 3))
         self.generator = None if sampling is None else torch.Generator().manual_seed(0)
         self.rows = [
-            [*prompt, token]
-            for prompt, token in zip(prompts, self.decoder.start(prompts, self.generator), strict=True)
+            [*prompt, token] for prompt, token in zip(prompts, self.decoder.start(prompts, self.generator), strict=True)
         ]
         self.proposal: Proposal | None = None
         assert self.decoder.drafter is not None
@@ -161,7 +161,7 @@ LENGTHS = [3, 3, 1, 0, 0, 2, 3, 0, 1, 3, 2, 3]
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", ["qwen3", "olmo3", *HYBRIDS[:3]])
 def test_after_every_round_the_state_is_that_of_a_fresh_start(
-    family: str, head: str, exact: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    family: str, head: str, exact: Callable[..., Any]
 ) -> None:
     model = with_heads(family, head, dtype=torch.float64)
     driver = Driver(model, [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]])
@@ -193,14 +193,14 @@ def test_heads_draft_what_their_training_pass_says(family: str, head: str, exact
         before = driver.round(length)
         if not length:
             continue
-        assert driver.proposal is not None and driver.proposal.law is not None
+        assert driver.proposal is not None
+        assert driver.proposal.law is not None
         for row, tokens in enumerate(before):
             drafts = driver.proposal.tokens[row].tolist()
             ids = torch.tensor([[*tokens, *drafts]])
             last = len(tokens) - 2  # the last position whose state the round began with
             targets = torch.full((1, ids.shape[1], 1 + length), -100)
             targets[0, last, 1:] = torch.tensor(drafts)
-            # A loss far behind would do no harm, but nothing behind the row's text may matter either.
             hidden = model.early_decoded(ids, think_iterations=2)[-1]
             _, losses = model.head_losses(hidden, ids, targets, torch.ones(targets.shape, dtype=torch.float64))
             law = driver.proposal.law[row].gather(1, driver.proposal.tokens[row][:, None])[:, 0]
@@ -289,8 +289,6 @@ def test_sampled_text_has_the_law_of_the_model(head: str, warper: str) -> None:
 
 def joint_law(model: MullForCausalLM, prompt: Tensor, sampling: Sampling) -> Tensor:
     """``[V, V, V]``: probability of every continuation by three tokens, with transformers' own processors."""
-    from transformers import GenerationConfig
-
     config = GenerationConfig(do_sample=True, **{"top_k": 0, **sampling.model_dump(exclude_none=True)})
     processors = model._get_logits_processor(config, input_ids_seq_length=prompt.shape[1])
     size = model.lm_head.out_features

@@ -11,6 +11,7 @@ import mull
 from mull.configs import ETDConfig
 from mull.data.chain import ChainTask
 from mull.demo import DemoSize, chain_accuracy, run_demo
+from mull.demo_speculation import WAYS, SpeculationSize
 
 TINY = DemoSize(
     corpus_bytes=200_000,
@@ -27,6 +28,7 @@ TINY = DemoSize(
     chain_prompts=4,
     new_tokens=4,
     weights_steps=4,
+    speculation=SpeculationSize(own_rows=4, own_tokens=8, steps=2, batch_size=2, prompts=2, new_tokens=6),
 )
 
 
@@ -53,19 +55,27 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path) -> None:
     report = run_demo(tmp_path, seed=0, size=TINY).read_text()
     page = Headings()
     page.feed(report)
-    assert page.headings[:7] == [
+    assert page.headings[:8] == [
         "What was trained",
         "Where to loop",
         "Loss against iterations",
         "Weighing tokens",
+        "Drafting",
         "A task that needs depth: chain to root",
         "Samples",
         "Saved and loaded",
     ]
-    assert page.figures == 5
+    assert page.figures == 6
     assert "the same logits, bit for bit" in report
     assert "OTHER logits" not in report
+    assert "All calls wrote the same tokens." in report
+    assert report.count("2 of 2") == len(WAYS)
     assert mull.from_pretrained(str(tmp_path / "model")).etd_config is not None
+    drafting = mull.from_pretrained(str(tmp_path / "drafting" / "model"))
+    assert drafting.mtp_config is not None
+    assert torch.equal(drafting.lm_head.weight, mull.from_pretrained(str(tmp_path / "model")).lm_head.weight), (
+        "not frozen"
+    )
     again = run_demo(tmp_path, seed=0, size=TINY)
     assert again.exists(), "a second demo in the same folder replaces the first"
 

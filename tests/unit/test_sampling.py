@@ -6,7 +6,7 @@ That the emitted tokens have the target's joint law is shown in test_sampling_la
 import importlib.util
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -296,16 +296,20 @@ def test_each_position_has_seen_the_text_and_the_drafts_before_it() -> None:
 # --- One graph --------------------------------------------------------------------------------------------------------------
 
 
-def decode(module: Any, logits: Tensor, head: Tensor, seen: Tensor, drafts: Tensor, uniform: Tensor) -> Any:
-    """What a round calls."""
+def round_of(module: Any) -> Callable[..., Any]:
+    """What a round calls, as a function of tensors."""
     sampling = module.Sampling(temperature=0.8, top_k=4, top_p=0.95, min_p=0.1, repetition_penalty=1.3)
-    along = module.seen_along(seen, drafts)
-    p, q = module.warp(logits, sampling, along), module.warp(head, sampling, along[:, :-1])
-    greedy = module.accept_greedy(module.penalize(logits, sampling, along), drafts)
-    return greedy, [module.accept(p, law, drafts, uniform) for law in (q, None)]
+
+    def decode(logits: Tensor, head: Tensor, seen: Tensor, drafts: Tensor, uniform: Tensor) -> Any:
+        along = module.seen_along(seen, drafts)
+        p, q = module.warp(logits, sampling, along), module.warp(head, sampling, along[:, :-1])
+        greedy = module.accept_greedy(module.penalize(logits, sampling, along), drafts)
+        return greedy, [module.accept(p, law, drafts, uniform) for law in (q, None)]
+
+    return decode
 
 
-def given_to_decode() -> tuple[Tensor, ...]:
+def tensors_of_a_round() -> tuple[Tensor, ...]:
     torch.manual_seed(0)
     logits, head, seen = torch.randn(8, 4, 20), torch.randn(8, 3, 20), torch.rand(8, 20) < 0.3
     return logits, head, seen, torch.randint(20, (8, 3)), torch.rand(8, 4, dtype=torch.float64)
@@ -313,7 +317,7 @@ def given_to_decode() -> tuple[Tensor, ...]:
 
 def test_no_step_of_a_round_looks_at_a_value() -> None:
     """Tensors of the meta device have none: whatever would wait for the device fails there."""
-    decode(sampling_module, *(tensor.to("meta") for tensor in given_to_decode()))
+    round_of(sampling_module)(*(tensor.to("meta") for tensor in tensors_of_a_round()))
 
 
 @pytest.fixture(name="unchecked")
@@ -330,6 +334,6 @@ def _unchecked() -> Iterator[ModuleType]:
 
 
 def test_a_round_compiles_to_one_graph(unchecked: Any) -> None:
-    given = given_to_decode()
-    compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")(unchecked, *given)
-    pytree.tree_map(torch.testing.assert_close, compiled, decode(unchecked, *given))
+    decode, given = round_of(unchecked), tensors_of_a_round()
+    compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")(*given)
+    pytree.tree_map(torch.testing.assert_close, compiled, decode(*given))

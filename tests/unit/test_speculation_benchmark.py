@@ -268,7 +268,7 @@ def test_variants_run_in_turns_and_the_first_round_does_not_count(
 
 def test_acceptance_and_tokens_per_pass_are_those_of_the_timed_rounds(speculation: ModuleType) -> None:
     def outcome(accepted: list[int], verified: list[int], row_rounds: int) -> Any:
-        stats = SimpleNamespace(accepted=accepted, verified=verified, row_rounds=row_rounds)
+        stats = SimpleNamespace(accepted=accepted, verified=verified, drafted=verified, row_rounds=row_rounds)
         return speculation.Outcome([[0]], stats)
 
     warm_up, timed = (

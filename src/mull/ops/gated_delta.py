@@ -94,8 +94,8 @@ def short_gated_delta(
 ) -> tuple[Float[Tensor, "B T H V"], DeltaWrites]:
     """Run the rule over a few tokens, leaving the state as it is. Work and memory grow with T squared.
 
-    Measured on one CPU thread, in fp32, with 32 heads of 128 x 128: 0.12 ms for 1 token and 0.29 ms for 4, against 1.9 ms and
-    7.4 ms of transformers' loop over tokens.
+    Measured on one CPU thread, in fp32, with 32 heads of 128 x 128, `written_state` included: 0.38 ms for 1 token and 0.50 ms for
+    4, against 0.46 ms and 1.25 ms of transformers' loop over tokens and 8 ms of its chunked rule.
 
     Args:
         query: Queries before normalisation, as the layer passes them to the rule.
