@@ -1,4 +1,4 @@
-"""What the README shows is true: its program runs, one iteration prints the base model's text, its commands and files exist."""
+"""What the README and the page on generation show is true: programs run and do what they say, commands and files exist."""
 
 import re
 from pathlib import Path
@@ -6,8 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
 
+from mull.configs import ETDConfig, MTPConfig
+from mull.data.tokenizer import train_tokenizer
 from mull.recipe import load_recipe
+from mull.retrofit import wrap_transformer_with_etd
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,6 +29,39 @@ def test_the_program_runs_and_does_what_its_comments_say(capsys: pytest.CaptureF
     assert once != four
     etd = names["model"].etd_config
     assert (etd.n_encoder_layers, etd.n_think_layers, etd.n_decoder_layers) == (7, 4, 5)
+
+
+def test_the_programs_about_generation_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "how-to" / "generate.md").read_text(encoding="utf-8")
+    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(programs) >= 7
+    tokenizer = train_tokenizer(["def fib(n):\n    return n\n", "class Stack:\n    pass\n", "import os\n"], 270)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=128,
+        eos_token_id=0,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = wrap_transformer_with_etd(
+        AutoModelForCausalLM.from_config(config).eval(),
+        ETDConfig(n_encoder_layers=2, n_think_layers=2, n_decoder_layers=2, max_think_iterations=4),
+        MTPConfig(num_predict_tokens=3, mtp_head_type="mlp"),
+    )
+    names: dict[str, Any] = {"model": model, "tokenizer": tokenizer}
+    monkeypatch.chdir(tmp_path)
+    for program in programs:
+        exec(compile(program, "generate.md", "exec"), names)
+    assert tokenizer.decode(names["ids"][0]) in capsys.readouterr().out
 
 
 def test_make_targets_exist() -> None:

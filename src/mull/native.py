@@ -258,8 +258,8 @@ def calibrate_hidden_state(model: MullForCausalLM, source: str = "the model") ->
 
     The wrong one breaks nothing but acceptance, so nothing else would tell. The model writes some text by itself, sampled with
     a fixed seed. On it, step 1 of the heads predicts what the model will choose one token later; the state with the smaller
-    cross-entropy is it. With neither, heads may beat a uniform guess and, by three standard errors, their own predictions held
-    against the model's choices at other places. Then they predict nothing: a warning says so, and the state stays ``normed``.
+    cross-entropy is it. If from neither the heads agree with the model more often than always saying its most frequent token would, a
+    warning says that they predict nothing, and the state stays ``normed``.
 
     Args:
         model: A model with native heads, in evaluation mode. Think iterations are not run: heads come from the base model.
@@ -277,24 +277,22 @@ def calibrate_hidden_state(model: MullForCausalLM, source: str = "the model") ->
     chosen = model.lm_head(normed)[:, 1:].argmax(-1).flatten()  # token i + 2, at positions 0 to T - 2
     read: dict[HiddenState, Tensor] = {"normed": normed, "stream": before_norm(normed, model.model.norm)}
     entropies: dict[HiddenState, float] = {}
-    found, agreement = False, {}
+    agreement: dict[HiddenState, float] = {}
     for hidden_state, states in read.items():
         logits = _step_one(model, states, tokens)[:, :-1].flatten(0, 1).float()  # (B (T - 1), V)
-        losses = F.cross_entropy(logits, chosen, reduction="none")
-        elsewhere = F.cross_entropy(logits, chosen.roll(len(chosen) // 2), reduction="none")
-        gain = elsewhere - losses
-        beats_others = gain.mean() > 3 * gain.std() / math.sqrt(len(gain))
-        found |= bool(beats_others and losses.mean() < math.log(logits.shape[-1]))
-        entropies[hidden_state] = losses.mean().item()
+        entropies[hidden_state] = F.cross_entropy(logits, chosen).item()
         agreement[hidden_state] = (logits.argmax(-1) == chosen).float().mean().item()
+    chance = chosen.unique(return_counts=True)[1].max().item() / len(chosen)
     report = " and ".join(f"{entropies[name]:.2f} nats, {agreement[name]:.0%} equal for {name!r}" for name in read)
-    best = min(entropies, key=lambda name: entropies[name]) if found else "normed"
-    if found:
+    best = min(entropies, key=lambda name: entropies[name])
+    if max(agreement.values()) > chance:
         logger.info("The native heads of %s read the %r state: %s on %d tokens.", source, best, report, len(chosen))
     else:
+        best = "normed"
         warnings.warn(
-            f"The native heads of {source} predict nothing of what the model writes ({report}). They belong to another model, or "
-            "are not trained: drafting with them is slower than decoding without.",
+            f"The native heads of {source} predict nothing of what the model writes ({report}; always the most "
+            f"frequent token: {chance:.0%}). They belong to another model, or are not trained: drafting with them is slower than "
+            "decoding without.",
             stacklevel=2,
         )
     pin_hidden_state(model, best)

@@ -5,6 +5,7 @@ drafts, another loop and another cache. What the heads draft is held against the
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import GenerationConfig
 from mull.configs import MTPConfig
 from mull.decoder import Decoder, Size
 from mull.drafting import Proposal
+from mull.evaluation.lossless import differences
 from mull.generate import generate
 from mull.model import MullForCausalLM
 from mull.ops.sampling import Sampling
@@ -347,3 +349,35 @@ def test_five_hundred_prompts(family: str, head: str) -> None:
         plain = generate(model, ids, mask, **options)
         drafted = generate(model, ids, mask, draft="mtp", draft_length=1 + batch // 3 % 3, **options)
         assert drafted.sequences.tolist() == plain.sequences.tolist(), f"batch {batch}"
+
+
+def test_differences_are_found_and_judged() -> None:
+    model = with_heads("qwen3", "mlp")
+    ids, _ = ragged([9, 9])
+    prompts = ids.tolist()
+    reference = generate(model, ids, max_new_tokens=8, eos_token_id=[]).sequences[:, 9:].tolist()
+    wider = deepcopy(model).double()
+    assert differences(model, wider, prompts, reference, reference) == []
+    other = [list(row) for row in reference]
+    other[1][3:] = [(token + 1) % VOCAB for token in other[1][3:]]
+    (found,) = differences(model, wider, prompts, reference, other)
+    assert (found.row, found.position) == (1, 3)
+    assert 0 < found.rounding < 1e-4
+    assert found.gap > 1e-3
+    assert not found.is_tie
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "olmo3", "qwen3_5", "qwen3_next-moe"])
+def test_bf16_texts_part_at_ties_only(family: str, record_property: Callable[[str, object], None]) -> None:
+    model = with_heads(family, "sequential").bfloat16()
+    wider = deepcopy(model).float()
+    ids, _ = ragged([12] * 64)
+    options: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": [], "think_iterations": 1}
+    plain = generate(model, ids, **options).sequences[:, 12:].tolist()
+    drafted = generate(model, ids, draft="mtp", draft_length=3, **options).sequences[:, 12:].tolist()
+    found = differences(model, wider, ids.tolist(), plain, drafted, think_iterations=1)
+    for difference in found:
+        print(f"{family}: {difference}")
+    record_property("differences", len(found))
+    assert all(difference.is_tie for difference in found)

@@ -323,13 +323,15 @@ def own_text(model: MullForCausalLM, rows: int, tokens: int) -> Tensor:
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Stock checkpoints of an architecture without a table entry, with heads that were trained on either state, or in vain.
 
-    The factors of the final norm are uneven, also in sign, so that the two states differ. ``nothing``: targets of other rows.
+    The factors of the final norm are uneven, also in sign, so that the two states differ. ``nothing``: heads that were given the
+    targets of other rows, and learned which tokens are frequent.
     """
     folders = {}
     torch.set_num_threads(1)
     for truth in ("normed", "stream", "nothing"):
         base = tiny("llama", num_hidden_layers=2)
         torch.manual_seed(1)
+        base.lm_head.weight.data[20:] = 0  # hardly ever chosen
         base.model.norm.weight.data = torch.randn(32).exp() * torch.randn(32).sign()
         read = "stream" if truth == "stream" else "normed"
         mtp = MTPConfig(mtp_head_type="native", num_predict_tokens=1, native_hidden_state=read)
@@ -345,7 +347,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         coefficients = torch.zeros(targets.shape)
         coefficients[:, :-1, 1] = 1 / targets[:, :-1, 1].numel()
         optimizer = torch.optim.Adam(model.mtp.parameters(), lr=5e-3)
-        for _ in range(STEPS.get(truth, 40)):
+        for _ in range(12 if truth == "nothing" else 40):
             loss, _ = model.head_losses(states.detach(), text, targets, coefficients, trunk_gradient=0.0)
             optimizer.zero_grad()
             loss.backward()
@@ -395,7 +397,7 @@ def test_known_architectures_are_not_measured(layout: str, tmp_path: Path, monke
     assert model.mtp_config == NATIVE
 
 
-@pytest.mark.parametrize("seed", [0, 24])  # 24 gains four standard errors by chance
+@pytest.mark.parametrize("seed", range(10))
 def test_heads_that_predict_nothing_are_reported(seed: int, fitted: dict[str, Path], tmp_path: Path) -> None:
     tensors = load_file(fitted["stream"] / "model.safetensors")
     generator = torch.Generator().manual_seed(seed)

@@ -281,6 +281,23 @@ def test_acceptance_and_tokens_per_pass_are_those_of_the_timed_rounds(speculatio
     assert speculation.Timing(outcomes=[[speculation.Outcome([[0]])]] * 2).tokens_per_pass is None
 
 
+def test_a_prediction_takes_the_acceptance_that_was_measured(
+    dense: Any, models: ModuleType, speculation: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculation, "own_machine", lambda *_: speculation.Machine(flops=1e30, bandwidth=1.0))
+    subject = models.load_subject(dense.name, dense.folder, "fp32", "cpu")
+
+    def timing(*accepted: int) -> Any:
+        stats = SimpleNamespace(accepted=accepted, verified=[10] * len(accepted), drafted=[10] * len(accepted))
+        return speculation.Timing(tokens=20, outcomes=[[], [speculation.Outcome([[0]], stats)]])
+
+    timings = {"mull plain": timing(), "mull, 1 draft": timing(10), "mull, 2 drafts": timing(), "other": timing(5)}
+    found = speculation.predictions(subject, timings, [torch.zeros(8)] * 2, 1, "cpu")
+    assert set(found) == {"mull, 1 draft", "mull, 2 drafts"}
+    assert 1 < found["mull, 1 draft"] < 2  # two tokens for two reads of the weights, one of them of a head alone
+    assert found["mull, 2 drafts"] < 1
+
+
 def test_batches_are_padded_on_the_left(speculation: ModuleType) -> None:
     (ids, mask), (last, _) = speculation.batches_of(
         [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([5])], 2, "cpu"
@@ -352,7 +369,10 @@ def test_the_cost_of_verifying_is_measured(speculation: ModuleType, tmp_path: Pa
     assert speculation.main(["--toy", "--verify-cost", "--threads", "1", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "speculation-verify-cpu.json").read_text())
     assert [row["precision"] for row in record["verify_cost"]] == ["bf16", "fp32"]
-    assert all(row["ratio"]["1"] == 1 and row["ratio"]["8"] > 0 for row in record["verify_cost"])
+    for row in record["verify_cost"]:
+        assert row["ratio"]["1"] == row["predicted_ratio"]["1"] == 1
+        assert row["ratio"]["8"] > 0
+        assert row["predicted_ratio"]["8"] >= 1
 
 
 @pytest.mark.slow
@@ -365,6 +385,7 @@ def test_the_whole_benchmark_runs_and_finds_equal_texts(speculation: ModuleType,
         ours = [row for row in rows if row["variant"].startswith("mull")]
         assert len(ours) == 6
         assert precision != "fp32" or all(row["equal"] == 1 for row in ours)
+        assert {row["variant"] for row in rows if row["predicted"]} == set(speculation.LENGTHS.values())
     by_name = {row["variant"]: row for row in found[DENSE, "fp32", 1]}
     # The same heads, so the same drafts: transformers and mull need equally many passes.
     theirs, ours = by_name["transformers use_mtp"], by_name["mull, 3 drafts"]

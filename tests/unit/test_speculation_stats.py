@@ -10,7 +10,7 @@ def call(rounds: list[tuple[int, list[int]]], seconds: float = 0.5) -> Generatio
     """Statistics of a call with these rounds: draft length, and tokens that each row gained."""
     stats = GenerationStats(prompt_tokens=7, think_iterations=1)
     for length, gained in rounds:
-        stats.record(length, gained, seconds, warm_up=False)
+        stats.record(length, gained, gained, seconds, warm_up=False)
         stats.new_tokens += sum(gained)
     return stats
 
