@@ -205,9 +205,9 @@ def tell_speculation(report: Report, story: SpeculationStory, tokenizer: PreTrai
         ),
     )
     section.table(
-        ["way", *(f"rounds with {length} drafts" for length in range(LONGEST + 1))],
+        ["way", *(f"{length} drafted" for length in range(LONGEST + 1))],
         [_rounds(name, story) for name in WAYS],
-        caption="How many tokens were drafted. Fixed lengths draft less only where a text is about to end.",
+        caption="Rounds by the number of tokens that were drafted. Fixed lengths draft fewer only where a text is about to end.",
     )
     section.table(
         ["position", "drafted", "tested", "accepted", "share of tested", "share of drafted"],

@@ -39,9 +39,6 @@ SURPRISE = 2.5
 WINDOW = 9
 """Rounds of a length whose median is its cost."""
 
-STALE = 32
-"""Rounds without a length after which its times count as a single one."""
-
 CATCH_UP = 8
 """Rounds without a position after which its head has so much to catch up on that the round's time is not typical."""
 
@@ -240,14 +237,10 @@ class _Timing:
 
     def observe(self, seconds: float, round_number: int, *, only_if_low: bool) -> None:
         """Take in a round; one that may be dearer than usual counts only if it lies below the cost known."""
-        stale = round_number - self.last > STALE
         self.last = round_number
         self.calls += 1
         if self.calls == 1:
             return
-        if stale and self.cost is not None:
-            self._window.clear()
-            self._window.append(self.cost)
         if not only_if_low or self.cost is None or seconds < self.cost:
             self._window.append(seconds)
             self.cost = _lower_median(self._window)

@@ -214,6 +214,7 @@ def generate(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
     prompts = _prompts(model, input_ids, attention_mask, max_new_tokens)
+    padding = _padding(model, pad_token_id, len(prompts))
     if streamer is not None and len(prompts) > 1:
         raise ValueError(f"A streamer takes one row, and input_ids has {len(prompts)}.")
     visits = model.path(think_iterations, path)
@@ -226,7 +227,7 @@ def generate(
     rows = _Rows(len(prompts), max_new_tokens, _end_tokens(model, eos_token_id))
     _run(decoder, policy, prompts, rows, stats, _generator(sampling, seed), streamer)
     stats.new_tokens = sum(map(len, rows.tokens))
-    return GenerateOutput(_joined(input_ids, rows.tokens, _padding(model, pad_token_id, len(prompts))), stats)
+    return GenerateOutput(_joined(input_ids, rows.tokens, padding), stats)
 
 
 def _run(
@@ -247,9 +248,8 @@ def _run(
     plain: list[float] = []
     while any(rows.running):
         decoder.stop_all_but(rows.running)
-        length = policy.choose()
-        if not decoder.has_fixed_shapes:
-            length = min(length, rows.most_left - 1)
+        chosen = policy.choose()
+        length = chosen if decoder.has_fixed_shapes else min(chosen, rows.most_left - 1)
         warm_up = decoder.must_warm_up(length)
         begin = time.perf_counter()
         gained = decoder.round(length, generator)
@@ -258,7 +258,7 @@ def _run(
         counts = [len(tokens) for tokens in gained]
         policy.observe(length, [n - 1 for n in counts if n], seconds)
         stats.record(length, counts, kept, seconds, warm_up)
-        if length == 0 and not warm_up:
+        if chosen == 0 and not warm_up:
             plain.append(seconds)
         if streamer is not None:
             streamer.put(torch.tensor(rows.tokens[0][-kept[0] :]))
@@ -377,15 +377,14 @@ def _longest_draft(model: Any, draft: str | None, draft_length: int | None) -> i
         raise ValueError(f"draft={draft!r} is not known. Use 'mtp' for the model's own heads, or None.")
     if model.mtp_config is None:
         raise ValueError(
-            "draft='mtp' needs heads that predict further tokens, and this model has none: load it with mtp=MTPConfig(...) and "
-            "train them."
+            "draft='mtp' needs heads that predict further tokens, and this model has none: load those of its checkpoint with "
+            "mtp=MTPConfig(mtp_head_type='native') (mull generate --mtp native), or add some and train them."
         )
     longest = Drafter.longest(model.mtp_config, draft_length)
-    if draft_length is not None and not 0 <= draft_length <= longest:
-        raise ValueError(
-            f"draft_length={draft_length} is not possible: the model's {model.mtp_config.num_predict_tokens} heads draft 0 to "
-            f"{Drafter.longest(model.mtp_config, model.mtp_config.num_predict_tokens)} tokens."
-        )
+    if draft_length is not None and draft_length < 0:
+        raise ValueError(f"draft_length={draft_length} must be at least 0, which is plain decoding.")
+    if draft_length is not None and draft_length > longest:
+        raise ValueError(f"draft_length={draft_length} is not possible: the model's heads draft {longest} tokens at most.")
     return longest
 
 

@@ -258,8 +258,8 @@ def calibrate_hidden_state(model: MullForCausalLM, source: str = "the model") ->
 
     The wrong one breaks nothing but acceptance, so nothing else would tell. The model writes some text by itself, sampled with
     a fixed seed. On it, step 1 of the heads predicts what the model will choose one token later; the state with the smaller
-    cross-entropy is it. If from neither the heads agree with the model more often than always saying its most frequent token would, a
-    warning says that they predict nothing, and the state stays ``normed``.
+    cross-entropy is it. If from neither the heads agree with the model more often than its most frequent token does, a warning
+    says that they predict nothing, and the state stays ``normed``.
 
     Args:
         model: A model with native heads, in evaluation mode. Think iterations are not run: heads come from the base model.

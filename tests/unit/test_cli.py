@@ -96,6 +96,9 @@ def test_generate_drafts_the_same_text_and_says_what_it_took(
         for row in re.findall(r"^ +(\d) +(\d+) +(\d+) +(\d+) +[\d.]+%$", fixed, re.MULTILINE)
     ]
     assert [row[0] for row in rows] == [1, 2]
+    rounds = re.search(r"^rounds +(\d+) ", fixed, re.MULTILINE)
+    assert rounds is not None
+    assert rows[1][1] >= int(rounds[1]) - 2, "only the end of the text leaves no room for two drafts"
     for _, drafted, tested, accepted in rows:
         assert drafted >= tested >= accepted
     assert rows[1][2] == rows[0][3], "the second draft is tested where the first was accepted"

@@ -397,7 +397,7 @@ def test_known_architectures_are_not_measured(layout: str, tmp_path: Path, monke
     assert model.mtp_config == NATIVE
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 def test_heads_that_predict_nothing_are_reported(seed: int, fitted: dict[str, Path], tmp_path: Path) -> None:
     tensors = load_file(fitted["stream"] / "model.safetensors")
     generator = torch.Generator().manual_seed(seed)
