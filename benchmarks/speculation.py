@@ -61,6 +61,7 @@ from transformers.generation import CompileConfig
 from transformers.utils import logging as transformers_logging
 
 import mull
+from mull.evaluation.lossless import Difference, differences
 from mull.evaluation.speculation import acceptance_by_position
 from mull.evaluation.speed import STREAMED_BYTES, Machine, measure_machine, predicted_speedup
 
@@ -240,24 +241,6 @@ def passes_of_stock(subject: Subject, prompts: Sequence[tuple[Tensor, Tensor]], 
     return gained / (calls[0] - len(prompts))
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Where a text first parts from the reference."""
-
-    row: int
-    position: int
-    gap: float
-    """Between the logits of the two tokens, in the wider precision."""
-
-    rounding: float
-    """Largest difference that precision makes to a logit of this text."""
-
-    @property
-    def is_tie(self) -> bool:
-        """Whether rounding explains it: it may raise one logit and lower the other."""
-        return self.gap <= 2 * self.rounding
-
-
 class Judge:
     """Finds where texts part, and whether the two tokens are tied there.
 
@@ -276,19 +259,7 @@ class Judge:
         self, prompts: Sequence[Tensor], reference: list[list[int]], rows: list[list[int]]
     ) -> list[Difference]:
         """The first difference of each row that has one."""
-        found = []
-        for number, (prompt, expected, actual) in enumerate(zip(prompts, reference, rows, strict=True)):
-            if actual != expected:
-                place = next(i for i, pair in enumerate(zip(expected, actual, strict=True)) if pair[0] != pair[1])
-                text = torch.tensor([[*prompt.tolist(), *expected[:place]]], device=self.own.device)
-                found.append(self._judge(number, place, text, (expected[place], actual[place])))
-        return found
-
-    @torch.no_grad()
-    def _judge(self, row: int, place: int, text: Tensor, tokens: tuple[int, int]) -> Difference:
-        own, exact = (model(text, use_cache=False).logits[0].double() for model in (self.own, self.exact))
-        gap = (exact[-1, tokens[0]] - exact[-1, tokens[1]]).abs()
-        return Difference(row, place, float(gap), float((own - exact).abs().max()))
+        return differences(self.own, self.exact, [prompt.tolist() for prompt in prompts], reference, rows)
 
 
 def distinct_share(rows: Sequence[Sequence[int]], n: int = 8) -> float:

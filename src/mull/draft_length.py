@@ -45,7 +45,7 @@ CATCH_UP = 8
 SINGLE_TIME = 1.3
 """A length that was timed once is believed to cost at most this multiple of what the other lengths suggest."""
 
-FIRST_SHARE, HIGHEST_SHARE, LOWEST_SHARE = 0.01, 0.2, 0.005
+FIRST_SHARE, HIGHEST_SHARE, LOWEST_SHARE = 0.01, 0.05, 0.005
 """Share of the tokens that looking at longer, or at shorter lengths may cost: at first; after a look that found an improvement;
 and after many that did not. Each of those halves it."""
 
@@ -256,7 +256,7 @@ class _Position:
     def __init__(self, weight: float) -> None:
         self._n_accepted = PRIOR_ACCEPTANCE * weight
         self._n_reached = weight
-        self._short_mean: float | None = None
+        self._short_mean = PRIOR_ACCEPTANCE
 
     def acceptance(self, before: float | None) -> float:
         """The estimate; that of the position before counts as one draft."""
@@ -279,14 +279,15 @@ class _Position:
     def _detect_change(self, share: float, n_rows: int) -> None:
         """Start anew from the short average where the long one cannot explain it."""
         mean = self._n_accepted / self._n_reached
+        if self._n_reached <= FAST_MEMORY * n_rows:
+            self._short_mean = mean  # there is no older evidence to disagree with
+            return
         gain = 1 / FAST_MEMORY
-        short = mean if self._short_mean is None else self._short_mean
-        short += gain * (share - short)
+        self._short_mean += gain * (share - self._short_mean)
         # Rows are not independent, and a variance near 0 would make any event a change.
         variance = max(mean * (1 - mean) / min(n_rows, 4), 0.02) * gain / (2 - gain)
-        if (short - mean) ** 2 > SURPRISE**2 * variance:
-            self._n_accepted, self._n_reached = short * IDLE_WEIGHT, IDLE_WEIGHT
-        self._short_mean = short
+        if (self._short_mean - mean) ** 2 > SURPRISE**2 * variance:
+            self._n_accepted, self._n_reached = self._short_mean * IDLE_WEIGHT, IDLE_WEIGHT
 
 
 def _lower_median(values: Iterable[float]) -> float:

@@ -21,6 +21,10 @@ from mull.drafting import Drafter
 from mull.ops.sampling import Sampling
 from mull.path import Path
 
+KEPT_DECODERS = 2
+"""Compiled or captured decoders, with their buffers, that a model keeps: those made last. Enough for calls with and without
+drafts in turns."""
+
 CAPACITY_STEP = 256
 """Buffers of compiled decoders are rounded up to this many tokens, so that calls of similar lengths share them."""
 
@@ -312,8 +316,8 @@ def _decoder(
     size = Size(len(prompts), n_tokens + Size.slack(longest), longest)
     known = (visits, size.n_rows, longest, model.dtype, compiled)
     policy = kept.draft_lengths.setdefault(known, DraftLength(longest))
-    if draft_length is not None or not longest:
-        policy = DraftLength(longest, fixed=draft_length or 0)
+    if draft_length is not None:
+        policy = DraftLength(longest, fixed=draft_length)
     if not Decoder.keeps(model, compiled):
         return Decoder(model, visits, sampling, size), policy
     weights = tuple(parameter.data_ptr() for parameter in model.parameters())
@@ -322,7 +326,9 @@ def _decoder(
     if decoder is None or decoder.size.capacity < size.capacity:
         rounded = -(-size.capacity // CAPACITY_STEP) * CAPACITY_STEP
         decoder = Decoder(model, visits, sampling, Size(size.n_rows, rounded, longest), compiled)
-        kept.decoders = {key: decoder}  # the buffers of others are let go
+        kept.decoders[key] = decoder
+        while len(kept.decoders) > KEPT_DECODERS:
+            del kept.decoders[next(iter(kept.decoders))]
     return decoder, policy
 
 
@@ -380,12 +386,16 @@ def _longest_draft(model: Any, draft: str | None, draft_length: int | None) -> i
             "draft='mtp' needs heads that predict further tokens, and this model has none: load those of its checkpoint with "
             "mtp=MTPConfig(mtp_head_type='native') (mull generate --mtp native), or add some and train them."
         )
-    longest = Drafter.longest(model.mtp_config, draft_length)
-    if draft_length is not None and draft_length < 0:
+    longest = Drafter.longest(model.mtp_config)
+    if draft_length is None:
+        return longest
+    if draft_length < 0:
         raise ValueError(f"draft_length={draft_length} must be at least 0, which is plain decoding.")
-    if draft_length is not None and draft_length > longest:
-        raise ValueError(f"draft_length={draft_length} is not possible: the model's heads draft {longest} tokens at most.")
-    return longest
+    possible = Drafter.longest(model.mtp_config, draft_length)
+    if draft_length > possible:
+        raise ValueError(f"draft_length={draft_length} is not possible: the model's heads draft {possible} tokens at most.")
+    # Shorter drafts run on the buffers, and the compiled rounds, of the usual ones.
+    return max(longest, draft_length)
 
 
 def _end_tokens(model: Any, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:

@@ -320,3 +320,12 @@ def test_shorter_rounds_at_the_end_of_a_text_and_rows_that_ended_do_no_harm() ->
         policy.observe(0, [], 1.0)
     seconds, _ = world.call(policy)
     assert seconds / best(world.costs, world.acceptance) < 1.04
+
+
+def test_a_look_that_finds_accepted_drafts_is_soon_repeated() -> None:
+    policy = DraftLength(1)
+    feed(policy, 1500, seconds=lambda k: 1 + 0.45 * k)
+    lengths = feed(policy, 400, accepted=1, seconds=lambda k: 1 + 0.45 * k)
+    first = lengths.index(1)
+    assert first < 200
+    assert sum(lengths[first : first + 60]) > 30
