@@ -4,6 +4,7 @@ from mull.cache import SlotCache
 from mull.configs import ETDConfig, MTPConfig
 from mull.generate import GenerateOutput, GenerationStats, generate
 from mull.model import MullConfig, MullForCausalLM, MullOutput
+from mull.native import export_native_heads
 from mull.ops.sampling import Sampling
 from mull.path import Path, Visit, from_actions, from_layers, recursion
 from mull.presets import TransformerConfig
@@ -23,6 +24,7 @@ __all__ = [
     "TransformerConfig",
     "Visit",
     "certify_identity",
+    "export_native_heads",
     "from_actions",
     "from_layers",
     "from_pretrained",

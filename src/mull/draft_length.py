@@ -22,7 +22,7 @@ PRIOR_WEIGHT = 2.0
 """Drafts that the prior counts as."""
 
 PRIOR_SLOPE = 0.25
-"""Cost of a drafted and verified token in plain rounds, at most, where a length has not been timed."""
+"""Cost of a drafted and verified token in plain rounds, before any length was timed."""
 
 MEMORY = 32
 """Rounds after which an observed acceptance counts 1/e."""
@@ -66,8 +66,8 @@ class DraftLength:
 
     * Cost of a length: the lower median of its last rounds. The first round of a length is left out. That of the first round
       after a pause, in which the heads catch up on the tokens in between, counts only if it is low. Untimed lengths are
-      interpolated, or continued with the slope of the timed ones, at most `PRIOR_SLOPE`. A length is not taken to cost more than
-      a longer one: while the machine changes its pace, times of different age would say so.
+      interpolated, or continued with the slope of the timed ones. A length is not taken to cost more than a longer one: while
+      the machine changes its pace, times of different age would say so.
     * Acceptance of a position: a mean that forgets, drawn towards that of the position before. Two means of different memory
       disagree when the text changes; then the longer one is dropped.
 
@@ -187,8 +187,7 @@ class DraftLength:
                 assert end is not None
                 slope = (end - costs[last]) / (longer[0] - last)
             else:
-                slope = PRIOR_SLOPE * plain
-                slope = min(slope, max((costs[last] - plain) / last, 0.0)) if last else slope
+                slope = max((costs[last] - plain) / last, 0.0) if last else PRIOR_SLOPE * plain
             likely = costs[last] + slope * (length - last)
             costs.append(likely if timing.cost is None else min(timing.cost, SINGLE_TIME * likely))
         for length in range(self._longest, 0, -1):

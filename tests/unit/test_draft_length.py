@@ -328,4 +328,10 @@ def test_a_look_that_finds_accepted_drafts_is_soon_repeated() -> None:
     lengths = feed(policy, 400, accepted=1, seconds=lambda k: 1 + 0.45 * k)
     first = lengths.index(1)
     assert first < 200
-    assert sum(lengths[first : first + 60]) > 30
+    assert sum(lengths[first : first + 60]) > 45
+
+
+def test_plain_rounds_that_were_timed_in_a_slow_moment_are_timed_again() -> None:
+    policy = DraftLength(1)
+    feed(policy, 3, seconds=lambda k: 3.0)
+    assert sum(feed(policy, 60, seconds=lambda k: 1 + 0.45 * k)) < 20
