@@ -260,7 +260,8 @@ def _run(
         seconds = time.perf_counter() - begin
         kept = rows.append(gained)
         counts = [len(tokens) for tokens in gained]
-        policy.observe(length, [n - 1 for n in counts if n], seconds)
+        if not warm_up:
+            policy.observe(length, [n - 1 for n in counts if n], seconds)
         stats.record(length, counts, kept, seconds, warm_up)
         if chosen == 0 and not warm_up:
             plain.append(seconds)
