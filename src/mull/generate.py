@@ -394,7 +394,9 @@ def _longest_draft(model: Any, draft: str | None, draft_length: int | None) -> i
         raise ValueError(f"draft_length={draft_length} must be at least 0, which is plain decoding.")
     possible = Drafter.longest(model.mtp_config, draft_length)
     if draft_length > possible:
-        raise ValueError(f"draft_length={draft_length} is not possible: the model's heads draft {possible} tokens at most.")
+        raise ValueError(
+            f"draft_length={draft_length} is not possible: the model's heads draft {possible} tokens at most."
+        )
     # Shorter drafts run on the buffers, and the compiled rounds, of the usual ones.
     return max(longest, draft_length)
 

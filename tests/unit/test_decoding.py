@@ -36,7 +36,10 @@ def test_generate_is_a_public_name() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"draft": "medusa"}, "draft='medusa' is not known"),
         ({"draft_length": 2}, "needs draft='mtp'"),
-        ({"draft": "mtp", "draft_length": 3}, "draft_length=3 is not possible: the model's heads draft 2 tokens at most"),
+        (
+            {"draft": "mtp", "draft_length": 3},
+            "draft_length=3 is not possible: the model's heads draft 2 tokens at most",
+        ),
         ({"draft": "mtp", "draft_length": -1}, "draft_length=-1 must be at least 0"),
         ({"top_k": 5}, "temperature=0 is greedy"),
         ({"temperature": -1.0}, "temperature"),
