@@ -37,13 +37,17 @@ ODD_PATH = [(0, 0), (1, 0), (3, 0), (3, 1), (2, 0), (4, 0), (5, 0), (3, 2), (7, 
 
 
 def with_heads(family: str, head: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> MullForCausalLM:
-    """A random model whose heads are right now and then: near the identity, with noise."""
+    """A random model that likes to repeat its last token, and heads that guess just that: often right, often wrong."""
     base = tiny(family, dtype=dtype, initializer_range=0.2, **changes)
+    embeddings, out = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    if out is not embeddings:
+        out.data += 2 * embeddings.data
+    embeddings.data *= 6
     model = wrap_transformer_with_etd(base, SPLIT, MTPConfig(num_predict_tokens=3, **HEADS[head]))
     assert model.mtp_heads is not None
     generator = torch.Generator().manual_seed(1)
     for parameter in model.mtp_heads.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(dtype)
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(dtype)
     return model.eval()
 
 
@@ -72,7 +76,7 @@ def test_drafts_do_not_change_greedy_text(family: str, head: str) -> None:
         assert drafted.sequences.tolist() == plain.sequences.tolist()
         assert drafted.stats.new_tokens == plain.stats.new_tokens
         accepted += sum(drafted.stats.accepted)
-    assert accepted > 0, "no draft was accepted, so nothing was tested"
+    assert accepted >= 5, "hardly a draft was accepted, so nothing was tested"
 
 
 def test_plain_text_is_that_of_transformers(family: str) -> None:
