@@ -321,7 +321,7 @@ def compare(
     greedy = arguments.temperature == 0
     reference = rows_of(timings[STOCK].outcomes[0])
     per_pass = passes_of_stock(subject, batches, arguments.tokens) if batch == 1 and greedy else None
-    predicted = predictions(subject, timings, prompts, min(batch, len(prompts)), arguments.device)
+    predicted = predictions(subject, timings, prompts, batch, arguments.device)
     rows = []
     for name, timing in timings.items():
         plain = timings[PLAIN + COMPILED if name.startswith("mull") and name.endswith(COMPILED) else PLAIN]
@@ -443,7 +443,7 @@ def speculate(arguments: argparse.Namespace) -> dict[str, Any]:
         for precision in arguments.precision:
             subject = load_subject(name, folders[name], precision, arguments.device)
             judge = Judge(subject, arguments.device)
-            sizes = dict.fromkeys([1, arguments.batch])
+            sizes = dict.fromkeys([1, min(arguments.batch, len(prompts))])
             tables += [compare(subject, prompts, batch, arguments, judge) for batch in sizes]
     settings = {key: getattr(arguments, key) for key in ("prompts", "tokens", "temperature", "batch", "compile")}
     return {"settings": settings, "training": training, "tables": tables}

@@ -83,6 +83,7 @@ class Decoder:
         self.drafter = None if heads is None else Drafter(model, self.cache, self.text, sampling)
         self.uniform = torch.zeros(size.n_rows, 2 * size.longest + 1, dtype=torch.float64, device=device)
         """Random numbers of a round: K for drawing drafts, then K for accepting them and one for the last token."""
+        self._row_numbers = torch.arange(size.n_rows, device=device)[:, None]
         self._newest: list[int] = []
         self._running: list[bool] = []
         self.has_fixed_shapes = self.keeps(model, compiled)
@@ -178,6 +179,15 @@ class Decoder:
         self._newest = [newest + len(row) for newest, row in zip(self._newest, tokens, strict=True)]
         return tokens
 
+    def backlog(self) -> list[int]:
+        """Positions that the heads would first have to catch up on, for each draft length from 0."""
+        if self.drafter is None:
+            return [0]
+        usual = self.drafter.steady_window(self.size.longest)
+        lags = self.drafter.lags(self._newest, self._running)
+        lags += [lags[-1]] * (self.size.longest - len(lags))
+        return [0, *(lag if lag > usual else 0 for lag in lags[: self.size.longest])]
+
     def _catch_up(self, length: int, window: int) -> int:
         assert self.drafter is not None
         self.drafter.catch_up(length, self._newest, self._running, window)
@@ -234,7 +244,7 @@ class Decoder:
         call = StaticCall(positions, n_keys, n_valid, sees_all=alone)
         h = self.model.decode(inputs, self.cache, call)
         if text.states is not None:
-            text.states.scatter_(1, positions[..., None].expand_as(h), h)
+            text.states[self._row_numbers, positions] = h
         logits = self.model.lm_head(h)
         if proposal is None:
             token = self._choose(logits[:, 0])

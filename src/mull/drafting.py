@@ -101,17 +101,19 @@ class Drafter:
     def _in_use(self, length: int) -> range:
         return range(1 if self.heads.recursive else length)
 
+    def lags(self, newest: list[int], running: list[bool]) -> list[int]:
+        """Positions that a round has to cover, given the newest position of each row, by its number of drafts, from 1."""
+        found = [1] * (self._n_modules if self._has_cache else 1)
+        if self._has_cache:
+            for module, final in enumerate(self._final):
+                behind = [place - end for place, end, runs in zip(newest, final, running, strict=True) if runs]
+                found[module] = max([found[max(module - 1, 0)], *behind])
+        return found
+
     def lag(self, length: int, newest: list[int], running: list[bool]) -> int:
-        """Positions that a round with `length` drafts has to cover, given the newest position of each row."""
-        if not self._has_cache:
-            return 1
-        lags = [
-            newest[row] - self._final[module][row]
-            for module in self._in_use(length)
-            for row, runs in enumerate(running)
-            if runs
-        ]
-        return max([1, *lags])
+        """The same for one number of drafts."""
+        lags = self.lags(newest, running)
+        return lags[min(length, len(lags)) - 1]
 
     def mark_final(self, length: int, newest: list[int]) -> None:
         """Note that a window that ends before `newest` has been run: what it made from tokens of the text is final."""

@@ -252,7 +252,9 @@ def _run(
     plain: list[float] = []
     while any(rows.running):
         decoder.stop_all_but(rows.running)
-        chosen = policy.choose()
+        behind = rows.furthest_behind
+        backlog = decoder.backlog()
+        chosen = policy.choose(rows.most_left, backlog)
         length = chosen if decoder.has_fixed_shapes else min(chosen, rows.most_left - 1)
         warm_up = decoder.must_warm_up(length)
         begin = time.perf_counter()
@@ -261,7 +263,7 @@ def _run(
         kept = rows.append(gained)
         counts = [len(tokens) for tokens in gained]
         if not warm_up:
-            policy.observe(length, [n - 1 for n in counts if n], seconds)
+            policy.observe(length, [counts[row] - 1 for row in behind], seconds, backlog[length])
         stats.record(length, counts, kept, seconds, warm_up)
         if chosen == 0 and not warm_up:
             plain.append(seconds)
@@ -282,11 +284,16 @@ class _Rows:
         self.end_tokens = end_tokens
 
     @property
+    def furthest_behind(self) -> list[int]:
+        """The running rows with the fewest tokens. When they will be done decides how long a call takes."""
+        running = [row for row, runs in enumerate(self.running) if runs]
+        fewest = min(len(self.tokens[row]) for row in running)
+        return [row for row in running if len(self.tokens[row]) == fewest]
+
+    @property
     def most_left(self) -> int:
-        """Tokens that the row with the longest way to go may still gain."""
-        return max(
-            self.max_new_tokens - len(tokens) for tokens, runs in zip(self.tokens, self.running, strict=True) if runs
-        )
+        """Tokens that the rows furthest behind may still gain."""
+        return self.max_new_tokens - len(self.tokens[self.furthest_behind[0]])
 
     def append(self, gained: Sequence[Sequence[int]]) -> list[int]:
         """Take what a round gave, up to an end token or the limit inside it; return how much of it each row kept."""

@@ -7,6 +7,7 @@ outliers, and the first round of a length takes 4 seconds more; what a call cost
 import random
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise, product
+from math import inf
 from operator import mul
 from statistics import mean, median
 
@@ -55,23 +56,29 @@ class World:
         self.costs, self.acceptance, self.rows = costs, acceptance, rows
         self.random = random.Random(seed)
         self.pace: Callable[[float], float] = lambda tokens: 1.0
-        self.catch_up = 0.1
+        self.catch_up = 0.001
+        """Seconds that a head takes to run over a position that it missed."""
+        self.prompt = 64
+        self.recursive = False
+        """Whether all drafts come from one head, so that it misses nothing while there are any."""
         self.tokens = 0.0
         self._known: set[int] = set()
-        self._skipped = 0
+        self._missed = [self.prompt] * LONGEST
 
-    def round(self, policy: DraftLength) -> tuple[int, float, float]:
+    def round(self, policy: DraftLength, left: float = inf) -> tuple[int, float, float]:
         """Length, tokens per row, and seconds without noise."""
-        length = policy.choose()
+        missed = [max(self._missed[:length], default=0) for length in range(len(self.costs))]
+        backlog = [positions if positions > 2 * LONGEST else 0 for positions in missed]
+        length = policy.choose(left, backlog)
         accepted = [self._accepted(length) for _ in range(self.rows)]
-        seconds = self.costs[length]
-        if length and self._skipped > 2:
-            seconds += self.catch_up + 0.005 * self._skipped
-        self._skipped = 0 if length else self._skipped + 1
+        seconds = self.costs[length] + self.catch_up * length * backlog[length]
+        gained = 1 + round(mean(accepted))
+        n_run = len(self._missed) if self.recursive and length else length
+        self._missed = [0 if head < n_run else positions + gained for head, positions in enumerate(self._missed)]
         first = 0.0 if length in self._known else 4.0
         self._known.add(length)
         noise = max(0.3, self.random.gauss(1, 0.1)) * (5 if self.random.random() < 0.02 else 1)
-        policy.observe(length, accepted, (seconds + first) * noise * self.pace(self.tokens))
+        policy.observe(length, accepted, (seconds + first) * noise * self.pace(self.tokens), backlog[length])
         tokens = 1 + mean(accepted)
         self.tokens += tokens
         return length, tokens, seconds
@@ -83,51 +90,59 @@ class World:
     def call(self, policy: DraftLength, n_tokens: int = TOKENS) -> tuple[float, list[int]]:
         """Seconds per token and the lengths taken."""
         lengths, tokens, seconds = [], 0.0, 0.0
+        self._missed = [self.prompt] * (len(self.costs) - 1)
         while tokens < n_tokens:
-            length, more, cost = self.round(policy)
+            length, more, cost = self.round(policy, n_tokens - tokens)
             lengths.append(length)
             tokens += more
             seconds += cost
         return seconds / tokens, lengths
 
 
-def best(costs: Sequence[float], acceptance: Sequence[float]) -> float:
-    """Seconds per token of the best fixed length, 0 included."""
+def best(costs: Sequence[float], acceptance: Sequence[float], prompt: float = 0.0) -> float:
+    """Seconds per token of the best fixed length, 0 included, if a head runs over the prompt in `prompt` seconds a token."""
     tokens = accumulate(accumulate(acceptance, mul), initial=1.0)
-    return min(cost / expected for cost, expected in zip(costs, tokens, strict=True))
+    return min(cost / expected + k * prompt for k, (cost, expected) in enumerate(zip(costs, tokens, strict=True)))
 
 
-def regrets(name: str, costs: Sequence[float], n_seeds: int = 16, rows: int = 1) -> tuple[float, float]:
+def regrets(
+    name: str, costs: Sequence[float], n_seeds: int = 16, rows: int = 1, catch_up: float = 0.001
+) -> tuple[float, float]:
     """Mean excess over the best fixed length, of the first call and of the second one."""
     acceptance = PROFILES[name]
     found = []
     for seed in range(n_seeds):
         world, policy = World(costs, acceptance, seed, rows), DraftLength(LONGEST)
-        found.append([world.call(policy)[0] / best(costs, acceptance) - 1 for _ in range(2)])
+        world.catch_up = catch_up
+        least = best(costs, acceptance, catch_up * world.prompt / TOKENS)
+        found.append([world.call(policy)[0] / least - 1 for _ in range(2)])
     first, second = zip(*found, strict=True)
     return mean(first), mean(second)
 
 
 @pytest.mark.parametrize("name", ["zero", "useless"])
 def test_useless_heads_cost_less_than_three_percent(name: str) -> None:
-    found = [regrets(name, costs) for costs in TABLES]
-    assert max(first for first, _ in found) < 0.03
-    assert max(second for _, second in found) < 0.02
+    for catch_up, limit in ((0.001, 0.025), (0.02, 0.04)):
+        found = [regrets(name, costs, catch_up=catch_up) for costs in TABLES]
+        assert mean(first for first, _ in found) < limit
+        assert max(first for first, _ in found) < 1.5 * limit
+        assert mean(second for _, second in found) < 0.012
+        assert max(second for _, second in found) < 0.02
 
 
 @pytest.mark.parametrize("name", ["vanilla", "good", "great"])
 def test_useful_heads_are_used_nearly_as_well_as_with_the_best_fixed_length(name: str) -> None:
     found = [regrets(name, costs) for costs in TABLES]
-    assert mean(first for first, _ in found) < 0.05
-    assert max(first for first, _ in found) < 0.07
-    assert mean(second for _, second in found) < 0.04
-    assert max(second for _, second in found) < 0.055
+    assert mean(first for first, _ in found) < 0.055
+    assert max(first for first, _ in found) < 0.09
+    assert mean(second for _, second in found) < 0.03
+    assert max(second for _, second in found) < 0.05
 
 
 @pytest.mark.parametrize("name", ["useless", "good", "great"])
 def test_a_batch_learns_no_worse_than_a_single_row(name: str) -> None:
     found = [regrets(name, costs, n_seeds=6, rows=8) for costs in TABLES]
-    assert max(first for first, _ in found) < 0.045
+    assert max(first for first, _ in found) < 0.07
     assert mean(second for _, second in found) < 0.02
 
 
@@ -190,12 +205,16 @@ def test_a_length_behind_two_that_do_not_pay_is_found() -> None:
 def test_more_drafts_are_taken_only_where_they_pay() -> None:
     costs = straight(1.3, 0.1, longest=7)
     for acceptance, wanted in (([0.95] * 7, {6, 7}), ([0.9, 0.9, 0.05, 0.05, 0.05, 0.05, 0.05], {2})):
-        taken = []
+        taken, excess = [], []
         for seed in range(6):
             world, policy = World(costs, acceptance, seed), DraftLength(7)
+            world.recursive = True
             world.call(policy)
-            taken += world.call(policy)[1]
-        assert sum(length in wanted for length in taken) > 0.75 * len(taken)
+            seconds, lengths = world.call(policy)
+            taken += lengths
+            excess.append(seconds / best(costs, acceptance) - 1)
+        assert sum(length in wanted for length in taken) > 0.5 * len(taken)
+        assert mean(excess) < 0.04
 
 
 def feed(policy: DraftLength, rounds: int, *, accepted: int = 0, seconds: Callable[[int], float]) -> list[int]:
@@ -209,7 +228,7 @@ def feed(policy: DraftLength, rounds: int, *, accepted: int = 0, seconds: Callab
 
 
 def test_it_begins_with_plain_rounds_and_then_drafts() -> None:
-    assert feed(DraftLength(3), 3, seconds=lambda k: 1 + k / 4) == [0, 0, 2]
+    assert feed(DraftLength(3), 4, seconds=lambda k: 1 + k / 4) == [0, 0, 0, 2]
 
 
 def test_the_first_round_of_a_length_is_not_timed() -> None:
@@ -240,17 +259,42 @@ def test_one_outlier_does_not_rule_a_length_out() -> None:
 def test_rounds_in_which_idle_heads_catch_up_do_not_make_drafting_look_dear() -> None:
     policy = DraftLength(1)
     for _ in range(4):
+        policy.observe(0, [0], 1.0)
         policy.observe(1, [1], 1.3)
     for _ in range(6):
         for _ in range(20):
             policy.observe(0, [0], 1.0)
-        policy.observe(1, [1], 4.0)
-    assert policy.seconds[1] == 1.3
+        policy.observe(1, [1], 4.0, backlog=20)
+    assert policy.seconds == {0: 1.0, 1: 1.3}
     for _ in range(4):
-        for _ in range(20):
-            policy.observe(0, [0], 1.0)
-        policy.observe(1, [1], 1.1)
+        policy.observe(1, [1], 1.1, backlog=20)
     assert policy.seconds[1] == 1.1, "a low time holds whatever it includes"
+
+
+def test_heads_catch_up_only_if_the_tokens_that_are_left_earn_it_back() -> None:
+    policy = DraftLength(1)
+    for _ in range(30):
+        policy.observe(0, [0], 1.0)
+        policy.observe(1, [1], 1.5)
+    for _ in range(3):
+        policy.observe(1, [1], 1.5 + 100 * 0.1, backlog=100)
+    assert policy.choose() == 1
+    assert policy.choose(20, [0, 0]) == 1
+    assert policy.choose(20, [0, 100]) == 0, "10 seconds to catch up, for 5 that drafts would save"
+    assert policy.choose(80, [0, 100]) == 1
+    assert policy.choose(20, [0, 10]) == 1
+
+
+def test_costs_of_different_age_are_compared_at_the_same_pace() -> None:
+    """Plain rounds and drafts were timed in a fast moment; now the machine is slow, and only plain rounds have told so."""
+    policy = DraftLength(1)
+    for _ in range(30):
+        policy.observe(0, [0], 1.0)
+    for _ in range(3):
+        policy.observe(1, [0], 1.4)
+    feed(policy, 30, seconds=lambda k: 2 * (1 + 0.4 * k))
+    assert policy.choose() == 0
+    assert policy.seconds == pytest.approx({0: 2.0, 1: 2.8})
 
 
 def test_acceptance_is_that_of_the_drafts_whose_predecessors_were_accepted() -> None:
@@ -334,4 +378,4 @@ def test_a_look_that_finds_accepted_drafts_is_soon_repeated() -> None:
 def test_plain_rounds_that_were_timed_in_a_slow_moment_are_timed_again() -> None:
     policy = DraftLength(1)
     feed(policy, 3, seconds=lambda k: 3.0)
-    assert sum(feed(policy, 60, seconds=lambda k: 1 + 0.45 * k)) < 20
+    assert sum(feed(policy, 60, seconds=lambda k: 1 + 0.45 * k)) < 30
