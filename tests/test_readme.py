@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from conftest import tiny
 
 from mull.configs import ETDConfig, MTPConfig
 from mull.data.tokenizer import train_tokenizer
@@ -38,22 +38,8 @@ def test_the_programs_about_generation_run_one_after_the_other(
     programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(programs) >= 7
     tokenizer = train_tokenizer(["def fib(n):\n    return n\n", "class Stack:\n    pass\n", "import os\n"], 270)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=128,
-        eos_token_id=0,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
     model = wrap_transformer_with_etd(
-        AutoModelForCausalLM.from_config(config).eval(),
+        tiny("qwen3", vocab_size=len(tokenizer), num_hidden_layers=6, eos_token_id=0),
         ETDConfig(n_encoder_layers=2, n_think_layers=2, n_decoder_layers=2, max_think_iterations=4),
         MTPConfig(num_predict_tokens=3, mtp_head_type="mlp"),
     )
