@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Literal, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -152,14 +151,18 @@ class Streamer(Protocol):
 
 
 class _Kept:
-    """What outlives a call: measured costs and acceptance, and decoders that were compiled or captured."""
+    """What outlives a call: measured costs and acceptance, and decoders that were compiled or captured.
+
+    It is an attribute of the model, because the decoders refer to the model: both can then be freed together.
+    """
 
     def __init__(self) -> None:
         self.draft_lengths: dict[tuple[Any, ...], DraftLength] = {}
         self.decoders: dict[tuple[Any, ...], Decoder] = {}
 
-
-_kept: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
+    def __reduce__(self) -> tuple[type["_Kept"], tuple[()]]:
+        """A copy of a model, or a pickled one, begins anew."""
+        return type(self), ()
 
 
 @torch.no_grad()
@@ -319,7 +322,7 @@ def _decoder(
     compiled: bool,
 ) -> tuple[Decoder, DraftLength]:
     """A decoder for the call, one that earlier calls left where there is one, and what is known about its drafts."""
-    kept = _kept.setdefault(model, _Kept())
+    kept = vars(model).setdefault("_kept", _Kept())
     n_tokens = max(map(len, prompts)) + max_new_tokens
     size = Size(len(prompts), n_tokens + Size.slack(longest), longest)
     known = (visits, size.n_rows, longest, model.dtype, compiled)

@@ -1,7 +1,9 @@
 """`mull.generate` around the tokens: what it refuses, streams, counts and keeps."""
 
+import copy
 import gc
 import re
+import weakref
 from typing import Any
 
 import jaxtyping
@@ -13,7 +15,7 @@ from torch import Tensor
 from mull import generate as module_or_function
 from mull.configs import MTPConfig
 from mull.decoder import Decoder
-from mull.generate import GenerationStats, _kept, generate
+from mull.generate import GenerationStats, generate
 from mull.model import MullForCausalLM
 from mull.retrofit import wrap_transformer_with_etd
 
@@ -151,21 +153,28 @@ def test_adaptive_calls_measure_plain_rounds_and_remember() -> None:
     assert first.draft_lengths[0] >= 1
     assert first.plain_seconds is not None
     assert first.speedup is not None
-    policies = _kept[model].draft_lengths
+    kept = vars(model)["_kept"]
+    policies = kept.draft_lengths
     assert len(policies) == 1
     generate(model, IDS, max_new_tokens=5, draft="mtp", eos_token_id=[])
-    assert _kept[model].draft_lengths is policies
+    assert vars(model)["_kept"] is kept
     assert len(policies) == 1
-    assert not _kept[model].decoders, "buffers outlive the call only where rounds were compiled"
+    assert not kept.decoders, "buffers outlive the call only where rounds were compiled"
 
 
-def test_what_is_kept_goes_with_the_model() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_kept_goes_with_the_model(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     model = drafting_model()
-    generate(model, IDS, max_new_tokens=5, draft="mtp")
-    n_kept = len(_kept)
+    generate(model, IDS, max_new_tokens=5, draft="mtp", compile=compiled)
+    assert len(vars(model)["_kept"].decoders) == compiled
+    twin = copy.deepcopy(model)
+    assert not vars(twin)["_kept"].draft_lengths
+    assert not vars(twin)["_kept"].decoders, "they decode with the weights of the original"
+    alive = weakref.ref(model)
     del model
     gc.collect()
-    assert len(_kept) == n_kept - 1
+    assert alive() is None
 
 
 def test_recursive_heads_draft_further_than_they_were_trained() -> None:
