@@ -245,12 +245,18 @@ def test_drafts_from_the_model_s_own_law_are_all_accepted() -> None:
     base.get_input_embeddings().weight.data[:] = base.get_input_embeddings().weight.data[5]
     model = wrap_transformer_with_etd(base, None, MTPConfig(num_predict_tokens=3, mtp_head_type="mlp")).eval()
     ids, mask = ragged([5, 1, 17, 9] * 8)
-    warpers: list[dict[str, Any]] = [{}, {"top_k": 9}, {"top_p": 0.7}, {"min_p": 0.05}, {"top_k": 30, "top_p": 0.9}]
+    warpers: list[dict[str, Any]] = [
+        {"temperature": 0.0, "repetition_penalty": 1.5},
+        {"repetition_penalty": 1.5},
+        {},
+        {"top_k": 9},
+        {"top_p": 0.7},
+        {"min_p": 0.05},
+        {"top_k": 30, "top_p": 0.9},
+    ]
     for warper in warpers:
-        out = generate(
-            model, ids, mask, max_new_tokens=21, draft="mtp", draft_length=3, eos_token_id=[], seed=0,
-            temperature=0.8, **warper,
-        )  # fmt: skip
+        options = {"temperature": 0.8, "seed": 0, **warper}
+        out = generate(model, ids, mask, max_new_tokens=21, draft="mtp", draft_length=3, eos_token_id=[], **options)
         assert out.stats.rounds == 5
         assert out.stats.accepted == out.stats.drafted
     assert len(set(out.sequences[0].tolist())) > 5
