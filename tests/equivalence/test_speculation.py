@@ -190,9 +190,15 @@ def test_after_every_round_the_state_is_that_of_a_fresh_start(
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("family", ["qwen3", "olmo3", *HYBRIDS[:3]])
-def test_heads_draft_what_their_training_pass_says(family: str, head: str, exact: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("family", "piece"), [*((family, 1024) for family in ("qwen3", "olmo3", *HYBRIDS[:3])), ("qwen3", 3)]
+)
+def test_heads_draft_what_their_training_pass_says(
+    family: str, piece: int, head: str, exact: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The law of draft k is that of head k at the last true position, when the tokens in between are the drafts."""
+    monkeypatch.setattr("mull.decoder.PREFILL_TOKENS", piece + 1)
+    monkeypatch.setattr("mull.drafting.CATCH_UP_TOKENS", piece)
     model = with_heads(family, head, dtype=torch.float64)
     driver = Driver(model, [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]], Sampling(temperature=1.0))
     for length in LENGTHS:
@@ -237,6 +243,8 @@ def test_heads_that_know_the_sequence_gain_lookahead_and_one_tokens_per_pass(hea
     assert out.stats.rounds == 5
     assert out.stats.accepted == out.stats.verified == out.stats.drafted == [20, 20, 20]
     assert out.stats.mean_accepted_length == 4
+    ends = generate(model, ids[:1], max_new_tokens=20, draft="mtp", draft_length=3, eos_token_id=[6, 7])
+    assert ends.sequences[0, 8:].tolist() == [4, 5, 6], "the round gave 5, 6, 7 and 8, and the first end counts"
 
 
 def test_drafts_from_the_model_s_own_law_are_all_accepted() -> None:

@@ -177,6 +177,11 @@ def test_what_is_kept_goes_with_the_model(compiled: bool, monkeypatch: pytest.Mo
     assert alive() is None
 
 
+def test_nothing_is_drafted_behind_the_last_token_that_is_wanted() -> None:
+    stats = generate(drafting_model(), IDS, max_new_tokens=3, draft="mtp", draft_length=2, eos_token_id=[]).stats
+    assert max(stats.draft_lengths) == 1
+
+
 def test_recursive_heads_draft_further_than_they_were_trained() -> None:
     model = drafting_model(share_weights_across_steps=True, num_predict_tokens=1, speculation_lookahead=5)
     plain = generate(model, IDS, max_new_tokens=20, eos_token_id=[])
