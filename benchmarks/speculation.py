@@ -69,7 +69,7 @@ RESULTS = Path(__file__).parent / "results"
 PAD = 0
 PLAIN, STOCK, COMPILED = "mull plain", "transformers", ", compiled"
 LENGTHS = {1: "mull, 1 draft", **{k: f"mull, {k} drafts" for k in range(2, 1 + N_HEADS)}}
-TOY = {"size": ["toy"], "prompts": 2, "tokens": 16, "rounds": 1, "batch": 3, "compile": False}
+TOY = {"size": ["toy"], "prompts": 3, "tokens": 16, "rounds": 1, "batch": 2, "compile": False}
 
 
 @dataclass(frozen=True)
