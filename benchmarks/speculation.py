@@ -482,6 +482,8 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     if arguments.result is None:
         part = "-verify" if arguments.verify_cost else ""
         arguments.result = (arguments.out if arguments.toy else RESULTS) / f"speculation{part}-{arguments.device}.json"
+    if arguments.result.is_dir():
+        parser.error(f"--result {arguments.result} is a folder; name a file.")
     return arguments
 
 

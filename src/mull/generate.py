@@ -6,6 +6,7 @@ change how long it takes, not what comes out.
 """
 
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -153,16 +154,26 @@ class Streamer(Protocol):
 class _Kept:
     """What outlives a call: measured costs and acceptance, and decoders that were compiled or captured.
 
-    It is an attribute of the model, because the decoders refer to the model: both can then be freed together.
+    It is an attribute of the model, because the decoders refer to the model: both can then be freed together. Copies of a
+    model begin anew.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any = None) -> None:
+        self.model = None if model is None else weakref.ref(model)
         self.draft_lengths: dict[tuple[Any, ...], DraftLength] = {}
         self.decoders: dict[tuple[Any, ...], Decoder] = {}
 
     def __reduce__(self) -> tuple[type["_Kept"], tuple[()]]:
-        """A copy of a model, or a pickled one, begins anew."""
+        """Deep copies and pickles hold nothing of it."""
         return type(self), ()
+
+    @classmethod
+    def of(cls, model: Any) -> "_Kept":
+        """What is kept for a model; a shallow copy does not take over that of the original."""
+        kept: _Kept | None = vars(model).get("_kept")
+        if kept is None or kept.model is None or kept.model() is not model:
+            kept = vars(model)["_kept"] = cls(model)
+        return kept
 
 
 @torch.no_grad()
@@ -322,7 +333,7 @@ def _decoder(
     compiled: bool,
 ) -> tuple[Decoder, DraftLength]:
     """A decoder for the call, one that earlier calls left where there is one, and what is known about its drafts."""
-    kept = vars(model).setdefault("_kept", _Kept())
+    kept = _Kept.of(model)
     n_tokens = max(map(len, prompts)) + max_new_tokens
     size = Size(len(prompts), n_tokens + Size.slack(longest), longest)
     known = (visits, size.n_rows, longest, model.dtype, compiled)

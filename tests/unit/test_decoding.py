@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import re
 import weakref
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from mull import generate as module_or_function
 from mull.configs import MTPConfig
 from mull.decoder import Decoder
-from mull.generate import GenerationStats, generate
+from mull.generate import GenerationStats, _Kept, generate
 from mull.model import MullForCausalLM
 from mull.retrofit import wrap_transformer_with_etd
 
@@ -153,11 +154,11 @@ def test_adaptive_calls_measure_plain_rounds_and_remember() -> None:
     assert first.draft_lengths[0] >= 1
     assert first.plain_seconds is not None
     assert first.speedup is not None
-    kept = vars(model)["_kept"]
+    kept = _Kept.of(model)
     policies = kept.draft_lengths
     assert len(policies) == 1
     generate(model, IDS, max_new_tokens=5, draft="mtp", eos_token_id=[])
-    assert vars(model)["_kept"] is kept
+    assert _Kept.of(model) is kept
     assert len(policies) == 1
     assert not kept.decoders, "buffers outlive the call only where rounds were compiled"
 
@@ -167,10 +168,12 @@ def test_what_is_kept_goes_with_the_model(compiled: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     model = drafting_model()
     generate(model, IDS, max_new_tokens=5, draft="mtp", compile=compiled)
-    assert len(vars(model)["_kept"].decoders) == compiled
-    twin = copy.deepcopy(model)
-    assert not vars(twin)["_kept"].draft_lengths
-    assert not vars(twin)["_kept"].decoders, "they decode with the weights of the original"
+    assert len(_Kept.of(model).decoders) == compiled
+    for copied in (copy.copy, copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))):
+        twin = copied(model)
+        generate(twin, IDS, max_new_tokens=5)
+        assert _Kept.of(twin) is not _Kept.of(model)
+        assert not _Kept.of(twin).decoders, "they decode with the original"
     alive = weakref.ref(model)
     del model
     gc.collect()

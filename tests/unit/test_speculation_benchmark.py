@@ -365,6 +365,14 @@ def test_options_of_a_toy_give_way_to_what_is_asked_for(speculation: ModuleType,
     assert not speculation.parse(["--verify-cost"]).compile
 
 
+def test_a_folder_is_no_place_for_the_record(
+    speculation: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        speculation.parse(["--result", str(tmp_path)])
+    assert f"--result {tmp_path} is a folder; name a file." in capsys.readouterr().err
+
+
 def test_the_cost_of_verifying_is_measured(speculation: ModuleType, tmp_path: Path) -> None:
     assert speculation.main(["--toy", "--verify-cost", "--threads", "1", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "speculation-verify-cpu.json").read_text())
