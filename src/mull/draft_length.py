@@ -63,11 +63,10 @@ CLOSER = 0.75
 class DraftLength:
     """Chooses how many tokens to draft in the next round, 0 included, and learns from every round.
 
-    It starts with plain rounds, then takes the length with which the rest of the text is expected to take the least time. Now and
-    then it takes the best of
-    the longer, or of the shorter lengths instead: as often as the tokens that this is expected to lose stay within a small share
-    of all. The share halves with every look that finds nothing better, down to a floor, and jumps up when one does: looks at
-    useless heads are rare, and a change of the text is noticed.
+    It starts with plain rounds, then takes the length with which the rest of the text is expected to take the least time. Now
+    and then it takes the best of the longer, or of the shorter lengths instead: as often as the tokens that this is expected to
+    lose stay within a small share of all. The share halves with every look that finds nothing better, down to a floor, and jumps
+    up when one does: looks at useless heads are rare, and a change of the text is noticed.
 
     * Cost of a length: the lower median of its last rounds, relative to the pace of the machine at the time, which changes with
       its other work and the length of the text. The length in use tells the pace, and looks at others what they cost beside

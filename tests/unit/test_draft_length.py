@@ -121,29 +121,29 @@ def regrets(
 
 
 @pytest.mark.parametrize("name", ["zero", "useless"])
-def test_useless_heads_cost_less_than_three_percent(name: str) -> None:
-    for catch_up, limit in ((0.001, 0.025), (0.02, 0.04)):
+def test_useless_heads_cost_a_few_percent_of_the_first_call_and_one_of_the_second(name: str) -> None:
+    for catch_up, usual, worst in ((0.001, 0.025, 0.035), (0.02, 0.04, 0.06)):
         found = [regrets(name, costs, catch_up=catch_up) for costs in TABLES]
-        assert mean(first for first, _ in found) < limit
-        assert max(first for first, _ in found) < 1.5 * limit
-        assert mean(second for _, second in found) < 0.012
-        assert max(second for _, second in found) < 0.02
+        assert mean(first for first, _ in found) < usual
+        assert max(first for first, _ in found) < worst
+        assert mean(second for _, second in found) < 0.01
+        assert max(second for _, second in found) < 0.015
 
 
 @pytest.mark.parametrize("name", ["vanilla", "good", "great"])
 def test_useful_heads_are_used_nearly_as_well_as_with_the_best_fixed_length(name: str) -> None:
     found = [regrets(name, costs) for costs in TABLES]
-    assert mean(first for first, _ in found) < 0.055
-    assert max(first for first, _ in found) < 0.09
-    assert mean(second for _, second in found) < 0.03
-    assert max(second for _, second in found) < 0.05
+    assert mean(first for first, _ in found) < 0.05
+    assert max(first for first, _ in found) < 0.07
+    assert mean(second for _, second in found) < 0.025
+    assert max(second for _, second in found) < 0.04
 
 
 @pytest.mark.parametrize("name", ["useless", "good", "great"])
 def test_a_batch_learns_no_worse_than_a_single_row(name: str) -> None:
     found = [regrets(name, costs, n_seeds=6, rows=8) for costs in TABLES]
-    assert max(first for first, _ in found) < 0.07
-    assert mean(second for _, second in found) < 0.02
+    assert max(first for first, _ in found) < 0.065
+    assert mean(second for _, second in found) < 0.015
 
 
 @pytest.mark.parametrize("name", ["zero", "useless"])
@@ -213,8 +213,8 @@ def test_more_drafts_are_taken_only_where_they_pay() -> None:
             seconds, lengths = world.call(policy)
             taken += lengths
             excess.append(seconds / best(costs, acceptance) - 1)
-        assert sum(length in wanted for length in taken) > 0.5 * len(taken)
-        assert mean(excess) < 0.04
+        assert sum(length in wanted for length in taken) > 0.55 * len(taken)
+        assert mean(excess) < 0.025
 
 
 def feed(policy: DraftLength, rounds: int, *, accepted: int = 0, seconds: Callable[[int], float]) -> list[int]:
@@ -378,4 +378,4 @@ def test_a_look_that_finds_accepted_drafts_is_soon_repeated() -> None:
 def test_plain_rounds_that_were_timed_in_a_slow_moment_are_timed_again() -> None:
     policy = DraftLength(1)
     feed(policy, 3, seconds=lambda k: 3.0)
-    assert sum(feed(policy, 60, seconds=lambda k: 1 + 0.45 * k)) < 30
+    assert sum(feed(policy, 60, seconds=lambda k: 1 + 0.45 * k)) < 27
