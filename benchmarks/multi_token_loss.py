@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from mull import MTPConfig, MullForCausalLM, wrap_transformer_with_etd
-from mull.layers.mtp import HeadTask, MTPHeads, head_losses
+from mull.layers.heads import HeadTask, MTPHeads, head_losses
 from mull.ops.cross_entropy import weighted_cross_entropy
 from mull.ops.token_weights import targets_of
 

@@ -27,14 +27,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from mull import MullForCausalLM, wrap_transformer_with_etd
+from mull.app.demo.weights import MarkedRows
 from mull.data.noise import plant_noise
 from mull.data.packing import PackedDataset, pack_tokens
 from mull.data.sampler import ShuffledBatches
-from mull.demo_weights import MarkedRows
-from mull.objectives.algorithms import Parts, Rho1Config, make_scorer
-from mull.objectives.iterations import IterationSampling
-from mull.objectives.wmtp import Control, WeightedMTP
-from mull.train import TrainConfig, train
+from mull.training.loop import TrainConfig, train
+from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.weighted_mtp import Control, WeightedMTP
+from mull.training.objectives.weightings import Parts, Rho1Config, make_scorer
 
 VOCAB = 32
 PAD = 0

@@ -15,7 +15,7 @@ text. `distinct` is the share of distinct runs of eight tokens: small models rep
 repetition is easy to draft; `--temperature 1` samples instead, and compares no texts.
 
 `predicted` is the speed-up over plain decoding that the measured acceptance would give if every pass took only as long as reading
-its weights, or computing its products (`mull.evaluation.speed`).
+its weights, or computing its products (`mull.evaluation.cost.decoding`).
 
 `--verify-cost` measures something else, without training: the time of a pass over k + 1 tokens of one row relative to one token,
 which bounds what speculation can gain, for random weights of given shapes.
@@ -61,9 +61,9 @@ from transformers.generation import CompileConfig
 from transformers.utils import logging as transformers_logging
 
 import mull
+from mull.evaluation.acceptance import acceptance_by_position
+from mull.evaluation.cost.decoding import STREAMED_BYTES, Machine, measure_machine, predicted_speedup
 from mull.evaluation.lossless import Difference, differences
-from mull.evaluation.speculation import acceptance_by_position
-from mull.evaluation.speed import STREAMED_BYTES, Machine, measure_machine, predicted_speedup
 
 RESULTS = Path(__file__).parent / "results"
 PAD = 0

@@ -33,10 +33,10 @@ from mull.data.packing import pack_texts
 from mull.data.sampler import ShuffledBatches
 from mull.data.tokenizer import train_tokenizer
 from mull.evaluation.held_out import held_out_losses
-from mull.objectives.algorithms import make_scorer
-from mull.objectives.iterations import IterationSampling
-from mull.objectives.wmtp import WeightedMTP
-from mull.train import TrainConfig, train
+from mull.training.loop import TrainConfig, train
+from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.weighted_mtp import WeightedMTP
+from mull.training.objectives.weightings import make_scorer
 
 N_HEADS = 3
 LENGTH = 256

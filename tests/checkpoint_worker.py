@@ -16,8 +16,8 @@ from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mull import checkpoint as module
-from mull.checkpoint import (
+from mull.runtime import checkpoint as module
+from mull.runtime.checkpoint import (
     CheckpointWriter,
     checkpoints,
     load_checkpoint,

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mull.configs import ETDConfig
+from mull.model.configs import ETDConfig
 
 VOCAB = 97
 COMMON = {

@@ -13,15 +13,23 @@ from conftest import tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mull.configs import ETDConfig
-from mull.distributed import DistributedConfig, full_state_dict, on_first_rank, rank, same_everywhere, session, whole
-from mull.model import MullForCausalLM
-from mull.objectives.base import Batch, LossOutput, Objective
-from mull.objectives.iterations import IterationSampling
-from mull.objectives.steps import StepSupervision
-from mull.retrofit import wrap_transformer_with_etd
-from mull.step import accumulate, make_stage, normalise
-from mull.train import TrainConfig, TrainResult, train
+from mull.model.causal_lm import MullForCausalLM
+from mull.model.configs import ETDConfig
+from mull.retrofit.wrap import wrap_transformer_with_etd
+from mull.runtime.distributed import (
+    DistributedConfig,
+    full_state_dict,
+    on_first_rank,
+    rank,
+    same_everywhere,
+    session,
+    whole,
+)
+from mull.training.loop import TrainConfig, TrainResult, train
+from mull.training.objectives.base import Batch, LossOutput, Objective
+from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.step_supervision import StepSupervision
+from mull.training.step import accumulate, make_stage, normalise
 
 VOCAB = 97
 ROWS, STEPS = 8, 3

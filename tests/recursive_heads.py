@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mull import MullForCausalLM
-from mull.backbone import Sides, run_layer
+from mull.model.families import Sides, run_layer
 
 
 def decoded_states(model: MullForCausalLM, hidden: Tensor, embedded: Tensor, n_steps: int = 3) -> Tensor:

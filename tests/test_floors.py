@@ -34,38 +34,39 @@ FLOORS = {
 knowledge, too."""
 
 SAME_FLOOR = {
-    ("mull.configs", "mull.path"),
-    ("mull.backbone", "mull.cache"),
-    ("mull.backbone", "mull.static_cache"),
-    ("mull.decoder", "mull.drafting"),
-    ("mull.generate", "mull.decoder"),
-    ("mull.generate", "mull.draft_length"),
-    ("mull.generate", "mull.drafting"),
-    ("mull.native", "mull.model"),
-    ("mull.retrofit", "mull.model"),
-    ("mull.retrofit", "mull.native"),
-    ("mull.report", "mull.search.split"),
-    ("mull.demo", "mull.recipe"),
-    ("mull.demo", "mull.demo_speculation"),
-    ("mull.demo", "mull.demo_weights"),
-    ("mull.objectives.next_token", "mull.objectives.iterations"),
-    ("mull.objectives.steps", "mull.objectives.iterations"),
-    ("mull.objectives.wmtp", "mull.objectives.iterations"),
-    ("mull.objectives.wmtp", "mull.objectives.weighting"),
-    ("mull.objectives.algorithms", "mull.objectives.weighting"),
-    ("mull.objectives.critic", "mull.objectives.algorithms"),
-    ("mull.objectives.grpo", "mull.objectives.weighting"),
+    ("mull.model.configs", "mull.model.path"),
+    ("mull.model.families", "mull.model.growing_cache"),
+    ("mull.model.families", "mull.model.fixed_cache"),
+    ("mull.decoding.rounds", "mull.decoding.drafting"),
+    ("mull.generate", "mull.decoding.rounds"),
+    ("mull.generate", "mull.decoding.draft_length"),
+    ("mull.generate", "mull.decoding.drafting"),
+    ("mull.retrofit.native_heads", "mull.model.causal_lm"),
+    ("mull.retrofit.wrap", "mull.model.causal_lm"),
+    ("mull.retrofit.wrap", "mull.retrofit.native_heads"),
+    ("mull.app.report.page", "mull.evaluation.search.split"),
+    ("mull.app.demo.demo", "mull.app.recipe"),
+    ("mull.app.demo.demo", "mull.app.demo.speculation"),
+    ("mull.app.demo.demo", "mull.app.demo.weights"),
+    ("mull.training.objectives.next_token", "mull.training.objectives.iterations"),
+    ("mull.training.objectives.step_supervision", "mull.training.objectives.iterations"),
+    ("mull.training.objectives.weighted_mtp", "mull.training.objectives.iterations"),
+    ("mull.training.objectives.weighted_mtp", "mull.training.objectives.evidence"),
+    ("mull.training.objectives.weightings", "mull.training.objectives.evidence"),
+    ("mull.training.objectives.critic", "mull.training.objectives.weightings"),
+    ("mull.training.objectives.grpo", "mull.training.objectives.evidence"),
     ("mull.data.corpus", "mull.data.sources"),
     ("mull.data.tasks", "mull.data.sources"),
     ("mull.data.packing", "mull.data.tasks"),
     ("mull.data.arithmetic", "mull.data.packing"),
     ("mull.data.noise", "mull.data.packing"),
-    ("mull.prepare", "mull.recipe"),
-    ("mull.run", "mull.prepare"),
-    ("mull.run", "mull.recipe"),
-    ("mull.train", "mull.step"),
+    ("mull.app.prepare", "mull.app.recipe"),
+    ("mull.app.run", "mull.app.prepare"),
+    ("mull.app.run", "mull.app.recipe"),
+    ("mull.training.loop", "mull.training.step"),
 }
-"""Pairs (importer, imported) on one floor. Beside them, every objective may import the contract, `mull.objectives.base`."""
+"""Pairs (importer, imported) on one floor. Beside them, every objective may import the contract,
+`mull.training.objectives.base`."""
 
 OPTIONAL = {"datasets", "moto", "s3fs", "mlflow", "lm_eval", "peft", "fla", "mkdocs"}
 """Packages of the extras: importing mull must work, and be the same, without them."""
@@ -126,7 +127,7 @@ def may_import(importer: str, name: str) -> bool:
     above, below = floor(importer), floor(name)
     if above is None or below is None:
         return False
-    shares_contract = name == "mull.objectives.base" and importer.startswith("mull.objectives.")
+    shares_contract = name == "mull.training.objectives.base" and importer.startswith("mull.objectives.")
     reexports = name.startswith(f"{importer}.")
     return below < above or reexports or shares_contract or (importer, name) in SAME_FLOOR
 
@@ -251,34 +252,43 @@ CHECKS: dict[str, tuple[Callable[[Sources], list[str]], list[Sources]]] = {
     "floors": (
         misplaced_imports,
         [
-            {"mull.cache": "from mull.model import MullForCausalLM"},
-            {"mull.cache": "from mull import model"},
-            {"mull.cache": "import mull.train as t"},
-            {"mull.cache": "from mull import MullForCausalLM"},
-            {"mull.cache": "import mull"},
-            {"mull.cache": "from . import path"},
-            {"mull.cache": "import importlib\nimportlib.import_module('mull.model')"},
-            {"mull.data.base": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mull.model import Model"},
+            {"mull.model.growing_cache": "from mull.model.causal_lm import MullForCausalLM"},
+            {"mull.model.growing_cache": "from mull import model"},
+            {"mull.model.growing_cache": "import mull.training.loop as t"},
+            {"mull.model.growing_cache": "from mull import MullForCausalLM"},
+            {"mull.model.growing_cache": "import mull"},
+            {"mull.model.growing_cache": "from . import path"},
+            {"mull.model.growing_cache": "import importlib\nimportlib.import_module('mull.model.causal_lm')"},
+            {
+                "mull.data.base": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mull.model.causal_lm import Model"
+            },
             {"mull.data.packing": "from mull.data.sampler import batches", "mull.data.sampler": ""},
             {"mull.data.packing": "from mull.data import sampler", "mull.data.sampler": ""},
-            {"mull.path": "from mull.configs import ETDConfig"},
-            {"mull.search.split": "from mull.objectives.base import Objective"},
+            {"mull.model.path": "from mull.model.configs import ETDConfig"},
+            {"mull.evaluation.search.split": "from mull.training.objectives.base import Objective"},
             {"mull.brand_new": ""},
         ],
     ),
     "cycles": (
         import_cycles,
-        [{"mull.configs": "from mull.path import a", "mull.path": "from mull.configs import b"}],
+        [
+            {
+                "mull.model.configs": "from mull.model.path import a",
+                "mull.model.path": "from mull.model.configs import b",
+            }
+        ],
     ),
     "imports inside functions": (
         imports_inside_functions,
         [
-            {"mull.train": "def f():\n    from mull.path import recursion"},
-            {"mull.train": "class A:\n    async def f(self):\n        if self:\n            import mull.path"},
-            {"mull.train": "def f():\n    __import__('mull.path')"},
+            {"mull.training.loop": "def f():\n    from mull.model.path import recursion"},
+            {
+                "mull.training.loop": "class A:\n    async def f(self):\n        if self:\n            import mull.model.path"
+            },
+            {"mull.training.loop": "def f():\n    __import__('mull.model.path')"},
         ],
     ),
-    "file length": (long_files, [{"mull.train": "x = 1\n" * (MAX_FILE_LINES + 1)}]),
+    "file length": (long_files, [{"mull.training.loop": "x = 1\n" * (MAX_FILE_LINES + 1)}]),
     "function length": (
         long_functions,
         [
@@ -315,14 +325,14 @@ CHECKS: dict[str, tuple[Callable[[Sources], list[str]], list[Sources]]] = {
 }
 
 GOOD: Sources = {
-    "mull.__init__": "from mull.model import Model",
-    "mull.path": "import torch",
-    "mull.configs": "from mull.path import Path",
-    "mull.model": "import os\nfrom mull import configs\ndef load():\n    import torch\n    return torch",
-    "mull.objectives": "from mull.objectives.base import Objective",
-    "mull.objectives.base": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mull.model import Model",
-    "mull.objectives.next_token": "from mull.objectives.base import Objective",
-    "mull.train": (
+    "mull.__init__": "from mull.model.causal_lm import Model",
+    "mull.model.path": "import torch",
+    "mull.model.configs": "from mull.model.path import Path",
+    "mull.model.causal_lm": "import os\nfrom mull import configs\ndef load():\n    import torch\n    return torch",
+    "mull.objectives": "from mull.training.objectives.base import Objective",
+    "mull.training.objectives.base": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mull.model.causal_lm import Model",
+    "mull.training.objectives.next_token": "from mull.training.objectives.base import Objective",
+    "mull.training.loop": (
         "def f():\n if 1: ...\n elif 2: ...\n elif 3: ...\n elif 4: ...\n elif 5:\n  for x in y:\n   while 1:\n    if 1: ...\n"
         "def g(a, b):\n    try: ...\n    except (OSError, ValueError): ...\n"
     ),
@@ -351,7 +361,7 @@ def test_the_check_accepts_a_good_sample(name):
 
 def test_every_module_is_read():
     modules = read_sources()
-    assert {"mull.__init__", "mull.path", "mull.objectives", "mull.objectives.base"} <= modules.keys()
+    assert {"mull.__init__", "mull.model.path", "mull.objectives", "mull.training.objectives.base"} <= modules.keys()
     assert len(modules) == len(list((ROOT / "src" / "mull").rglob("*.py")))
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import tiny
 
-from mull.configs import ETDConfig, MTPConfig
+from mull.app.recipe import load_recipe
 from mull.data.tokenizer import train_tokenizer
-from mull.recipe import load_recipe
-from mull.retrofit import wrap_transformer_with_etd
+from mull.model.configs import ETDConfig, MTPConfig
+from mull.retrofit.wrap import wrap_transformer_with_etd
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mull import ETDConfig, MTPConfig, MullForCausalLM, wrap_transformer_with_etd
-from mull.distributed import full_state_dict
 from mull.layers.value_head import ValueHead
-from mull.objectives.algorithms import CriticConfig, GradientConfig, Parts, Rho1Config, make_scorer
-from mull.objectives.base import Batch
-from mull.objectives.iterations import IterationSampling
-from mull.objectives.weighting import Evidence, Scorer
-from mull.objectives.wmtp import Control, WeightedMTP
-from mull.train import TrainConfig, train
+from mull.runtime.distributed import full_state_dict
+from mull.training.loop import TrainConfig, train
+from mull.training.objectives.base import Batch
+from mull.training.objectives.evidence import Evidence, Scorer
+from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.weighted_mtp import Control, WeightedMTP
+from mull.training.objectives.weightings import CriticConfig, GradientConfig, Parts, Rho1Config, make_scorer
 
 ALGORITHMS = {
     "baseline": "baseline-mtp",

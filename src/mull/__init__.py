@@ -1,14 +1,14 @@
 """mull retrofits pretrained decoder language models: recursive depth, routing, multi-token heads, hybrid attention."""
 
-from mull.cache import SlotCache
-from mull.configs import ETDConfig, MTPConfig
-from mull.generate import GenerateOutput, GenerationStats, generate
-from mull.model import MullConfig, MullForCausalLM, MullOutput
-from mull.native import export_native_heads
+from mull.decoding.generate import GenerateOutput, GenerationStats, generate
+from mull.model.causal_lm import MullConfig, MullForCausalLM, MullOutput
+from mull.model.configs import ETDConfig, MTPConfig
+from mull.model.growing_cache import SlotCache
+from mull.model.path import Path, Visit, from_actions, from_layers, recursion
 from mull.ops.sampling import Sampling
-from mull.path import Path, Visit, from_actions, from_layers, recursion
-from mull.presets import TransformerConfig
-from mull.retrofit import certify_identity, from_pretrained, wrap_transformer_with_etd
+from mull.retrofit.native_heads import export_native_heads
+from mull.retrofit.presets import TransformerConfig
+from mull.retrofit.wrap import certify_identity, from_pretrained, wrap_transformer_with_etd
 
 __all__ = [
     "ETDConfig",

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mull import MullForCausalLM, from_actions, from_layers, wrap_transformer_with_etd
-from mull.path import Path
+from mull.model.path import Path
 
 Exact = Callable[..., PreTrainedModel]
 Ids = Callable[..., Tensor]

@@ -13,8 +13,9 @@ import pytest
 from conftest import tiny
 from transformers.cache_utils import Cache
 
-from mull import SlotCache, backbone
-from mull.cache import SlotView
+from mull import SlotCache
+from mull.model import families as backbone
+from mull.model.growing_cache import SlotView
 
 LAYER_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"}
 MASK_FUNCTIONS = {

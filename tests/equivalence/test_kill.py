@@ -19,9 +19,9 @@ import yaml
 from recipes import changed, content
 from safetensors.torch import load_file
 
-from mull.checkpoint import checkpoints
-from mull.recipe import parse_recipe
-from mull.run import run_recipe
+from mull.app.recipe import parse_recipe
+from mull.app.run import run_recipe
+from mull.runtime.checkpoint import checkpoints
 
 pytest_plugins = ["s3_server"]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import mull
 from mull import MTPConfig, MullForCausalLM, wrap_transformer_with_etd
-from mull.backbone import prepare, run_layer
+from mull.model.families import prepare, run_layer
 from mull.ops.token_weights import targets_of
 
 Exact = Callable[..., PreTrainedModel]

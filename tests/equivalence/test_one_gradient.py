@@ -28,8 +28,8 @@ from distributed_training import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from mull.objectives.iterations import IterationSampling
-from mull.tracking import read_metrics
+from mull.runtime.tracking import read_metrics
+from mull.training.objectives.iterations import IterationSampling
 
 TOLERANCE = 1e-6
 PLAIN, HYBRID = "untied, AdamW", "hybrid with experts"

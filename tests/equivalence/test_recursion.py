@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from mull import MTPConfig, MullForCausalLM, wrap_transformer_with_etd
-from mull.backbone import prepare, run_layer
-from mull.layers.mtp import RunBlock, before_norm, shifted
-from mull.layers.recursion import ChainedSteps, StepKeys, chain_mask
+from mull.layers.heads import RunBlock, before_norm, shifted
+from mull.layers.recursive_heads import ChainedSteps, StepKeys, chain_mask
+from mull.model.families import prepare, run_layer
 
 Exact = Callable[..., PreTrainedModel]
 Ids = Callable[..., Tensor]

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig
 
-from mull.configs import MTPConfig
-from mull.decoder import Decoder, Size
-from mull.drafting import Proposal
+from mull.decoding.drafting import Proposal
+from mull.decoding.generate import generate
+from mull.decoding.rounds import Decoder, Size
 from mull.evaluation.lossless import differences
-from mull.generate import generate
-from mull.model import MullForCausalLM
+from mull.model.causal_lm import MullForCausalLM
+from mull.model.configs import MTPConfig
 from mull.ops.sampling import Sampling
-from mull.retrofit import wrap_transformer_with_etd
+from mull.retrofit.wrap import wrap_transformer_with_etd
 
 HEADS: dict[str, dict[str, Any]] = {
     "transformer": {"mtp_head_type": "transformer"},
@@ -198,8 +198,8 @@ def test_heads_draft_what_their_training_pass_says(
     family: str, piece: int, head: str, exact: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The law of draft k is that of head k at the last true position, when the tokens in between are the drafts."""
-    monkeypatch.setattr("mull.decoder.PREFILL_TOKENS", piece + 1)
-    monkeypatch.setattr("mull.drafting.CATCH_UP_TOKENS", piece)
+    monkeypatch.setattr("mull.decoding.rounds.PREFILL_TOKENS", piece + 1)
+    monkeypatch.setattr("mull.decoding.drafting.CATCH_UP_TOKENS", piece)
     model = with_heads(family, head, dtype=torch.float64)
     driver = Driver(model, [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]], Sampling(temperature=1.0))
     for length in LENGTHS:
@@ -350,8 +350,8 @@ def test_long_prompts_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     ids, mask = ragged([40, 7, 33])
     options: dict[str, Any] = {"max_new_tokens": 10, "draft": "mtp", "draft_length": 3}
     whole = generate(model, ids, mask, **options)
-    monkeypatch.setattr("mull.decoder.PREFILL_TOKENS", 16)
-    monkeypatch.setattr("mull.drafting.CATCH_UP_TOKENS", 8)
+    monkeypatch.setattr("mull.decoding.rounds.PREFILL_TOKENS", 16)
+    monkeypatch.setattr("mull.decoding.drafting.CATCH_UP_TOKENS", 8)
     pieces = generate(model, ids, mask, **options)
     assert pieces.sequences.tolist() == whole.sequences.tolist()
     assert pieces.stats.accepted == whole.stats.accepted

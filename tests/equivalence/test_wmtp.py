@@ -37,13 +37,13 @@ from weighted_steps import (
 )
 
 from mull import MTPConfig, MullForCausalLM, wrap_transformer_with_etd
-from mull.checkpoint import CheckpointConfig
 from mull.layers.value_head import value_loss
-from mull.objectives.algorithms import Critic, Parts, Rho1Config, make_scorer
-from mull.objectives.iterations import IterationSampling
-from mull.objectives.wmtp import Control, HeadTraining, WeightedMTP
 from mull.ops.token_weights import lambda_returns, targets_of
-from mull.train import TrainConfig, train
+from mull.runtime.checkpoint import CheckpointConfig
+from mull.training.loop import TrainConfig, train
+from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.weighted_mtp import Control, HeadTraining, WeightedMTP
+from mull.training.objectives.weightings import Critic, Parts, Rho1Config, make_scorer
 
 HEAD_TYPES = ("transformer", "mlp", "shared_lm_head", "sequential", "native")
 HEAD_WEIGHTS = (1.0, 0.3 * 2 / 3, 0.3 / 3)
@@ -558,7 +558,7 @@ def test_labels_shifted_by_one_are_caught(heads: str, monkeypatch: pytest.Monkey
     def too_early(labels: Tensor, positions: Tensor | None, n_heads: int) -> Tensor:
         return targets_of(F.pad(labels[:, :-1], (1, 0), value=-100), positions, n_heads)
 
-    monkeypatch.setattr("mull.objectives.wmtp.targets_of", too_early)
+    monkeypatch.setattr("mull.training.objectives.weighted_mtp.targets_of", too_early)
     losses = losses_on_noise(heads)
     sees_its_label = [True, False, False] if heads == "transformer" else [True, True, True]
     assert [loss < math.log(12) - 0.1 for loss in losses] == sees_its_label

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mull.demo import DemoSize, chain_story
+from mull.app.demo.demo import DemoSize, chain_story
 
 
 @pytest.mark.slow

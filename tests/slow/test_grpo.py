@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from mull.data.arithmetic import ArithmeticTask
 from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches
-from mull.model import MullForCausalLM
-from mull.objectives.grpo import REWARDS, GroupRelative, GRPOConfig, sample
-from mull.objectives.iterations import IterationSampling
-from mull.objectives.next_token import NextToken
-from mull.objectives.wmtp import Control, WeightedMTP
-from mull.retrofit import wrap_transformer_with_etd
-from mull.train import TrainConfig, train
+from mull.model.causal_lm import MullForCausalLM
+from mull.retrofit.wrap import wrap_transformer_with_etd
+from mull.training.loop import TrainConfig, train
+from mull.training.objectives.grpo import REWARDS, GroupRelative, GRPOConfig, sample
+from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.next_token import NextToken
+from mull.training.objectives.weighted_mtp import Control, WeightedMTP
 
 TASK = ArithmeticTask(digits=2, operations="+")
 ONCE = IterationSampling(maximum=1)

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from mull import storage
+from mull.runtime import storage
 
 DATASET = "hf:"
 """Beginning of a source that the datasets library reads."""

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mull.data.packing import PackedDataset
-from mull.distributed import global_sum, rank, world_size
-from mull.model import MullForCausalLM, label_positions
+from mull.model.causal_lm import MullForCausalLM, label_positions
 from mull.ops.token_weights import targets_of
+from mull.runtime.distributed import global_sum, rank, world_size
 
 
 @torch.no_grad()

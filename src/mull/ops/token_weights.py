@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from mull.distributed import gather, global_sum
+from mull.runtime.distributed import gather, global_sum
 
 IGNORED = -100
 

@@ -1,0 +1,244 @@
+"""The command ``mull``: one verb per command. A user's mistake is one line and exit code 2, never a traceback."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from pydantic import ValidationError
+from transformers import AutoTokenizer, TextStreamer
+from transformers.utils import logging as transformers_logging
+
+from mull.app.demo.demo import run_demo
+from mull.app.recipe import load_recipe, recipe_schema
+from mull.app.report.page import Report, angular_distance_figure
+from mull.app.run import estimate_recipe, run_recipe
+from mull.data.corpus import load_stdlib
+from mull.data.packing import pack_texts
+from mull.data.sources import load_documents
+from mull.decoding.generate import GenerationStats
+from mull.decoding.generate import generate as continue_rows
+from mull.evaluation.acceptance import acceptance_by_position, describe_call
+from mull.evaluation.search.split import SplitReport, find_split
+from mull.model.configs import ETDConfig, MTPConfig
+from mull.retrofit.wrap import from_pretrained
+from mull.runtime.distributed import device
+
+TRACEBACK = "MULL_TRACEBACK"
+"""Environment variable that shows the traceback behind an error message, for bug reports."""
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Retrofit pretrained decoder language models.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ModelArgument = Annotated[str, typer.Argument(help="Directory or hub name of a checkpoint.", metavar="MODEL")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report and the models.")] = Path("out/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+) -> None:
+    """Train a small model on real text, make it think in loops, and write a report: minutes on one CPU, no download."""
+    report = run_demo(out, seed)
+    print(f"report: {report}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, overrides the recipe.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint of the run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything but the training, and print what it will cost.")
+    ] = False,
+) -> None:
+    """Train a model as a recipe says. On several devices: torchrun --nproc-per-node N -m mull train RECIPE."""
+    loaded = load_recipe(recipe, set_ or [])
+    if dry_run:
+        _print_once(estimate_recipe(loaded))
+        return
+    result = run_recipe(loaded, resume)
+    folder = loaded.run.out / loaded.run.name
+    cost = f"{result.step} steps, {result.tokens} tokens, {result.seconds:.0f} s ({result.precision})"
+    _print_once(f"{result.stopped} after {cost}: {folder}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, with which editors complete and explain its keys."""
+    print(json.dumps(recipe_schema(), indent=2))
+
+
+def _print_once(text: str) -> None:
+    """Print on the first of the processes that torchrun has started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+
+
+@app.command()
+def split(
+    model: ModelArgument,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to measure on: files, folders, s3://… or hf:…; default: Python's standard library."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for split.json and split.html.")] = Path("out/split"),
+    length: Annotated[int, typer.Option(help="Tokens per row.")] = 256,
+    batches: Annotated[int, typer.Option(help="Batches to measure on.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Rows per batch.")] = 8,
+) -> None:
+    """Measure which layers of MODEL encode, think and decode, and propose an ETDConfig."""
+    documents = load_stdlib().held_out if data is None else load_documents(data)
+    loaded = from_pretrained(model)
+    text_config = loaded.config.get_text_config()
+    if length > text_config.max_position_embeddings:
+        raise ValueError(
+            f"--length {length} exceeds the model's {text_config.max_position_embeddings} positions: measure shorter rows."
+        )
+    dataset = pack_texts(
+        (document.text for document in documents),
+        AutoTokenizer.from_pretrained(model),
+        length=length,
+        vocab_size=text_config.vocab_size,
+    )
+    measured = list(dataset.in_order(batch_size))[:batches]
+    report = find_split(loaded, measured.__getitem__, n_batches=len(measured), n_probe_batches=min(4, len(measured)))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "split.json").write_text(report.to_json())
+    page = Report(f"Split of {model}", command=" ".join(["mull", *sys.argv[1:]]))
+    page.section("Angular distance and loop probe").figure(angular_distance_figure(report), _describe(report))
+    page.write(out / "split.html")
+    for layer, distance in enumerate(report.distances):
+        print(f"layer {layer:3d}  distance {distance:.4f}")
+    print(_describe(report))
+    print(f"{report.etd!r}")
+    print(f"figure: {out / 'split.html'}")
+
+
+def _describe(report: SplitReport) -> str:
+    etd = report.etd
+    return (
+        f"Proposed split {etd.n_encoder_layers}-{etd.n_think_layers}*k-{etd.n_decoder_layers} by {report.method}, measured on "
+        f"{report.n_tokens} tokens in {report.n_batches} batches. {' '.join(report.notes)}"
+    ).strip()
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 100,
+    think_iterations: Annotated[int | None, typer.Option(help="Passes through the think block.")] = None,
+    etd: Annotated[
+        str | None, typer.Option(help="Encoder,think,decoder layers, e.g. 7,4,5, for a base checkpoint.")
+    ] = None,
+    mtp: Annotated[
+        Literal["native"] | None,
+        typer.Option(help="Heads of a base checkpoint: those under mtp.* of Qwen3-Next and 3.5."),
+    ] = None,
+    draft: Annotated[
+        Literal["mtp"] | None, typer.Option(help="Draft with the model's heads; the text stays the same.")
+    ] = None,
+    draft_length: Annotated[
+        int | None, typer.Option(help="Tokens to draft per round; default: by measured cost and acceptance.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Least probability, relative to the likeliest token's.")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divides the logits of tokens that occurred; 1 is none.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile rounds: minutes at first, faster later.")
+    ] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Say on standard error what it took.")] = False,
+) -> None:
+    """Continue a prompt, token by token as they come."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    heads = None if mtp is None else MTPConfig(mtp_head_type=mtp)
+    loaded: Any = from_pretrained(model, etd=None if etd is None else _parse_split(etd), mtp=heads)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].numel() == 0:
+        raise ValueError("The prompt is empty: give at least one token to continue.")
+    if len(tokenizer) > loaded.lm_head.out_features:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model {loaded.lm_head.out_features}: it belongs to another model."
+        )
+    output = continue_rows(
+        loaded.to(device()),
+        inputs["input_ids"],
+        max_new_tokens=max_new_tokens,
+        draft=draft,
+        draft_length=draft_length,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        think_iterations=think_iterations,
+        streamer=TextStreamer(tokenizer),
+        compile=compile_,
+    )
+    if stats:
+        print(_stats_text(output.stats), file=sys.stderr)
+
+
+def _stats_text(stats: GenerationStats) -> str:
+    """A call's statistics as lines, and a table of the drafted positions where there are any."""
+    facts = describe_call(stats)
+    width = max(map(len, facts))
+    lines = [f"{name:<{width}}  {fact}" for name, fact in facts.items()]
+    positions = acceptance_by_position([stats])
+    if positions:
+        lines += ["", f"{'position':>8}  {'drafted':>8}  {'tested':>8}  {'accepted':>8}  {'share':>6}"]
+    for place, counts in enumerate(positions, start=1):
+        drafted, verified, accepted = counts
+        lines.append(f"{place:>8}  {drafted:>8}  {verified:>8}  {accepted:>8}  {counts.conditional:>6.1%}")
+    return "\n".join(lines)
+
+
+def _parse_split(text: str) -> ETDConfig:
+    counts = text.split(",")
+    if len(counts) != 3 or not all(count.strip().isdigit() for count in counts):
+        raise ValueError(f"--etd {text} must be three numbers of layers, such as 7,4,5.")
+    encoder, think, decoder = map(int, counts)
+    return ETDConfig(n_encoder_layers=encoder, n_think_layers=think, n_decoder_layers=decoder)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        verb = sys.argv[1] if len(sys.argv) > 1 else ""
+        rank = os.environ.get("RANK", "0")
+        who = f"mull {verb}" if rank == "0" else f"mull {verb} (rank {rank})"
+        print(f"{who}: {' '.join(_message(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _message(error: Exception) -> str:
+    """What an error says; of the fields of a configuration, which value does not fit and why."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    mistakes = []
+    for mistake in error.errors():
+        reason = mistake["msg"].removeprefix("Value error, ")
+        field = ".".join(map(str, mistake["loc"]))
+        mistakes.append(f"{field}={mistake['input']!r}: {reason}" if field else reason)
+    return "; ".join(mistakes)

@@ -1,0 +1,452 @@
+"""Generation: one entry for plain and self-speculative decoding, greedy and sampled, of rows of any length.
+
+Speculative decoding drafts with the model's own heads and keeps what the model itself would have written: greedy output is that
+of plain decoding, sampled output follows the same law (arXiv:2211.17192, appendix A.1; arXiv:2302.01318, theorem 1). Drafts
+change how long it takes, not what comes out.
+"""
+
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mull.decoding.draft_length import DraftLength
+from mull.decoding.drafting import Drafter
+from mull.decoding.rounds import Decoder, Size
+from mull.model.path import Path
+from mull.ops.sampling import Sampling
+
+KEPT_DECODERS = 2
+"""Compiled or captured decoders, with their buffers, that a model keeps: those made last. Enough for calls with and without
+drafts in turns."""
+
+CAPACITY_STEP = 256
+"""Buffers of compiled decoders are rounded up to this many tokens, so that calls of similar lengths share them."""
+
+UNSTEADY_ROPES = {"dynamic", "longrope"}
+"""Rotary embeddings of transformers that look at the largest position of a call."""
+
+
+@dataclass
+class GenerationStats:
+    """What a call of `generate` did. Drafts are counted over rounds and the rows that were running in them."""
+
+    prompt_tokens: int
+    """Tokens of all prompts, without padding."""
+
+    think_iterations: int | None
+    """Passes through the think block; None for an explicit path."""
+
+    new_tokens: int = 0
+    """Tokens of all rows."""
+
+    rounds: int = 0
+    """Passes of the model behind the prompt, whether they verified drafts or not."""
+
+    row_rounds: int = 0
+    """Sum over these passes of the rows that were running."""
+
+    draft_lengths: dict[int, int] = field(default_factory=dict)
+    """Rounds by draft length."""
+
+    drafted: list[int] = field(default_factory=list)
+    """Drafts by position: how often a first, second, ... token was drafted."""
+
+    verified: list[int] = field(default_factory=list)
+    """Of these, the ones whose predecessors were all accepted, so that they were put to the test."""
+
+    accepted: list[int] = field(default_factory=list)
+    """Of these, the ones that were accepted."""
+
+    prefill_seconds: float = 0.0
+    """Wall time until the first token of each row."""
+
+    decode_seconds: float = 0.0
+    """Wall time of the rounds, without `warm_up_seconds`."""
+
+    warm_up_seconds: float = 0.0
+    """Wall time of rounds that had to be compiled or captured first. `tokens_per_second` and `speedup` leave them out."""
+
+    timed_tokens: list[int] = field(default_factory=list)
+    """Tokens of each row that were made in `decode_seconds`."""
+
+    plain_seconds: float | None = None
+    """Wall time of a round without drafts: the median of this call's, or what earlier calls of this size measured; None where
+    there was none."""
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """Share of accepted drafts by position, of those that were put to the test."""
+        return tuple(a / v if v else 0.0 for a, v in zip(self.accepted, self.verified, strict=True))
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Mean tokens per row and round, the model's own included: 1 for plain decoding. No speed-up, as drafts cost time."""
+        return 1 + sum(self.accepted) / self.row_rounds if self.row_rounds else 1.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all rows per second of decoding."""
+        return sum(self.timed_tokens) / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def speedup(self) -> float | None:
+        """Time of plain decoding for the same tokens, at `plain_seconds` a round, over `decode_seconds`.
+
+        None where no plain round was measured: a fixed draft length leaves no room for one.
+        """
+        if self.plain_seconds is None or not self.decode_seconds:
+            return None
+        return max(self.timed_tokens) * self.plain_seconds / self.decode_seconds
+
+    def record(self, length: int, gained: Sequence[int], kept: Sequence[int], seconds: float, warm_up: bool) -> None:
+        """Enter a round.
+
+        Args:
+            length: Its draft length.
+            gained: Tokens that each row gained; 0 for those that no longer run.
+            kept: How many of them are part of the text, which may have ended inside the round.
+            seconds: Its wall time.
+            warm_up: Whether it was compiled or captured in that time.
+        """
+        running = [n for n in gained if n]
+        self.rounds += 1
+        self.row_rounds += len(running)
+        self.draft_lengths[length] = self.draft_lengths.get(length, 0) + 1
+        for counts in (self.drafted, self.verified, self.accepted):
+            counts.extend([0] * (length - len(counts)))
+        for position in range(length):
+            self.drafted[position] += len(running)
+            self.verified[position] += sum(n > position for n in running)
+            self.accepted[position] += sum(n > position + 1 for n in running)
+        if warm_up:
+            self.warm_up_seconds += seconds
+            return
+        self.decode_seconds += seconds
+        self.timed_tokens = [n + new for n, new in zip(self.timed_tokens or [0] * len(kept), kept, strict=True)]
+
+
+@dataclass
+class GenerateOutput:
+    """What `generate` returns."""
+
+    sequences: Tensor
+    """``[B, T + N]``: the prompts as they were given, then the new tokens, then padding."""
+
+    stats: GenerationStats
+
+
+class Streamer(Protocol):
+    """Takes tokens as they come; the streamers of transformers do."""
+
+    def put(self, value: Tensor) -> None:
+        """Take tokens ``[n]``: the prompt first, then those of each round."""
+
+    def end(self) -> None:
+        """The text is complete."""
+
+
+class _Kept:
+    """What outlives a call: measured costs and acceptance, and decoders that were compiled or captured.
+
+    It is an attribute of the model, because the decoders refer to the model: both can then be freed together. Copies of a
+    model begin anew.
+    """
+
+    def __init__(self, model: Any = None) -> None:
+        self.model = None if model is None else weakref.ref(model)
+        self.draft_lengths: dict[tuple[Any, ...], DraftLength] = {}
+        self.decoders: dict[tuple[Any, ...], Decoder] = {}
+
+    def __reduce__(self) -> tuple[type["_Kept"], tuple[()]]:
+        """Deep copies and pickles hold nothing of it."""
+        return type(self), ()
+
+    @classmethod
+    def of(cls, model: Any) -> "_Kept":
+        """What is kept for a model; a shallow copy does not take over that of the original."""
+        kept: _Kept | None = vars(model).get("_kept")
+        if kept is None or kept.model is None or kept.model() is not model:
+            kept = vars(model)["_kept"] = cls(model)
+        return kept
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    draft: Literal["mtp"] | None = None,
+    draft_length: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    think_iterations: int | None = None,
+    path: Sequence[Sequence[int]] | None = None,
+    streamer: Streamer | None = None,
+    compile: bool = False,  # noqa: A002
+) -> GenerateOutput:
+    """Continue prompts.
+
+    Args:
+        model: A `MullForCausalLM` in evaluation mode.
+        input_ids: ``[B, T]``.
+        attention_mask: ``[B, T]`` with 0 at padding, on either side; None for none.
+        max_new_tokens: Tokens per row at most.
+        draft: ``"mtp"`` drafts with the model's heads and verifies; None decodes token by token.
+        draft_length: Tokens to draft per round; None chooses by measured cost and acceptance, 0 included, up to
+            ``MTPConfig.speculation_lookahead``.
+        temperature: See `mull.ops.sampling.Sampling`, as for the next four.
+        top_k: Likeliest tokens to sample from.
+        top_p: Probability to sample from.
+        min_p: Least probability, relative to the likeliest token's.
+        repetition_penalty: Divides the logits of tokens that occurred, padding aside.
+        seed: Seed of the sampling; None draws one from torch's global generator.
+        eos_token_id: Tokens that end a row; None takes the model's own, an empty sequence lets every row run to its end.
+        pad_token_id: Fills rows that ended early; None takes the model's own.
+        think_iterations: Passes through the think block; default as in `ETDConfig`.
+        path: Explicit visits ``(layer, occurrence)`` instead.
+        streamer: Takes tokens as they come; a single row only.
+        compile: Compile a round, once per size and draft length: seconds to minutes at the first call, less time per token
+            later. On a GPU rounds are captured as CUDA graphs, compiled or not.
+
+    Returns:
+        The rows, and what it took.
+
+    Raises:
+        ValueError: arguments that do not fit the model or each other.
+    """
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
+    prompts = _prompts(model, input_ids, attention_mask, max_new_tokens)
+    padding = _padding(model, pad_token_id, len(prompts))
+    if streamer is not None and len(prompts) > 1:
+        raise ValueError(f"A streamer takes one row, and input_ids has {len(prompts)}.")
+    visits = model.path(think_iterations, path)
+    longest = _longest_draft(model, draft, draft_length)
+    decoder, policy = _decoder(model, visits, sampling, prompts, max_new_tokens, longest, draft_length, compile)
+    stats = GenerationStats(
+        prompt_tokens=sum(map(len, prompts)),
+        think_iterations=None if path is not None else model.iterations(think_iterations),
+    )
+    rows = _Rows(len(prompts), max_new_tokens, _end_tokens(model, eos_token_id))
+    _run(decoder, policy, prompts, rows, stats, _generator(sampling, seed), streamer)
+    stats.new_tokens = sum(map(len, rows.tokens))
+    return GenerateOutput(_joined(input_ids, rows.tokens, padding), stats)
+
+
+def _run(
+    decoder: Decoder,
+    policy: DraftLength,
+    prompts: list[list[int]],
+    rows: "_Rows",
+    stats: GenerationStats,
+    generator: torch.Generator | None,
+    streamer: Streamer | None,
+) -> None:
+    begin = time.perf_counter()
+    rows.append([[token] for token in decoder.start(prompts, generator)])
+    stats.prefill_seconds = time.perf_counter() - begin
+    if streamer is not None:
+        streamer.put(torch.tensor(prompts[0]))
+        streamer.put(torch.tensor(rows.tokens[0]))
+    plain: list[float] = []
+    while any(rows.running):
+        decoder.stop_all_but(rows.running)
+        behind = rows.furthest_behind
+        backlog = decoder.backlog()
+        chosen = policy.choose(rows.most_left, backlog)
+        length = chosen if decoder.has_fixed_shapes else min(chosen, rows.most_left - 1)
+        warm_up = decoder.must_warm_up(length)
+        begin = time.perf_counter()
+        gained = decoder.round(length, generator)
+        seconds = time.perf_counter() - begin
+        kept = rows.append(gained)
+        counts = [len(tokens) for tokens in gained]
+        if not warm_up:
+            policy.observe(length, [counts[row] - 1 for row in behind], seconds, backlog[length])
+        stats.record(length, counts, kept, seconds, warm_up)
+        if chosen == 0 and not warm_up:
+            plain.append(seconds)
+        if streamer is not None:
+            streamer.put(torch.tensor(rows.tokens[0][-kept[0] :]))
+    stats.plain_seconds = median(plain) if plain else policy.seconds.get(0)
+    if streamer is not None:
+        streamer.end()
+
+
+class _Rows:
+    """The new tokens of each row, cut at its end."""
+
+    def __init__(self, n_rows: int, max_new_tokens: int, end_tokens: frozenset[int]) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(n_rows)]
+        self.running = [True] * n_rows
+        self.max_new_tokens = max_new_tokens
+        self.end_tokens = end_tokens
+
+    @property
+    def furthest_behind(self) -> list[int]:
+        """The running rows with the fewest tokens. When they will be done decides how long a call takes."""
+        running = [row for row, runs in enumerate(self.running) if runs]
+        fewest = min(len(self.tokens[row]) for row in running)
+        return [row for row in running if len(self.tokens[row]) == fewest]
+
+    @property
+    def most_left(self) -> int:
+        """Tokens that the rows furthest behind may still gain."""
+        return self.max_new_tokens - len(self.tokens[self.furthest_behind[0]])
+
+    def append(self, gained: Sequence[Sequence[int]]) -> list[int]:
+        """Take what a round gave, up to an end token or the limit inside it; return how much of it each row kept."""
+        counts = []
+        for row, new in enumerate(gained):
+            kept = list(new[: self.max_new_tokens - len(self.tokens[row])])
+            ends = [place for place, token in enumerate(kept) if token in self.end_tokens]
+            kept = kept[: ends[0] + 1] if ends else kept
+            self.tokens[row] += kept
+            self.running[row] = self.running[row] and not ends and len(self.tokens[row]) < self.max_new_tokens
+            counts.append(len(kept))
+        return counts
+
+
+def _decoder(
+    model: Any,
+    visits: Path,
+    sampling: Sampling,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    longest: int,
+    draft_length: int | None,
+    compiled: bool,
+) -> tuple[Decoder, DraftLength]:
+    """A decoder for the call, one that earlier calls left where there is one, and what is known about its drafts."""
+    kept = _Kept.of(model)
+    n_tokens = max(map(len, prompts)) + max_new_tokens
+    size = Size(len(prompts), n_tokens + Size.slack(longest), longest)
+    known = (visits, size.n_rows, longest, model.dtype, compiled)
+    policy = kept.draft_lengths.setdefault(known, DraftLength(longest))
+    if draft_length is not None:
+        policy = DraftLength(longest, fixed=draft_length)
+    if not Decoder.keeps(model, compiled):
+        return Decoder(model, visits, sampling, size), policy
+    weights = tuple(parameter.data_ptr() for parameter in model.parameters())
+    key = (*known, sampling, weights)
+    decoder = kept.decoders.get(key)
+    if decoder is None or decoder.size.capacity < size.capacity:
+        rounded = -(-size.capacity // CAPACITY_STEP) * CAPACITY_STEP
+        decoder = Decoder(model, visits, sampling, Size(size.n_rows, rounded, longest), compiled)
+        kept.decoders[key] = decoder
+        while len(kept.decoders) > KEPT_DECODERS:
+            del kept.decoders[next(iter(kept.decoders))]
+    return decoder, policy
+
+
+def _prompts(model: Any, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> list[list[int]]:
+    """The tokens of each row, without padding."""
+    if model.training:
+        raise ValueError("The model is in training mode, where dropout changes its output: call model.eval() first.")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give [rows, tokens].")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids has {tuple(input_ids.shape)}."
+        )
+    rows: list[list[int]] = input_ids.tolist()
+    if attention_mask is not None:
+        masks = attention_mask.tolist()
+        rows = [[token for token, real in zip(*row, strict=True) if real] for row in zip(rows, masks, strict=True)]
+    if not rows or not all(rows):
+        raise ValueError(
+            "Every row needs at least one token to continue, and at least one row is empty or all padding."
+        )
+    config = model.config.get_text_config()
+    ropes = [config.rope_parameters, *config.rope_parameters.values()] if config.rope_parameters else []
+    unsteady = {rope["rope_type"] for rope in ropes if isinstance(rope, dict) and "rope_type" in rope} & UNSTEADY_ROPES
+    if unsteady:
+        raise ValueError(
+            f"The model's rotary embeddings are {unsteady.pop()!r}: they change with the length of the longest row, drafts "
+            "included, so a row's text would depend on them. Use model.generate."
+        )
+    vocabulary = config.vocab_size
+    if max(map(max, rows)) >= vocabulary or min(map(min, rows)) < 0:
+        raise ValueError(
+            f"input_ids holds tokens outside 0 to {vocabulary - 1}: the tokenizer belongs to another model."
+        )
+    n_tokens, limit = max(map(len, rows)), config.max_position_embeddings
+    if n_tokens + max_new_tokens > limit:
+        raise ValueError(
+            f"The longest prompt's {n_tokens} tokens and max_new_tokens={max_new_tokens} exceed the model's {limit} positions: "
+            "shorten one."
+        )
+    return rows
+
+
+def _longest_draft(model: Any, draft: str | None, draft_length: int | None) -> int:
+    if draft is None:
+        if draft_length is not None:
+            raise ValueError(f"draft_length={draft_length} needs draft='mtp'.")
+        return 0
+    if draft != "mtp":
+        raise ValueError(f"draft={draft!r} is not known. Use 'mtp' for the model's own heads, or None.")
+    if model.mtp_config is None:
+        raise ValueError(
+            "draft='mtp' needs heads that predict further tokens, and this model has none: load those of its checkpoint with "
+            "mtp=MTPConfig(mtp_head_type='native') (mull generate --mtp native), or add some and train them."
+        )
+    longest = Drafter.longest(model.mtp_config)
+    if draft_length is None:
+        return longest
+    if draft_length < 0:
+        raise ValueError(f"draft_length={draft_length} must be at least 0, which is plain decoding.")
+    possible = Drafter.longest(model.mtp_config, draft_length)
+    if draft_length > possible:
+        raise ValueError(
+            f"draft_length={draft_length} is not possible: the model's heads draft {possible} tokens at most."
+        )
+    # Shorter drafts run on the buffers, and the compiled rounds, of the usual ones.
+    return max(longest, draft_length)
+
+
+def _end_tokens(model: Any, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+    if eos_token_id is None:
+        eos_token_id = model.generation_config.eos_token_id
+    if eos_token_id is None:
+        return frozenset()
+    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+
+
+def _padding(model: Any, pad_token_id: int | None, n_rows: int) -> int:
+    for candidate in (pad_token_id, model.generation_config.pad_token_id, model.config.pad_token_id):
+        if candidate is not None:
+            return int(candidate)
+    if n_rows > 1:
+        raise ValueError("Rows may end early, and the model names no padding token: give pad_token_id.")
+    return 0
+
+
+def _generator(sampling: Sampling, seed: int | None) -> torch.Generator | None:
+    """A generator on the CPU, so that a seed gives the same draws on every device; None for greedy decoding."""
+    if sampling.greedy:
+        return None
+    return torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+
+
+def _joined(input_ids: Tensor, new: list[list[int]], padding: int) -> Tensor:
+    width = max(map(len, new))
+    rows = torch.tensor([[*row, *[padding] * (width - len(row))] for row in new])
+    return torch.cat([input_ids, rows.to(input_ids.device)], 1)

@@ -1,0 +1,57 @@
+"""What calls of `mull.generate` did, read from their `GenerationStats`: acceptance over several calls, and a call in words."""
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import NamedTuple
+
+from mull.decoding.generate import GenerationStats
+
+
+class Acceptance(NamedTuple):
+    """What became of the drafts at one position of a round, counted over rounds and running rows."""
+
+    drafted: int
+    """How often a token was drafted there."""
+
+    verified: int
+    """Of these, the ones whose predecessors were all accepted."""
+
+    accepted: int
+    """Of these, the ones that were accepted."""
+
+    @property
+    def conditional(self) -> float:
+        """Share accepted of those whose predecessors were; 0 where there was none."""
+        return self.accepted / self.verified if self.verified else 0.0
+
+    @property
+    def cumulative(self) -> float:
+        """Share of drafts that were used: accepted, and all before them, too.
+
+        With a fixed draft length their sum over the positions, and 1 for the model's own token, is the mean accepted length.
+        """
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+def acceptance_by_position(calls: Sequence[GenerationStats]) -> list[Acceptance]:
+    """Counts of all calls together, from the first drafted position on; empty where nothing was drafted."""
+    by_call = [zip(call.drafted, call.verified, call.accepted, strict=True) for call in calls]
+    positions = zip_longest(*by_call, fillvalue=(0, 0, 0))
+    return [Acceptance(*map(sum, zip(*counts, strict=True))) for counts in positions]
+
+
+def describe_call(stats: GenerationStats) -> dict[str, str]:
+    """The statistics of a call with their units, by name, but for the positions of its drafts."""
+    rounds = ", ".join(f"{count} with {length} drafts" for length, count in sorted(stats.draft_lengths.items()))
+    return {
+        "prompt": f"{stats.prompt_tokens} tokens",
+        "new": f"{stats.new_tokens} tokens",
+        "think iterations": "of an explicit path" if stats.think_iterations is None else str(stats.think_iterations),
+        "rounds": f"{stats.rounds} ({rounds})" if rounds else "0",
+        "mean accepted length": f"{stats.mean_accepted_length:.2f} tokens per row and round, the model's own included",
+        "speed": f"{stats.tokens_per_second:.1f} tokens per second of decoding",
+        "speed-up": "not measured" if stats.speedup is None else f"{stats.speedup:.2f} over rounds without drafts",
+        "prefill": f"{stats.prefill_seconds:.3f} s",
+        "decode": f"{stats.decode_seconds:.3f} s",
+        "warm-up": f"{stats.warm_up_seconds:.3f} s",
+    }

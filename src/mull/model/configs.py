@@ -1,0 +1,176 @@
+"""Model-side configurations: frozen, validated once, and the same schema for Python calls, recipes and ``config.json``."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mull.model.path import Path, recursion
+
+SPLITS: dict[str, tuple[float, float]] = {"published": (7 / 16, 4 / 16), "quarters": (1 / 4, 1 / 2)}
+"""Encoder and think fractions of the depth. ``published`` is 7-4-5 of 16 layers (arXiv:2510.07358), ``quarters`` 25/50/25."""
+
+
+class ETDConfig(BaseModel):
+    """Which decoder layers encode, think and decode, and how often the think block runs.
+
+    Source:
+        Encode-Think-Decode (arXiv:2510.07358). The paper reports one model (OLMo-2 1B, 16 layers, 7-4-5); `for_model`
+        scales that split to other depths, and ``mull split`` measures one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    n_encoder_layers: int = Field(ge=0)
+    """Layers that run once, before the loop."""
+
+    n_think_layers: int = Field(ge=1)
+    """Layers of the block that is iterated."""
+
+    n_decoder_layers: int = Field(ge=0)
+    """Layers that run once, after the loop."""
+
+    max_think_iterations: int = Field(default=5, ge=1)
+    """Passes through the think block when a call does not say ``think_iterations``; 1 is the unmodified model. A call may
+    ask for more, to measure how the model extrapolates."""
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers that the three blocks add up to."""
+        return self.n_encoder_layers + self.n_think_layers + self.n_decoder_layers
+
+    def path(self, iterations: int) -> Path:
+        """The visits of a call with this many iterations."""
+        return recursion(self.n_encoder_layers, self.n_think_layers, self.n_decoder_layers, iterations)
+
+    def check_depth(self, n_layers: int, layer_types: list[str]) -> None:
+        """Refuse a split that does not add up to the model's depth.
+
+        Raises:
+            ValueError: names the model's depth and proposes a split.
+        """
+        if self.n_layers != n_layers:
+            proposal = split_for(n_layers, layer_types)
+            raise ValueError(
+                f"The split {self.n_encoder_layers}+{self.n_think_layers}+{self.n_decoder_layers} covers {self.n_layers} layers, "
+                f"but the model has {n_layers}. A split that fits is "
+                f"{'+'.join(map(str, proposal))} (ETDConfig.for_model); `mull split` measures one."
+            )
+
+    @classmethod
+    def for_model(
+        cls, model: Any, split: Literal["published", "quarters"] = "published", **options: Any
+    ) -> "ETDConfig":
+        """Scale a published split to a model's depth.
+
+        A model with recurrent layers keeps the period of its attention layers whole: the think block is a multiple of it, so
+        that each iteration attends to the context as often as a pass through the unmodified model does.
+
+        Args:
+            model: A Hugging Face or mull model, or its configuration.
+            split: ``published`` scales 7-4-5 of 16 layers, ``quarters`` 25/50/25.
+            options: Further fields of the configuration.
+        """
+        config = getattr(model, "config", model).get_text_config()
+        layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        encoder, think, decoder = split_for(config.num_hidden_layers, layer_types, split)
+        return cls(n_encoder_layers=encoder, n_think_layers=think, n_decoder_layers=decoder, **options)
+
+
+class MTPConfig(BaseModel):
+    """How many tokens ahead a model predicts beside the next one, and with which heads.
+
+    Source:
+        Parallel heads: arXiv:2404.19737. Sequential modules: DeepSeek-V3 (arXiv:2412.19437). Decaying weights: FastMTP
+        (arXiv:2509.18362). Native heads: the ``mtp.*`` weights of released Qwen3-Next and Qwen3.5 checkpoints.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    num_predict_tokens: int = Field(default=4, ge=1)
+    """Heads behind the main one. Head ``k`` at position ``i`` predicts token ``i + 1 + k``."""
+
+    mtp_head_type: Literal["transformer", "mlp", "shared_lm_head", "sequential", "native"] = "transformer"
+    """``transformer``: a decoder layer per head. ``mlp``: a residual map per head. ``shared_lm_head``: a linear map per head.
+    ``sequential``: each head continues from the head before and the token in between. ``native``: one such module, run
+    recursively, with the weights' names of Qwen3-Next and Qwen3.5. All share the model's unembedding."""
+
+    share_weights_across_steps: bool = False
+    """Use one set of weights for all heads, recursively; ``sequential`` only, ``native`` heads do so whatever is said here."""
+
+    native_hidden_state: Literal["normed", "stream"] = "normed"
+    """What ``native`` heads read from the trunk: its final-normed state, or the stream before the final norm."""
+
+    speculation_lookahead: int = Field(default=3, ge=0)
+    """Tokens that decoding drafts at most per round; 0 drafts none. Heads with weights of their own draft at most
+    `num_predict_tokens`, recursive ones as many as they are asked for."""
+
+    loss_weight_decay: float = Field(default=0.5, gt=0, le=1)
+    """Ratio of the weights of two consecutive heads in the loss: ``α_k ∝ decay^(k-1)``, and the ``α_k`` sum to 1."""
+
+    mtp_loss_weight: float = Field(default=0.3, ge=0)
+    """Weight of all heads together, relative to the main head."""
+
+    @model_validator(mode="after")
+    def _check_head_type(self) -> "MTPConfig":
+        if self.share_weights_across_steps and self.mtp_head_type not in ("sequential", "native"):
+            raise ValueError(
+                f"share_weights_across_steps needs mtp_head_type='sequential', not {self.mtp_head_type!r}: parallel heads with "
+                "the same weights would all predict the same token."
+            )
+        if self.native_hidden_state != "normed" and self.mtp_head_type != "native":
+            raise ValueError(
+                f"native_hidden_state={self.native_hidden_state!r} needs mtp_head_type='native', not {self.mtp_head_type!r}: all "
+                "other heads read the final-normed state. Leave it out."
+            )
+        return self
+
+    @property
+    def recursive(self) -> bool:
+        """Whether one module, fed with its own states, predicts all further tokens."""
+        return self.mtp_head_type == "native" or self.share_weights_across_steps
+
+    @property
+    def head_weights(self) -> tuple[float, ...]:
+        """Weight of each head in the loss: 1 for the main one, then ``mtp_loss_weight · α_k``."""
+        decays = [self.loss_weight_decay**k for k in range(self.num_predict_tokens)]
+        return (1.0, *(self.mtp_loss_weight * decay / sum(decays) for decay in decays))
+
+
+def split_for(n_layers: int, layer_types: list[str], split: str = "published") -> tuple[int, int, int]:
+    """Encoder, think and decoder layers that scale a published split to `n_layers`.
+
+    Raises:
+        ValueError: unknown name of a split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is not known. Choose one of {', '.join(SPLITS)}.")
+    encoder_share, think_share = SPLITS[split]
+    period = attention_period(layer_types)
+    n_think = max(round(think_share * n_layers / period), 1) * period
+    n_think = min(n_think, n_layers)
+    n_encoder = min(round(encoder_share * n_layers), n_layers - n_think)
+    aligned = round(n_encoder / period) * period
+    if aligned + n_think <= n_layers:
+        n_encoder = aligned
+    return n_encoder, n_think, n_layers - n_encoder - n_think
+
+
+def attention_period(layer_types: list[str]) -> int:
+    """Distance between the attention layers of a hybrid, 1 where there is none to keep."""
+    attention = [layer for layer, kind in enumerate(layer_types) if kind != "linear_attention"]
+    if not attention:
+        return 1
+    distances = {after - before for before, after in pairwise(attention)} or {attention[0] + 1}
+    return distances.pop() if len(distances) == 1 else 1
+
+
+def etd_from_dict(etd: Mapping[str, Any] | None) -> ETDConfig | None:
+    """Read the ``etd`` entry of a stored configuration."""
+    return None if etd is None else ETDConfig.model_validate(dict(etd))
+
+
+def mtp_from_dict(mtp: Mapping[str, Any] | None) -> MTPConfig | None:
+    """Read the ``mtp`` entry of a stored configuration."""
+    return None if mtp is None else MTPConfig.model_validate(dict(mtp))

@@ -1,0 +1,471 @@
+"""The multi-token module of released checkpoints: ``mtp.*``, which Qwen3-Next and Qwen3.5 carry and transformers drops.
+
+Read and checked tensor by tensor, given the hidden state that it was trained on, and written back where serving engines look.
+
+Shapes: B batch, T tokens, D model width, V vocabulary, E experts, I width of an expert.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, cached_files
+
+from mull.layers.heads import before_norm, shifted
+from mull.model.causal_lm import MullConfig, MullForCausalLM
+from mull.model.families import family_of, prepare, run_layer
+from mull.runtime import storage
+
+logger = logging.getLogger(__name__)
+
+HiddenState = Literal["normed", "stream"]
+
+PREFIX = "mtp."
+"""How the names of native heads begin, in checkpoints and in a `MullForCausalLM`."""
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Keywords of transformers' ``from_pretrained`` that say where the files of a checkpoint are found."""
+
+
+@dataclass(frozen=True)
+class NativeFamily:
+    """What is known about the native heads of one architecture."""
+
+    hidden_state: HiddenState
+    """What the heads were trained on, and what serving engines give them."""
+
+    count_field: str
+    """Field of the text configuration in which engines look for the number of the module's layers."""
+
+
+NATIVE_FAMILIES: dict[str, NativeFamily] = {
+    "qwen3_next": NativeFamily("normed", "num_nextn_predict_layers"),
+    "qwen3_5_text": NativeFamily("normed", "mtp_num_hidden_layers"),
+    "qwen3_5_moe_text": NativeFamily("normed", "mtp_num_hidden_layers"),
+}
+"""By ``model_type``. Heads of other architectures are calibrated, see `calibrate_hidden_state`."""
+
+_EXPERT = re.compile(r"(?P<stem>.*\bmlp\.experts)\.(?P<index>\d+)\.(?P<map>gate|up|down)_proj\.weight")
+_FUSED = re.compile(r"(?P<stem>.*\bmlp\.experts)\.(?P<map>gate_up|down)_proj")
+_LAYER = re.compile(rf"{re.escape(PREFIX)}layers\.(\d+)\.")
+_IDENTITY = (
+    "model_type",
+    "hidden_size",
+    "vocab_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+_NAMES_SHOWN = 8
+
+
+def split_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name the maps of every expert, as Qwen3-Next's checkpoints do; all other tensors pass.
+
+    ``mlp.experts.gate_up_proj`` ``[E, 2I, D]`` and ``mlp.experts.down_proj`` ``[E, D, I]`` become
+    ``mlp.experts.N.gate_proj.weight`` ``[I, D]``, ``up_proj`` and ``down_proj`` ``[D, I]``, which are views.
+    """
+    split: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        fused = _FUSED.fullmatch(name)
+        if fused is None:
+            split[name] = tensor
+            continue
+        maps = fused["map"].split("_")
+        for expert, matrix in enumerate(tensor):
+            for kind, part in zip(maps, matrix.chunk(len(maps)), strict=True):
+                split[f"{fused['stem']}.{expert}.{kind}_proj.weight"] = part
+    return split
+
+
+def fuse_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stack the maps of all experts, as transformers holds them in memory: the inverse of `split_experts`."""
+    fused: dict[str, Tensor] = {}
+    experts: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        expert = _EXPERT.fullmatch(name)
+        if expert is None:
+            fused[name] = tensor
+        else:
+            experts.setdefault(expert["stem"], {}).setdefault(int(expert["index"]), {})[expert["map"]] = tensor
+    for stem, by_index in experts.items():
+        in_order = [by_index[index] for index in sorted(by_index)]
+        fused[f"{stem}.gate_up_proj"] = torch.stack([torch.cat([maps["gate"], maps["up"]]) for maps in in_order])
+        fused[f"{stem}.down_proj"] = torch.stack([maps["down"] for maps in in_order])
+    return fused
+
+
+def read_native_heads(name_or_dir: str, **hub_options: Any) -> dict[str, Tensor]:
+    """Read the ``mtp.*`` tensors of a checkpoint, and of a sharded one on the hub fetch only the files that hold them.
+
+    Args:
+        name_or_dir: Directory or hub name of a checkpoint in safetensors.
+        hub_options: Some of `HUB_OPTIONS`.
+
+    Returns:
+        Tensors on the CPU by their names in the checkpoint.
+
+    Raises:
+        OSError: no checkpoint in safetensors at `name_or_dir`.
+        ValueError: the checkpoint has no such tensors, more than one layer of them, or not all that its index names.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file, names in _files_with_heads(name_or_dir, hub_options).items():
+        with _opened(file) as shard:
+            missing = set(names) - set(shard.keys())
+            if missing:
+                raise ValueError(
+                    f"The index of {name_or_dir} places {_listed(missing)} in {Path(file).name}, which has no such tensor: the "
+                    "checkpoint is damaged. Fetch it again."
+                )
+            tensors.update({name: shard.get_tensor(name) for name in names})
+    if not tensors:
+        raise ValueError(
+            f"{name_or_dir} has no native heads: no tensor's name begins with {PREFIX!r}. Choose another mtp_head_type "
+            "(transformer, mlp, shared_lm_head or sequential), which from_pretrained starts afresh, or load the model with "
+            "AutoModelForCausalLM and start fresh native heads with wrap_transformer_with_etd."
+        )
+    layers = {int(found[1]) for name in tensors if (found := _LAYER.match(name))}
+    if layers - {0}:
+        raise ValueError(
+            f"The native heads of {name_or_dir} have {len(layers)} layers (mtp.layers.{max(layers)} is one). Only heads of one "
+            "layer, which is run recursively, are supported, like those of all released Qwen3-Next and Qwen3.5 checkpoints."
+        )
+    return tensors
+
+
+def _files_with_heads(name_or_dir: str, hub_options: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Files that hold native heads, and the names to read from each.
+
+    An index comes first: beside a single ``model.safetensors``, it is what `export_native_heads` added.
+    """
+    index = cached_file(
+        name_or_dir, SAFE_WEIGHTS_INDEX_NAME, **hub_options, _raise_exceptions_for_missing_entries=False
+    )
+    if index is None:
+        file = cached_file(name_or_dir, SAFE_WEIGHTS_NAME, **hub_options)
+        assert file is not None
+        return {file: [name for name in _header(Path(file)) if name.startswith(PREFIX)]}
+    by_shard: dict[str, list[str]] = {}
+    for name, shard in json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].items():
+        if name.startswith(PREFIX):
+            by_shard.setdefault(shard, []).append(name)
+    if not by_shard:
+        return {}
+    files = cached_files(name_or_dir, list(by_shard), **hub_options)
+    assert files is not None
+    return dict(zip(files, by_shard.values(), strict=True))
+
+
+@contextlib.contextmanager
+def _opened(file: str | Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "pt") as shard:
+            yield shard
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}. Fetch it again.") from error
+
+
+def load_native_heads(model: MullForCausalLM, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Give a model with native heads the weights that `read_native_heads` found, in the model's dtype and on its device.
+
+    Args:
+        model: A model with heads of type ``native``; changed in place.
+        tensors: Every tensor of the heads, experts stacked or one by one.
+        source: What to call the checkpoint in messages.
+
+    Raises:
+        ValueError: a tensor is missing, left over or of another shape, or the heads have no memory yet.
+    """
+    heads = _native_heads(model)
+    expected = {f"{PREFIX}{name}": value.to("meta") for name, value in heads.state_dict().items()}
+    if any(_EXPERT.fullmatch(name) for name in tensors):
+        expected = split_experts(expected)
+    reshaped = [
+        f"{name} of shape {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    faults = {
+        "missing": expected.keys() - tensors.keys(),
+        "left over": tensors.keys() - expected.keys(),
+        "of another shape": reshaped,
+    }
+    if any(faults.values()):
+        found = "; ".join(f"{what}: {_listed(names)}" for what, names in faults.items() if names)
+        raise ValueError(
+            f"The {PREFIX}* tensors of {source} are not those of native heads for a model of its configuration. {found}. "
+            "Use a checkpoint that is complete and not quantized, or another mtp_head_type."
+        )
+    if model.lm_head.weight.is_meta:
+        raise ValueError(
+            f"The model of {source} has no memory for native heads: its lm_head is offloaded or on the meta device. Choose a "
+            "device_map that keeps lm_head on a device."
+        )
+    heads.load_state_dict({name.removeprefix(PREFIX): value for name, value in fuse_experts(tensors).items()})
+
+
+def _native_heads(model: MullForCausalLM) -> nn.Module:
+    config = model.mtp_config
+    if config is None or config.mtp_head_type != "native":
+        given = "no heads" if config is None else f"heads of type {config.mtp_head_type}"
+        raise ValueError(f"The model has {given}, not native ones: load it with mtp=MTPConfig(mtp_head_type='native').")
+    heads: Any = model.mtp_heads
+    return heads
+
+
+def _listed(names: Any) -> str:
+    shown = sorted(names)
+    rest = f" and {len(shown) - _NAMES_SHOWN} more" if len(shown) > _NAMES_SHOWN else ""
+    return ", ".join(shown[:_NAMES_SHOWN]) + rest
+
+
+def pin_hidden_state(model: MullForCausalLM, hidden_state: HiddenState) -> None:
+    """Let the heads read this state from now on; it is saved with the model."""
+    assert model.mtp_config is not None
+    model.mtp_config = model.mtp_config.model_copy(update={"native_hidden_state": hidden_state})
+    model.config.mtp = model.mtp_config.model_dump()
+    heads: Any = model.mtp_heads
+    heads.reads_stream = hidden_state == "stream"
+
+
+def choose_hidden_state(model: MullForCausalLM, source: str) -> None:
+    """Pin what the heads read: known for the architectures of `NATIVE_FAMILIES`, measured for others."""
+    family = NATIVE_FAMILIES.get(model.config.get_text_config().model_type)
+    if family is None:
+        calibrate_hidden_state(model, source)
+    else:
+        pin_hidden_state(model, family.hidden_state)
+
+
+@torch.no_grad()
+def calibrate_hidden_state(model: MullForCausalLM, source: str = "the model") -> HiddenState:
+    """Find out which state native heads were trained on, and pin it.
+
+    The wrong one breaks nothing but acceptance, so nothing else would tell. The model writes some text by itself, sampled with
+    a fixed seed. On it, step 1 of the heads predicts what the model will choose one token later; the state with the smaller
+    cross-entropy is it. If from neither the heads agree with the model more often than its most frequent token does, a warning
+    says that they predict nothing, and the state stays ``normed``.
+
+    Args:
+        model: A model with native heads, in evaluation mode. Think iterations are not run: heads come from the base model.
+        source: What to call the checkpoint in messages.
+
+    Returns:
+        What was pinned.
+
+    Raises:
+        ValueError: the model has no native heads.
+    """
+    _native_heads(model)
+    tokens = _own_text(model, n_rows=4, n_tokens=64)
+    (normed,) = model.early_decoded(tokens, think_iterations=1)
+    chosen = model.lm_head(normed)[:, 1:].argmax(-1).flatten()  # token i + 2, at positions 0 to T - 2
+    read: dict[HiddenState, Tensor] = {"normed": normed, "stream": before_norm(normed, model.model.norm)}
+    entropies: dict[HiddenState, float] = {}
+    agreement: dict[HiddenState, float] = {}
+    for hidden_state, states in read.items():
+        logits = _step_one(model, states, tokens)[:, :-1].flatten(0, 1).float()  # (B (T - 1), V)
+        entropies[hidden_state] = F.cross_entropy(logits, chosen).item()
+        agreement[hidden_state] = (logits.argmax(-1) == chosen).float().mean().item()
+    chance = chosen.unique(return_counts=True)[1].max().item() / len(chosen)
+    report = " and ".join(f"{entropies[name]:.2f} nats, {agreement[name]:.0%} equal for {name!r}" for name in read)
+    best = min(entropies, key=lambda name: entropies[name])
+    if max(agreement.values()) > chance:
+        logger.info("The native heads of %s read the %r state: %s on %d tokens.", source, best, report, len(chosen))
+    else:
+        best = "normed"
+        warnings.warn(
+            f"The native heads of {source} predict nothing of what the model writes ({report}; always the most "
+            f"frequent token: {chance:.0%}). They belong to another model, or are not trained: drafting with them is slower than "
+            "decoding without.",
+            stacklevel=2,
+        )
+    pin_hidden_state(model, best)
+    return best
+
+
+def _own_text(model: MullForCausalLM, n_rows: int, n_tokens: int) -> Tensor:
+    """``[B, T]``: what the model writes at temperature 1 without a prompt. Leaves torch's generators alone."""
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    starts = [config.bos_token_id, config.eos_token_id, 0]
+    start: Any = next(start for start in starts if start is not None)
+    first = start[0] if isinstance(start, list) else start
+    tokens = torch.full((n_rows, 1), first, device=model.model.embed_tokens.weight.device)
+    cache = model.new_cache()
+    for _ in range(n_tokens - 1):
+        step = model(tokens[:, -1:], past_key_values=cache, use_cache=True, think_iterations=1)
+        probabilities = step.logits[:, -1].float().softmax(-1).cpu()
+        tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator).to(tokens.device)], 1)
+    return tokens
+
+
+def _step_one(model: MullForCausalLM, states: Tensor, tokens: Tensor) -> Tensor:
+    """``[B, T, V]``: logits of step 1, which at position i are for token ``i + 2``; the last position has none to read."""
+    sides = prepare(model.model, family_of(model.config.get_text_config()), states, None, None, None)
+
+    def run_block(block: nn.Module, h: Tensor, _k: int) -> Tensor:
+        return run_layer(block, "full_attention", h, sides, None)
+
+    heads: Any = model.mtp_heads
+    logits: Tensor = model.lm_head(heads(1, states, shifted(model.model.embed_tokens(tokens), 1), run_block))
+    return logits
+
+
+def export_native_heads(model: MullForCausalLM, directory: str | Path) -> None:
+    """Write the heads into the directory of the stock checkpoint that they belong to, for serving engines.
+
+    vLLM, SGLang, llama.cpp and others then find base and heads in one place; transformers loads the base and drops the heads, as
+    always. The trunk's files stay as they are, unless older heads stand in them: such a file is written anew without these, so
+    that no reader takes them for the new ones. Experts are written one by one or stacked, as those of the trunk are, in the
+    dtype that the heads have.
+
+    The new files take effect with the index, which is replaced at once; a failure before leaves the old checkpoint untouched,
+    one after leaves at most files behind that nothing refers to. Engines run the base model of the directory without think
+    iterations: heads trained behind those, or on a trunk that was trained as well, draft less well there.
+
+    Args:
+        model: A model with native heads that read the final-normed state, as engines do.
+        directory: Local directory of a checkpoint in safetensors, of the model's architecture.
+
+    Raises:
+        OSError: no checkpoint there, or the disk is full.
+        ValueError: no native heads, an architecture for which no engine reads them, or another model's directory.
+    """
+    folder = Path(directory)
+    field = _check_export(model, folder)
+    weight_map, headers = _read_weight_map(folder)
+    heads = {f"{PREFIX}{name}": value for name, value in _native_heads(model).state_dict().items()}
+    if any(_EXPERT.fullmatch(name) for name in weight_map):
+        heads = split_experts(heads)
+    with contextlib.ExitStack() as undo:
+        new = _write_shard(undo, folder, "model-mtp", heads)
+        outdated = [file for file, header in headers.items() if any(name.startswith(PREFIX) for name in header)]
+        entries = {name: file for name, file in weight_map.items() if not name.startswith(PREFIX)}
+        entries.update(dict.fromkeys(heads, new))
+        for file in outdated:
+            kept = [name for name, place in entries.items() if place == file]
+            if kept:
+                with _opened(folder / file) as shard:
+                    tensors = {name: shard.get_tensor(name) for name in kept}
+                entries.update(dict.fromkeys(kept, _write_shard(undo, folder, f"{Path(file).stem}-trunk", tensors)))
+        storage.flush_folder(str(folder))
+        _write_index(folder, entries)
+        undo.pop_all()
+    for file in outdated:
+        (folder / file).unlink()
+    _write_layer_count(folder, field)
+
+
+def _check_export(model: MullForCausalLM, folder: Path) -> str:
+    """The field of the configuration that tells engines about the heads."""
+    heads = _native_heads(model)
+    config = model.config.get_text_config()
+    family = NATIVE_FAMILIES.get(config.model_type)
+    if family is None:
+        raise ValueError(
+            f"No serving engine reads {PREFIX}* weights of {config.model_type!r}, only those of {', '.join(NATIVE_FAMILIES)}. "
+            "save_pretrained keeps the heads for mull."
+        )
+    assert model.mtp_config is not None
+    if model.mtp_config.native_hidden_state != family.hidden_state:
+        raise ValueError(
+            f"These heads read native_hidden_state={model.mtp_config.native_hidden_state!r}, but serving engines give them the "
+            f"{family.hidden_state!r} one. Train them with native_hidden_state={family.hidden_state!r}."
+        )
+    if any(parameter.is_meta for parameter in heads.parameters()):
+        raise ValueError("The heads are on the meta device and have no values to export. Load the model first.")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not the directory of a checkpoint: it has no config.json.")
+    there = AutoConfig.from_pretrained(folder)
+    if isinstance(there, MullConfig):
+        raise ValueError(
+            f"{folder} is a model that mull saved, which serving engines cannot read. Give the directory of the Hugging Face "
+            "checkpoint that the model was made from; for mull itself, use save_pretrained."
+        )
+    _check_same_model(config, there.get_text_config(), folder)
+    return family.count_field
+
+
+def _check_same_model(config: PreTrainedConfig, there: PreTrainedConfig, folder: Path) -> None:
+    pairs = {name: (getattr(there, name, None), getattr(config, name, None)) for name in _IDENTITY}
+    differences = [f"{name}={given!r} instead of {own!r}" for name, (given, own) in pairs.items() if given != own]
+    if differences:
+        raise ValueError(
+            f"{folder} holds another model than the one that these heads belong to: {', '.join(differences)}. Give the directory "
+            "of the checkpoint that they were trained with."
+        )
+
+
+def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """The file of every tensor of a checkpoint, and the headers of its files."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    elif (folder / SAFE_WEIGHTS_NAME).is_file():
+        weight_map = dict.fromkeys(_header(folder / SAFE_WEIGHTS_NAME), SAFE_WEIGHTS_NAME)
+    else:
+        raise FileNotFoundError(
+            f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: heads are added to checkpoints in "
+            "safetensors."
+        )
+    return weight_map, {file: _header(folder / file) for file in sorted(set(weight_map.values()))}
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Name, shape and place of every tensor in a safetensors file: JSON behind its length in 8 bytes."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(min(length, file.stat().st_size)))
+    except ValueError:
+        raise ValueError(f"{file} is not a safetensors file, or not a whole one. Fetch it again.") from None
+    header.pop("__metadata__", None)
+    return header
+
+
+def _write_shard(undo: contextlib.ExitStack, folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> str:
+    """Write a file of a name that nothing has yet, and have it removed if what follows fails."""
+    names = [f"{stem}.safetensors", *(f"{stem}-{number}.safetensors" for number in range(1, 1000))]
+    name = next(name for name in names if not (folder / name).exists())
+    undo.callback((folder / name).unlink, missing_ok=True)
+    try:
+        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, folder / name, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{folder / name} could not be written: {error}") from error
+    return name
+
+
+def _write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
+    headers = {file: _header(folder / file) for file in set(weight_map.values())}
+    entries = [headers[file][name] for name, file in weight_map.items()]
+    metadata = {
+        "total_parameters": sum(math.prod(entry["shape"]) for entry in entries),
+        "total_size": sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries),
+    }
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    storage.write_text_atomic(str(folder / SAFE_WEIGHTS_INDEX_NAME), json.dumps(index, indent=2) + "\n")
+
+
+def _write_layer_count(folder: Path, field: str) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    text_config = config.get("text_config", config)
+    if text_config.get(field) != 1:
+        text_config[field] = 1
+        storage.write_text_atomic(str(file), json.dumps(config, indent=2) + "\n")

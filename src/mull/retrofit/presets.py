@@ -1,0 +1,88 @@
+"""Named models: configurations of published checkpoints, with and without a retrofit.
+
+They build a model with random weights, for tests on the meta device and for training from scratch; `mull.from_pretrained` loads
+the published weights.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Olmo3Config, PreTrainedConfig
+
+from mull.model.causal_lm import MullForCausalLM
+from mull.model.configs import ETDConfig
+from mull.retrofit.wrap import wrap_transformer_with_etd
+
+OLMO3_VOCAB_SIZE = 100278
+"""Entries of the OLMo 3 tokenizer."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A backbone's configuration and what mull adds to it; `build` makes the model."""
+
+    base: PreTrainedConfig
+    """Configuration of the backbone."""
+
+    etd: ETDConfig | None = None
+    """Which layers think; None for the plain model."""
+
+    @classmethod
+    def olmo3_7B(cls, vocab_size: int = OLMO3_VOCAB_SIZE) -> "TransformerConfig":  # noqa: N802 - the promised name
+        """OLMo 3 7B: 32 layers, width 4096, 32 heads, a sliding window of 4096 in three layers of four."""
+        return cls(Olmo3Config(vocab_size=vocab_size))
+
+    @classmethod
+    def olmo3_7B_etd(  # noqa: N802 - the promised name
+        cls,
+        vocab_size: int = OLMO3_VOCAB_SIZE,
+        *,
+        n_encoder_layers: int | None = None,
+        n_think_layers: int | None = None,
+        n_decoder_layers: int | None = None,
+        max_think_iterations: int = 5,
+    ) -> "TransformerConfig":
+        """OLMo 3 7B that thinks in loops.
+
+        Args:
+            vocab_size: Entries of the tokenizer.
+            n_encoder_layers: Layers before the loop. Without any of the three counts the split is 14/8/10, the published 7/4/5 of
+                16 layers scaled to 32.
+            n_think_layers: Layers in the loop.
+            n_decoder_layers: Layers behind the loop.
+            max_think_iterations: Passes through the think block.
+
+        Raises:
+            ValueError: some of the counts are given and others not, or they do not add up to 32.
+        """
+        base = cls.olmo3_7B(vocab_size).base
+        if n_encoder_layers is None and n_think_layers is None and n_decoder_layers is None:
+            return cls(base, ETDConfig.for_model(base, max_think_iterations=max_think_iterations))
+        if n_encoder_layers is None or n_think_layers is None or n_decoder_layers is None:
+            raise ValueError(
+                "Give all of n_encoder_layers, n_think_layers and n_decoder_layers, or none; got "
+                f"{n_encoder_layers}, {n_think_layers} and {n_decoder_layers}."
+            )
+        etd = ETDConfig(
+            n_encoder_layers=n_encoder_layers,
+            n_think_layers=n_think_layers,
+            n_decoder_layers=n_decoder_layers,
+            max_think_iterations=max_think_iterations,
+        )
+        etd.check_depth(base.num_hidden_layers, list(base.layer_types))
+        return cls(base, etd)
+
+    def build(self, device: str | torch.device = "cpu", **options: Any) -> MullForCausalLM:
+        """Make the model with random weights.
+
+        Args:
+            device: Where the weights live; ``"meta"`` allocates none.
+            options: Passed to transformers' ``from_config``, such as ``dtype``.
+
+        Returns:
+            The model in evaluation mode. On ``"meta"`` its identity cannot be checked, and is not.
+        """
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(self.base, **options)
+        return wrap_transformer_with_etd(model.eval(), self.etd)

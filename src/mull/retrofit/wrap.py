@@ -1,0 +1,160 @@
+"""Retrofit a model that is there: in memory, or from a checkpoint."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from mull.model.causal_lm import MullConfig, MullForCausalLM, new_heads
+from mull.model.configs import ETDConfig, MTPConfig, mtp_from_dict
+from mull.model.families import family_of
+from mull.retrofit.native_heads import HUB_OPTIONS, choose_hidden_state, load_native_heads, read_native_heads
+
+
+def wrap_transformer_with_etd(
+    model: PreTrainedModel, config: ETDConfig | None, mtp: MTPConfig | None = None
+) -> MullForCausalLM:
+    """Retrofit a model in memory. The weights are shared, not copied.
+
+    Args:
+        model: A causal language model of transformers, of a supported architecture.
+        config: Which layers think; None only gives the model paths.
+        mtp: Heads that predict further tokens; they start as the model's own next-token prediction. Native ones, too: the
+            checkpoint that the model came from is not at hand, so `from_pretrained` is what reads theirs.
+
+    Returns:
+        The retrofitted model, in the training mode that `model` is in.
+
+    Raises:
+        ValueError: unsupported architecture, a split that does not fit, a model that is wrapped already, or a wrapped model
+            whose single-iteration logits differ from the base model's.
+    """
+    wrapped = _share_weights(model, config, mtp)
+    certify_identity(wrapped, model)
+    return wrapped
+
+
+def _share_weights(model: PreTrainedModel, config: ETDConfig | None, mtp: MTPConfig | None) -> MullForCausalLM:
+    if isinstance(model, MullForCausalLM):
+        raise ValueError("The model is wrapped already. Wrap the Hugging Face model it was made from.")
+    if not isinstance(getattr(model, "lm_head", None), nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no language-model head. Load it with AutoModelForCausalLM.")
+    text_config = model.config.get_text_config()
+    family_of(text_config)
+    # The constructor of a transformers model sets the back ends of its configuration, and this one is shared with the base.
+    back_ends: dict[str, Any] = {
+        "attn_implementation": text_config._attn_implementation,
+        "experts_implementation": text_config._experts_implementation,
+    }
+    etd_fields = None if config is None else config.model_dump()
+    mtp_fields = None if mtp is None else mtp.model_dump()
+    with torch.device("meta"):
+        wrapped = MullForCausalLM(MullConfig(text_config=text_config, etd=etd_fields, mtp=mtp_fields, **back_ends))
+    wrapped.model, wrapped.lm_head = model.model, model.lm_head
+    if mtp is not None:
+        weight = model.lm_head.weight
+        with torch.device(weight.device):
+            heads = new_heads(mtp, model.model).to(weight.dtype)
+        wrapped.attach_heads(heads)
+        heads.apply(wrapped._init_weights)
+    wrapped.generation_config = model.generation_config
+    return wrapped.train(model.training)
+
+
+@torch.no_grad()
+def certify_identity(wrapped: MullForCausalLM, model: PreTrainedModel) -> None:
+    """Check that one iteration of the wrapped model gives the base model's logits, bit for bit.
+
+    The probe is a batch of two short rows, one of them padded on the left, through the real weights in their own precision. A
+    model on the meta device has no weights to check and passes.
+
+    Raises:
+        ValueError: the logits differ.
+    """
+    weight = model.lm_head.weight
+    if weight.is_meta:
+        return
+    probe = torch.arange(2 * 12, device=weight.device).view(2, 12) * 7919 % model.config.get_text_config().vocab_size
+    mask = torch.ones_like(probe)
+    mask[1, :3] = 0
+    training = model.training
+    model.eval()
+    wrapped.eval()
+    expected = model(probe, attention_mask=mask, use_cache=False).logits
+    iterations = None if wrapped.etd_config is None else 1
+    actual = wrapped(probe, attention_mask=mask, use_cache=False, think_iterations=iterations).logits
+    model.train(training)
+    wrapped.train(training)
+    real = mask == 1  # what padding itself attends to is undefined
+    if not torch.equal(actual[real], expected[real]):
+        difference = (actual - expected)[real].abs().max().item()
+        raise ValueError(
+            f"The wrapped {type(model).__name__} does not reproduce the base model: with one iteration its logits differ by "
+            f"up to {difference:.3g}, where they must be equal bit for bit. The installed transformers may have changed this "
+            "architecture."
+        )
+
+
+def from_pretrained(
+    name_or_dir: str, etd: ETDConfig | None = None, mtp: MTPConfig | None = None, **options: Any
+) -> MullForCausalLM:
+    """Load a checkpoint, retrofitted.
+
+    Args:
+        name_or_dir: Directory or hub name of a Hugging Face checkpoint of a supported architecture, or of a model that mull
+            saved.
+        etd: Which layers think. For a model that mull saved, the default is the stored configuration; giving another one
+            replaces it.
+        mtp: Heads that predict further tokens. For a model that mull saved, the default is the stored configuration; weights
+            that the checkpoint lacks start as the model's own next-token prediction. Native heads of a Hugging Face checkpoint
+            are read from it, and what they read (`native_hidden_state`), if not given, is known or measured; see
+            `mull.retrofit.native_heads`.
+        options: Passed to ``from_pretrained`` of transformers, such as ``dtype``, ``device_map`` or ``revision``.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        OSError: no checkpoint at `name_or_dir`.
+        ValueError: as in `wrap_transformer_with_etd`; or native heads that the checkpoint does not have, or not as this
+            architecture has them.
+    """
+    hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
+    config = AutoConfig.from_pretrained(name_or_dir, **hub_options)
+    if not isinstance(config, MullConfig):
+        family_of(config.get_text_config())
+        return _from_base(name_or_dir, etd, mtp, hub_options, options)
+    if etd is not None:
+        config.etd = etd.model_dump()
+    if mtp is not None:
+        stored = mtp_from_dict(config.mtp)
+        if stored is not None and stored.mtp_head_type != mtp.mtp_head_type:
+            raise ValueError(
+                f"{name_or_dir} has heads of type {stored.mtp_head_type}, which are no start for type {mtp.mtp_head_type}: leave "
+                f"out mtp to load them, or ask for mtp_head_type={stored.mtp_head_type!r}."
+            )
+        if stored is not None and "native_hidden_state" not in mtp.model_fields_set:
+            mtp = mtp.model_copy(update={"native_hidden_state": stored.native_hidden_state})
+        config.mtp = mtp.model_dump()
+    model: MullForCausalLM = MullForCausalLM.from_pretrained(name_or_dir, config=config, **options)
+    return model
+
+
+def _from_base(
+    name_or_dir: str,
+    etd: ETDConfig | None,
+    mtp: MTPConfig | None,
+    hub_options: dict[str, Any],
+    options: dict[str, Any],
+) -> MullForCausalLM:
+    """Retrofit a checkpoint of transformers."""
+    native = mtp is not None and mtp.mtp_head_type == "native"
+    # Read first: a checkpoint without them is told apart before a large trunk is loaded.
+    tensors = read_native_heads(name_or_dir, **hub_options) if native else {}
+    model = wrap_transformer_with_etd(AutoModelForCausalLM.from_pretrained(name_or_dir, **options), etd, mtp)
+    if mtp is not None and native:
+        load_native_heads(model, tensors, name_or_dir)
+        if "native_hidden_state" not in mtp.model_fields_set:
+            choose_hidden_state(model, name_or_dir)
+    return model

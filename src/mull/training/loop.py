@@ -1,0 +1,567 @@
+"""The training loop: one for every objective, on one device or many.
+
+An optimizer step computes the gradient of the mean loss (`mull.training.step`), clips, updates and logs. Everything that a
+step depends on
+(weights, optimizer, objective, random generators, number of the next batch) is in the checkpoint, so a resumed run continues bit
+for bit.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mull.runtime.checkpoint import (
+    CheckpointConfig,
+    CheckpointWriter,
+    latest,
+    load_checkpoint,
+    rng_state,
+    rng_tensors,
+    set_rng_state,
+    set_rng_tensors,
+    stored_tensors,
+    training_tensors,
+)
+from mull.runtime.distributed import DistributedConfig, gather_objects, on_first_rank, rank, same_everywhere, world_size
+from mull.runtime.tracking import MetricsLog, flat
+from mull.training.objectives.base import Batch, Objective
+from mull.training.optimization import (
+    OptimizationConfig,
+    Precision,
+    build_optimizers,
+    learning_rate_factor,
+    peak_flops,
+    resolve_precision,
+    update,
+)
+from mull.training.step import Stage, WrongStepError, accumulate, make_stage, mean_metrics, normalise, total_weight
+
+if TYPE_CHECKING:
+    from mull.model.causal_lm import MullForCausalLM
+
+logger = logging.getLogger(__name__)
+
+Batches = Callable[[int], Batch]
+"""Number of a batch, from 0, to the batch: a pure function, so that ranks and a resumed run only need the number."""
+
+Record = dict[str, Any]
+"""One line of the metrics."""
+
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+OWN = "objective."
+"""Prefix of the objective's tensors in a checkpoint."""
+
+DEFAULT_CHECKPOINTS = CheckpointConfig()
+DEFAULT_SHARDING = DistributedConfig()
+PRINT_EVERY_SECONDS = 10.0
+"""Pause between the progress lines of a run without a terminal."""
+
+REPORTING = {"log_every"}
+"""Fields of `TrainConfig` that do not influence the weights, and may change between a checkpoint and its resumption."""
+
+
+class MetricSink(Protocol):
+    """Where records go beside ``metrics.jsonl``. Whoever opens one closes it."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take one record."""
+
+
+class TrainConfig(OptimizationConfig):
+    """How long, with which optimizer and schedule, and at which precision to train."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps of the run. Give either this or `max_seconds`."""
+
+    max_seconds: float | None = Field(default=None, gt=0)
+    """Time budget in seconds of training steps: evaluation and saving are not counted. For comparisons at equal time. The
+    schedule then follows the elapsed share of the budget, so such a run is not reproducible bit for bit."""
+
+    accumulate: int = Field(default=1, ge=1)
+    """Micro-batches per optimizer step, all ranks together: each rank runs an equal share, and the training is the same on any
+    number of ranks. Step ``s`` (from 0) takes batches ``s · accumulate`` and following, which the ranks take in turns."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of storing them."""
+
+    seed: int = 0
+    """Seed of the global random generators of torch, numpy and Python, set at the start of the run; rank r takes ``seed + r``."""
+
+    log_every: int = Field(default=10, ge=1)
+    """Steps between two records; the first, the last and evaluated steps are always recorded. A record describes its own step."""
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if (self.steps is None) == (self.max_seconds is None):
+            raise ValueError(
+                f"steps={self.steps} and max_seconds={self.max_seconds}: give exactly one of them, it is the length of the run."
+            )
+        return self
+
+
+@dataclass
+class TrainResult:
+    """What a run did, a resumed run including what came before."""
+
+    step: int
+    """Optimizer steps done."""
+
+    seconds: float
+    """Time spent in training steps; evaluation and saving are not counted."""
+
+    tokens: int
+    """Input tokens consumed by all ranks, padding not counted where an attention mask ``[B, T]`` marks it."""
+
+    history: list[Record]
+    """The records, as in ``metrics.jsonl``; ranks other than 0 lack those of before a resumption."""
+
+    stopped: Literal["finished", "until", "sigterm"]
+    """Why the run ended: its length was reached, `until` said so, or a process was asked to terminate."""
+
+    precision: Precision
+    """Precision that ran."""
+
+
+@dataclass
+class _Run:
+    """Everything the steps of one run share."""
+
+    stage: Stage
+    batches: Batches
+    config: TrainConfig
+    optimizers: list[torch.optim.Optimizer]
+    device: torch.device
+    precision: Precision
+    configuration: dict[str, Any]
+    flops_per_token: Callable[[], float] | float | None
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    asked_to_terminate: bool = False
+    """This process received SIGTERM."""
+    terminated: bool = False
+    """Any process has; noted at the end of a step, on all ranks alike."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has reached its length."""
+        return elapsed_share(self.config, self.step, self.seconds) >= 1
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that the optimizers update."""
+        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+
+    def next_batches(self) -> dict[int, Batch]:
+        """This rank's batches of the next step by number, on the device."""
+        first = self.step * self.config.accumulate
+        return {
+            number: {name: tensor.to(self.device, non_blocking=True) for name, tensor in self.batches(number).items()}
+            for number in range(first + rank(), first + self.config.accumulate, world_size())
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors that the next step depends on, by name; those of the modules and optimizers are no copies."""
+        objective = self.stage.objective.state_dict()
+        own = {OWN + name: value for name, value in objective.items() if isinstance(value, Tensor)}
+        return {**training_tensors(self.stage, self.optimizers), **own}
+
+    def values(self) -> dict[str, Any]:
+        """What else it depends on, as JSON."""
+        objective = self.stage.objective.state_dict()
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "objective": {name: value for name, value in objective.items() if not isinstance(value, Tensor)},
+        }
+
+    def save(self, writer: CheckpointWriter) -> None:
+        """Save the state, all ranks together."""
+        tensors = {**self.tensors(), **rng_tensors(rank())}
+        writer.save(self.step, tensors, self.values(), self.configuration)
+
+    def load(self, checkpoint: str) -> None:
+        """Restore `save`, all ranks together. A rank that the checkpoint knows nothing of is seeded by its number and step."""
+        stored = stored_tensors(checkpoint)
+        rng = {name: tensor for name, tensor in rng_tensors(rank()).items() if name in stored}
+        tensors = {**self.tensors(), **rng}
+        values = load_checkpoint(checkpoint, tensors, self.configuration)
+        own = {name.removeprefix(OWN): tensor for name, tensor in tensors.items() if name.startswith(OWN)}
+        self.stage.objective.load_state_dict({**values["objective"], **own})
+        self.step, self.seconds, self.tokens = values["step"], values["seconds"], values["tokens"]
+        if rng:
+            set_rng_tensors(tensors, rank())
+        else:
+            _seed(self.config.seed, self.step, rank())
+
+
+def train(
+    model: "MullForCausalLM",
+    objective: Objective,
+    batches: Batches,
+    config: TrainConfig,
+    out_dir: Path | str | None = None,
+    *,
+    evaluate: Callable[["MullForCausalLM"], Mapping[str, float]] | None = None,
+    eval_every: int | None = None,
+    until: Callable[[Record], bool] | None = None,
+    resume: bool = False,
+    checkpoint: CheckpointConfig = DEFAULT_CHECKPOINTS,
+    distributed: DistributedConfig = DEFAULT_SHARDING,
+    logs: Sequence[MetricSink] = (),
+    flops_per_token: Callable[[], float] | float | None = None,
+) -> TrainResult:
+    """Train `model` in place.
+
+    SIGTERM finishes the step, saves and returns. The global random generators are seeded, except when resuming. In a
+    `mull.runtime.distributed.session` of several ranks, all call this alike; the model's weights are then shared among them
+    (FSDP2), and
+    stay so: `mull.runtime.distributed.full_state_dict` collects them. Rank 0 alone writes metrics, prints and logs.
+
+    Args:
+        model: Trained where it is, on its device and in its dtype; parameters that require no gradient stay as they are.
+        objective: The loss.
+        batches: Number of a batch to the batch, a pure function; tensors are moved to the model's device.
+        config: Length, optimizer, schedule, precision and reporting.
+        out_dir: Directory for ``metrics.jsonl`` and the checkpoints; ``None`` writes no metrics.
+        evaluate: Called on every rank, with the model in evaluation mode, without gradient or autocast; its numbers are recorded
+            as ``eval_<name>``. It may draw random numbers without changing the training. All ranks must run equally many layers.
+        eval_every: Steps between two evaluations; None evaluates after the last step only.
+        until: Called with the record of every step; True on rank 0 ends the run.
+        resume: Continue from the newest checkpoint, or start when there is none.
+        checkpoint: Where and how often to save; without a URL in ``checkpoints`` of `out_dir`, and not at all without `out_dir`.
+        distributed: How ranks share the weights.
+        logs: Receive the records beside ``metrics.jsonl``.
+        flops_per_token: FLOPs of training on one token, forward and backward, or what returns them at each step; records then
+            hold ``mfu``, the share of the devices' `mull.training.optimization.peak_flops`.
+
+    Returns:
+        Steps, seconds, tokens, records, and why the run ended.
+
+    Raises:
+        ValueError: `out_dir` holds another run and `resume` is False, the checkpoint belongs to another configuration, nothing
+            in the model is trainable, `resume` without a place of checkpoints, or micro-batches that ranks cannot share.
+        RuntimeError: a loss or gradient is not finite, or no micro-batch of a step has a target (the weights are those of
+            the step before, and every rank raises); a checkpoint cannot be written.
+    """
+    directory = None if out_dir is None else Path(out_dir)
+    url = checkpoint.url or (None if directory is None else str(directory / CHECKPOINTS))
+    source = on_first_rank(lambda: _checkpoint_to_resume(directory, url, resume))
+    run = _start(model, objective, batches, config, distributed, flops_per_token)
+    if source is not None:
+        run.load(source)
+        _tell("Resuming from %s.", source)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(MetricsLog(_metrics_file(directory), run.step))
+        stack.enter_context(_sigterm(run))
+        writer = None
+        if url is not None:
+            writer = CheckpointWriter(url, checkpoint.keep_last, checkpoint.asynchronous)
+            stack.callback(writer.close)
+        stack.enter_context(_training_mode(run))
+        progress = stack.enter_context(_Progress(run))
+        loop = _Loop(run, [log, *(logs if rank() == 0 else ())], progress, evaluate, eval_every, until)
+        stopped = loop.run_to_end(writer, checkpoint.every)
+    return TrainResult(run.step, run.seconds, run.tokens, log.records, stopped, run.precision)
+
+
+@dataclass
+class _Loop:
+    """Steps, and what happens between them."""
+
+    run: _Run
+    logs: Sequence[MetricSink]
+    progress: "_Progress"
+    evaluate: Callable[["MullForCausalLM"], Mapping[str, float]] | None
+    eval_every: int | None
+    until: Callable[[Record], bool] | None
+
+    def run_to_end(
+        self, writer: CheckpointWriter | None, save_every: int | None
+    ) -> Literal["finished", "until", "sigterm"]:
+        run, config = self.run, self.run.config
+        finished = run.finished
+        while not finished:
+            record = _optimizer_step(run)
+            finished = run.finished
+            evaluated = finished or _is_due(run.step, self.eval_every)
+            if self.evaluate is not None and evaluated:
+                record |= {f"eval_{name}": value for name, value in _evaluate(run, self.evaluate).items()}
+            reached = self.until is not None and bool(same_everywhere(int(self.until(record))))
+            last = finished or reached or run.terminated
+            if last or evaluated or run.step == 1 or _is_due(run.step, config.log_every):
+                for log in self.logs:
+                    log.log(record)
+            self.progress.show(record, last)
+            if writer is not None:
+                writer.poll()
+                if last or _is_due(run.step, save_every):
+                    run.save(writer)
+            if last and not finished:
+                return "until" if reached else "sigterm"
+        return "finished"
+
+
+def _optimizer_step(run: _Run) -> Record:
+    """One step: accumulate, divide by the global weight, clip, update."""
+    started = time.perf_counter()
+    config = run.config
+    factor = learning_rate_factor(config, run.step, elapsed_share(config, run.step, run.seconds))
+    parts = accumulate(run.stage, run.next_batches(), run.precision)
+    try:
+        weight = total_weight(parts)
+        metrics = mean_metrics(parts) | run.stage.objective.end_step()
+        norm = normalise(run.trained, parts, config.clip_norm)
+    except WrongStepError as error:
+        run.stage.zero_grad()
+        raise RuntimeError(
+            f"Training stopped in step {run.step + 1}, before the weights changed: {error}. Look at the data of that step, "
+            "or lower the learning rate and resume from a checkpoint."
+        ) from None
+    update(run.optimizers, factor)
+    tokens = sum(part.tokens for part in parts)
+    seconds = _agree_on_end(run, _elapsed(run.device, started))
+    run.step += 1
+    run.seconds += seconds
+    run.tokens += tokens
+    return {
+        "step": run.step,
+        **metrics,
+        "loss": sum(part.loss for part in parts) / weight,
+        "grad_norm": norm,
+        "lr": config.peak_lr * factor,
+        "tokens": run.tokens,
+        "seconds": run.seconds,
+        "tokens_per_second": tokens / seconds,
+        **_utilisation(run, tokens / seconds),
+    }
+
+
+def _elapsed(device: torch.device, started: float) -> float:
+    """Seconds since `started`, with the device's queue drained."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _agree_on_end(run: _Run, seconds: float) -> float:
+    """Seconds of the step by the clock of rank 0, after noting whether any rank was asked to terminate."""
+    reports = gather_objects((seconds, run.asked_to_terminate))
+    run.terminated = any(asked for _, asked in reports)
+    return reports[0][0]
+
+
+def _utilisation(run: _Run, tokens_per_second: float) -> dict[str, float]:
+    if run.flops_per_token is None:
+        return {}
+    flops = run.flops_per_token() if callable(run.flops_per_token) else run.flops_per_token
+    return {"mfu": flops * tokens_per_second / (peak_flops(run.device, run.precision) * world_size())}
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _evaluate(run: _Run, evaluate: Callable[["MullForCausalLM"], Mapping[str, float]]) -> Mapping[str, float]:
+    """Evaluate without leaving a trace in the training: mode and random generators are restored."""
+    rng = rng_state()
+    run.stage.eval()
+    with torch.no_grad():
+        values = run.stage.evaluate(evaluate)
+    run.stage.train()
+    set_rng_state(rng)
+    return values
+
+
+def elapsed_share(config: TrainConfig, step: int, seconds: float) -> float:
+    """Share of the run that is done, from 0; 1 or more ends it. Counts steps, or seconds where there is a time budget."""
+    if config.max_seconds is not None:
+        return seconds / config.max_seconds
+    assert config.steps is not None
+    return step / config.steps
+
+
+def _start(
+    model: "MullForCausalLM",
+    objective: Objective,
+    batches: Batches,
+    config: TrainConfig,
+    distributed: DistributedConfig,
+    flops_per_token: Callable[[], float] | float | None,
+) -> _Run:
+    if config.accumulate % world_size():
+        raise ValueError(
+            f"train.accumulate={config.accumulate} micro-batches per step cannot be shared evenly by {world_size()} ranks: use a "
+            f"multiple of {world_size()}, or another number of ranks."
+        )
+    device = next(model.parameters()).device
+    precision = resolve_precision(config.precision, device)
+    ranks = "" if world_size() == 1 else f" and {world_size() - 1} other ranks"
+    _tell("Training on %s%s in %s (precision=%s).", device, ranks, precision, config.precision)
+    configuration = run_configuration(model, objective, config, distributed)
+    stage = make_stage(model, objective, distributed)
+    stage.zero_grad()
+    _seed(config.seed + rank())
+    return _Run(
+        stage=stage,
+        batches=batches,
+        config=config,
+        optimizers=build_optimizers(stage.model if objective.trains_model else None, config, stage.companion),
+        device=device,
+        precision=precision,
+        configuration=configuration,
+        flops_per_token=flops_per_token,
+    )
+
+
+def _seed(*numbers: int) -> None:
+    """Seed the global random generators, with a number or a mixture of several."""
+    seed = numbers[0] if len(numbers) == 1 else int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def run_configuration(
+    model: nn.Module, objective: Objective, config: TrainConfig, distributed: DistributedConfig
+) -> dict[str, Any]:
+    """Settings that a checkpoint shares with the run that resumes it, flat: ``train.peak_lr``, ``model.hidden_size``, ….
+
+    The settings of an objective are its public attributes, modules apart; what it remembers is private, and in its `state_dict`.
+    Where the library, and not the user, may have changed a value (version and path of the model's configuration), it is left out,
+    and so is what does not influence the weights.
+    """
+    settings: dict[str, Any] = {
+        "train": config.model_dump(mode="json", exclude=REPORTING),
+        "distributed": {"param_dtype": distributed.param_dtype},
+    }
+    public = {
+        name: value
+        for name, value in vars(objective).items()
+        if not name.startswith("_") and not isinstance(value, nn.Module)
+    }
+    settings["objective"] = {"name": type(objective).__name__} | {
+        name: value.model_dump(mode="json") if isinstance(value, BaseModel) else value for name, value in public.items()
+    }
+    model_config = getattr(model, "config", None)
+    if model_config is not None:
+        settings["model"] = json.loads(model_config.to_json_string(use_diff=False))
+        for name in ("transformers_version", "_name_or_path"):
+            settings["model"].pop(name, None)
+    return flat(settings)
+
+
+def _checkpoint_to_resume(directory: Path | None, url: str | None, resume: bool) -> str | None:
+    if url is None:
+        if resume:
+            raise ValueError(
+                "resume=True needs out_dir or checkpoint.url: where the run to continue has its checkpoints."
+            )
+        return None
+    checkpoint = latest(url)
+    if resume:
+        return checkpoint
+    has_metrics = directory is not None and (directory / METRICS).exists()
+    if checkpoint is not None or has_metrics:
+        raise ValueError(
+            f"{directory if has_metrics else url} already holds a run. Pass resume=True to continue it, choose another place, or "
+            "remove it."
+        )
+    return None
+
+
+def _metrics_file(directory: Path | None) -> Path | None:
+    """The file of rank 0; other ranks keep their records in memory."""
+    if directory is None or rank() > 0:
+        return None
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory / METRICS
+
+
+@contextlib.contextmanager
+def _training_mode(run: _Run) -> Iterator[None]:
+    """Training mode, with gradient checkpointing when asked for; both are undone at the end."""
+    model, stage = run.stage.model, run.stage
+    was_training = model.training
+    enable = run.config.gradient_checkpointing and not model.is_activation_checkpointing
+    if enable:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    stage.train()
+    try:
+        yield
+    finally:
+        stage.train(was_training)
+        stage.free()
+        if enable:
+            model.activation_checkpointing_disable()
+
+
+@contextlib.contextmanager
+def _sigterm(run: _Run) -> Iterator[None]:
+    """Note SIGTERM instead of dying of it. Only the main thread may install a handler; elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(_signal: int, _frame: FrameType | None) -> None:
+        run.asked_to_terminate = True
+
+    previous = signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _tell(message: str, *details: object) -> None:
+    """Log on rank 0."""
+    if rank() == 0:
+        logger.info(message, *details)
+
+
+class _Progress:
+    """On rank 0, a progress bar on a terminal; elsewhere a line every ten seconds, and one for the last step."""
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        self._interactive = sys.stderr.isatty() and rank() == 0
+        self._bar = tqdm(total=run.config.steps, initial=run.step, unit="step", disable=not self._interactive)
+        self._printed = -math.inf
+
+    def show(self, record: Record, last: bool) -> None:
+        if rank() > 0:
+            return
+        speed = f"{self._run.tokens / self._run.seconds:,.0f} tokens/s"
+        if "mfu" in record:
+            speed += f", MFU {record['mfu']:.1%}"
+        if self._interactive:
+            self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed}", refresh=False)
+            self._bar.update()
+        elif last or time.monotonic() - self._printed >= PRINT_EVERY_SECONDS:
+            self._printed = time.monotonic()
+            print(f"step {record['step']}, loss {record['loss']:.4f}, {speed}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

@@ -1,0 +1,303 @@
+"""Group-relative policy optimisation: the model learns from the rewards of its own samples (GRPO, arXiv:2402.03300).
+
+Each prompt is answered several times, and an answer is worth its reward relative to the others of its prompt. Samples serve
+one update, so the ratio of the new to the old policy is 1, nothing is clipped, and the gradient of a step is exactly
+
+    -1/N Σ_t (A_t - β (1 - e^{δ_t})) ∇ ln p(x_t | x_{<t}),        δ = ln p_ref - ln p
+
+over the N generated tokens of the step, on all ranks: weighted cross-entropy with signed weights, which is what
+`mull.training.objectives.weighted_mtp.WeightedMTP` computes. The second part is the penalty ``β k3``, ``k3 = e^δ - δ - 1``:
+its derivative with
+respect to ``ln p`` is ``β (1 - e^δ)``.
+
+Shapes: B prompts, G samples of each, N = B·G rows, P prompt tokens, L completion tokens, T = P + L.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from mull.data.arithmetic import ArithmeticTask
+from mull.ops.cross_entropy import accurate
+from mull.ops.token_weights import IGNORED, MAX_EXPONENT, group_advantages
+from mull.runtime.distributed import global_sum
+from mull.training.objectives.base import Batch
+from mull.training.objectives.evidence import Evidence, Scorer, check_reference
+
+if TYPE_CHECKING:
+    from mull.model.causal_lm import MullForCausalLM
+
+Reward = Callable[[Tensor, Batch], Tensor]
+"""``(completions [N, L], batch) -> rewards [N]``. Completions hold the end token and padding behind it. The batch is that of the
+data with every row repeated for its samples, so whatever grading needs travels in it: answers, or numbers of problems that the
+callable looks up. A reward that reads text owns the tokenizer to decode with."""
+
+
+class GRPOConfig(BaseModel):
+    """How answers are sampled and compared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    group_size: int = Field(default=8, ge=2)
+    """Answers per prompt. A micro-batch of B prompts trains on ``B * group_size`` rows."""
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Longest answer in tokens, its end included. An answer that is cut off is graded and trained on as it is."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits when sampling, in the loss of the main head and in the penalty: the law that is trained is the one that
+    was sampled from. Heads behind the main one learn the samples at temperature 1."""
+
+    normalise_std: bool = True
+    """Divide advantages by the standard deviation of the group's rewards. ``False`` is Dr. GRPO's choice (arXiv:2503.20783)."""
+
+    kl_coef: float = Field(default=0.0, ge=0)
+    """β: weight of the penalty for leaving the reference, in reward per nat; 0 needs no reference."""
+
+
+class GroupRelative(Scorer):
+    """Scores the tokens of sampled answers by their advantage within the group.
+
+    Batches hold prompts: ``input_ids [B, P]``, padded on the left, ``attention_mask [B, P]`` where there is padding, and what
+    the reward reads. Answers are drawn with a generator of the step's seeds, hence alike on any number of ranks and after
+    resuming.
+
+    Args:
+        config: Sampling, normalisation, penalty.
+        reward: Grades answers.
+        end_ids: Tokens that end an answer; what follows is not trained on.
+        pad_id: Fills rows behind their end.
+        reference: Frozen model that the penalty keeps close to, with the same vocabulary. If it loops, it runs the iterations of
+            the step.
+
+    Raises:
+        ValueError: a penalty without a reference, or no token that ends an answer.
+
+    Source:
+        GRPO (arXiv:2402.03300). Differences: the mean is over all generated tokens of the step (DAPO, arXiv:2503.14476) and not
+        per answer first, which would make the tokens of long answers count less; one update per sample instead of several with
+        a clipped ratio. As in the paper, k3 is differentiated as it stands; on samples of the model itself the expectation of
+        that gradient is the one of ``KL(reference ‖ model)`` per token, not of ``KL(model ‖ reference)``, which k3 estimates.
+    """
+
+    signed = True
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        reward: Reward,
+        end_ids: Sequence[int],
+        pad_id: int,
+        reference: "MullForCausalLM | None" = None,
+    ) -> None:
+        if config.kl_coef > 0 and reference is None:
+            raise ValueError(
+                f"kl_coef={config.kl_coef} penalises the distance to a reference model, and none was given: give one, or set "
+                "kl_coef=0."
+            )
+        if not end_ids:
+            raise ValueError("end_ids is empty: without a token that ends an answer every answer is cut off.")
+        super().__init__(self._signed_scores, reference)
+        self.config = config
+        self.temperature = config.temperature
+        self._reward = reward
+        self._end_ids = torch.tensor(list(end_ids))
+        self._pad_id = pad_id
+        self._iterations: int | None = None
+        self._seen = torch.zeros(0)
+        self._divergence = torch.zeros(0)
+
+    @torch.no_grad()
+    def rollout(
+        self, model: "MullForCausalLM", batches: Sequence[Batch], iterations: int, seeds: Sequence[int]
+    ) -> Sequence[Batch]:
+        """Sample answers, grade them, and make batches to train on.
+
+        Returns:
+            ``input_ids``, ``labels`` (-100 in the prompt and behind the end) and ``attention_mask``, each ``[N, T]``, and
+            ``advantages [N]``.
+
+        Raises:
+            ValueError: prompts that are not padded on the left, too long a row for the model, a reference of another vocabulary,
+                or rewards of a wrong shape or value.
+        """
+        if self.reference is not None:
+            check_reference(model, self.reference)
+        self._iterations = iterations
+        self._seen = torch.zeros(6, dtype=torch.float64, device=model.device)
+        self._divergence = torch.zeros(2, dtype=torch.float64, device=model.device)
+        training = model.training
+        model.eval()
+        try:
+            return [self._answered(model, batch, iterations, seed) for batch, seed in zip(batches, seeds, strict=True)]
+        finally:
+            model.train(training)
+
+    def _answered(self, model: "MullForCausalLM", batch: Batch, iterations: int, seed: int) -> Batch:
+        config = self.config
+        prompts = {name: entry.repeat_interleave(config.group_size, 0) for name, entry in batch.items()}
+        mask = prompts.get("attention_mask", torch.ones_like(prompts["input_ids"]))
+        self._check_prompts(model, mask)
+        completions = sample(
+            model,
+            prompts["input_ids"],
+            mask,
+            end_ids=self._end_ids.to(model.device),
+            pad_id=self._pad_id,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            iterations=iterations,
+            generator=torch.Generator(model.device).manual_seed(seed),
+        )
+        rewards = self._graded(completions, prompts)
+        advantages = group_advantages(rewards, normalise_std=config.normalise_std).flatten()
+        ends = torch.isin(completions, self._end_ids.to(model.device))
+        written = ends.cumsum(1) - ends.long() == 0  # up to the first end, itself included
+        self._note(rewards, written, ends)
+        return {
+            "input_ids": torch.cat([prompts["input_ids"], completions], 1),
+            "labels": torch.cat([torch.full_like(mask, IGNORED), torch.where(written, completions, IGNORED)], 1),
+            "attention_mask": torch.cat([mask, written.to(mask.dtype)], 1),
+            "advantages": advantages,
+        }
+
+    def _check_prompts(self, model: "MullForCausalLM", mask: Tensor) -> None:
+        if bool((mask.diff(dim=1) < 0).any()) or not bool(mask[:, -1].all()):
+            raise ValueError(
+                "A prompt is padded behind its tokens, where its answer shall begin: pad prompts on the left."
+            )
+        length = mask.shape[1] + self.config.max_new_tokens
+        limit = model.config.get_text_config().max_position_embeddings
+        if length > limit:
+            raise ValueError(
+                f"Prompts of {mask.shape[1]} tokens and max_new_tokens={self.config.max_new_tokens} make rows of {length}, but "
+                f"the model has {limit} positions: shorten one of them."
+            )
+
+    def _graded(self, completions: Tensor, prompts: Batch) -> Tensor:
+        """Rewards by prompt and sample, ``[B, G]``."""
+        rewards = self._reward(completions, prompts).detach()
+        if rewards.shape != completions.shape[:1] or not bool(rewards.isfinite().all()):
+            raise ValueError(
+                f"The reward gave {rewards} for {len(completions)} answers: it has to give one finite number for each."
+            )
+        return rewards.to(completions.device, torch.float32).view(-1, self.config.group_size)
+
+    def evidence(self, model: "MullForCausalLM", batch: Batch, hidden: Tensor) -> Evidence:
+        """Let the reference think as long as the model."""
+        evidence = super().evidence(model, batch, hidden)
+        if self.reference is None or self.reference.etd_config is None:
+            return evidence
+        return replace(evidence, reference_iterations=self._iterations)
+
+    def _note(self, rewards: Tensor, written: Tensor, ends: Tensor) -> None:
+        equal = rewards.amax(1) == rewards.amin(1)
+        counted = [equal.sum(), rewards.shape[0], rewards.sum(), (~ends.any(1)).sum(), written.sum(), rewards.numel()]
+        self._seen += torch.stack([torch.as_tensor(count, device=rewards.device).double() for count in counted])
+
+    def _signed_scores(self, evidence: Evidence) -> Tensor:
+        advantages = evidence.batch["advantages"][:, None].expand(evidence.valid.shape)
+        if self.config.kl_coef == 0:
+            return advantages
+        delta = (evidence.statistics.loss - evidence.reference_loss).clamp(max=MAX_EXPONENT)
+        k3 = torch.where(evidence.valid, torch.expm1(delta) - delta, 0)
+        self._divergence += torch.stack([k3.sum(dtype=torch.float64), evidence.valid.sum().double()])
+        return advantages + self.config.kl_coef * torch.expm1(delta)
+
+    def end_step(self) -> dict[str, float]:
+        """Numbers of the step's answers.
+
+        * ``reward``: mean reward;
+        * ``equal_groups``: share of prompts whose answers all have the same reward, and hence teach nothing;
+        * ``completion_length``: mean tokens of an answer, its end included;
+        * ``truncated``: share of answers without an end;
+        * ``kl``: mean k3 per token, in nats; with a penalty only.
+        """
+        equal, groups, reward, truncated, tokens, answers = global_sum(self._seen).tolist()
+        metrics = {
+            "reward": reward / answers,
+            "equal_groups": equal / groups,
+            "completion_length": tokens / answers,
+            "truncated": truncated / answers,
+        }
+        if self.config.kl_coef > 0:
+            divergence, targets = global_sum(self._divergence).tolist()
+            metrics["kl"] = divergence / targets
+        return metrics
+
+
+@torch.no_grad()
+def sample(
+    model: "MullForCausalLM",
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    end_ids: Tensor,
+    pad_id: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    iterations: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one completion per row from the model's whole distribution.
+
+    Not ``generate``: that one adds whatever the checkpoint's generation settings say, such as top-k or a repetition penalty, and
+    the samples would not be of the law that is trained. With several ranks all must call this, and all draw until the last row of
+    all ranks has ended, because ranks that share weights have to run equally many layers.
+
+    Args:
+        model: In evaluation mode.
+        input_ids: Prompts ``[N, P]``, padded on the left.
+        attention_mask: ``[N, P]``, 0 at padding.
+        end_ids: Tokens that end a completion.
+        pad_id: Fills rows behind their end.
+        max_new_tokens: Longest completion.
+        temperature: Divides the logits.
+        iterations: Think iterations; None is the configuration's number.
+        generator: Source of the draws, on the model's device; None is torch's global one.
+
+    Returns:
+        Completions ``[N, L]``, as long as the longest of this rank.
+    """
+    cache = model.new_cache()
+    ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    tokens, columns = input_ids, []
+    for _ in range(max_new_tokens):
+        logits = model(
+            tokens,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            logits_to_keep=1,
+            think_iterations=iterations,
+        ).logits[:, -1]
+        p = torch.softmax(logits.to(accurate(logits.dtype)) / temperature, -1)
+        tokens = torch.where(ended[:, None], pad_id, torch.multinomial(p, 1, generator=generator))
+        if not bool(ended.all()):
+            columns.append(tokens)
+        attention_mask = torch.cat([attention_mask, torch.ones_like(tokens)], 1)
+        ended |= torch.isin(tokens[:, 0], end_ids)
+        if not bool(global_sum((~ended).sum())):
+            break
+    return torch.cat(columns, 1)
+
+
+def arithmetic_reward(completions: Tensor, batch: Batch) -> Tensor:
+    """1 for the exact answer and its end, else 0; grades the batches of `mull.data.arithmetic.ArithmeticTask.prompts`.
+
+    Raises:
+        ValueError: the batch has no answers.
+    """
+    if "answers" not in batch:
+        raise ValueError(
+            f"The reward 'arithmetic' compares with answers, and the batch holds {', '.join(sorted(batch))}: use the prompts of "
+            "an arithmetic task."
+        )
+    return ArithmeticTask().reward(completions, batch)
+
+
+REWARDS: dict[str, Reward] = {"arithmetic": arithmetic_reward}
+"""Name of a reward to its function, for recipes."""

@@ -1,0 +1,148 @@
+"""Step supervision: each iteration is taught one step of a known procedure.
+
+Shapes: B batch, T tokens, K steps with a label, k iterations run, N positions with a label, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mull.ops.token_weights import IGNORED
+from mull.runtime.distributed import global_sum, same_everywhere
+from mull.training.objectives.base import Batch, LossOutput, Objective
+from mull.training.objectives.iterations import IterationSampling
+
+if TYPE_CHECKING:
+    from mull.model.causal_lm import MullForCausalLM
+
+EMA_DECAY = 0.9
+"""Share of the running first-step accuracy that an optimizer step leaves in place: a window of about ten steps."""
+
+
+class StepSupervision(Objective):
+    """Cross-entropy of every iteration's early-decoded output against the label of its step.
+
+    A curriculum starts with one iteration: only when the first step is mastered do batches run more, because a later step
+    cannot be learnt on top of a wrong first one. That phase is the objective's state, and advances once per optimizer step.
+
+    The batch holds ``step_labels [B, T, K]``: entry ``[b, t, j]`` is what iteration ``j + 1`` shall output *at* position
+    ``t`` (not shifted), -100 to ignore.
+
+    Args:
+        iterations: Iterations of the second phase, e.g. ``IterationSampling(kind="uniform", minimum=2, maximum=5)``.
+        threshold: Running accuracy of the first step that ends the first phase.
+
+    Raises:
+        ValueError: truncated back-propagation was asked for, or `threshold` lies outside ``(0, 1)``.
+    """
+
+    def __init__(self, iterations: IterationSampling, threshold: float = 0.93) -> None:
+        if iterations.backprop_iterations is not None:
+            raise ValueError(
+                f"backprop_iterations={iterations.backprop_iterations} would cut losses off: step supervision has one at "
+                "every iteration. Leave it out."
+            )
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold={threshold} is an accuracy and must lie between 0 and 1.")
+        self.iterations = iterations
+        self.threshold = threshold
+        self._first_step_accuracy = 0.0
+        self._mastered = False
+        self._drawn: int | None = None
+        self._counts: list[Tensor] = []
+
+    def prepare(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Draw the number of iterations, one for the whole step."""
+        self._drawn = same_everywhere(self._draw())
+        self._counts = []
+        return batches
+
+    def end_step(self) -> dict[str, float]:
+        """Advance the curriculum by the first-step accuracy over all targets of the step.
+
+        Returns:
+            That accuracy, ``first_step_accuracy``.
+        """
+        hits, targets = global_sum(torch.stack(self._counts).sum(0)).tolist()
+        accuracy = hits / targets
+        self._first_step_accuracy = EMA_DECAY * self._first_step_accuracy + (1 - EMA_DECAY) * accuracy
+        self._mastered = self._mastered or self._first_step_accuracy > self.threshold
+        self._drawn = None
+        return {"first_step_accuracy": accuracy}
+
+    def _draw(self) -> int:
+        return self.iterations.sample() if self._mastered else 1
+
+    def __call__(self, model: "MullForCausalLM", batch: Batch) -> LossOutput:
+        """Sum the cross-entropy over positions and iterations. Outside a training step each call draws its own iterations.
+
+        Returns:
+            Loss in nats summed over the targets, their number, and the metrics ``loss`` (nats per target), ``iterations``,
+            ``first_step_accuracy`` and ``last_step_accuracy`` (share of this batch's targets; the last step is that of the
+            last iteration run).
+
+        Raises:
+            ValueError: the batch labels fewer steps than `iterations` may run, or no target is valid.
+        """
+        step_labels = batch["step_labels"]
+        self._check_labels(step_labels)
+        iterations = self._draw() if self._drawn is None else self._drawn
+        states = model.early_decoded(
+            batch["input_ids"],
+            attention_mask=batch.get("attention_mask"),
+            position_ids=batch.get("position_ids"),
+            think_iterations=iterations,
+            every_iteration=True,
+        )
+        labelled = (step_labels[..., :iterations] != IGNORED).any(-1)  # (B, T)
+        targets = step_labels[labelled][:, :iterations].T  # (k, N)
+        logits = model.lm_head(torch.stack([state[labelled] for state in states])).float()  # (k, N, V)
+        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        weight = (targets != IGNORED).sum()
+        first, last = (_hits_and_targets(logits[step], targets[step]) for step in (0, -1))
+        if self._drawn is not None:
+            self._counts.append(first)
+        metrics = {
+            "iterations": float(iterations),
+            "first_step_accuracy": _accuracy(first),
+            "last_step_accuracy": _accuracy(last),
+        }
+        return LossOutput(total, weight, {"loss": float(total.detach() / weight), **metrics})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running accuracy of the first step, and whether the first phase is over."""
+        return {"first_step_accuracy": self._first_step_accuracy, "mastered": self._mastered}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self._first_step_accuracy = state["first_step_accuracy"]
+        self._mastered = state["mastered"]
+
+    def _check_labels(self, step_labels: Tensor) -> None:
+        n_steps = step_labels.shape[-1]
+        if n_steps < self.iterations.maximum:
+            raise ValueError(
+                f"step_labels label {n_steps} steps, but up to {self.iterations.maximum} iterations may run and each "
+                f"needs its label. Label more steps or set maximum={n_steps}."
+            )
+        if (step_labels[..., 0] == IGNORED).all():
+            raise ValueError(
+                f"No first step of this batch of shape {tuple(step_labels.shape)} has a label: all are {IGNORED}. "
+                "Drop such batches when building the data."
+            )
+
+
+def _hits_and_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many valid targets the largest logit hits, and how many there are, ``[2]``."""
+    valid = targets != IGNORED
+    hits = (logits.argmax(-1) == targets) & valid
+    return torch.stack([hits.sum(), valid.sum()])
+
+
+def _accuracy(counts: Tensor) -> float:
+    """Share of the targets that were hit; 0 where there is none."""
+    hits, targets = counts.tolist()
+    return float(hits / max(targets, 1))

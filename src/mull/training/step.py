@@ -1,0 +1,183 @@
+"""The gradient of an optimizer step: the mean loss over the targets of all micro-batches of all ranks.
+
+Losses are summed, and the sum of their gradients is divided by the total weight once, so that the gradient does not depend on how
+targets fall into micro-batches and ranks.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from mull.runtime.distributed import DistributedConfig, gather_objects, shard, world_size
+from mull.training.objectives.base import Batch, LossOutput, Objective
+from mull.training.optimization import Precision, gradient_norm
+
+if TYPE_CHECKING:
+    from mull.model.causal_lm import MullForCausalLM
+
+
+class MicroBatch(NamedTuple):
+    """What a micro-batch contributed, in plain numbers that ranks exchange."""
+
+    number: int
+    """Its place in the data."""
+
+    loss: float
+    """Summed over its targets."""
+
+    weight: float
+    """Total weight of its targets."""
+
+    tokens: int
+    """Input tokens, padding not counted where an attention mask ``[B, T]`` marks it."""
+
+    metrics: dict[str, float]
+
+
+class WrongStepError(Exception):
+    """Why the gradient of a step must not reach the weights; the same on every rank."""
+
+
+class Stage(nn.Module):
+    """The model and what its objective trains beside it: everything that uses their weights is a method here.
+
+    Sharded weights are whole within these methods only.
+
+    Attributes:
+        objective: The loss; it may be replaced by one with the same companion.
+    """
+
+    def __init__(self, model: "MullForCausalLM", objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.companion = objective.companion
+        self.objective = objective
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """Compute the loss of a micro-batch."""
+        return self.objective(self.model, batch)
+
+    def prepare(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Let the objective see the micro-batches of this rank."""
+        return self.objective.prepare(self.model, batches)
+
+    def evaluate(self, evaluate: Callable[["MullForCausalLM"], Mapping[str, float]]) -> Mapping[str, float]:
+        """Call a function with the model."""
+        return evaluate(self.model)
+
+    def free(self) -> None:
+        """Free weights that were gathered and are kept for a backward pass which does not come."""
+        if isinstance(self, FSDPModule):
+            self.reshard()
+
+
+def make_stage(model: "MullForCausalLM", objective: Objective, config: DistributedConfig) -> Stage:
+    """The model with its objective; with several ranks sharded, layer by layer, unless an earlier call has done that.
+
+    Raises:
+        ValueError: the model was sharded with another companion, or has trained weights of several types.
+    """
+    if world_size() == 1:
+        return Stage(model, objective)
+    stage: Stage | None = vars(model).get("_stage")
+    if stage is None:
+        stage = Stage(model, objective)
+        shard(stage, model.model.layers, ["prepare", "evaluate"], config)
+        vars(model)["_stage"] = stage  # not set as an attribute: the model would become a part of its own part
+    elif stage.companion is not objective.companion:
+        raise ValueError(
+            "The model was sharded over ranks together with the companion of an earlier objective. Give this objective the same "
+            "companion, or load the model anew."
+        )
+    stage.objective = objective
+    return stage
+
+
+def accumulate(stage: Stage, batches: Mapping[int, Batch], precision: Precision) -> list[MicroBatch]:
+    """Leave the gradient of the summed loss in the parameters; with several ranks, the mean of the ranks' sums.
+
+    Args:
+        stage: The model and its objective, in training mode.
+        batches: This rank's micro-batches by their number, on the model's device. All ranks have equally many.
+        precision: Of the computation.
+
+    Returns:
+        The micro-batches of all ranks, by number.
+    """
+    device = next(stage.parameters()).device
+
+    def autocast() -> torch.autocast:
+        # The cache would keep a copy of every layer's gathered weights until the end of the forward pass.
+        enabled, cached = precision == "bf16", world_size() == 1
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cached)
+
+    with torch.no_grad(), autocast():
+        prepared = stage.prepare(list(batches.values()))
+    parts = []
+    for number, batch in zip(batches, prepared, strict=True):
+        with autocast():
+            output: LossOutput = stage(batch)
+        output.sum.backward()
+        loss, weight = float(output.sum.detach()), float(output.weight)
+        parts.append(MicroBatch(number, loss, weight, _count_tokens(batch), output.metrics))
+    return sorted((part for of_rank in gather_objects(parts) for part in of_rank), key=lambda part: part.number)
+
+
+def _count_tokens(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None and mask.ndim == 2 else batch["input_ids"].numel()
+
+
+def total_weight(parts: Sequence[MicroBatch]) -> float:
+    """Total weight of the step's targets.
+
+    Raises:
+        WrongStepError: the loss of a micro-batch is not finite, or there is nothing to learn from.
+    """
+    for part in parts:
+        if not math.isfinite(part.loss):
+            raise WrongStepError(f"the loss of batch {part.number} is {part.loss}")
+    weight = sum(part.weight for part in parts)
+    if not weight > 0:
+        raise WrongStepError(f"{_named(parts)} weigh {weight} together, so there is nothing to learn from")
+    return weight
+
+
+def mean_metrics(parts: Sequence[MicroBatch]) -> dict[str, float]:
+    """Metrics averaged over the micro-batches."""
+    names = dict.fromkeys(name for part in parts for name in part.metrics)
+    return {name: sum(part.metrics.get(name, 0.0) for part in parts) / len(parts) for name in names}
+
+
+def normalise(parameters: Sequence[nn.Parameter], parts: Sequence[MicroBatch], clip_norm: float | None) -> float:
+    """Turn the summed gradient into that of the mean loss, and clip it.
+
+    Args:
+        parameters: The parameters with their gradients from `accumulate`.
+        parts: What `accumulate` returned.
+        clip_norm: Largest norm; None does not clip.
+
+    Returns:
+        The norm before clipping, over all ranks' shards.
+
+    Raises:
+        WrongStepError: the norm is not finite.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.div_(total_weight(parts) / world_size())
+    norm = gradient_norm(parameters)
+    if not torch.isfinite(norm):
+        raise WrongStepError(f"the norm of the gradient of {_named(parts)} is {float(norm)}")
+    if clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    return float(norm)
+
+
+def _named(parts: Sequence[MicroBatch]) -> str:
+    first, last = parts[0].number, parts[-1].number
+    return f"batch {first}" if first == last else f"batches {first} to {last}"

@@ -1,0 +1,307 @@
+"""The command: every verb does its work, and a user's mistake is one line on standard error and exit code 2."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3Config
+
+from mull import MTPConfig, wrap_transformer_with_etd
+from mull.app import cli
+from mull.data.tokenizer import train_tokenizer
+from mull.retrofit.native_heads import export_native_heads
+
+TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(200))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base checkpoint with its tokenizer, as a user has it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_tokenizer([TEXT], 300)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        eos_token_id=0,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["mull", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def test_generate_continues_the_prompt_alike_at_any_time(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", checkpoint, "--prompt", "def f1(x):", "--max-new-tokens", 8, "--etd", "2,2,2"]
+    outputs = []
+    for more in (
+        [],
+        [],
+        ["--think-iterations", 3],
+        ["--temperature", 1.0, "--seed", 1],
+        ["--temperature", 1.0, "--seed", 2],
+        ["--temperature", 1.0, "--seed", 1],
+    ):
+        assert run(monkeypatch, *arguments, *more) == 0
+        outputs.append(capsys.readouterr().out)
+    assert all(output.startswith("def f1(x):") for output in outputs)
+    assert outputs[0] == outputs[1]
+    assert outputs[3] == outputs[5]
+    assert len(set(outputs)) == 4
+
+
+def test_generate_drafts_the_same_text_and_says_what_it_took(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    wrap_transformer_with_etd(base, None, MTPConfig(num_predict_tokens=2, mtp_head_type="mlp")).save_pretrained(
+        tmp_path
+    )
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    arguments = ["generate", tmp_path, "--prompt", "def f1(x):", "--max-new-tokens", 20, "--stats"]
+    told = []
+    for more in ([], ["--draft", "mtp", "--draft-length", 2], ["--draft", "mtp"], ["--draft", "mtp", "--compile"]):
+        if more[-1:] == ["--compile"]:
+            monkeypatch.setattr(torch, "compile", lambda run, **options: run)
+        assert run(monkeypatch, *arguments, *more) == 0
+        told.append(capsys.readouterr())
+    assert len({each.out for each in told}) == 1, "drafts change the text"
+    plain, fixed = told[0].err, told[1].err
+    assert "position" not in plain
+    assert re.search(r"^rounds +19 \(19 with 0 drafts\)$", plain, re.MULTILINE)
+    rows = [
+        [int(cell) for cell in row]
+        for row in re.findall(r"^ +(\d) +(\d+) +(\d+) +(\d+) +[\d.]+%$", fixed, re.MULTILINE)
+    ]
+    assert [row[0] for row in rows] == [1, 2]
+    rounds = re.search(r"^rounds +(\d+) ", fixed, re.MULTILINE)
+    assert rounds is not None
+    assert rows[1][1] >= int(rounds[1]) - 2, "only the end of the text leaves no room for two drafts"
+    for _, drafted, tested, accepted in rows:
+        assert drafted >= tested >= accepted
+    assert rows[1][2] == rows[0][3], "the second draft is tested where the first was accepted"
+
+
+def test_generate_drafts_with_the_native_heads_of_a_base_checkpoint(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    base = tiny("qwen3_5", vocab_size=len(tokenizer))
+    base.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    heads = MTPConfig(num_predict_tokens=1, mtp_head_type="native")
+    export_native_heads(wrap_transformer_with_etd(base, None, heads), tmp_path)
+    arguments = ["generate", tmp_path, "--prompt", "def f1(x):", "--max-new-tokens", 8]
+    assert run(monkeypatch, *arguments) == 0
+    plain = capsys.readouterr().out
+    assert run(monkeypatch, *arguments, "--mtp", "native", "--draft", "mtp", "--draft-length", 2, "--stats") == 0
+    drafted = capsys.readouterr()
+    assert drafted.out == plain
+    assert re.search(r"^ +2 +\d+ +\d+ +\d+ +[\d.]+%$", drafted.err, re.MULTILINE)
+
+
+def test_split_measures_and_proposes(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "split",
+        checkpoint,
+        "--data",
+        checkpoint / "text.txt",
+        "--out",
+        tmp_path,
+        "--length",
+        32,
+        "--batches",
+        2,
+    ]
+    assert run(monkeypatch, *arguments) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "split.json").read_text())
+    assert len(report["distances"]) == 6
+    etd = report["etd"]
+    assert etd["n_encoder_layers"] + etd["n_think_layers"] + etd["n_decoder_layers"] == 6
+    assert f"Proposed split {etd['n_encoder_layers']}-{etd['n_think_layers']}*k-{etd['n_decoder_layers']}" in printed
+    assert "<svg" in (tmp_path / "split.html").read_text()
+
+
+def test_train_runs_a_recipe(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = {
+        "run": {"name": "tiny", "out": str(tmp_path)},
+        "model": {
+            "checkpoint": str(checkpoint),
+            "etd": {"n_encoder_layers": 2, "n_think_layers": 2, "n_decoder_layers": 2},
+        },
+        "data": {"paths": [str(checkpoint / "text.txt")], "length": 32, "batch_size": 2},
+        "train": {"steps": 9, "precision": "fp32"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert run(monkeypatch, "train", tmp_path / "recipe.yaml", "--set", "train.steps=2") == 0
+    assert "finished after 2 steps" in capsys.readouterr().out
+    assert (tmp_path / "tiny" / "model" / "model.safetensors").exists()
+
+    again = ["train", tmp_path / "recipe.yaml", "--set", "train.steps=2"]
+    assert run(monkeypatch, *again) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert run(monkeypatch, *again, "--set", "train.peak_lr=1", "--resume") == 2
+    error = capsys.readouterr().err
+    assert "another configuration (train.peak_lr: 0.0003 stored, 1.0 given)" in error
+    assert error.count("\n") == 1
+
+
+def test_a_dry_run_prints_what_it_would_take_and_trains_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = str(checkpoint / "text.txt")
+    recipe = {
+        "run": {"name": "tiny", "out": str(tmp_path)},
+        "model": {"checkpoint": str(checkpoint)},
+        "data": {"paths": [text], "length": 32, "batch_size": 2},
+        "train": {"steps": 9, "accumulate": 2, "precision": "fp32"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert run(monkeypatch, "train", tmp_path / "recipe.yaml", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(checkpoint).parameters())
+    for line in (rf"^parameters +{n_parameters:,}$", "^tokens per step +128$", "^steps +9$", "^memory per rank +.*iB$"):
+        assert re.search(line, printed, re.MULTILINE), printed
+    assert not (tmp_path / "tiny").exists()
+    wrong = ["train", tmp_path / "recipe.yaml", "--dry-run", "--set", "data.length=65"]
+    assert run(monkeypatch, *wrong) == 2
+    assert "data.length=65 exceeds the 64 positions of the model" in capsys.readouterr().err
+
+
+def test_the_schema_of_recipes_is_printed_for_editors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "schema") == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert "train" in schema["required"]
+    assert schema["additionalProperties"] is False
+
+
+def test_of_several_ranks_the_first_one_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run(monkeypatch, "train", tmp_path / "none.yaml") == 2
+    assert capsys.readouterr().err.startswith("mull train (rank 1): There is no recipe at")
+    monkeypatch.setattr(cli, "estimate_recipe", lambda recipe: "a table")
+    (tmp_path / "recipe.yaml").write_text("run: {name: a}\nmodel: {checkpoint: b}\ntrain: {steps: 1}\n")
+    assert run(monkeypatch, "train", tmp_path / "recipe.yaml", "--dry-run") == 0
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    assert run(monkeypatch, "train", tmp_path / "recipe.yaml", "--dry-run") == 0
+    assert capsys.readouterr().out == "a table\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "{dir}/none", "--prompt", "x"], "none"),
+        (["generate", "{dir}", "--prompt", ""], "The prompt is empty"),
+        (["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "100"], "exceed the model's 64 positions"),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--etd", "7,4,5"],
+            "covers 16 layers, but the model has 6. A split that fits is",
+        ),
+        (["generate", "{dir}", "--prompt", "x", "--etd", "7-4-5"], "must be three numbers of layers"),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--think-iterations", "2"],
+            "think_iterations=2 needs a think block",
+        ),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--temperature", "-1"],
+            "temperature=-1.0: Input should be greater than or equal to 0",
+        ),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--top-k", "5"],
+            "top_k would have no effect: temperature=0 is greedy",
+        ),
+        (["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft", "mtp"], "this model has none"),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft", "other"],
+            "Invalid value for '--draft'",
+        ),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft-length", "2"],
+            "draft_length=2 needs draft='mtp'",
+        ),
+        (["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--mtp", "native"], "{dir}"),
+        (["generate", "{dir}", "--prompt", "x", "--think-iteration", "2"], "No such option"),
+        (["generate", "{dir}"], "Missing option"),
+        (["generate", "{gpt2}", "--prompt", "x"], "Architecture 'gpt2' is not supported. Supported are llama"),
+        (["generate", "{other}", "--prompt", "x"], "The tokenizer has 300 tokens, the model 97"),
+        (["split", "{dir}", "--data", "{dir}/none.txt"], "none.txt does not exist"),
+        (
+            ["split", "{dir}", "--data", "{dir}/text.txt", "--length", "65"],
+            "--length 65 exceeds the model's 64 positions",
+        ),
+        (["split", "{dir}", "--data", "{empty}"], "There is no text in"),
+        (["split", "{other}", "--data", "{dir}/text.txt"], "outside the model's vocabulary of 97"),
+        (["train", "{dir}/none.yaml"], "There is no recipe at"),
+        (["train", "{typo}"], "unknown key train.peek_lr. Did you mean train.peak_lr?"),
+        (["nonsense"], "No such command"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {
+        "dir": checkpoint,
+        "gpt2": tmp_path / "gpt2",
+        "empty": tmp_path / "empty.txt",
+        "other": tmp_path / "other",
+    }
+    places["typo"] = tmp_path / "typo.yaml"
+    places["empty"].write_text("  \n")
+    places["typo"].write_text("run: {name: a}\nmodel: {checkpoint: b}\ntrain: {steps: 1, peek_lr: 1}\n")
+    if "{gpt2}" in arguments:
+        GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=17)).save_pretrained(places["gpt2"])
+    if "{other}" in arguments:
+        tiny("qwen3").save_pretrained(places["other"])
+        train_tokenizer([TEXT], 300).save_pretrained(places["other"])
+    assert run(monkeypatch, *(argument.format(**places) for argument in arguments)) == 2
+    error = capsys.readouterr().err
+    assert message.format(**places) in error
+    assert "Traceback" not in error
+    if not error.startswith("Usage"):
+        assert error.startswith(f"mull {arguments[0]}: ")
+        assert error.count("\n") == 1
+
+
+def test_the_installed_command_refuses_without_a_traceback(tmp_path: Path) -> None:
+    command = Path(sys.executable).parent / "mull"
+    done = subprocess.run([command, "train", tmp_path / "none.yaml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"mull train: There is no recipe at {tmp_path}/none.yaml.\n"

@@ -1,0 +1,234 @@
+"""Claim: a recipe is read strictly, and what is wrong with it is one sentence that names the key."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from recipes import changed, content
+
+from mull.app.recipe import Recipe, load_recipe, parse_recipe, recipe_schema
+
+RHO1 = {"reference": "somewhere"}
+CRITIC = {"pretrain": {"steps": 3}}
+GRPO = {"reward": "arithmetic"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train__peek_lr": 1e-4}, "unknown key train.peek_lr. Did you mean train.peak_lr?"),
+        ({"data__lenght": 3}, "unknown key data.lenght. Did you mean data.length?"),
+        (
+            {"loss__iterations__maximun": 3},
+            "unknown key loss.iterations.maximun. Did you mean loss.iterations.maximum?",
+        ),
+        ({"trian": {}}, "unknown key trian. Did you mean train?"),
+        ({"run__zzz": 1}, "unknown key run.zzz. Known are name, out, tags."),
+        ({"train__keep_last": 1}, "unknown key train.keep_last. Did you mean checkpoint.keep_last?"),
+        ({"train__eval_every": 1}, "unknown key train.eval_every."),
+        ({"model__mtp__heads": 2}, "unknown key model.mtp.heads."),
+        ({"train__steps": "many"}, "train.steps='many': Input should be a valid integer"),
+        ({"train__max_seconds": 3}, "train: steps=6 and max_seconds=3.0: give exactly one"),
+        ({"train__algo": "rho-wmtp"}, "train.algo: 'rho-wmtp' is not known. Did you mean rho1-wmtp?"),
+        ({"model__checkpoint": "x"}, "model: give either checkpoint or architecture"),
+        (
+            {"model__architecture": {"model_type": "gpt2"}},
+            "architecture.model_type='gpt2' is not supported; supported are llama",
+        ),
+        ({"data__vocab_size": 10}, "data.vocab_size=10: Input should be greater than or equal to 257"),
+        ({"data__paths": []}, "data.paths=[]: Tuple should have at least 1 item"),
+        ({"model__etd__n_think_layers": 0}, "model.etd.n_think_layers=0"),
+        ({"tracking__uri": "http://x"}, "tracking: uri is MLflow's, and mlflow is false"),
+        ({"data__format": "mbpp", "data__paths": None}, "data: format=mbpp needs paths"),
+        ({"data__format": "mbpp", "data__max_bytes": 3}, "data: max_bytes are for texts, and format=mbpp reads tasks"),
+        ({"data__format": "arithmetic"}, "data: format=arithmetic with arithmetic=None"),
+        ({"data": {"arithmetic": {}}}, "data: format=text with arithmetic="),
+        (
+            {"data": {"format": "arithmetic", "arithmetic": {"operations": "/"}}},
+            "operations='/' must be one or more of",
+        ),
+        (
+            {"data": {"format": "arithmetic", "arithmetic": {}, "paths": ["x"]}},
+            "data: format=arithmetic is generated and reads no paths",
+        ),
+        (
+            {"data__held_out_paths": None, "data__held_out_split": "x", "data__paths": None},
+            "data: held_out_split needs",
+        ),
+        (
+            {"data__held_out_paths": None, "data__held_out_split": "x", "data__split": "x"},
+            "held_out_split='x' is what is trained on",
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_the_key(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared below
+        parse_recipe(changed(content(tmp_path), **values))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train__algo": "rho1-wmtp"}, "train.algo=rho1-wmtp needs the section rho1"),
+        ({"train__algo": "critic-wmtp"}, "train.algo=critic-wmtp needs the section critic"),
+        ({"train__algo": "gradient-wmtp"}, "train.algo=gradient-wmtp needs the section gradient"),
+        ({"train__algo": "grpo-wmtp"}, "train.algo=grpo-wmtp needs the section grpo"),
+        ({"rho1": RHO1}, "the section rho1 belongs to train.algo=rho1-wmtp, but train.algo=next-token"),
+        ({"train__algo": "rho1-wmtp", "rho1": RHO1, "critic": CRITIC}, "the section critic belongs to"),
+        ({"train__algo": "rho1-wmtp", "rho1": {}}, "the key rho1.reference is missing"),
+        ({"train__algo": "critic-wmtp", "critic": {}}, "the key critic.pretrain is missing"),
+        ({"train__algo": "critic-wmtp", "critic": CRITIC}, "needs tasks with right and wrong answers"),
+        ({"train__algo": "gradient-wmtp", "gradient": {"mode": "alignment"}}, "mode alignment needs paths"),
+        ({"train__algo": "gradient-wmtp", "gradient": {"paths": ["x"]}}, "mode=norm with paths="),
+        ({"train__algo": "grpo-wmtp", "grpo": GRPO}, "grades answers to data.format=arithmetic, not text"),
+        ({"train__algo": "grpo-wmtp", "grpo": {"reward": "arithmetics"}}, "Did you mean arithmetic?"),
+        ({"train__algo": "grpo-wmtp", "grpo": {**GRPO, "kl_coef": 0.1}}, "the penalty needs one"),
+        ({"model__mtp": {}}, "model.mtp is not read by train.algo=next-token"),
+        ({"loss__heads": {"detach": True}}, "loss.heads is not read by train.algo=next-token"),
+        ({"loss__control": "shuffled"}, "loss.control is not read by train.algo=next-token"),
+    ],
+)
+def test_an_algorithm_has_its_sections_and_no_others(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared below
+        parse_recipe(changed(content(tmp_path), **values))
+    assert message in str(error.value)
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    recipe = content(tmp_path)
+    del recipe["train"]
+    with pytest.raises(ValueError, match="the key train is missing"):
+        parse_recipe(recipe)
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = written(tmp_path, yaml.safe_dump(content(tmp_path)))
+    recipe = load_recipe(file, ["train.peak_lr=1e-4", "data.length=16", "loss.iterations={kind: fixed, maximum: 2}"])
+    assert recipe.train.peak_lr == 1e-4
+    assert recipe.data.length == 16
+    assert recipe.loss.iterations.kind == "fixed"
+    for override, message in {
+        "train.steps": "lacks a value",
+        "train.steps.more=3": "goes through steps, which is a value",
+        "train.steps=[": "--set train.steps=\\[ is not YAML",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load_recipe(file, [override])
+
+
+def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="There is no recipe at"):
+        load_recipe(tmp_path / "nothing.yaml")
+    with pytest.raises(ValueError, match="must hold sections such as run, model and train, but holds list"):
+        load_recipe(written(tmp_path, "- 1\n"))
+    with pytest.raises(ValueError, match="must hold sections such as run, model and train, but holds NoneType"):
+        load_recipe(written(tmp_path, "\n"))
+    with pytest.raises(ValueError, match="is not YAML"):
+        load_recipe(written(tmp_path, "a: [1"))
+    with pytest.raises(ValueError, match="the key train.steps is given twice, in lines 2 and 4"):
+        load_recipe(written(tmp_path, "train:\n  steps: 1\n  seed: 3\n  steps: 2\n"))
+
+
+RECIPE = "run: {name: x}\nmodel:\n  checkpoint: y\ntrain:\n  steps: 3\n"
+
+
+def test_numbers_are_read_as_everyone_writes_them(tmp_path: Path) -> None:
+    text = RECIPE.replace("checkpoint: y", "architecture: {model_type: qwen3, rms_norm_eps: 1e-5, a: 1e+5, b: -2.5E3}")
+    architecture = load_recipe(written(tmp_path, text)).model.architecture
+    assert architecture == {"model_type": "qwen3", "rms_norm_eps": 1e-5, "a": 1e5, "b": -2500.0}
+    assert load_recipe(written(tmp_path, RECIPE.replace("x}", "'1e5'}"))).run.name == "1e5"
+
+
+def test_environment_variables_stand_in_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MULL_TEST_NAME", "night")
+    monkeypatch.setenv("MULL_TEST_EMPTY", "")
+    text = """
+run:
+  name: ${MULL_TEST_NAME}-${MULL_TEST_UNSET:-run}
+  tags: {plain: &plain "$${HOME} costs 3 $", same: *plain, number: "${MULL_TEST_UNSET:-7}"}
+model:
+  checkpoint: "${MULL_TEST_EMPTY:-base}"  # not ${MULL_TEST_UNSET}
+train:
+  steps: &steps ${MULL_TEST_UNSET:-3}
+  seed: *steps
+  peak_lr: ${MULL_TEST_UNSET:-1e-4}
+  betas: [0.9, "${MULL_TEST_UNSET:-0.99}"]
+checkpoint:
+  url: ${MULL_TEST_UNSET:-}
+"""
+    recipe = load_recipe(written(tmp_path, text), ["data.length=${MULL_TEST_UNSET:-64}"])
+    assert recipe.run.name == "night-run"
+    plain = "${HOME} costs 3 $"
+    assert recipe.run.tags == {"plain": plain, "same": plain, "number": "7"}, "a quoted value stays text"
+    assert recipe.model.checkpoint == "base"
+    assert (recipe.train.steps, recipe.train.seed, recipe.train.peak_lr) == (3, 3, 1e-4)
+    assert recipe.train.betas == (0.9, 0.99)
+    assert recipe.checkpoint.url is None
+    assert recipe.data.length == 64
+
+
+def test_a_variable_cannot_smuggle_in_structure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MULL_TEST_NAME", "a\nseed: 3, {b: ${HOME}} # c")
+    recipe = load_recipe(written(tmp_path, RECIPE.replace("{name: x}", "\n  name: ${MULL_TEST_NAME}")))
+    assert recipe.run.name == "a\nseed: 3, {b: ${HOME}} # c"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            "${MULL_TEST_UNSET}",
+            "train.peak_lr reads the environment variable MULL_TEST_UNSET, which is not set: set it, or write "
+            "${MULL_TEST_UNSET:-default}.",
+        ),
+        ("${1X}", "train.peak_lr: ${ must begin ${NAME} or ${NAME:-default}"),
+        ("${X", "train.peak_lr: ${ must begin"),
+    ],
+)
+def test_a_variable_without_a_value_is_named_with_its_key(tmp_path: Path, value: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared below
+        load_recipe(written(tmp_path, RECIPE + f"  peak_lr: {value}\n"))
+    assert message in str(error.value)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_recipe(written(tmp_path, RECIPE), [f"train.peak_lr={value}"])
+    assert message in str(error.value)
+
+
+def properties(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        f"{section}.{name}": value
+        for section, definition in schema["$defs"].items()
+        for name, value in definition["properties"].items()
+    }
+
+
+def test_the_schema_explains_every_key() -> None:
+    schema = recipe_schema()
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert [name for name, value in properties(schema).items() if not value.get("description")] == []
+    assert properties(schema)["TrainSection.peak_lr"]["description"] == "Learning rate of AdamW after warm-up."
+    assert "TrainSection.eval_every" not in properties(schema)
+    json.dumps(schema)
+
+
+def test_the_schema_allows_a_variable_wherever_one_is_read() -> None:
+    for name, value in properties(recipe_schema()).items():
+        choices = value.get("anyOf", [value])
+        assert any(choice.get("type") == "string" and "enum" not in choice for choice in choices), name
+
+
+def test_the_recipes_of_the_repository_are_valid() -> None:
+    files = sorted((Path(__file__).parents[3] / "runs").glob("*.yaml"))
+    assert files
+    for file in files:
+        load_recipe(file)

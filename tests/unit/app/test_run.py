@@ -1,0 +1,442 @@
+"""Claim: a recipe is carried out as it says, whatever its algorithm; what cannot work is refused before any training."""
+
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+import yaml
+from conftest import tiny
+from recipes import ARCHITECTURE, answers, changed, content
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mull
+from mull.app.recipe import parse_recipe
+from mull.app.run import estimate_recipe, run_recipe
+from mull.data.arithmetic import CHARACTERS, ArithmeticTask
+from mull.data.packing import pack_tokens
+from mull.evaluation.held_out import held_out_loss, held_out_losses
+from mull.model.configs import ETDConfig, MTPConfig
+from mull.retrofit.wrap import wrap_transformer_with_etd
+from mull.runtime.tracking import MlflowLog, sqlite_uri
+
+
+def carry_out(recipe: dict[str, Any], resume: bool = False) -> Any:
+    return run_recipe(parse_recipe(recipe), resume)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_same(one: Path, two: Path) -> None:
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def named(tmp_path: Path, name: str, **values: Any) -> dict[str, Any]:
+    return changed(content(tmp_path), run__name=name, **values)
+
+
+def test_a_recipe_trains_and_its_model_loads_everywhere(tmp_path: Path) -> None:
+    recipe = changed(content(tmp_path), train__algo="baseline-mtp", model__mtp={"num_predict_tokens": 2})
+    result = carry_out(recipe)
+    assert (result.step, result.stopped) == (6, "finished")
+    log = records(tmp_path / "tiny")
+    assert [record["step"] for record in log] == [1, 2, 3, 4, 5, 6]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert all(0 < log[-1][name] < 6 for name in ("eval_loss", "eval_head1_loss", "eval_head2_loss"))
+    assert all(record["mfu"] > 0 for record in log)
+    folder = tmp_path / "tiny" / "model"
+    model = mull.from_pretrained(str(folder))
+    assert model.etd_config is not None
+    assert model.etd_config.max_think_iterations == 2
+    assert model.mtp_config == MTPConfig(num_predict_tokens=2)
+    tokens = AutoTokenizer.from_pretrained(folder)("def a1(x):", return_tensors="pt")["input_ids"]
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(tokens).logits, model(tokens).logits)
+
+    again = content(tmp_path, run={"name": "again", "out": str(tmp_path)}, model={"checkpoint": str(folder)})
+    assert carry_out(changed(again, train__algo="baseline-mtp")).step == 6
+    reloaded = mull.from_pretrained(str(tmp_path / "again" / "model"))
+    assert (reloaded.etd_config, reloaded.mtp_config) == (model.etd_config, model.mtp_config)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_trunk_is_a_checkpoint_of_transformers_alone(
+    tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As from several ranks, where tied tensors are gathered one by one.
+    monkeypatch.setattr(
+        "mull.app.run.full_state_dict", lambda m: {name: t.clone() for name, t in m.state_dict().items()}
+    )
+    recipe = changed(content(tmp_path), train__algo="baseline-mtp", model__mtp={"mtp_head_type": "mlp"})
+    carry_out(changed(recipe, model__architecture__tie_word_embeddings=tied, train__steps=2))
+    folder = tmp_path / "tiny"
+    assert "mull" not in (folder / "trunk" / "config.json").read_text()
+    trunk = AutoModelForCausalLM.from_pretrained(folder / "trunk")
+    assert type(trunk).__module__.startswith("transformers.models.qwen3.")
+    model = mull.from_pretrained(str(folder / "model"))
+    tokens = AutoTokenizer.from_pretrained(folder / "trunk")("def a1(x):", return_tensors="pt")["input_ids"]
+    assert torch.equal(trunk(tokens).logits, model(tokens, think_iterations=1).logits)
+    assert ("lm_head.weight" in load_file(folder / "trunk" / "model.safetensors")) is not tied
+
+
+def test_a_recipe_resumes_where_it_stopped(tmp_path: Path) -> None:
+    carry_out(named(tmp_path, "straight"))
+    stopped = named(tmp_path, "stopped", checkpoint={"every": 4})
+    carry_out(stopped)
+    checkpoints = sorted((tmp_path / "stopped" / "checkpoints").glob("step-*"))
+    assert [path.name for path in checkpoints] == ["step-000004", "step-000006"]
+    shutil.rmtree(checkpoints[1])
+    shutil.rmtree(tmp_path / "stopped" / "model")
+    carry_out(stopped, resume=True)
+    assert_same(tmp_path / "straight", tmp_path / "stopped")
+    with pytest.raises(ValueError, match="already holds a run"):
+        carry_out(stopped)
+
+
+def test_evaluation_has_its_own_interval_and_does_not_disturb_training(tmp_path: Path) -> None:
+    carry_out(named(tmp_path, "never", data__held_out_paths=None))
+    carry_out(named(tmp_path, "often", eval={"every": 2, "rows": 5}, train__log_every=100))
+    assert [record["step"] for record in records(tmp_path / "often") if "eval_loss" in record] == [2, 4, 6]
+    assert not any("eval_loss" in record for record in records(tmp_path / "never"))
+    assert_same(tmp_path / "never", tmp_path / "often")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"train__algo": "dft"},
+        {"train__algo": "entropy", "loss__control": "shuffled"},
+        {"train__algo": "gradient-wmtp", "gradient": {"mode": "norm"}},
+        {"train__algo": "gradient-wmtp", "gradient": {"mode": "alignment", "paths": ["{folder}/text/b.py"]}},
+        {"train__algo": "rho1-wmtp", "rho1": {"mode": "weighted", "reference": "{folder}/base/model"}},
+    ],
+    ids=lambda values: "-".join(map(str, values.values()))[:30],
+)
+def test_every_weighting_trains_all_heads(tmp_path: Path, values: dict[str, Any]) -> None:
+    if "rho1" in values:
+        carry_out(named(tmp_path, "base", train__steps=1))
+    filled = json.loads(json.dumps(values).replace("{folder}", str(tmp_path)))
+    training = {"train__steps": 4, "train__peak_lr": 0.05, "train__accumulate": 2}
+    recipe = named(tmp_path, "tiny", model__mtp={"num_predict_tokens": 2}, **training, **filled)
+    estimate_recipe(parse_recipe(recipe))
+    assert not (tmp_path / "tiny").exists()
+    carry_out(recipe)
+    log = records(tmp_path / "tiny")
+    assert [record["active_heads"] for record in log] == [2.0] * 4
+    assert all(math.isfinite(value) for record in log for value in record.values())
+    assert log[-1]["weights/ess"] < 1 - 1e-6, "all weights are equal"
+
+
+def test_a_reference_that_is_the_model_itself_weighs_all_tokens_alike(tmp_path: Path) -> None:
+    carry_out(named(tmp_path, "base", train__steps=1))
+    recipe = named(tmp_path, "tiny", train__algo="rho1-wmtp", train__steps=2, train__peak_lr=0.1)
+    del recipe["model"]["architecture"]
+    base = str(tmp_path / "base" / "model")
+    one_pass = {"iterations": {"kind": "fixed", "maximum": 2}}
+    carry_out(changed(recipe, model__checkpoint=base, rho1={"mode": "weighted", "reference": base}, loss=one_pass))
+    first, second = records(tmp_path / "tiny")
+    assert first["weights/ess"] == pytest.approx(1, abs=1e-6)
+    assert second["weights/ess"] < 0.999, "after a step the model differs from its reference"
+
+
+def critic(tmp_path: Path, name: str, **values: Any) -> dict[str, Any]:
+    recipe = named(tmp_path, name, train__algo="critic-wmtp", train__accumulate=2, train__seed=3)
+    recipe["data"] = {"paths": [str(answers(tmp_path))], "format": "examples", "vocab_size": 280, "length": 32}
+    return changed(recipe, critic={"pretrain": {"steps": 4, "peak_lr": 0.01}}, data__batch_size=2, **values)
+
+
+def test_a_critic_is_trained_first_and_saved_with_the_model(tmp_path: Path) -> None:
+    assert "  beside" in estimate_recipe(parse_recipe(critic(tmp_path, "one")))
+    carry_out(critic(tmp_path, "one"))
+    first, second = records(tmp_path / "one" / "critic"), records(tmp_path / "one")
+    assert [record["step"] for record in first] == [1, 2, 3, 4]
+    assert 0.1 < sum(record["outcome"] for record in first) / 4 < 0.9, "right and wrong answers"
+    assert first[0]["lr"] == pytest.approx(0.01)
+    assert len(second) == 6
+    assert any(record["weights/ess"] < 0.999 for record in second)
+    head = load_file(tmp_path / "one" / "model" / "value_head.safetensors")
+    assert set(head) == {"inner.weight", "inner.bias", "out.weight", "out.bias"}
+    assert head["out.weight"].abs().sum() > 0, "the last layer starts at zero"
+
+
+def test_a_critic_resumes_in_the_stage_where_it_stopped(tmp_path: Path) -> None:
+    carry_out(critic(tmp_path, "straight"))
+    stopped = critic(tmp_path, "stopped", checkpoint={"every": 3})
+    carry_out(stopped)
+    pretraining = records(tmp_path / "stopped" / "critic")
+    for left_over in ("checkpoints/step-000006", "model"):
+        shutil.rmtree(tmp_path / "stopped" / left_over)
+    carry_out(stopped, resume=True)
+    assert_same(tmp_path / "straight", tmp_path / "stopped")
+    heads = [load_file(tmp_path / name / "model" / "value_head.safetensors") for name in ("straight", "stopped")]
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+    assert records(tmp_path / "stopped" / "critic") == pretraining, "the first stage was repeated"
+
+    # Killed in the first stage, nothing of the second exists.
+    for left_over in ("checkpoints", "model", "trunk", "critic/checkpoints"):
+        shutil.rmtree(tmp_path / "stopped" / left_over)
+    (tmp_path / "stopped" / "metrics.jsonl").unlink()
+    carry_out(stopped, resume=True)
+    assert_same(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_wrong_answers_are_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = named(tmp_path, "tiny", train__algo="baseline-mtp", train__steps=1)
+    recipe["data"] = {"paths": [str(answers(tmp_path))], "format": "examples", "vocab_size": 280, "length": 32}
+    carry_out(recipe)
+    assert "40 of 80 answers are wrong and not trained on." in caplog.text
+    (tmp_path / "wrong.jsonl").write_text('{"prompt": "a", "completion": "bcd", "outcome": 0}\n')
+    with pytest.raises(ValueError, match="None of the 1 answers is right"):
+        estimate_recipe(parse_recipe(changed(recipe, data__paths=[str(tmp_path / "wrong.jsonl")])))
+
+
+def arithmetic(tmp_path: Path, name: str, **values: Any) -> dict[str, Any]:
+    recipe = {
+        "run": {"name": name, "out": str(tmp_path)},
+        "model": {"architecture": dict(ARCHITECTURE)},
+        "data": {"format": "arithmetic", "arithmetic": {"digits": 1, "operations": "+", "questions": 200}},
+        "train": {"steps": 3, "precision": "fp32", "log_every": 1},
+    }
+    return changed(recipe, data__length=32, data__batch_size=4, **values)
+
+
+def test_arithmetic_is_learned_from_answers_and_then_from_rewards(tmp_path: Path) -> None:
+    carry_out(arithmetic(tmp_path, "base"))
+    base = tmp_path / "base" / "model"
+    assert 0 <= records(tmp_path / "base")[-1]["eval_right_answers"] <= 1
+    tokenizer, task = AutoTokenizer.from_pretrained(base), ArithmeticTask(digits=1)
+    assert tokenizer("12*34=")["input_ids"] == task.encode("12*34=")
+    assert tokenizer.decode(task.encode(CHARACTERS)) == CHARACTERS
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (task.eos_id, task.pad_id)
+
+    grpo = {"reward": "arithmetic", "group_size": 2, "max_new_tokens": 3, "kl_coef": 0.1, "reference": str(base)}
+    recipe = arithmetic(tmp_path, "grpo", train__algo="grpo-wmtp", grpo=grpo)
+    carry_out(changed(recipe, model={"checkpoint": str(base)}))
+    log = records(tmp_path / "grpo")
+    assert log[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert all(0 <= record["reward"] <= 1 and record["completion_length"] <= 3 for record in log)
+    table = estimate_recipe(parse_recipe(changed(recipe, model={"checkpoint": str(base)})))
+    assert re.search(rf"^tokens per step +{4 * 2 * (4 + 3)}$", table, re.MULTILINE)
+
+    carry_out(named(tmp_path, "text", train__steps=1))
+    wrong = changed(recipe, model={"checkpoint": str(tmp_path / "text" / "model")}, grpo={"reward": "arithmetic"})
+    with pytest.raises(ValueError, match="does not read arithmetic character by character"):
+        carry_out(wrong)
+
+
+REFUSED = [
+    ({"data__paths": ["nowhere.txt"]}, FileNotFoundError, "nowhere.txt does not exist"),
+    ({"data__length": 65}, ValueError, "data.length=65 exceeds the 64 positions of the model"),
+    ({"model__etd__n_decoder_layers": 2}, ValueError, r"covers 5 layers, but the model has 4"),
+    ({"model__etd": None}, ValueError, "think_iterations=3 needs a think block"),
+    ({"model__architecture__vocab_size": 100}, ValueError, "outside the model's vocabulary of 100 tokens"),
+    ({"data__batch_size": 10_000}, ValueError, "rows"),
+    ({"data__format": "mbpp"}, ValueError, "MBPP has the splits"),
+    (
+        {"train__algo": "rho1-wmtp", "rho1": {"reference": "{other}"}},
+        ValueError,
+        "The reference model has a vocabulary of 97 tokens, the model one of 280",
+    ),
+    ({"train__algo": "rho1-wmtp", "rho1": {"reference": "{empty}"}}, ValueError, "Unrecognized model in .*empty"),
+    ({"model": {"checkpoint": "{empty}"}}, ValueError, "Unrecognized model in .*empty"),
+    ({"model": {"checkpoint": "{other}"}, "loss": {}}, ValueError, ".*other has no tokenizer: save"),
+    ({"model": {"checkpoint": "{unfinished}"}, "loss": {}}, OSError, "unfinished"),
+]
+
+
+@pytest.mark.parametrize(("values", "error", "message"), REFUSED)
+@pytest.mark.parametrize("carried_out", [True, False], ids=["run", "dry-run"])
+def test_data_tokenizer_and_models_must_fit(
+    tmp_path: Path, values: dict[str, Any], error: type[Exception], message: str, carried_out: bool
+) -> None:
+    places = {name: str(tmp_path / name) for name in ("other", "empty", "unfinished")}
+    (tmp_path / "empty").mkdir()
+    if "{other}" in str(values):
+        tiny("qwen3").save_pretrained(places["other"])
+    if "{unfinished}" in str(values):
+        carry_out(named(tmp_path, "base", train__steps=1))
+        shutil.copytree(tmp_path / "base" / "model", places["unfinished"])
+        (tmp_path / "unfinished" / "model.safetensors").unlink()
+    text = json.dumps(values)
+    for name, place in places.items():
+        text = text.replace(f"{{{name}}}", place)
+    recipe = parse_recipe(changed(content(tmp_path), **json.loads(text)))
+    with pytest.raises(error, match=message):
+        (run_recipe if carried_out else estimate_recipe)(recipe)
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_a_dry_run_says_what_the_run_then_takes_and_writes_nothing(tmp_path: Path) -> None:
+    recipe = changed(
+        content(tmp_path), train__algo="baseline-mtp", model__mtp={"num_predict_tokens": 1}, train__accumulate=2
+    )
+    before = sorted(tmp_path.rglob("*"))
+    table = dict(
+        line.split("  ", 1) for line in estimate_recipe(parse_recipe(recipe)).replace("\n  ", "\n").splitlines()
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+    result = carry_out(recipe)
+    rows = {name.strip(): value.strip() for name, value in table.items()}
+    n_parameters = sum(tensor.numel() for tensor in weights(tmp_path / "tiny").values())
+    assert rows["parameters"] == f"{n_parameters:,}"
+    assert rows["tokens per step"] == f"{result.tokens // 6:,}"
+    assert rows["steps"] == "6"
+    n_bytes = 4 * n_parameters
+    assert rows["weights"] in {f"{n_bytes / 1024:,.1f} KiB", f"{(n_bytes + 2 * 8 * 4) / 1024:,.1f} KiB"}
+    assert "TFLOP/s per rank" in rows["time at full use of the peak"]
+
+
+def test_what_a_user_may_not_expect_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mull.training.optimization.torch.cpu.get_capabilities", dict)
+    carry_out(
+        named(tmp_path, "base", train__algo="baseline-mtp", model__mtp={}, train__precision="bf16", train__steps=1)
+    )
+    base = {"checkpoint": str(tmp_path / "base" / "model")}
+    carry_out(named(tmp_path, "plain", model=base, train__steps=1))
+    carry_out(named(tmp_path, "bare", train__algo="baseline-mtp", train__steps=1))
+    said = [record.getMessage() for record in caplog.records if record.name == "mull.app.run"]
+    assert said == [
+        "cpu emulates bf16, slower than it computes fp32: train.precision=auto would choose fp32.",
+        "The model's 4 heads are kept and not trained: train.algo=next-token.",
+        "The model has no heads behind the main one (model.mtp), so baseline-mtp is next-token prediction.",
+    ]
+
+
+def test_weights_have_the_type_that_the_recipe_says(tmp_path: Path) -> None:
+    carry_out(named(tmp_path, "half", model__dtype="bf16", train__steps=1))
+    assert {tensor.dtype for tensor in weights(tmp_path / "half").values()} == {torch.bfloat16}
+    recipe = named(tmp_path, "full", train__steps=1, model={"checkpoint": str(tmp_path / "half" / "model")})
+    carry_out(recipe)
+    assert {tensor.dtype for tensor in weights(tmp_path / "full").values()} == {torch.float32}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mlflow")
+    MlflowLog(sqlite_uri(folder), "mull", "template", folder / "id", parameters={}, tags={}).close()
+    return folder / "mlflow.db"
+
+
+def test_mlflow_follows_a_run_through_its_end_and_its_resumption(template: Path, tmp_path: Path) -> None:
+    shutil.copy(template, tmp_path / "mlflow.db")
+    client = mlflow.MlflowClient(tracking_uri=sqlite_uri(tmp_path))
+    recipe = changed(content(tmp_path), tracking={"mlflow": True}, run__tags={"team": "a"}, checkpoint={"every": 4})
+    carry_out(recipe)
+    run_id = (tmp_path / "tiny" / "mlflow-run-id").read_text().strip()
+    run = client.get_run(run_id)
+    assert (run.info.status, run.info.run_name, run.data.tags["team"]) == ("FINISHED", "tiny", "a")
+    assert run.data.params["train.steps"] == "6"
+    assert run.data.params["model.architecture.hidden_size"] == "32"
+
+    def history(name: str) -> list[int]:
+        return sorted(metric.step for metric in client.get_metric_history(run_id, name))
+
+    assert history("loss") == [1, 2, 3, 4, 5, 6]
+    assert history("eval_loss") == [6]
+
+    with pytest.raises(ValueError, match="already holds a run"):
+        carry_out(recipe)
+    assert client.get_run(run_id).info.status == "FINISHED", "a refused start is not part of the run"
+
+    shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "step-000006")
+    carry_out(recipe, resume=True)
+    assert history("loss") == [1, 2, 3, 4, 5, 6]
+
+
+def test_mlflow_notes_a_run_that_fails(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(template, tmp_path / "mlflow.db")
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("mull.app.run.train", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        carry_out(changed(content(tmp_path), tracking={"mlflow": True}))
+    run_id = (tmp_path / "tiny" / "mlflow-run-id").read_text().strip()
+    assert mlflow.MlflowClient(tracking_uri=sqlite_uri(tmp_path)).get_run(run_id).info.status == "FAILED"
+
+
+def test_mlflow_that_cannot_be_reached_stops_a_run_before_its_first_step(tmp_path: Path) -> None:
+    recipe = changed(content(tmp_path), tracking={"mlflow": True, "uri": "http://127.0.0.1:1"})
+    with pytest.raises(RuntimeError, match=r"MLflow at http://127\.0\.0\.1:1 cannot be used"):
+        carry_out(recipe)
+    assert not (tmp_path / "tiny" / "metrics.jsonl").exists()
+
+
+def test_held_out_losses_are_those_of_every_head() -> None:
+    etd = ETDConfig(n_encoder_layers=2, n_think_layers=4, n_decoder_layers=2)
+    model = wrap_transformer_with_etd(tiny("qwen3"), etd, MTPConfig(num_predict_tokens=2, mtp_head_type="mlp"))
+    assert model.mtp_heads is not None
+    for head in model.mtp_heads.heads:
+        torch.nn.init.normal_(head.proj.weight)
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in (5, 30, 2, 21, 9, 13)]
+    packed = pack_tokens(documents, length=16, pad_id=0)
+    sums, counts = [0.0] * 3, [0] * 3
+    for document in _rows(packed):
+        (hidden,) = model.early_decoded(document[None], think_iterations=3)
+        for k in range(3):
+            states = hidden if k == 0 else model.mtp_heads(k, hidden, None, lambda _block, h, _k: h)
+            targets = document[1 + k :]
+            logits = model.lm_head(states)[0, : len(targets)]
+            sums[k] += F.cross_entropy(logits, targets, reduction="sum").item()
+            counts[k] += len(targets)
+    found = held_out_losses(model, packed, 3, batch_size=2)
+    expected = {"loss": 0, "head1_loss": 1, "head2_loss": 2}
+    assert found == pytest.approx({name: sums[k] / counts[k] for name, k in expected.items()}, rel=1e-5)
+    assert held_out_loss(model, packed, 3, batch_size=3) == pytest.approx(found["loss"], rel=1e-6)
+    assert held_out_losses(model, packed, 3, max_rows=2) != found
+
+
+def _rows(packed: Any) -> list[torch.Tensor]:
+    """The documents of packed rows, one by one, padding left out."""
+    found = []
+    for ids, positions, labels in zip(packed.input_ids, packed.position_ids, packed.labels, strict=True):
+        starts = [*(positions == 0).nonzero()[:, 0].tolist(), len(ids)]
+        for first, last in itertools.pairwise(starts):
+            if (labels[first:last] >= 0).any():
+                found.append(ids[first:last])
+    return found
+
+
+@pytest.mark.slow
+def test_torchrun_does_the_same_training_as_one_process(tmp_path: Path) -> None:
+    etd = {"n_encoder_layers": 1, "n_think_layers": 2, "n_decoder_layers": 1}
+    recipe = critic(tmp_path, "one", model__mtp={"num_predict_tokens": 1}, model__etd=etd, train__steps=4)
+    recipe["data"]["held_out_paths"] = recipe["data"]["paths"]
+    recipe["eval"] = {"rows": 5}  # three batches: one rank has none in the last round
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    carry_out(recipe)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mull", "train"]
+    overrides = ["--set", "run.name=two", "--set", "checkpoint.every=2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "recipe.yaml"), *overrides], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished after 4 steps") == 1
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+    names = ("loss", "eval_loss", "eval_head1_loss")
+    for name in names:
+        assert records(tmp_path / "two")[-1][name] == pytest.approx(records(tmp_path / "one")[-1][name], rel=1e-4)

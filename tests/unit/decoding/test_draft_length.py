@@ -1,0 +1,381 @@
+"""Claim: drafting is never much slower than not drafting, and nearly as fast as with the best fixed length.
+
+Worlds with known costs and acceptance stand in for models. A plain round takes 1 second. Times that are observed are noisy, with
+outliers, and the first round of a length takes 4 seconds more; what a call costs is counted without that noise.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise, product
+from math import inf
+from operator import mul
+from statistics import mean, median
+
+import pytest
+
+from mull.decoding.draft_length import DraftLength
+
+LONGEST = 3
+TOKENS = 256
+
+PROFILES = {
+    "zero": [0.0] * 3,
+    "useless": [0.08, 0.05, 0.05],
+    "vanilla": [0.7, 0.16, 0.18],  # the conditional acceptances of FastMTP (arXiv:2509.18362), before and
+    "good": [0.81, 0.69, 0.64],  # after its training
+    "great": [0.93, 0.9, 0.88],
+}
+
+
+def straight(verify_four: float, draft: float, longest: int = LONGEST) -> list[float]:
+    """Costs by length: verifying grows steadily, and so does drafting."""
+    return [1 + (verify_four - 1) * k / 3 + draft * k for k in range(longest + 1)]
+
+
+def jump(verify_four: float, draft: float) -> list[float]:
+    """Verifying two tokens costs nearly what verifying four does, as where another kernel is used from two on."""
+    return [1.0, *(1 + (verify_four - 1) * (0.8 + k / 15) + draft * k for k in range(1, LONGEST + 1))]
+
+
+def hump(verify_four: float, draft: float) -> list[float]:
+    """Verifying four tokens is cheaper than two or three, as measured in fp32 on CPUs."""
+    verify = [1.0, 1 + (verify_four - 1) * 1.2, 1 + (verify_four - 1) * 1.5, verify_four]
+    return [cost + draft * k for k, cost in enumerate(verify)]
+
+
+TABLES = [
+    make(verify_four, draft)
+    for make, verify_four, draft in product((straight, jump, hump), (1.05, 1.3, 1.6), (0.1, 0.25))
+]
+
+
+class World:
+    """A model with given costs by draft length and acceptance by position."""
+
+    def __init__(self, costs: Sequence[float], acceptance: Sequence[float], seed: int, rows: int = 1) -> None:
+        self.costs, self.acceptance, self.rows = costs, acceptance, rows
+        self.random = random.Random(seed)
+        self.pace: Callable[[float], float] = lambda tokens: 1.0
+        self.catch_up = 0.001
+        """Seconds that a head takes to run over a position that it missed."""
+        self.prompt = 64
+        self.recursive = False
+        """Whether all drafts come from one head, so that it misses nothing while there are any."""
+        self.tokens = 0.0
+        self._known: set[int] = set()
+        self._missed = [self.prompt] * LONGEST
+
+    def round(self, policy: DraftLength, left: float = inf) -> tuple[int, float, float]:
+        """Length, tokens per row, and seconds without noise."""
+        missed = [max(self._missed[:length], default=0) for length in range(len(self.costs))]
+        backlog = [positions if positions > 2 * LONGEST else 0 for positions in missed]
+        length = policy.choose(left, backlog)
+        accepted = [self._accepted(length) for _ in range(self.rows)]
+        seconds = self.costs[length] + self.catch_up * length * backlog[length]
+        gained = 1 + round(mean(accepted))
+        n_run = len(self._missed) if self.recursive and length else length
+        self._missed = [0 if head < n_run else positions + gained for head, positions in enumerate(self._missed)]
+        first = 0.0 if length in self._known else 4.0
+        self._known.add(length)
+        noise = max(0.3, self.random.gauss(1, 0.1)) * (5 if self.random.random() < 0.02 else 1)
+        policy.observe(length, accepted, (seconds + first) * noise * self.pace(self.tokens), backlog[length])
+        tokens = 1 + mean(accepted)
+        self.tokens += tokens
+        return length, tokens, seconds
+
+    def _accepted(self, length: int) -> int:
+        chances = self.acceptance[:length]
+        return next((k for k, chance in enumerate(chances) if self.random.random() >= chance), length)
+
+    def call(self, policy: DraftLength, n_tokens: int = TOKENS) -> tuple[float, list[int]]:
+        """Seconds per token and the lengths taken."""
+        lengths, tokens, seconds = [], 0.0, 0.0
+        self._missed = [self.prompt] * (len(self.costs) - 1)
+        while tokens < n_tokens:
+            length, more, cost = self.round(policy, n_tokens - tokens)
+            lengths.append(length)
+            tokens += more
+            seconds += cost
+        return seconds / tokens, lengths
+
+
+def best(costs: Sequence[float], acceptance: Sequence[float], prompt: float = 0.0) -> float:
+    """Seconds per token of the best fixed length, 0 included, if a head runs over the prompt in `prompt` seconds a token."""
+    tokens = accumulate(accumulate(acceptance, mul), initial=1.0)
+    return min(cost / expected + k * prompt for k, (cost, expected) in enumerate(zip(costs, tokens, strict=True)))
+
+
+def regrets(
+    name: str, costs: Sequence[float], n_seeds: int = 16, rows: int = 1, catch_up: float = 0.001
+) -> tuple[float, float]:
+    """Mean excess over the best fixed length, of the first call and of the second one."""
+    acceptance = PROFILES[name]
+    found = []
+    for seed in range(n_seeds):
+        world, policy = World(costs, acceptance, seed, rows), DraftLength(LONGEST)
+        world.catch_up = catch_up
+        least = best(costs, acceptance, catch_up * world.prompt / TOKENS)
+        found.append([world.call(policy)[0] / least - 1 for _ in range(2)])
+    first, second = zip(*found, strict=True)
+    return mean(first), mean(second)
+
+
+@pytest.mark.parametrize("name", ["zero", "useless"])
+def test_useless_heads_cost_a_few_percent_of_the_first_call_and_one_of_the_second(name: str) -> None:
+    for catch_up, usual, worst in ((0.001, 0.025, 0.035), (0.02, 0.04, 0.06)):
+        found = [regrets(name, costs, catch_up=catch_up) for costs in TABLES]
+        assert mean(first for first, _ in found) < usual
+        assert max(first for first, _ in found) < worst
+        assert mean(second for _, second in found) < 0.01
+        assert max(second for _, second in found) < 0.015
+
+
+@pytest.mark.parametrize("name", ["vanilla", "good", "great"])
+def test_useful_heads_are_used_nearly_as_well_as_with_the_best_fixed_length(name: str) -> None:
+    found = [regrets(name, costs) for costs in TABLES]
+    assert mean(first for first, _ in found) < 0.05
+    assert max(first for first, _ in found) < 0.07
+    assert mean(second for _, second in found) < 0.025
+    assert max(second for _, second in found) < 0.04
+
+
+@pytest.mark.parametrize("name", ["useless", "good", "great"])
+def test_a_batch_learns_no_worse_than_a_single_row(name: str) -> None:
+    found = [regrets(name, costs, n_seeds=6, rows=8) for costs in TABLES]
+    assert max(first for first, _ in found) < 0.065
+    assert mean(second for _, second in found) < 0.015
+
+
+@pytest.mark.parametrize("name", ["zero", "useless"])
+def test_heads_that_become_useless_are_given_up_within_a_few_rounds(name: str) -> None:
+    for costs in TABLES:
+        found = []
+        for seed in range(12):
+            world, policy = World(costs, PROFILES["great"], seed), DraftLength(LONGEST)
+            world.call(policy)
+            world.acceptance = PROFILES[name]
+            found.append(world.call(policy)[0] - 1)
+        assert mean(found) < 0.05
+
+
+def test_heads_that_become_useful_are_found() -> None:
+    found = []
+    for costs, seed in product(TABLES[::2], range(6)):
+        world, policy = World(costs, PROFILES["zero"], seed), DraftLength(LONGEST)
+        world.call(policy)
+        world.acceptance = PROFILES["great"]
+        _, lengths = world.call(policy)
+        found.append(next((place for place, pair in enumerate(pairwise(lengths)) if all(pair)), TOKENS))
+    assert median(found) < 90, "rounds until half of them draft again"
+
+
+def test_looks_at_useless_heads_become_rare() -> None:
+    for costs in TABLES[:2]:
+        world, policy = World(costs, PROFILES["zero"], seed=0), DraftLength(LONGEST)
+        lengths = [world.round(policy)[0] for _ in range(6000)]
+        looks = [sum(length > 0 for length in lengths[start : start + 1000]) for start in range(0, 6000, 1000)]
+        assert looks[0] > max(looks[1:])
+        assert sum(costs[length] - 1 for length in lengths[1000:]) < 0.012 * 5000
+
+
+def test_a_machine_that_gets_slower_does_not_make_useless_heads_look_useful() -> None:
+    paces: list[Callable[[float], float]] = [
+        lambda tokens: 1 + tokens / 2000,
+        lambda tokens: 1 + (int(tokens) // 50 % 2),
+    ]
+    for pace in paces:
+        found = []
+        for costs, seed in product(TABLES, range(4)):
+            world, policy = World(costs, PROFILES["zero"], seed), DraftLength(LONGEST)
+            world.pace = pace
+            world.call(policy)
+            found.append(world.call(policy)[0] - 1)
+        assert mean(found) < 0.03
+
+
+def test_a_length_behind_two_that_do_not_pay_is_found() -> None:
+    costs = hump(1.6, 0.25)
+    assert costs[1] > 1 + PROFILES["great"][0], "a single draft does not pay, even if it is accepted"
+    for seed in range(8):
+        world, policy = World(costs, PROFILES["great"], seed), DraftLength(LONGEST)
+        world.call(policy)
+        assert world.call(policy)[1].count(3) > 40
+
+
+def test_more_drafts_are_taken_only_where_they_pay() -> None:
+    costs = straight(1.3, 0.1, longest=7)
+    for acceptance, wanted in (([0.95] * 7, {6, 7}), ([0.9, 0.9, 0.05, 0.05, 0.05, 0.05, 0.05], {2})):
+        taken, excess = [], []
+        for seed in range(6):
+            world, policy = World(costs, acceptance, seed), DraftLength(7)
+            world.recursive = True
+            world.call(policy)
+            seconds, lengths = world.call(policy)
+            taken += lengths
+            excess.append(seconds / best(costs, acceptance) - 1)
+        assert sum(length in wanted for length in taken) > 0.55 * len(taken)
+        assert mean(excess) < 0.025
+
+
+def feed(policy: DraftLength, rounds: int, *, accepted: int = 0, seconds: Callable[[int], float]) -> list[int]:
+    """Rounds without noise, of one row."""
+    lengths = []
+    for _ in range(rounds):
+        length = policy.choose()
+        policy.observe(length, [min(accepted, length)], seconds(length))
+        lengths.append(length)
+    return lengths
+
+
+def test_it_begins_with_plain_rounds_and_then_drafts() -> None:
+    assert feed(DraftLength(3), 4, seconds=lambda k: 1 + k / 4) == [0, 0, 0, 2]
+
+
+def test_the_first_round_of_a_length_is_not_timed() -> None:
+    policy = DraftLength(2)
+    policy.observe(0, [0], 90.0)
+    assert policy.seconds == {}
+    policy.observe(0, [0], 1.0)
+    policy.observe(1, [1], 100.0)
+    assert policy.seconds == {0: 1.0}
+    policy.observe(1, [1], 1.5)
+    assert policy.seconds == {0: 1.0, 1: 1.5}
+
+
+def test_outliers_do_not_move_a_cost() -> None:
+    policy = DraftLength(1)
+    for seconds in (9.0, 1.0, 5.0, 1.2, 5.0, 1.1):
+        policy.observe(0, [0], seconds)
+    assert policy.seconds == {0: 1.2}
+
+
+def test_one_outlier_does_not_rule_a_length_out() -> None:
+    policy = DraftLength(1)
+    feed(policy, 3, accepted=1, seconds=lambda k: 1 + k / 4)
+    policy.observe(1, [1], 9.0)
+    assert policy.choose() == 1
+
+
+def test_rounds_in_which_idle_heads_catch_up_do_not_make_drafting_look_dear() -> None:
+    policy = DraftLength(1)
+    for _ in range(4):
+        policy.observe(0, [0], 1.0)
+        policy.observe(1, [1], 1.3)
+    for _ in range(6):
+        for _ in range(20):
+            policy.observe(0, [0], 1.0)
+        policy.observe(1, [1], 4.0, backlog=20)
+    assert policy.seconds == {0: 1.0, 1: 1.3}
+    for _ in range(4):
+        policy.observe(1, [1], 1.1, backlog=20)
+    assert policy.seconds[1] == 1.1, "a low time holds whatever it includes"
+
+
+def test_heads_catch_up_only_if_the_tokens_that_are_left_earn_it_back() -> None:
+    policy = DraftLength(1)
+    for _ in range(30):
+        policy.observe(0, [0], 1.0)
+        policy.observe(1, [1], 1.5)
+    for _ in range(3):
+        policy.observe(1, [1], 1.5 + 100 * 0.1, backlog=100)
+    assert policy.choose() == 1
+    assert policy.choose(20, [0, 0]) == 1
+    assert policy.choose(20, [0, 100]) == 0, "10 seconds to catch up, for 5 that drafts would save"
+    assert policy.choose(80, [0, 100]) == 1
+    assert policy.choose(20, [0, 10]) == 1
+
+
+def test_costs_of_different_age_are_compared_at_the_same_pace() -> None:
+    """Plain rounds and drafts were timed in a fast moment; now the machine is slow, and only plain rounds have told so."""
+    policy = DraftLength(1)
+    for _ in range(30):
+        policy.observe(0, [0], 1.0)
+    for _ in range(3):
+        policy.observe(1, [0], 1.4)
+    feed(policy, 30, seconds=lambda k: 2 * (1 + 0.4 * k))
+    assert policy.choose() == 0
+    assert policy.seconds == pytest.approx({0: 2.0, 1: 2.8})
+
+
+def test_acceptance_is_that_of_the_drafts_whose_predecessors_were_accepted() -> None:
+    world, policy = World([1.0, 1.1, 1.2, 1.3], [0.9, 0.5, 0.8], seed=0, rows=64), DraftLength(3, fixed=3)
+    world.call(policy, 600)
+    assert policy.acceptance == pytest.approx((0.9, 0.5, 0.8), abs=0.03)
+
+
+def test_acceptance_of_a_position_that_is_not_drafted_stays_until_there_is_news() -> None:
+    policy = DraftLength(2)
+    for _ in range(50):
+        policy.observe(2, [2, 1, 2, 1], 1.0)
+    known = policy.acceptance
+    assert known == pytest.approx((1.0, 0.5), abs=0.01)
+    for _ in range(200):
+        policy.observe(0, [0] * 4, 1.0)
+    assert policy.acceptance == pytest.approx(known, abs=0.2)
+    policy.observe(2, [2, 2, 2, 2], 1.0)
+    assert policy.acceptance[1] > 0.7, "old evidence weighs little against new"
+
+
+def test_positions_that_were_never_drafted_are_taken_to_be_like_those_before() -> None:
+    policy = DraftLength(3)
+    for _ in range(100):
+        policy.observe(1, [1], 1.0)
+    assert policy.acceptance == pytest.approx((1.0, 1.0, 1.0), abs=0.05)
+
+
+def test_a_fixed_length_is_always_chosen_and_still_measured() -> None:
+    policy = DraftLength(3, fixed=2)
+    assert feed(policy, 50, seconds=lambda k: 1.0 + k) == [2] * 50
+    assert policy.seconds == {2: 3.0}
+    assert policy.acceptance[0] < 0.05
+    assert feed(DraftLength(3, fixed=0), 5, seconds=lambda k: 1.0) == [0] * 5
+
+
+@pytest.mark.parametrize("fixed", [-1, 4])
+def test_a_fixed_length_that_the_heads_cannot_draft_is_refused(fixed: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"draft_length={fixed} must lie between 0 and 3, the tokens that this model's heads"
+    ):
+        DraftLength(3, fixed=fixed)
+
+
+def test_without_anything_to_draft_with_every_round_is_plain() -> None:
+    policy = DraftLength(0)
+    assert feed(policy, 20, seconds=lambda k: 1.0) == [0] * 20
+    assert policy.acceptance == ()
+    assert policy.seconds == {0: 1.0}
+
+
+def test_choosing_is_a_function_of_the_rounds_before() -> None:
+    histories = []
+    for _ in range(2):
+        world, policy = World(TABLES[0], PROFILES["good"], seed=3), DraftLength(LONGEST)
+        histories.append(world.call(policy)[1])
+        assert policy.choose() == policy.choose()
+    assert histories[0] == histories[1]
+
+
+def test_shorter_rounds_at_the_end_of_a_text_and_rows_that_ended_do_no_harm() -> None:
+    world, policy = World(straight(1.3, 0.1), PROFILES["great"], seed=0, rows=4), DraftLength(LONGEST)
+    for _ in range(20):
+        world.call(policy, 40)
+        for length in (2, 1, 0):
+            policy.observe(length, [length] * (length + 1), world.costs[length])
+        policy.observe(0, [], 1.0)
+    seconds, _ = world.call(policy)
+    assert seconds / best(world.costs, world.acceptance) < 1.04
+
+
+def test_a_look_that_finds_accepted_drafts_is_soon_repeated() -> None:
+    policy = DraftLength(1)
+    feed(policy, 1500, seconds=lambda k: 1 + 0.45 * k)
+    lengths = feed(policy, 400, accepted=1, seconds=lambda k: 1 + 0.45 * k)
+    first = lengths.index(1)
+    assert first < 200
+    assert sum(lengths[first : first + 60]) > 45
+
+
+def test_plain_rounds_that_were_timed_in_a_slow_moment_are_timed_again() -> None:
+    policy = DraftLength(1)
+    feed(policy, 3, seconds=lambda k: 3.0)
+    assert sum(feed(policy, 60, seconds=lambda k: 1 + 0.45 * k)) < 27

@@ -1,0 +1,72 @@
+"""Claim: without torchrun one process is a group of its own, and a group that cannot work is refused.
+
+What several ranks do is tested in equivalence/test_one_gradient.py.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from mull.runtime import distributed
+
+
+def test_one_process_agrees_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with distributed.session():
+        assert not torch.distributed.is_initialized()
+        assert (distributed.rank(), distributed.world_size()) == (0, 1)
+        tensor = torch.tensor([1.0, 2.0])
+        total = distributed.global_sum(tensor)
+        assert torch.equal(total, tensor)
+        assert total is not tensor
+        assert distributed.gather(tensor) == [tensor]
+        assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
+        assert distributed.same_everywhere(3) == 3
+        assert distributed.on_first_rank(lambda: "result") == "result"
+    with pytest.raises(ValueError, match="as it is"):
+        distributed.on_first_rank(fails)
+
+
+def fails() -> None:
+    raise ValueError("as it is")
+
+
+def test_torchrun_makes_a_group_that_ends_with_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two processes are announced; the group itself is the subject of other tests.
+    made: list[str] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", made.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: made.append("end"))
+    with distributed.session():
+        assert made == ["gloo"]
+    assert made == ["gloo", "end"]
+    with pytest.raises(KeyError), distributed.session():
+        raise KeyError
+    assert made == ["gloo", "end", "gloo"], "closing a group after an error may wait for ranks that are stuck"
+
+
+def test_each_rank_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for local in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert distributed.device() == torch.device("cuda", int(local))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"process 3 .* has 2 GPUs: .* --nproc-per-node 2"):
+        distributed.device()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.device() == torch.device("cpu")
+
+
+def test_weights_of_several_types_are_not_shared() -> None:
+    root = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2).double()])
+    with pytest.raises(ValueError, match=r"torch.float32, torch.float64.* one type only"):
+        distributed.shard(root, [], [], distributed.DistributedConfig())
+
+
+def test_a_state_is_whole_already() -> None:
+    module = nn.Linear(2, 3)
+    state = distributed.full_state_dict(module)
+    assert state.keys() == module.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in module.state_dict().items())

@@ -1,0 +1,142 @@
+"""Claim: one set of functions serves local folders and S3 alike, and says what is wrong in one sentence."""
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+import fsspec
+import pytest
+import s3fs
+from fsspec.registry import _registry
+
+from mull.runtime import storage
+
+pytest_plugins = ["s3_server"]
+
+
+@pytest.fixture(params=["path", "file", "s3", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "s3":
+        return f"{request.getfixturevalue('bucket')}/läufe mit raum"
+    prefix = {"path": "", "file": "file://", "memory": "memory:/"}[request.param]
+    return f"{prefix}{tmp_path}/läufe mit raum"
+
+
+def test_what_is_written_is_read_listed_and_removed(folder):
+    storage.make_folder(folder)
+    name = storage.join(folder, "größe-🙂.json")
+    assert not storage.exists(name)
+    storage.write_text_atomic(name, "erste 🙂")
+    storage.write_text_atomic(name, "zweite 🙂")
+    storage.make_folder(storage.join(folder, "inner"))
+    storage.write_text_atomic(storage.join(folder, "inner", "a"), "")
+    assert storage.exists(name)
+    assert storage.exists(storage.join(folder, "inner"))
+    assert storage.read_text(name) == "zweite 🙂"
+    assert storage.read_bytes(name) == "zweite 🙂".encode()
+    assert storage.list_names(folder) == ["größe-🙂.json", "inner"]
+    storage.remove_tree(name)
+    assert storage.list_names(folder) == ["inner"]
+    storage.remove_tree(folder)
+    assert storage.list_names(folder) == []
+    assert not storage.exists(storage.join(folder, "inner", "a"))
+
+
+def test_what_is_not_there_is_empty_or_said_to_be_missing(folder):
+    assert storage.list_names(folder) == []
+    assert not storage.exists(folder)
+    storage.remove_tree(folder)
+    with pytest.raises(FileNotFoundError, match="läufe mit raum/a"):
+        storage.read_text(storage.join(folder, "a"))
+
+
+def test_what_another_process_writes_is_seen_at_once(bucket):
+    assert storage.list_names(bucket) == []
+    other = fsspec.filesystem("s3", skip_instance_cache=True)  # shares no cache, as another process would not
+    other.pipe_file(f"{bucket}/new", b"1")
+    assert storage.list_names(bucket) == ["new"]
+    other.pipe_file(f"{bucket}/newer", b"1")
+    assert storage.list_names(bucket) == ["new", "newer"]
+    assert storage.exists(f"{bucket}/newer")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch, call):
+    name = str(tmp_path / "a.json")
+    storage.write_text_atomic(name, "old")
+
+    def fail(*_args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*{"fsync": (os, "fsync"), "replace": (Path, "replace")}[call], fail)
+    with pytest.raises(OSError, match="No space left"):
+        storage.write_text_atomic(name, "new")
+    assert storage.read_text(name) == "old"
+    assert storage.list_names(str(tmp_path)) == ["a.json"]
+
+
+def test_text_is_on_the_disk_before_it_gets_its_name_and_the_name_after(tmp_path, monkeypatch):
+    events = []
+    real_fsync, real_replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(Path(f"/proc/self/fd/{fd}").readlink()), real_fsync(fd)))
+    monkeypatch.setattr(Path, "replace", lambda self, other: (events.append("rename"), real_replace(self, other)))
+    storage.write_text_atomic(str(tmp_path / "a"), "text")
+    assert events == [tmp_path / "a.partial", "rename", tmp_path]
+
+
+def test_join_and_is_local():
+    assert storage.join("/a/", "b", "c") == "/a/b/c"
+    assert storage.join("s3://bucket", "b") == "s3://bucket/b"
+    assert storage.join("/", "b") == "/b"
+    assert storage.is_local("a/b")
+    assert storage.is_local("file:///a")
+    assert not storage.is_local("s3://bucket")
+    assert storage.local_path("file:///a b") == Path("/a b")
+    assert storage.local_path("~/x") == Path.home() / "x"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("", "URL is empty"),
+        ("s4://bucket/x", "protocol s4:// is not known"),
+        ("s3://bucket/run*", "patterns"),
+    ],
+)
+def test_a_url_that_cannot_work_is_refused(url, message):
+    with pytest.raises(ValueError, match=message):
+        storage.check_url(url)
+
+
+def test_a_local_name_may_hold_what_is_a_pattern_elsewhere(tmp_path):
+    for name in ("lr[1]", "lr1"):
+        storage.make_folder(str(tmp_path / name))
+    storage.remove_tree(str(tmp_path / "lr[1]"))
+    assert storage.list_names(str(tmp_path)) == ["lr1"]
+
+
+def test_a_missing_bucket_is_named_and_not_made(s3):
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match="there is no bucket absent-bucket. Make it, or correct the URL"):
+            storage.make_folder("s3://absent-bucket/run")
+
+
+def test_missing_credentials_are_an_os_error(s3, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    s3fs.S3FileSystem.clear_instance_cache()
+    for call in (storage.list_names, storage.exists, storage.read_text, storage.make_folder, storage.remove_tree):
+        with pytest.raises(OSError, match="^s3://bucket/run could not be reached: Unable to locate credentials"):
+            call("s3://bucket/run")
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_without_s3fs_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(_registry, "s3", raising=False)  # fsspec keeps what it has imported
+    with pytest.raises(RuntimeError) as error:
+        storage.exists("s3://bucket/run")
+    assert str(error.value) == "s3://bucket/run needs a package that is not installed: pip install 'mull[s3]'."

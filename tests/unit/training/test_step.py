@@ -1,0 +1,36 @@
+"""Claim: all micro-batches of an optimizer step run equally deep; outside a step, each call draws for itself."""
+
+import torch
+from conftest import SPLIT, tiny
+
+from mull import wrap_transformer_with_etd
+from mull.training.loop import TrainConfig, train
+from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.next_token import NextToken
+
+
+def test_one_draw_serves_a_step() -> None:
+    model = wrap_transformer_with_etd(tiny("qwen3"), SPLIT)
+    tokens = torch.arange(3, 13)[None]
+    result = train(
+        model,
+        NextToken(IterationSampling(kind="uniform", maximum=4)),
+        lambda index: {"input_ids": tokens, "labels": tokens},
+        TrainConfig(steps=6, accumulate=4, log_every=1, precision="fp32"),
+    )
+    depths = [record["iterations"] for record in result.history]  # averaged over the micro-batches of a step
+    assert all(depth.is_integer() for depth in depths)
+    assert len(set(depths)) > 1
+
+
+def test_calls_outside_a_step_draw_for_themselves() -> None:
+    model = wrap_transformer_with_etd(tiny("qwen3"), SPLIT)
+    tokens = torch.arange(3, 13)[None]
+    batch = {"input_ids": tokens, "labels": tokens}
+    objective = NextToken(IterationSampling(kind="uniform", maximum=4))
+    objective.prepare(model, [batch])
+    inside = {objective(model, batch).metrics["iterations"] for _ in range(20)}
+    objective.end_step()
+    outside = {objective(model, batch).metrics["iterations"] for _ in range(20)}
+    assert len(inside) == 1
+    assert len(outside) > 1
