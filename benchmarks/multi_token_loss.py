@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from mull import MTPConfig, MullForCausalLM, wrap_transformer_with_etd
 from mull.layers.heads import HeadTask, MTPHeads, head_losses
 from mull.ops.cross_entropy import weighted_cross_entropy
-from mull.ops.token_weights import targets_of
+from mull.ops.targets import targets_of
 
 WIDTH, N_TOKENS, VOCABULARY = 512, 2048, 65536
 LOSSES = ("mull", "logits", "torch")
@@ -104,7 +104,7 @@ def reset_peak(device: str) -> None:
 def memory_of_case(device: str, kind: str, n_heads: int, dtype: str) -> float:
     """Largest memory in MiB above what is held before the step."""
     torch.manual_seed(0)
-    heads = MTPHeads(MTPConfig(num_predict_tokens=n_heads, mtp_head_type="mlp"), WIDTH, nn.Identity, nn.Identity)
+    heads = MTPHeads("mlp", n_heads, WIDTH, nn.Identity, nn.Identity)
     heads = heads.to(device)
 
     def step(vocabulary: int, n_tokens: int) -> float:

@@ -62,7 +62,8 @@ from transformers.utils import logging as transformers_logging
 
 import mull
 from mull.evaluation.acceptance import acceptance_by_position
-from mull.evaluation.cost.decoding import STREAMED_BYTES, Machine, measure_machine, predicted_speedup
+from mull.evaluation.cost.count import STREAMED_BYTES, Machine, measure_machine
+from mull.evaluation.cost.decoding import predicted_speedup
 from mull.evaluation.lossless import Difference, differences
 
 RESULTS = Path(__file__).parent / "results"

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, StaticCache
 
 from mull import wrap_transformer_with_etd
-from mull.evaluation.cost.decoding import STREAMED_BYTES, measure_machine, step_seconds
+from mull.evaluation.cost.count import STREAMED_BYTES, measure_machine
+from mull.evaluation.cost.decoding import step_seconds
 
 WARM_UP = 3
 """Passes of each length before those that are timed: they allocate, compile and capture."""

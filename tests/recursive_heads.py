@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mull import MullForCausalLM
-from mull.model.families import Sides, run_layer
+from mull.model.executor import run_layer
+from mull.model.inputs import Sides
 
 
 def decoded_states(model: MullForCausalLM, hidden: Tensor, embedded: Tensor, n_steps: int = 3) -> Tensor:

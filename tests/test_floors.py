@@ -1,7 +1,8 @@
 """Claim: the package keeps its floors and its budgets, and importing it is cheap and silent.
 
-A module imports only from floors below it; a few pairs on one floor are listed. Files, functions, constructors and nesting
-stay within the budgets. Every check is a function of ``{module: source}`` and is shown a bad sample that it must refuse.
+A folder imports only from folders on lower floors, and a file only from files before it in its folder. Files, functions,
+constructors and nesting stay within the budgets. Every check is a function of ``{module: source}`` and is shown a bad sample
+that it must refuse.
 """
 
 import ast
@@ -16,57 +17,30 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-FLOORS = {
-    **dict.fromkeys(["configs", "path", "storage", "distributed"], 0),
-    **dict.fromkeys(["ops", "data", "tracking", "optimization"], 1),
-    **dict.fromkeys(["layers", "cache", "static_cache", "backbone"], 2),
-    **dict.fromkeys(["model", "retrofit", "native"], 3),
-    **dict.fromkeys(["latent", "transfer", "checkpoint", "presets", "estimate"], 4),
-    **dict.fromkeys(["generate", "decoder", "drafting", "draft_length"], 5),
-    **dict.fromkeys(["search", "objectives", "evaluation", "report"], 6),
-    **dict.fromkeys(["step", "train"], 7),
-    **dict.fromkeys(["recipe", "prepare", "run", "demo", "demo_speculation", "demo_weights"], 8),
-    "cli": 9,
-    "__init__": 10,
-    "__main__": 10,
+LAYOUT: dict[str, tuple[int, str]] = {
+    "runtime": (1, "storage distributed checkpoint tracking"),
+    "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
+    "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise"),
+    "layers": (3, "heads recursive_heads value_head"),
+    "model": (4, "path configs growing_cache fixed_cache families inputs executor causal_lm"),
+    "retrofit": (5, "native_heads wrap presets"),
+    "decoding": (5, "draft_length sample drafting rounds generate"),
+    "training": (6, "optimization objectives step loop"),
+    "training.objectives": (
+        6,
+        "base iterations next_token step_supervision evidence weight_statistics weightings weighted_mtp critic grpo",
+    ),
+    "evaluation": (7, "held_out lossless acceptance rewards cost search"),
+    "evaluation.cost": (7, "count training decoding"),
+    "evaluation.search": (7, "split"),
+    "app": (8, "recipe build prepare run report demo cli"),
+    "app.report": (8, "figures page"),
+    "app.demo": (8, "weights speculation demo"),
 }
-"""Module or sub-package of mull to its floor. An import under ``TYPE_CHECKING`` is held to the same rule: a type is
-knowledge, too."""
+"""Each folder's floor, and its files in the order in which they build on each other. Two folders on one floor do not know each
+other. An import under ``TYPE_CHECKING`` is held to the same rule: a type is knowledge, too."""
 
-SAME_FLOOR = {
-    ("mull.model.configs", "mull.model.path"),
-    ("mull.model.families", "mull.model.growing_cache"),
-    ("mull.model.families", "mull.model.fixed_cache"),
-    ("mull.decoding.rounds", "mull.decoding.drafting"),
-    ("mull.generate", "mull.decoding.rounds"),
-    ("mull.generate", "mull.decoding.draft_length"),
-    ("mull.generate", "mull.decoding.drafting"),
-    ("mull.retrofit.native_heads", "mull.model.causal_lm"),
-    ("mull.retrofit.wrap", "mull.model.causal_lm"),
-    ("mull.retrofit.wrap", "mull.retrofit.native_heads"),
-    ("mull.app.report.page", "mull.evaluation.search.split"),
-    ("mull.app.demo.demo", "mull.app.recipe"),
-    ("mull.app.demo.demo", "mull.app.demo.speculation"),
-    ("mull.app.demo.demo", "mull.app.demo.weights"),
-    ("mull.training.objectives.next_token", "mull.training.objectives.iterations"),
-    ("mull.training.objectives.step_supervision", "mull.training.objectives.iterations"),
-    ("mull.training.objectives.weighted_mtp", "mull.training.objectives.iterations"),
-    ("mull.training.objectives.weighted_mtp", "mull.training.objectives.evidence"),
-    ("mull.training.objectives.weightings", "mull.training.objectives.evidence"),
-    ("mull.training.objectives.critic", "mull.training.objectives.weightings"),
-    ("mull.training.objectives.grpo", "mull.training.objectives.evidence"),
-    ("mull.data.corpus", "mull.data.sources"),
-    ("mull.data.tasks", "mull.data.sources"),
-    ("mull.data.packing", "mull.data.tasks"),
-    ("mull.data.arithmetic", "mull.data.packing"),
-    ("mull.data.noise", "mull.data.packing"),
-    ("mull.app.prepare", "mull.app.recipe"),
-    ("mull.app.run", "mull.app.prepare"),
-    ("mull.app.run", "mull.app.recipe"),
-    ("mull.training.loop", "mull.training.step"),
-}
-"""Pairs (importer, imported) on one floor. Beside them, every objective may import the contract,
-`mull.training.objectives.base`."""
+TOP = ("mull.__init__", "mull.__main__")
 
 OPTIONAL = {"datasets", "moto", "s3fs", "mlflow", "lm_eval", "peft", "fla", "mkdocs"}
 """Packages of the extras: importing mull must work, and be the same, without them."""
@@ -92,9 +66,20 @@ def read_sources() -> Sources:
     return sources
 
 
-def floor(module: str) -> int | None:
-    parts = module.split(".")
-    return FLOORS.get(parts[1] if len(parts) > 1 else "__init__")
+def place(module: str) -> tuple[tuple[int, str], ...] | None:
+    """Where a module stands, outermost folder first: ``(height, name)`` of each folder and file on the way down to it."""
+    if module in (*TOP, "mull"):
+        return ((max(floor for floor, _ in LAYOUT.values()) + 1, module),)
+    parts = module.split(".")[1:]
+    if parts[0] not in LAYOUT:
+        return None
+    found: list[tuple[int, str]] = [(LAYOUT[parts[0]][0], parts[0])]
+    for depth, name in enumerate(parts[1:], 1):
+        files = LAYOUT.get(".".join(parts[:depth]), (0, ""))[1].split()
+        if name not in files:
+            return None
+        found.append((files.index(name), name))
+    return tuple(found)
 
 
 def imported(node: ast.AST, modules: set[str]) -> list[str]:
@@ -105,7 +90,7 @@ def imported(node: ast.AST, modules: set[str]) -> list[str]:
     elif isinstance(node, ast.ImportFrom) and node.level:
         names = ["mull.<relative import>"]
     elif isinstance(node, ast.ImportFrom) and node.module:
-        known = modules | {f"mull.{name}" for name in FLOORS}
+        known = modules | {f"mull.{name}" for name in LAYOUT}
         names = [full if (full := f"{node.module}.{alias.name}") in known else node.module for alias in node.names]
     elif isinstance(node, ast.Call) and ast.unparse(node.func) in {
         "import_module",
@@ -124,16 +109,18 @@ def imports_of(sources: Sources) -> Iterator[tuple[str, str]]:
 
 
 def may_import(importer: str, name: str) -> bool:
-    above, below = floor(importer), floor(name)
+    above, below = place(importer), place(name)
     if above is None or below is None:
         return False
-    shares_contract = name == "mull.training.objectives.base" and importer.startswith("mull.objectives.")
-    reexports = name.startswith(f"{importer}.")
-    return below < above or reexports or shares_contract or (importer, name) in SAME_FLOOR
+    for (height, folder), (other_height, other) in zip(above, below, strict=False):
+        if folder != other:
+            return other_height < height
+    return False
 
 
 def misplaced_imports(sources: Sources) -> list[str]:
-    unplaced = [f"{module} has no floor" for module in sources if floor(module) is None]
+    packages = {name.rsplit(".", 1)[0] for name in sources if name.count(".") > 1}
+    unplaced = [f"{module} has no place" for module in sources if module not in packages and place(module) is None]
     return unplaced + [
         f"{importer} imports {name}" for importer, name in imports_of(sources) if not may_import(importer, name)
     ]
@@ -252,21 +239,26 @@ CHECKS: dict[str, tuple[Callable[[Sources], list[str]], list[Sources]]] = {
     "floors": (
         misplaced_imports,
         [
-            {"mull.model.growing_cache": "from mull.model.causal_lm import MullForCausalLM"},
-            {"mull.model.growing_cache": "from mull import model"},
-            {"mull.model.growing_cache": "import mull.training.loop as t"},
-            {"mull.model.growing_cache": "from mull import MullForCausalLM"},
-            {"mull.model.growing_cache": "import mull"},
-            {"mull.model.growing_cache": "from . import path"},
-            {"mull.model.growing_cache": "import importlib\nimportlib.import_module('mull.model.causal_lm')"},
+            {"mull.model.path": "from mull.model.causal_lm import MullForCausalLM"},
+            {"mull.model.path": "from mull.model import causal_lm"},
+            {"mull.model.path": "import mull.training.loop as t"},
+            {"mull.model.path": "from mull import MullForCausalLM"},
+            {"mull.model.path": "import mull"},
+            {"mull.model.configs": "from . import path"},
+            {"mull.model.path": "import importlib\nimportlib.import_module('mull.model.causal_lm')"},
             {
-                "mull.data.base": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mull.model.causal_lm import Model"
+                "mull.data.tasks": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mull.model.path import P"
             },
             {"mull.data.packing": "from mull.data.sampler import batches", "mull.data.sampler": ""},
             {"mull.data.packing": "from mull.data import sampler", "mull.data.sampler": ""},
-            {"mull.model.path": "from mull.model.configs import ETDConfig"},
-            {"mull.evaluation.search.split": "from mull.training.objectives.base import Objective"},
+            {"mull.ops.sampling": "from mull.runtime.distributed import gather"},
+            {"mull.retrofit.wrap": "from mull.decoding.generate import generate"},
+            {"mull.training.objectives.critic": "from mull.training.step import Stage"},
+            {"mull.training.objectives.base": "from mull.training.objectives.grpo import GRPOConfig"},
+            {"mull.evaluation.search.split": "from mull.app.cli import main"},
             {"mull.brand_new": ""},
+            {"mull.model.brand_new": ""},
+            {"mull.brand.new": ""},
         ],
     ),
     "cycles": (
@@ -326,12 +318,13 @@ CHECKS: dict[str, tuple[Callable[[Sources], list[str]], list[Sources]]] = {
 
 GOOD: Sources = {
     "mull.__init__": "from mull.model.causal_lm import Model",
+    "mull.model": "",
     "mull.model.path": "import torch",
     "mull.model.configs": "from mull.model.path import Path",
-    "mull.model.causal_lm": "import os\nfrom mull import configs\ndef load():\n    import torch\n    return torch",
-    "mull.objectives": "from mull.training.objectives.base import Objective",
-    "mull.training.objectives.base": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mull.model.causal_lm import Model",
+    "mull.model.causal_lm": "import os\nfrom mull.model import configs\ndef load():\n    import torch\n    return torch",
+    "mull.training.objectives.base": "from mull.model.causal_lm import Model",
     "mull.training.objectives.next_token": "from mull.training.objectives.base import Objective",
+    "mull.training.step": "from mull.training.objectives.base import Objective",
     "mull.training.loop": (
         "def f():\n if 1: ...\n elif 2: ...\n elif 3: ...\n elif 4: ...\n elif 5:\n  for x in y:\n   while 1:\n    if 1: ...\n"
         "def g(a, b):\n    try: ...\n    except (OSError, ValueError): ...\n"
@@ -361,7 +354,12 @@ def test_the_check_accepts_a_good_sample(name):
 
 def test_every_module_is_read():
     modules = read_sources()
-    assert {"mull.__init__", "mull.model.path", "mull.objectives", "mull.training.objectives.base"} <= modules.keys()
+    assert {
+        "mull.__init__",
+        "mull.model.path",
+        "mull.training.objectives",
+        "mull.training.objectives.base",
+    } <= modules.keys()
     assert len(modules) == len(list((ROOT / "src" / "mull").rglob("*.py")))
 
 

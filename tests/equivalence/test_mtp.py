@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import mull
 from mull import MTPConfig, MullForCausalLM, wrap_transformer_with_etd
-from mull.model.families import prepare, run_layer
-from mull.ops.token_weights import targets_of
+from mull.model.executor import run_layer
+from mull.model.inputs import prepare
+from mull.ops.targets import targets_of
 
 Exact = Callable[..., PreTrainedModel]
 Ids = Callable[..., Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mull import wrap_transformer_with_etd
-from mull.model.families import find_documents
+from mull.model.inputs import find_documents
 
 LENGTHS = [[5, 1, 9, 8], [23], [11, 12]]
 

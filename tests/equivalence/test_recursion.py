@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from mull import MTPConfig, MullForCausalLM, wrap_transformer_with_etd
 from mull.layers.heads import RunBlock, before_norm, shifted
 from mull.layers.recursive_heads import ChainedSteps, StepKeys, chain_mask
-from mull.model.families import prepare, run_layer
+from mull.model.executor import run_layer
+from mull.model.inputs import prepare
 
 Exact = Callable[..., PreTrainedModel]
 Ids = Callable[..., Tensor]

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mull import wrap_transformer_with_etd
-from mull.model.families import prepare_static, run_layer
+from mull.model.executor import run_layer
 from mull.model.fixed_cache import LONGEST_SHORT_CALL, StaticCall, StaticSlotCache, StaticSlotView
+from mull.model.inputs import prepare_static
 from mull.model.path import Path, from_layers
 
 Exact = Callable[..., PreTrainedModel]

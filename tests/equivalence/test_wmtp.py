@@ -38,7 +38,8 @@ from weighted_steps import (
 
 from mull import MTPConfig, MullForCausalLM, wrap_transformer_with_etd
 from mull.layers.value_head import value_loss
-from mull.ops.token_weights import lambda_returns, targets_of
+from mull.ops.targets import targets_of
+from mull.ops.token_weights import lambda_returns
 from mull.runtime.checkpoint import CheckpointConfig
 from mull.training.loop import TrainConfig, train
 from mull.training.objectives.iterations import IterationSampling

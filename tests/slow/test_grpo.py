@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from mull.data.arithmetic import ArithmeticTask
 from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches
+from mull.decoding.sample import sample
+from mull.evaluation.rewards import REWARDS
 from mull.model.causal_lm import MullForCausalLM
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.training.loop import TrainConfig, train
-from mull.training.objectives.grpo import REWARDS, GroupRelative, GRPOConfig, sample
+from mull.training.objectives.grpo import GroupRelative, GRPOConfig
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.next_token import NextToken
 from mull.training.objectives.weighted_mtp import Control, WeightedMTP

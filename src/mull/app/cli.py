@@ -13,7 +13,8 @@ from transformers.utils import logging as transformers_logging
 
 from mull.app.demo.demo import run_demo
 from mull.app.recipe import load_recipe, recipe_schema
-from mull.app.report.page import Report, angular_distance_figure
+from mull.app.report.figures import angular_distance_figure
+from mull.app.report.page import Report
 from mull.app.run import estimate_recipe, run_recipe
 from mull.data.corpus import load_stdlib
 from mull.data.packing import pack_texts

@@ -1,44 +1,30 @@
 """What a recipe needs before anything is trained: its data, packed; its tokenizer; its model, with or without weights."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mull.app.recipe import ModelSection, Recipe
-from mull.data.arithmetic import CHARACTERS, ArithmeticTask
+from mull.app.build import backbone_config
+from mull.app.recipe import Recipe
+from mull.data.arithmetic import CHARACTERS, ArithmeticTask, character_tokenizer
 from mull.data.corpus import load_stdlib, subsample
 from mull.data.packing import PackedDataset, pack_examples, pack_texts
 from mull.data.sampler import ShuffledBatches
 from mull.data.sources import Document, load_documents
 from mull.data.tasks import Example, load_examples, pairs
 from mull.data.tokenizer import train_tokenizer
-from mull.model.causal_lm import MullConfig, MullForCausalLM
-from mull.model.families import family_of
-from mull.retrofit.wrap import from_pretrained, wrap_transformer_with_etd
 from mull.runtime.distributed import rank
 from mull.training.loop import Batches
 from mull.training.objectives.base import Batch
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-Loader = Callable[[ModelSection, PreTrainedTokenizerBase], MullForCausalLM]
-"""`load_model` or `meta_model`."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,7 @@ def prepare(recipe: Recipe) -> Prepared:
         tokenizer = _load_tokenizer(recipe.model.checkpoint)
     else:
         tokenizer = train_tokenizer((_text(item) for item in items), data.vocab_size)
-    config = _model_config(recipe.model, tokenizer).get_text_config()
+    config = backbone_config(recipe.model, tokenizer).get_text_config()
 
     def pack(chosen: Sequence[Document | Example]) -> PackedDataset:
         return _pack(chosen, tokenizer, data.length, config)
@@ -107,7 +93,7 @@ def prepare(recipe: Recipe) -> Prepared:
 def _prepare_arithmetic(recipe: Recipe) -> Prepared:
     """Questions in characters; a checkpoint must read them as the task writes them."""
     task = arithmetic_task(recipe)
-    tokenizer: PreTrainedTokenizerBase = _character_tokenizer()
+    tokenizer: PreTrainedTokenizerBase = character_tokenizer()
     if recipe.model.checkpoint is not None:
         tokenizer = _load_tokenizer(recipe.model.checkpoint)
         expected = (task.encode(CHARACTERS), task.eos_id, task.pad_id)
@@ -133,15 +119,6 @@ def arithmetic_task(recipe: Recipe) -> ArithmeticTask:
     section = recipe.data.arithmetic
     assert section is not None
     return ArithmeticTask(digits=section.digits, operations=section.operations, seed=recipe.train.seed)
-
-
-def _character_tokenizer() -> PreTrainedTokenizerFast:
-    """The vocabulary of `mull.data.arithmetic`: one token per character, padding, the end of the text."""
-    names = [*CHARACTERS, "<pad>", "<eos>"]
-    characters = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    characters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
 
 
 def _load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
@@ -212,63 +189,3 @@ def check_length(key: str, length: int, config: PreTrainedConfig) -> None:
         raise ValueError(
             f"{key}={length} exceeds the {config.max_position_embeddings} positions of the model: shorten the rows."
         )
-
-
-def _model_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """Configuration of the checkpoint, or of the backbone with random weights."""
-    if section.checkpoint is not None:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(section.checkpoint)
-        return config
-    assert section.architecture is not None
-    fields = {
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-        **section.architecture,
-    }
-    return CONFIG_MAPPING[fields.pop("model_type")](**fields)
-
-
-def load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> MullForCausalLM:
-    """Load the checkpoint, or make a model with random weights for the tokenizer's vocabulary; on the CPU.
-
-    Raises:
-        OSError: no checkpoint where one is named.
-        ValueError: as in `mull.model.causal_lm.wrap_transformer_with_etd`.
-    """
-    dtype = DTYPES[section.dtype]
-    if section.checkpoint is not None:
-        return from_pretrained(section.checkpoint, etd=section.etd, mtp=section.mtp, dtype=dtype)
-    base = AutoModelForCausalLM.from_config(_model_config(section, tokenizer)).to(dtype)
-    return wrap_transformer_with_etd(base, section.etd, section.mtp)
-
-
-def meta_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> MullForCausalLM:
-    """The same model without its weights, on the meta device.
-
-    Raises:
-        OSError: no checkpoint where one is named, or one without weights.
-        ValueError: as in `load_model`.
-    """
-    config = _model_config(section, tokenizer)
-    _check_weights(section.checkpoint)
-    if not isinstance(config, MullConfig):
-        family_of(config.get_text_config())
-        config = MullConfig(text_config=config.get_text_config())
-    if section.etd is not None:
-        config.etd = section.etd.model_dump()
-    if section.mtp is not None:
-        config.mtp = section.mtp.model_dump()
-    with torch.device("meta"):
-        model = nn.Module.to(MullForCausalLM(config), DTYPES[section.dtype])
-    model.tie_weights()
-    return model
-
-
-def _check_weights(checkpoint: str | None) -> None:
-    """Refuse a local checkpoint without weights, which only loading would find."""
-    if checkpoint is None or not Path(checkpoint).is_dir():
-        return
-    if not any(file.suffix in (".safetensors", ".bin") for file in Path(checkpoint).iterdir()):
-        raise FileNotFoundError(f"{checkpoint} holds no weights (.safetensors): it is no finished checkpoint.")

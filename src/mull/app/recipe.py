@@ -20,12 +20,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mull.data.arithmetic import MAX_DIGITS, OPERATIONS, ArithmeticTask
+from mull.evaluation.rewards import REWARDS
 from mull.model.configs import ETDConfig, MTPConfig
 from mull.model.families import FAMILIES
 from mull.runtime.checkpoint import CheckpointConfig
 from mull.runtime.distributed import DistributedConfig
 from mull.training.loop import TrainConfig
-from mull.training.objectives.grpo import REWARDS, GRPOConfig
+from mull.training.objectives.grpo import GRPOConfig
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.weighted_mtp import Control, HeadTraining
 from mull.training.objectives.weightings import CriticConfig, GradientConfig, Rho1Config, algorithm_names

@@ -15,11 +15,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from mull.app.prepare import Loader, Prepared, arithmetic_task, check_length, load_model, meta_model, prepare
+from mull.app.build import Loader, load_model, meta_model
+from mull.app.prepare import Prepared, arithmetic_task, check_length, prepare
 from mull.app.recipe import NEXT_TOKEN, ModelSection, Recipe
 from mull.data.sampler import ShuffledBatches
+from mull.decoding.sample import sample
 from mull.evaluation.cost.training import Estimate, Schedule, estimate, training_flops_per_token
 from mull.evaluation.held_out import held_out_losses
+from mull.evaluation.rewards import REWARDS
 from mull.layers.value_head import ValueHead
 from mull.model.causal_lm import MullForCausalLM
 from mull.runtime import storage
@@ -29,7 +32,7 @@ from mull.training.loop import METRICS, TrainConfig, TrainResult, train
 from mull.training.objectives.base import Objective
 from mull.training.objectives.critic import ValueTraining
 from mull.training.objectives.evidence import Scorer
-from mull.training.objectives.grpo import REWARDS, GroupRelative, GRPOConfig, sample
+from mull.training.objectives.grpo import GroupRelative, GRPOConfig
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.next_token import NextToken
 from mull.training.objectives.weighted_mtp import WeightedMTP

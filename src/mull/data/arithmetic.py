@@ -16,7 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers import (
+    PreTrainedTokenizerFast,
+)
 
 from mull.data.packing import PackedDataset, TokenizedExample, pack_tokenized_examples
 
@@ -187,3 +191,12 @@ def _held_out(operands: np.ndarray) -> np.ndarray:
     pair = (pair ^ (pair >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     pair = pair ^ (pair >> np.uint64(31))
     return pair % np.uint64(HELD_OUT_EVERY) == 0
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """The vocabulary of `mull.data.arithmetic`: one token per character, padding, the end of the text."""
+    names = [*CHARACTERS, "<pad>", "<eos>"]
+    characters = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mull.data.packing import PackedDataset
-from mull.model.causal_lm import MullForCausalLM, label_positions
-from mull.ops.token_weights import targets_of
+from mull.model.causal_lm import MullForCausalLM
+from mull.ops.targets import label_positions, targets_of
 from mull.runtime.distributed import global_sum, rank, world_size
 
 

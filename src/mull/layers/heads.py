@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from mull.model.configs import MTPConfig
 from mull.ops.cross_entropy import accurate, weighted_cross_entropy
 
 RunBlock = Callable[[nn.Module, Tensor, int], Tensor]
@@ -151,23 +150,27 @@ class MTPHeads(nn.Module):
     """The heads behind the main one, of all types but ``native``.
 
     Args:
-        config: Number and type of heads.
+        kind: ``transformer``, ``mlp``, ``shared_lm_head`` or ``sequential``; see `MTPConfig.mtp_head_type`.
+        n_heads: Number of heads.
         width: D.
         make_block: Builds a full-attention decoder layer of the backbone.
         make_norm: Builds a norm like the backbone's final one.
+        recursive: Run one ``sequential`` module as all heads.
     """
 
     def __init__(
         self,
-        config: MTPConfig,
+        kind: str,
+        n_heads: int,
         width: int,
         make_block: Callable[[], nn.Module],
         make_norm: Callable[[], nn.Module],
+        recursive: bool = False,
     ) -> None:
         super().__init__()
-        self.n_heads = config.num_predict_tokens
-        self.kind = config.mtp_head_type
-        self.recursive = config.recursive
+        self.n_heads = n_heads
+        self.kind = kind
+        self.recursive = recursive
         make: dict[str, Callable[[], nn.Module]] = {
             "transformer": lambda: BlockHead(make_block(), make_norm()),
             "mlp": lambda: ResidualHead(width),
@@ -227,10 +230,11 @@ class NativeHeads(nn.Module):
     ``native_hidden_state="stream"`` the stream before the final norm (`before_norm`); step k reads what step ``k - 1`` wrote.
 
     Args:
-        config: Number of steps that are trained, and what step 1 reads.
+        n_heads: Number of steps that are trained.
         width: D.
         make_block: Builds a full-attention decoder layer of the backbone.
         make_norm: Builds a norm like the backbone's final one.
+        reads_stream: Step 1 reads the stream before the final norm.
     """
 
     kind = "native"
@@ -240,14 +244,15 @@ class NativeHeads(nn.Module):
 
     def __init__(
         self,
-        config: MTPConfig,
+        n_heads: int,
         width: int,
         make_block: Callable[[], nn.Module],
         make_norm: Callable[[], nn.Module],
+        reads_stream: bool = False,
     ) -> None:
         super().__init__()
-        self.n_heads = config.num_predict_tokens
-        self.reads_stream = config.native_hidden_state == "stream"
+        self.n_heads = n_heads
+        self.reads_stream = reads_stream
         self.pre_fc_norm_embedding, self.pre_fc_norm_hidden, self.norm = make_norm(), make_norm(), make_norm()
         self.fc = nn.Linear(2 * width, width, bias=False)
         self.layers = nn.ModuleList([make_block()])

@@ -48,7 +48,7 @@ def value_loss(
     Args:
         values: ``values[b, i]`` of the tokens up to ``i``, itself included.
         returns: ``returns[b, j]``: what the value before token ``j`` should be (`mull.ops.token_weights.lambda_returns`).
-        valid: True at the targets, `mull.ops.token_weights.valid_tokens`.
+        valid: True at the targets, `mull.ops.targets.valid_tokens`.
 
     Returns:
         The sum, differentiable with respect to `values` only; divide it by the number of targets.

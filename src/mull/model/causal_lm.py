@@ -30,23 +30,14 @@ from transformers.utils.generic import can_return_tuple
 from mull.layers.heads import HeadTask, MTPHeads, NativeHeads, RunBlock, before_norm, head_losses
 from mull.layers.recursive_heads import ChainedSteps
 from mull.model.configs import MTPConfig, etd_from_dict, mtp_from_dict
-from mull.model.families import (
-    Sides,
-    check_not_behind_padding,
-    family_of,
-    is_packed,
-    layer_kinds,
-    new_block,
-    new_norm,
-    prepare,
-    prepare_static,
-    run_layer,
-)
+from mull.model.executor import run_layer
+from mull.model.families import family_of, layer_kinds, new_block, new_norm
 from mull.model.fixed_cache import StaticCall, StaticSlotCache, StaticSlotView
 from mull.model.growing_cache import SlotCache, SlotView
+from mull.model.inputs import Sides, check_not_behind_padding, is_packed, prepare, prepare_static
 from mull.model.path import Path, check_path, from_layers
 from mull.ops.cross_entropy import accurate
-from mull.ops.token_weights import targets_of
+from mull.ops.targets import label_positions, targets_of
 
 CACHE_IMPLEMENTATIONS = {None: False, "dynamic": False, "offloaded": True}
 """``cache_implementation`` of ``generate`` that a `SlotCache` serves, and whether it offloads."""
@@ -342,7 +333,7 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             hidden: Final-normed states ``[B, T, D]``, from `early_decoded`.
             input_ids: ``[B, T]``, read by sequential heads.
-            targets: ``[B, T, H]``, from `mull.ops.token_weights.targets_of`; H may leave out the last heads.
+            targets: ``[B, T, H]``, from `mull.ops.targets.targets_of`; H may leave out the last heads.
             coefficients: ``[B, T, H]``; targets with 0 are not computed.
             attention_mask: As in `forward`.
             position_ids: As in `forward`.
@@ -559,31 +550,16 @@ class MullForCausalLM(PreTrainedModel, GenerationMixin):
         return None
 
 
-def label_positions(attention_mask: Tensor | dict[str, Any] | None, position_ids: Tensor | None) -> Tensor | None:
-    """Positions by which the targets of the heads are found: no head predicts into another document, or from or into padding.
-
-    Args:
-        attention_mask: ``[B, T]`` with 0 at padding. Where there is a mask, rows are single documents, as in `forward`.
-        position_ids: ``[B, T]``; without a mask, a restart begins a document.
-
-    Returns:
-        ``[B, T]`` for `mull.ops.token_weights.targets_of`; None where every row is one document without padding.
-    """
-    if attention_mask is None:
-        return position_ids
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return None
-    width = attention_mask.shape[1]
-    return torch.where(attention_mask == 1, attention_mask.cumsum(1), -2 * width)
-
-
 AutoConfig.register("mull", MullConfig)
 AutoModelForCausalLM.register(MullConfig, MullForCausalLM)
 
 
 def new_heads(config: MTPConfig, base: PreTrainedModel) -> MTPHeads | NativeHeads:
     """Heads for a backbone, not initialised."""
-    width = base.config.hidden_size
+    n_heads, width = config.num_predict_tokens, base.config.hidden_size
     if config.mtp_head_type == "native":
-        return NativeHeads(config, width, lambda: new_block(base, routed=True), lambda: new_norm(base))
-    return MTPHeads(config, width, lambda: new_block(base), lambda: new_norm(base))
+        reads_stream = config.native_hidden_state == "stream"
+        return NativeHeads(n_heads, width, lambda: new_block(base, routed=True), lambda: new_norm(base), reads_stream)
+    return MTPHeads(
+        config.mtp_head_type, n_heads, width, lambda: new_block(base), lambda: new_norm(base), config.recursive
+    )

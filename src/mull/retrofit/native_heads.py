@@ -27,7 +27,9 @@ from transformers.utils.hub import cached_file, cached_files
 
 from mull.layers.heads import before_norm, shifted
 from mull.model.causal_lm import MullConfig, MullForCausalLM
-from mull.model.families import family_of, prepare, run_layer
+from mull.model.executor import run_layer
+from mull.model.families import family_of
+from mull.model.inputs import prepare
 from mull.runtime import storage
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from mull import MTPConfig, MullForCausalLM, wrap_transformer_with_etd
 from mull.data.corpus import Corpus
 from mull.data.sources import Document
 from mull.data.tokenizer import train_tokenizer
-from mull.ops.token_weights import targets_of
+from mull.ops.targets import targets_of
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 DENSE, HYBRID = "byte-toy", "hybrid-toy"

@@ -13,26 +13,20 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from mull.ops import token_weights
+from mull.ops.targets import align, final_tokens, targets_of, valid_tokens
 from mull.ops.token_weights import (
     MAX_EXPONENT,
-    RunningMoments,
-    WeightStatistics,
     advantage_weights,
     advantages,
-    align,
     dft_weights,
     entropy_weights,
-    final_tokens,
     gradient_norm,
     group_advantages,
     keep_highest,
     lambda_returns,
-    matched_random,
     rho1_weights,
-    shuffle,
-    targets_of,
-    valid_tokens,
 )
+from mull.training.objectives.weight_statistics import RunningMoments, WeightStatistics, matched_random, shuffle
 
 NO_TARGET = -100
 SEEDS = st.integers(0, 2**20)

@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from mull.app.demo.speculation import SpeculationSize, SpeculationStory, speculation_story, tell_speculation
 from mull.app.demo.weights import ARMS, WeightsStory, tell_weights, weights_story
-from mull.app.report.page import (
-    Report,
+from mull.app.report.figures import (
     Series,
     accuracy_against_iterations,
     angular_distance_figure,
     loss_against_iterations,
     loss_curves,
 )
+from mull.app.report.page import Report
 from mull.data.chain import ChainTask, accuracy_by_hops
 from mull.data.corpus import Corpus, load_stdlib, subsample
 from mull.data.packing import PackedDataset, pack_texts

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mull.app.report.page import Report, acceptance_figure
+from mull.app.report.figures import acceptance_figure
+from mull.app.report.page import Report
 from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches
 from mull.decoding.generate import GenerationStats, generate

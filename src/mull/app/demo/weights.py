@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mull.app.report.page import Report, Series, held_out_curves
+from mull.app.report.figures import Series, held_out_curves
+from mull.app.report.page import Report
 from mull.data.noise import plant_noise
 from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches

@@ -13,70 +13,20 @@ rules advance their
 state token by token, as decoding does.
 """
 
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from operator import mul
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
+from mull.evaluation.cost.count import Machine
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.families import layer_kinds
 from mull.model.path import Path
 
-STREAMED_BYTES = 256 * 2**20
-"""Size of the weights whose reading is timed: larger than the last-level cache of common CPUs and GPUs."""
-
-WARM_UP, REPETITIONS = 2, 7
-"""Runs of a product before it is timed, and runs that are timed; the fastest counts."""
-
-PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
-"""Rows and columns of the square matrices whose product is timed; 1024 on other devices."""
-
 STATE_BYTES = 4
 """Bytes of an entry of a delta rule's state, which is kept in fp32."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a device does per second at best, in one dtype."""
-
-    flops: float
-    """Floating-point operations of a product of large matrices, per second; a multiplication and an addition are two."""
-
-    bandwidth: float
-    """Bytes of weights that a product with a single row reads, per second."""
-
-    def seconds(self, n_bytes: float, n_flops: float) -> float:
-        """Time to read and compute at once."""
-        return max(n_bytes / self.bandwidth, n_flops / self.flops)
-
-
-def measure_machine(device: torch.device | str, dtype: torch.dtype, streamed_bytes: int = STREAMED_BYTES) -> Machine:
-    """Time a large matrix product, and the reading of weights by a product with a single row; takes about a second.
-
-    Args:
-        device: Where; on a CPU with torch's number of threads.
-        dtype: Of the weights.
-        streamed_bytes: Size of the weights that are read one after the other. Give the size of a small model to measure the
-            cache that will hold it.
-    """
-    device = torch.device(device)
-    size = PRODUCT_SIZE.get(device.type, 1024)
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product_seconds = _fastest(lambda: left @ right, device)
-    n_columns = 1024
-    # A few matrices, as a model has them.
-    n_rows = max(streamed_bytes // (8 * n_columns * left.element_size()), 1)
-    weights = [torch.randn(n_rows, n_columns, device=device).to(dtype) for _ in range(8)]
-    row = torch.randn(1, n_columns, device=device).to(dtype)
-    stream_seconds = _fastest(lambda: [F.linear(row, weight) for weight in weights], device)
-    n_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-    return Machine(flops=2 * size**3 / product_seconds, bandwidth=n_bytes / stream_seconds)
 
 
 def step_seconds(
@@ -247,20 +197,3 @@ def _mixing_seconds(
     n_keys = min(context, config.sliding_window) if kind == "sliding_attention" else context
     n_bytes = 2 * n_rows * n_keys * config.num_key_value_heads * width * model.lm_head.weight.element_size()
     return machine.seconds(n_bytes, 4 * n_rows * n_tokens * n_keys * config.num_attention_heads * width)
-
-
-def _fastest(call: Callable[[], Tensor | list[Tensor]], device: torch.device) -> float:
-    """Seconds of the fastest of some runs."""
-    found = []
-    for _ in range(WARM_UP + REPETITIONS):
-        _wait(device)
-        begin = time.perf_counter()
-        call()
-        _wait(device)
-        found.append(time.perf_counter() - begin)
-    return min(found[WARM_UP:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

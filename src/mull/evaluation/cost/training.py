@@ -18,15 +18,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from mull.evaluation.cost.count import active_matrices, mixing_flops, visible_keys
 from mull.layers.recursive_heads import ChainedSteps
 from mull.model.causal_lm import MullForCausalLM
-from mull.model.families import Sides, family_of, layer_kinds, run_layer
+from mull.model.executor import run_layer
+from mull.model.families import family_of, layer_kinds
+from mull.model.inputs import Sides
 from mull.ops.cross_entropy import CHUNK_LOGITS, MIN_CHUNK_ROWS
 from mull.runtime.distributed import DistributedConfig
 from mull.training.optimization import OptimizationConfig, build_optimizers
-
-DELTA_RULE_CHUNK = 64
-"""Tokens that a gated delta rule handles at once, in transformers and in flash-linear-attention."""
 
 OPTIMIZER_COPIES = {"Muon": 1, "AdamW": 2}
 """Tensors of a parameter's size that its optimizer keeps: a momentum; two moving averages."""
@@ -301,32 +301,7 @@ def _passes(model: MullForCausalLM, iterations: float | None) -> float:
 
 
 def _layer_flops(layer: nn.Module, kind: str, config: Any, length: int) -> float:
-    return 2 * _active_matrices(layer, config) + _mixing_flops(kind, config, length)
-
-
-def _active_matrices(module: nn.Module, config: Any) -> float:
-    """Entries of the matrices, convolution kernels and chosen experts that one token meets."""
-    total = 0.0
-    for part in module.modules():
-        for parameter in part.parameters(recurse=False):
-            if parameter.ndim == 2 or isinstance(part, nn.Conv1d):
-                total += parameter.numel()
-            elif parameter.ndim == 3:
-                total += parameter.numel() * config.num_experts_per_tok / parameter.shape[0]
-    return total
-
-
-def _mixing_flops(kind: str, config: Any, length: int) -> float:
-    if kind == "linear_attention":
-        key, value = config.linear_key_head_dim, config.linear_value_head_dim
-        per_head = DELTA_RULE_CHUNK * (4 * key + 2 * value) + 6 * key * value
-        return float(config.linear_num_value_heads * per_head)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return float(4 * config.num_attention_heads * width * _keys(kind, config, length))
-
-
-def _keys(kind: str, config: Any, length: int) -> int:
-    return min(length, config.sliding_window) if kind == "sliding_attention" else length
+    return 2 * active_matrices(layer, config) + mixing_flops(kind, config, length)
 
 
 def _head_flops(model: MullForCausalLM, length: int, n_heads: int | None = None) -> float:
@@ -339,11 +314,11 @@ def _head_flops(model: MullForCausalLM, length: int, n_heads: int | None = None)
     if count == 0:
         return unembedding
     one: nn.Module = model.mtp_heads.heads[0]
-    cost = count * (2 * _active_matrices(one, config) + unembedding)
+    cost = count * (2 * active_matrices(one, config) + unembedding)
     if model.mtp_heads.blocks:
         # Step k of a recursive head goes over the keys of steps 1 to k.
         spans = [k * length for k in range(1, 1 + count)] if model.mtp_heads.recursive else [length] * count
-        cost += sum(_mixing_flops("full_attention", config, span) for span in spans)
+        cost += sum(mixing_flops("full_attention", config, span) for span in spans)
     return unembedding + cost
 
 
@@ -520,7 +495,9 @@ class _Tracer:
         config = self._model.config.get_text_config()
         rotary = family_of(config).rotary(self._model.model, {kind}, h, position_ids)
         mask = None
-        if kind != "linear_attention" and (self._schedule.packed or _keys(kind, config, h.shape[1]) < h.shape[1]):
+        if kind != "linear_attention" and (
+            self._schedule.packed or visible_keys(kind, config, h.shape[1]) < h.shape[1]
+        ):
             mask = torch.empty(len(h), 1, h.shape[1], h.shape[1], dtype=torch.bool)
         self._shared.update(_storage(tensor) for tensor in (*(rotary[kind] or ()), mask) if tensor is not None)
         return Sides({kind: mask}, rotary, position_ids)

@@ -24,7 +24,9 @@ from transformers import PreTrainedModel
 
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig, attention_period
-from mull.model.families import family_of, layer_kinds, prepare, run_layer
+from mull.model.executor import run_layer
+from mull.model.families import family_of, layer_kinds
+from mull.model.inputs import prepare
 from mull.model.path import from_layers
 from mull.retrofit.wrap import wrap_transformer_with_etd
 

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mull.model.causal_lm import label_positions
 from mull.ops.cross_entropy import TokenStatistics, token_statistics
-from mull.ops.token_weights import valid_tokens
+from mull.ops.targets import label_positions, valid_tokens
 from mull.training.objectives.base import Batch
 
 if TYPE_CHECKING:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mull.model.causal_lm import label_positions
 from mull.ops.cross_entropy import weighted_cross_entropy
-from mull.ops.token_weights import IGNORED, targets_of
+from mull.ops.targets import IGNORED, label_positions, targets_of
 from mull.runtime.distributed import same_everywhere
 from mull.training.objectives.base import Batch, LossOutput, Objective
 from mull.training.objectives.iterations import IterationSampling

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mull.ops.token_weights import IGNORED
+from mull.ops.targets import IGNORED
 from mull.runtime.distributed import global_sum, same_everywhere
 from mull.training.objectives.base import Batch, LossOutput, Objective
 from mull.training.objectives.iterations import IterationSampling

@@ -18,12 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from mull.model.causal_lm import label_positions
-from mull.ops.token_weights import WeightStatistics, align, matched_random, shuffle, targets_of
+from mull.ops.targets import align, label_positions, targets_of
 from mull.runtime.distributed import gather, global_sum, rank, same_everywhere, world_size
 from mull.training.objectives.base import Batch, LossOutput, Objective
 from mull.training.objectives.evidence import Evidence, Scored, Scorer
 from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.weight_statistics import WeightStatistics, matched_random, shuffle
 
 if TYPE_CHECKING:
     from mull.model.causal_lm import MullForCausalLM

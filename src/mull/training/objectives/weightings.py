@@ -16,7 +16,6 @@ from torch import Tensor
 from mull.layers.value_head import ValueHead, value_loss
 from mull.ops.cross_entropy import cross_entropy_gradients
 from mull.ops.token_weights import (
-    RunningMoments,
     advantage_weights,
     advantages,
     dft_weights,
@@ -29,6 +28,7 @@ from mull.ops.token_weights import (
 from mull.runtime.distributed import global_sum
 from mull.training.objectives.base import Batch
 from mull.training.objectives.evidence import Evidence, Scored, Scorer, check_reference
+from mull.training.objectives.weight_statistics import RunningMoments
 
 if TYPE_CHECKING:
     from mull.model.causal_lm import MullForCausalLM

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from mull.app.report.page import (
-    Report,
+from mull.app.report.figures import (
     Series,
     acceptance_figure,
     accuracy_against_iterations,
@@ -23,6 +22,7 @@ from mull.app.report.page import (
     loss_curves,
     svg,
 )
+from mull.app.report.page import Report
 from mull.evaluation.search.split import SplitReport, WindowCost
 from mull.model.configs import ETDConfig
 

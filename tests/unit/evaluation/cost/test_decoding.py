@@ -8,14 +8,8 @@ import torch
 from conftest import FAMILIES, SPLIT, tiny
 from torch import nn
 
-from mull.evaluation.cost.decoding import (
-    Machine,
-    draft_seconds,
-    expected_tokens,
-    measure_machine,
-    predicted_speedup,
-    step_seconds,
-)
+from mull.evaluation.cost.count import Machine, measure_machine
+from mull.evaluation.cost.decoding import draft_seconds, expected_tokens, predicted_speedup, step_seconds
 from mull.evaluation.cost.training import flops_per_token
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig, MTPConfig

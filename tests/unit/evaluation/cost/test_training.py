@@ -20,8 +20,8 @@ from mull.evaluation.cost.training import (
 from mull.layers.value_head import ValueHead
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig, MTPConfig
-from mull.model.families import prepare
-from mull.ops.token_weights import targets_of
+from mull.model.inputs import prepare
+from mull.ops.targets import targets_of
 from mull.retrofit.presets import TransformerConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.distributed import DistributedConfig

@@ -15,6 +15,8 @@ from distributed_ranks import run_ranks
 from torch import Tensor
 
 from mull.data.arithmetic import ArithmeticTask
+from mull.decoding.sample import sample
+from mull.evaluation.rewards import REWARDS
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig, MTPConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
@@ -22,7 +24,7 @@ from mull.runtime.distributed import DistributedConfig, full_state_dict, rank, w
 from mull.training.loop import TrainConfig, train
 from mull.training.objectives import grpo
 from mull.training.objectives.base import Batch
-from mull.training.objectives.grpo import REWARDS, GroupRelative, GRPOConfig, sample
+from mull.training.objectives.grpo import GroupRelative, GRPOConfig
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.weighted_mtp import HeadTraining, WeightedMTP
 from mull.training.step import accumulate, make_stage, normalise, total_weight
