@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from mull import MullForCausalLM
 from mull.model.executor import run_layer
-from mull.model.inputs import Sides
+from mull.model.inputs import LayerInputs
 
 
 def decoded_states(model: MullForCausalLM, hidden: Tensor, embedded: Tensor, n_steps: int = 3) -> Tensor:
@@ -31,11 +31,13 @@ def decoded_states(model: MullForCausalLM, hidden: Tensor, embedded: Tensor, n_s
         def run(block: nn.Module, h: Tensor, _k: int, cache: DynamicCache = cache) -> Tensor:
             first = cache.get_seq_length(block.self_attn.layer_idx)
             position_ids = torch.arange(first, first + h.shape[1])[None]
-            rotary = model._family.rotary(model.model, {"full_attention"}, h, position_ids)
+            rotary = model.model.rotary({"full_attention"}, h, position_ids)
             mask = None
             if model.config.text_config._attn_implementation == "eager" and h.shape[1] > 1:
                 mask = torch.full((h.shape[1], h.shape[1]), torch.finfo(h.dtype).min, dtype=h.dtype).triu(1)[None, None]
-            return run_layer(block, "full_attention", h, Sides({"full_attention": mask}, rotary, position_ids), cache)
+            return run_layer(
+                block, "full_attention", h, LayerInputs("sdpa", {"full_attention": mask}, rotary, position_ids), cache
+            )
 
         state = model.mtp_heads(1, read[:, : i + 1], embedded[:, 1 : i + 2], run)[:, -1:]  # keys of true states up to i
         chain = [state]

@@ -1,7 +1,8 @@
 """mull retrofits pretrained decoder language models: recursive depth, routing, multi-token heads, hybrid attention."""
 
 from mull.decoding.generate import GenerateOutput, GenerationStats, generate
-from mull.model.causal_lm import MullConfig, MullForCausalLM, MullOutput
+from mull.model.base_model import MullConfig, MullModel
+from mull.model.causal_lm import MullForCausalLM, MullOutput
 from mull.model.configs import ETDConfig, MTPConfig
 from mull.model.growing_cache import SlotCache
 from mull.model.path import Path, Visit, from_actions, from_layers, recursion
@@ -17,6 +18,7 @@ __all__ = [
     "MTPConfig",
     "MullConfig",
     "MullForCausalLM",
+    "MullModel",
     "MullOutput",
     "Path",
     "Sampling",

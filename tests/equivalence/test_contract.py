@@ -10,12 +10,13 @@ import textwrap
 from typing import Any
 
 import pytest
+import torch
 from conftest import tiny
 from transformers.cache_utils import Cache
 
 from mull import SlotCache
-from mull.model import families as backbone
-from mull.model.growing_cache import SlotView
+from mull.model.families import FAMILIES, Family, install_recurrent_hooks
+from mull.model.memory import LayerMemory
 
 LAYER_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"}
 MASK_FUNCTIONS = {
@@ -64,7 +65,7 @@ def test_layers_ask_the_cache_only_for_what_a_view_answers(family: str) -> None:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in CACHE_NAMES:
                 asked.add(node.attr)
     assert "update" in asked
-    assert asked <= set(dir(SlotView)), "a layer asks its cache for something new"
+    assert asked <= set(dir(LayerMemory)), "a layer asks its cache for something new"
 
 
 @pytest.mark.parametrize("family_name", ["qwen3_next-dense", "qwen3_5", "qwen3_5-moe", "olmo_hybrid"])
@@ -81,17 +82,27 @@ def test_recurrent_layers_hand_keywords_on_to_the_delta_rule(family_name: str) -
         }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [family.delta_rule_module for family in backbone.FAMILIES.values() if family.delta_rule_module]
-)
+@pytest.mark.parametrize("name", [family.delta_rule_module for family in FAMILIES.values() if family.delta_rule_module])
 def test_without_a_view_the_delta_rules_are_transformers_own(name: str) -> None:
+    install_recurrent_hooks(Family(rotary=lambda *_: {}, delta_rule_module=name))
     module = importlib.import_module(f"transformers.models.{name}")
+    query, key, value = (torch.randn(2, 70, 4, 8) for _ in range(3))
+    inputs = {"g": -torch.rand(2, 70, 4), "beta": torch.rand(2, 70, 4), "use_qk_l2norm_in_kernel": True}
     for rule in (module.torch_chunk_gated_delta_rule, module.torch_recurrent_gated_delta_rule):
-        assert inspect.unwrap(rule).__module__ == module.__name__
+        assert hasattr(rule, "adapted_by_mull")
+        expected = inspect.unwrap(rule)(query, key, value, **inputs)[0]
+        assert torch.equal(rule(query, key, value, **inputs)[0], expected)
 
 
 def test_slot_cache_overrides_exist_in_transformers() -> None:
     """A renamed method of `Cache` would turn our override into dead code."""
-    overrides = {name for name in vars(SlotCache) if not name.startswith("_")} - {"bind", "view", "advance"}
+    overrides = {name for name in vars(SlotCache) if not name.startswith("_")} - {
+        "bind",
+        "advance",
+        "has_gaps",
+        "known",
+        "no_keys",
+        "append",
+    }
     assert overrides
     assert overrides <= set(dir(Cache))

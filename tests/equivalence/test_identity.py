@@ -8,7 +8,7 @@ import torch
 from conftest import SPLIT, tiny
 from torch import Tensor
 
-from mull import MullForCausalLM, certify_identity, wrap_transformer_with_etd
+from mull import certify_identity, wrap_transformer_with_etd
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -55,11 +55,10 @@ def test_weights_are_shared_and_keep_their_names(family: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_broken_wrapper_is_refused(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgets_the_last_layer(self: MullForCausalLM, h: Tensor, visits: object, *rest: object) -> Tensor:
-        return correct(self, h, visits[:-1], *rest)  # type: ignore[index]
+    def forgets_the_last_layer(layers: Any, kinds: Any, path: Any, *rest: Any, **options: Any) -> Tensor:
+        return run(layers, kinds, path[:-1], *rest, **options)
 
-    correct = MullForCausalLM._visit
-    monkeypatch.setattr(MullForCausalLM, "_visit", forgets_the_last_layer)
+    monkeypatch.setattr(base_model, "run", forgets_the_last_layer)
     with pytest.raises(
         ValueError, match="does not reproduce the base model: with one iteration its logits differ by up to"
     ):

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 import mull
 from mull import MTPConfig, MullForCausalLM, wrap_transformer_with_etd
 from mull.model.executor import run_layer
-from mull.model.inputs import prepare
 from mull.ops.targets import targets_of
 
 Exact = Callable[..., PreTrainedModel]
@@ -62,13 +61,13 @@ def document_logits(model: MullForCausalLM, tokens: Tensor) -> Tensor:
     embedded = F.pad(model.model.embed_tokens(tokens), (0, 0, 0, 3))
     if model.mtp_config.recursive:
         return model.lm_head(torch.cat([hidden[:, :, None], decoded_states(model, hidden, embedded)], 2))[0]
-    sides = prepare(model.model, model._family, hidden, None, None, None)
+    inputs = model.model.layer_inputs(hidden)
     states = [hidden]
     for k in range(1, 4):
         read = states[-1] if model.mtp_heads.sequential else hidden
         ahead = embedded[:, k : k + tokens.shape[1]]
         states.append(
-            model.mtp_heads(k, read, ahead, lambda block, h, _k: run_layer(block, "full_attention", h, sides, None))
+            model.mtp_heads(k, read, ahead, lambda block, h, _k: run_layer(block, "full_attention", h, inputs, None))
         )
     return model.lm_head(torch.stack(states, 2))[0]
 
@@ -241,8 +240,8 @@ def test_fresh_heads_change_no_logit_and_predict_what_the_trunk_predicts(family_
         difference = losses[..., 1:] - losses[..., :1]
         assert difference.abs().mean() < 0.25 * losses.std()
     for block in model.mtp_heads.blocks:
-        sides = prepare(model.model, model._family, hidden, None, None, None)
-        assert torch.equal(run_layer(block, "full_attention", hidden, sides, None), hidden)
+        inputs = model.model.layer_inputs(hidden)
+        assert torch.equal(run_layer(block, "full_attention", hidden, inputs, None), hidden)
     assert len(model.mtp_heads.blocks) == (0 if model.mtp_heads.pointwise else len(model.mtp_heads.heads))
 
 

@@ -14,7 +14,6 @@ from mull import MTPConfig, MullForCausalLM, wrap_transformer_with_etd
 from mull.layers.heads import RunBlock, before_norm, shifted
 from mull.layers.recursive_heads import ChainedSteps, StepKeys, chain_mask
 from mull.model.executor import run_layer
-from mull.model.inputs import prepare
 
 Exact = Callable[..., PreTrainedModel]
 Ids = Callable[..., Tensor]
@@ -38,7 +37,7 @@ def trained_states(model: MullForCausalLM, tokens: Tensor, run_block: RunBlock |
     """``[B, T, N_STEPS, D]``: states of all steps of all chains at once."""
     (hidden,) = model.early_decoded(tokens)
     embedded = model.model.embed_tokens(tokens)
-    run_block = run_block or model._run_block(hidden, prepare(model.model, model._family, hidden, None, None, None))
+    run_block = run_block or model._run_block(hidden, model.model.layer_inputs(hidden))
     states = [model.head_input(hidden)]
     for k in range(1, 1 + N_STEPS):
         states.append(model.mtp_heads(k, states[-1], shifted(embedded, k), run_block))
@@ -70,8 +69,8 @@ def test_attending_over_the_states_of_the_same_step_is_something_else(exact: Exa
     model = with_heads(exact("qwen3"), NATIVE)
     tokens = ids(1, 11)
     (hidden,) = model.early_decoded(tokens)
-    sides = prepare(model.model, model._family, hidden, None, None, None)
-    plain = trained_states(model, tokens, lambda block, h, _k: run_layer(block, "full_attention", h, sides, None))
+    inputs = model.model.layer_inputs(hidden)
+    plain = trained_states(model, tokens, lambda block, h, _k: run_layer(block, "full_attention", h, inputs, None))
     difference = (plain - trained_states(model, tokens)).abs().amax((0, 1, 3))
     assert difference[0] < EXACT
     assert (difference[1:] > 1e-2).all()

@@ -182,7 +182,7 @@ def test_after_every_round_the_state_is_that_of_a_fresh_start(
             assert fresh.text.states is not None
             torch.testing.assert_close(text.states[row, :n], fresh.text.states[0, :n], rtol=0, atol=EXACT)
             assert text.tokens[row, : n + 1].tolist() == tokens
-            for slot, fresh_slot in zip(cache._slots, fresh.cache._slots, strict=True):
+            for slot, fresh_slot in zip(cache.slots, fresh.cache.slots, strict=True):
                 for buffer, fresh_buffer in zip(slot.buffers, fresh_slot.buffers, strict=True):
                     ours, theirs = buffer[row], fresh_buffer[0]
                     if ours.shape[1] == cache.capacity:

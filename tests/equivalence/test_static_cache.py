@@ -7,6 +7,7 @@ bookkeeping stand out, unless a test says otherwise.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jaxtyping
@@ -18,8 +19,7 @@ from transformers import PreTrainedModel
 
 from mull import wrap_transformer_with_etd
 from mull.model.executor import run_layer
-from mull.model.fixed_cache import LONGEST_SHORT_CALL, StaticCall, StaticSlotCache, StaticSlotView
-from mull.model.inputs import prepare_static
+from mull.model.fixed_cache import LONGEST_SHORT_CALL, FixedCall, FixedSlot, StaticCall, StaticSlotCache
 from mull.model.path import Path, from_layers
 
 Exact = Callable[..., PreTrainedModel]
@@ -50,7 +50,7 @@ class Driver:
         base = self.model.model
         weight = base.embed_tokens.weight
         self.cache = StaticSlotCache(
-            base.config, self.path, self.rows, CAPACITY, dtype=weight.dtype, device=weight.device
+            base.text_config, self.path, self.rows, CAPACITY, dtype=weight.dtype, device=weight.device
         )
 
     def call(self, n_new: int, n_valid: Tensor | None, fresh: bool = False, n_keys: int | None = None) -> StaticCall:
@@ -82,7 +82,7 @@ class Driver:
                 for buffer in slot.buffers
                 for row in range(self.rows)
             ]
-            for slot in self.cache._slots
+            for slot in self.cache.slots
         ]
 
 
@@ -181,7 +181,7 @@ def test_both_attentions_see_no_future(family_name: str, attention: str, fresh: 
     # eager softmax in transformers is in fp32
     expected = torch.stack([alone(model, PATHS["two iterations"], row) for row in tokens])
     model.set_attn_implementation(attention)
-    assert model.model.config._attn_implementation == attention
+    assert model.model.text_config._attn_implementation == attention
     driver = Driver(model, PATHS["two iterations"], 2)
     assert_same(driver.extend(tokens, [14] * 2, fresh=fresh), expected, EXACT if attention == "sdpa" else 1e-5)
 
@@ -191,7 +191,7 @@ def test_both_attentions_see_no_future(family_name: str, attention: str, fresh: 
 def test_a_first_call_about_as_long_as_the_window(longer: int, exact: Exact, ids: Ids) -> None:
     """Up to the window's width no mask is needed, from there on one is."""
     model = wrap_transformer_with_etd(exact("olmo3"), SPLIT)
-    tokens = ids(2, model.model.config.sliding_window + longer)
+    tokens = ids(2, model.model.text_config.sliding_window + longer)
     expected = torch.stack([alone(model, PATHS["one iteration"], row) for row in tokens])
     driver = Driver(model, PATHS["one iteration"], 2)
     assert_same(driver.extend(tokens, [tokens.shape[1]] * 2, fresh=True), expected)
@@ -200,7 +200,7 @@ def test_a_first_call_about_as_long_as_the_window(longer: int, exact: Exact, ids
 @torch.no_grad()
 def test_an_attention_that_cannot_use_the_cache_is_named(exact: Exact, ids: Ids) -> None:
     model = wrap_transformer_with_etd(exact("llama"), SPLIT)
-    model.model.config._attn_implementation = "flex_attention"
+    model.model.text_config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match=r"'flex_attention' .* attn_implementation='sdpa' \(or 'eager'\)"):
         Driver(model, PATHS["one iteration"], 2).extend(ids(2, 4), [4, 4])
 
@@ -222,7 +222,7 @@ def test_with_the_rules_of_transformers(family_name: str, dtype: torch.dtype, id
     logits = driver.extend(torch.stack([tokens[0, 24:44], tokens[1, 20:40]]), [20, 20])
     assert_same(logits[0], expected[0, 24:44], tolerance_of(dtype))
     assert_same(logits[1], expected[1, 20:40], tolerance_of(dtype))
-    states = [slot.state for slot in driver.cache._slots if hasattr(slot, "state")]
+    states = [slot.state for slot in driver.cache.slots if hasattr(slot, "state")]
     assert states
     assert {state.dtype for state in states} == {torch.float32}
 
@@ -250,18 +250,18 @@ def test_what_stands_in_the_padding_changes_nothing(family: str, exact: Exact, i
 def test_a_reset_cache_is_as_new_and_stays_where_it_is(family: str, exact: Exact, ids: Ids) -> None:
     model, tokens = wrap_transformer_with_etd(exact(family), SPLIT), ids(2, LONGEST_SHORT_CALL + 2)
     driver = Driver(model, PATHS["two iterations"], 2)
-    addresses = [buffer.data_ptr() for slot in driver.cache._slots for buffer in slot.buffers]
+    addresses = [buffer.data_ptr() for slot in driver.cache.slots for buffer in slot.buffers]
     size = driver.cache.n_bytes
     first = driver.extend(tokens, [tokens.shape[1], 7], fresh=True), driver.verify(tokens[:, :4], [4, 2])
     driver.logits(tokens[:, :4], driver.call(4, None))  # never committed
-    for slot in driver.cache._slots:
+    for slot in driver.cache.slots:
         for buffer in slot.buffers:
             buffer.fill_(torch.nan)  # worse than anything a call leaves behind
     driver.cache.reset()
     driver.lengths = torch.zeros(2, dtype=torch.long)
     second = driver.extend(tokens, [tokens.shape[1], 7], fresh=True), driver.verify(tokens[:, :4], [4, 2])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert [buffer.data_ptr() for slot in driver.cache._slots for buffer in slot.buffers] == addresses
+    assert [buffer.data_ptr() for slot in driver.cache.slots for buffer in slot.buffers] == addresses
     assert driver.cache.n_bytes == size
 
 
@@ -273,22 +273,26 @@ def test_blocks_of_heads_have_slots_of_their_own(exact: Exact, ids: Ids) -> None
 
     def new_cache(n_head_blocks: int) -> StaticSlotCache:
         options = {"dtype": torch.float64, "device": torch.device("cpu"), "n_head_blocks": n_head_blocks}
-        return StaticSlotCache(base.config, path, 2, 16, **options)
+        return StaticSlotCache(base.text_config, path, 2, 16, **options)
 
-    def feed(view: Callable[[int, StaticCall], StaticSlotView], number: int, h: Tensor, start: int) -> Tensor:
+    def feed(slot: Callable[[StaticCall], FixedSlot], h: Tensor, start: int) -> Tensor:
         call = StaticCall(torch.arange(start, start + 3).expand(2, -1), start + 3, torch.tensor([3, 3]))
         part = h[:, start : start + 3]
-        sides = prepare_static(base, model._family, part, call)
-        return run_layer(base.layers[3], "full_attention", part, sides, view(number, call))
+        return run_layer(base.layers[3], "full_attention", part, base.fixed_layer_inputs(part, call), slot(call))
 
     shared, texts = new_cache(2), [base.embed_tokens(ids(2, 6, seed=seed)) for seed in range(3)]
-    users = [(shared.head_view, 0), (shared.head_view, 1), (shared.view, 0)]
-    together = [[feed(*user, h, start) for user, h in zip(users, texts, strict=True)] for start in (0, 3)]
+    users = [
+        partial(shared.head_slot, 0),
+        partial(shared.head_slot, 1),
+        lambda call: FixedCall(shared, call).slot(0, path[0], None),
+    ]
+    together = [[feed(user, h, start) for user, h in zip(users, texts, strict=True)] for start in (0, 3)]
     for number, h in enumerate(texts):
         cache = new_cache(0)
         assert shared.n_bytes == 3 * cache.n_bytes
         for start, outs in zip((0, 3), together, strict=True):
-            assert torch.equal(feed(cache.view, 0, h, start), outs[number])
+            alone = feed(lambda call, cache=cache: FixedCall(cache, call).slot(0, path[0], None), h, start)
+            assert torch.equal(alone, outs[number])
 
 
 def test_the_cache_refuses_what_does_not_fit(exact: Exact, ids: Ids) -> None:

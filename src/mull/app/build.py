@@ -14,8 +14,9 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mull.app.recipe import ModelSection
-from mull.model.causal_lm import MullConfig, MullForCausalLM
-from mull.model.families import family_of
+from mull.model.base_model import MullConfig
+from mull.model.causal_lm import MullForCausalLM
+from mull.model.families import require_supported
 from mull.retrofit.wrap import from_pretrained, wrap_transformer_with_etd
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -65,7 +66,7 @@ def meta_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> Mul
     config = backbone_config(section, tokenizer)
     _check_weights(section.checkpoint)
     if not isinstance(config, MullConfig):
-        family_of(config.get_text_config())
+        require_supported(config.get_text_config())
         config = MullConfig(text_config=config.get_text_config())
     if section.etd is not None:
         config.etd = section.etd.model_dump()

@@ -1,42 +1,140 @@
-"""The one loop over decoder layers."""
+"""The only loop over decoder layers. Training, prefill, decoding, verification and searches all go through `run`.
 
+Four parts, each with one job: the *path* says which layers may run, the *policy* decides which tokens run a visit, the *memory*
+keeps what a visit leaves behind, and the *layer inputs* hold what all layers share. The layers are those of transformers.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from mull.model.fixed_cache import StaticSlotView
-from mull.model.growing_cache import SlotView
-from mull.model.inputs import Sides
+from mull.model.inputs import LayerInputs
+from mull.model.memory import ActiveTokens, CallMemory, CallSlot, LayerMemory, Memory
+from mull.model.path import Visit
+from mull.model.policy import Policy
+
+OnVisit = Callable[[Visit, Tensor, Tensor], None]
+"""Called after a visit with the states ``[B, T, D]`` before and after it."""
 
 
-def run_layer(layer: nn.Module, kind: str, h: Tensor, sides: Sides, view: SlotView | StaticSlotView | None) -> Tensor:
+def run(
+    layers: Sequence[nn.Module] | nn.ModuleList,
+    kinds: Sequence[str],
+    path: Iterable[Visit],
+    h: Tensor,
+    inputs: LayerInputs,
+    memory: Memory | None = None,
+    policy: Policy | None = None,
+    *,
+    on_visit: OnVisit | None = None,
+) -> Tensor:
+    """Run tokens along a path.
+
+    Args:
+        layers: Decoder layers of transformers.
+        kinds: Kind of each of them.
+        path: Visits; with a memory that has a past, the whole path that its slots belong to.
+        h: States ``[B, T, D]``.
+        inputs: What the layers share.
+        memory: What the visits remember; None where nothing precedes or follows the call.
+        policy: Which tokens run a visit; None runs all of them. A token that does not run keeps its state, and offers to other
+            tokens the keys and values of the last time it ran that layer (``last_kv``).
+        on_visit: Called after each visit.
+
+    Returns:
+        States ``[B, T, D]``.
+    """
+    if policy is not None and memory is None:
+        memory = CallMemory()
+    for number, visit in enumerate(path):
+        kind, before = kinds[visit.layer], h
+        active = None if policy is None else _active_tokens(policy.active(visit, h), h)
+        if kind == "linear_attention":
+            active = inputs.recurrent_tokens(active)
+        elif active is None and memory is not None and memory.has_gaps(number):
+            active = _active_tokens(None, h)  # gaps take a mask per row to hide
+        if active is not None and not active.any:
+            assert memory is not None
+            memory.pass_over(number, visit, h)
+            continue
+        slot = None if memory is None else memory.slot(number, visit, active)
+        h = run_layer(layers[visit.layer], kind, h, inputs, slot, active)
+        if on_visit is not None:
+            on_visit(visit, before, h)
+    return h
+
+
+def _active_tokens(mask: Tensor | None, h: Tensor) -> ActiveTokens:
+    return ActiveTokens.of(torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if mask is None else mask)
+
+
+def run_layer(
+    layer: nn.Module,
+    kind: str,
+    h: Tensor,
+    inputs: LayerInputs,
+    slot: LayerMemory | None = None,
+    active: ActiveTokens | None = None,
+) -> Tensor:
     """Run one decoder layer of transformers, unmodified, for one visit.
 
     Args:
         layer: The decoder layer.
         kind: Its kind.
-        h: Hidden states ``[B, T, D]``.
-        sides: What the call's layers share.
-        view: The visit's slot of the cache, or None.
+        h: States ``[B, T, D]``.
+        inputs: What the call's layers share.
+        slot: The visit's memory, or None.
+        active: The tokens that run, for a recurrent layer `LayerInputs.recurrent_tokens`; None for all of them.
 
     Returns:
-        Hidden states ``[B, T, D]``.
+        States ``[B, T, D]``; those of tokens that do not run are what they were.
     """
-    options = {
-        "attention_mask": sides.masks[kind],
-        "position_ids": sides.position_ids,
-        "past_key_values": view,
-        "use_cache": view is not None,
-        "position_embeddings": sides.rotary[kind],
-    }
-    if kind != "linear_attention":
+    if kind == "linear_attention":
+        return _run_recurrent(layer, h, inputs, slot, active)
+    if active is None:
+        options = _options(slot, inputs.masks[kind], inputs.position_ids, inputs.rotary[kind])
         # Positional: reentrant checkpointing only follows positional inputs.
         return layer(h, **options)
-    if sides.documents is not None:
-        return sides.documents.run(lambda rows: layer(rows, **options), h)
-    if view is not None:
-        options["cache_view"] = view
-    if sides.active is None:
-        return layer(h, **options)
-    order = (~sides.active).long().argsort(dim=1, stable=True)
-    compacted = h.gather(1, order[..., None].expand_as(h))
-    out = layer(compacted, **{**options, "attention_mask": sides.masks[kind].gather(1, order)})
-    return out.gather(1, order.argsort(dim=1)[..., None].expand_as(out))
+    assert slot is not None
+    if isinstance(slot, CallSlot):
+        # Gradient checkpointing would otherwise drop the slot; this one may be read again.
+        layer._can_checkpoint_with_cache = True  # type: ignore[assignment]
+    mask = inputs.mask_of(kind, slot.n_keys, slot.known, active)
+    options = _options(slot, mask, active.gather(inputs.position_ids), inputs.rotary_of(kind, active))
+    return active.scatter(h, layer(active.gather(h), **options))
+
+
+def _options(slot: LayerMemory | None, mask: Any, position_ids: Tensor, rotary: Any) -> dict[str, Any]:
+    return {
+        "attention_mask": mask,
+        "position_ids": position_ids,
+        "past_key_values": slot,
+        "use_cache": slot is not None and not isinstance(slot, CallSlot),
+        "position_embeddings": rotary,
+    }
+
+
+def _run_recurrent(
+    layer: nn.Module, h: Tensor, inputs: LayerInputs, slot: LayerMemory | None, active: ActiveTokens | None
+) -> Tensor:
+    """Run a recurrent layer on the sequence of the tokens that run, of each document by itself."""
+    if isinstance(slot, CallSlot):
+        slot = None  # A call without a past leaves no state.
+    documents = inputs.documents
+    padding = inputs.masks["linear_attention"]
+    options = _options(slot, padding, inputs.position_ids, inputs.rotary["linear_attention"])
+    if slot is not None:
+        options["cache_view"] = slot
+    if active is None:
+        if documents is None:
+            return layer(h, **options)
+        return documents.join(layer(documents.split(h), **options), h)
+    rows, chosen = h, active
+    if documents is not None:
+        rows, chosen = documents.split(h), ActiveTokens.of(documents.split(active.mask) & documents.inside)
+    # The tokens that run form a sequence without gaps; where a row ends before others, the slot keeps the rest out of its states.
+    options["attention_mask"] = None if padding is None else chosen.gather(padding)
+    rows = chosen.scatter(rows, layer(chosen.gather(rows), **options))
+    return rows if documents is None else documents.join(rows, h)

@@ -1,14 +1,7 @@
-"""What differs between the backbones of transformers: masks, rotary embeddings, how a decoder layer is called.
+"""What differs between the architectures of transformers: rotary embeddings, and the functions of recurrent layers.
 
-Masks and rotary embeddings are computed once per call and shared by all visits. transformers' layer code runs unmodified; the
-private parts of it that mull relies on are touched here and in the caches only, and pinned by a contract test per family.
-
-Recurrent layers need two things that attention masks give to the others for free:
-
-* Packed documents (`position_ids` that restart): each document becomes a row of its own for the layer, so neither the
-  convolution nor the state crosses a boundary.
-* Padding behind a token in a cached call (right padding): the row is compacted, padding goes to its end and is a no-op there, so
-  that the state that the next call continues from is the one of the tokens alone.
+transformers' layer code runs unmodified. Private parts of it that mull relies on are touched in this folder only, and a contract
+test per family pins them.
 """
 
 import importlib
@@ -21,29 +14,28 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from mull.model.fixed_cache import StaticSlotView
-from mull.model.growing_cache import SlotView
+from mull.model.memory import LayerMemory
 
-Rotary = Callable[[nn.Module, set[str], Tensor, Tensor], dict[str, Any]]
-"""``(base model, layer kinds, hidden states, position_ids) -> position embeddings by layer kind``."""
-
-
-def _one_rotary(base: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
-    return dict.fromkeys(kinds, base.rotary_emb(h, position_ids))
+Rotary = Callable[[Any, set[str], Tensor, Tensor], dict[str, Any]]
+"""``(rotary_emb, kinds of layers, hidden states, position_ids) -> position embeddings by kind``."""
 
 
-def _rotary_by_kind(base: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
-    return {kind: base.rotary_emb(h, position_ids, kind) for kind in kinds}
+def _one_rotary(rotary_emb: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    return dict.fromkeys(kinds, rotary_emb(h, position_ids))
 
 
-def _multimodal_rotary(base: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
+def _rotary_by_kind(rotary_emb: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    return {kind: rotary_emb(h, position_ids, kind) for kind in kinds}
+
+
+def _multimodal_rotary(rotary_emb: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
     # Time, height and width all advance with the text.
-    return dict.fromkeys(kinds, base.rotary_emb(h, position_ids.expand(3, h.shape[0], -1)))
+    return dict.fromkeys(kinds, rotary_emb(h, position_ids.expand(3, h.shape[0], -1)))
 
 
-def _optional_rotary(base: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
+def _optional_rotary(rotary_emb: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
     # Released OlmoHybrid checkpoints have no rotary embedding.
-    return dict.fromkeys(kinds, None if base.rotary_emb is None else base.rotary_emb(h, position_ids))
+    return dict.fromkeys(kinds, None if rotary_emb is None else rotary_emb(h, position_ids))
 
 
 @dataclass(frozen=True)
@@ -69,8 +61,8 @@ FAMILIES: dict[str, Family] = {
 """Supported architectures by their ``model_type``."""
 
 
-def family_of(config: PreTrainedConfig) -> Family:
-    """Look up an architecture, and prepare the functions of its recurrent layers.
+def require_supported(config: PreTrainedConfig) -> Family:
+    """The family of a backbone's configuration.
 
     Raises:
         ValueError: the architecture is not supported.
@@ -79,10 +71,7 @@ def family_of(config: PreTrainedConfig) -> Family:
         raise ValueError(
             f"Architecture {config.model_type!r} is not supported. Supported are {', '.join(sorted(FAMILIES))}."
         )
-    family = FAMILIES[config.model_type]
-    if family.delta_rule_module is not None:
-        _adapt_recurrent_functions(importlib.import_module(f"transformers.models.{family.delta_rule_module}"))
-    return family
+    return FAMILIES[config.model_type]
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[str]:
@@ -94,26 +83,30 @@ DELTA_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule
 CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
 
 
-def _adapt_recurrent_functions(module: Any) -> None:
-    """Let the functions that a family's recurrent layers call fit their place of work. Their numbers stay what they were.
+def install_recurrent_hooks(family: Family) -> None:
+    """Make the functions that the family's recurrent layers call accept ``cache_view``, for the whole process.
 
-    All of them use transformers' own torch code for tensors on the CPU: transformers chooses a kernel when it is imported, and
-    with one installed its recurrent layers fail on the CPU. The keyword `cache_view`, which a layer hands on to all of them,
-    takes over the call of a delta rule.
+    A layer hands unknown keywords on to these functions. That is the only way to reach a delta rule inside of a layer of
+    transformers, whose code mull does not copy: given a `LayerMemory` as ``cache_view``, the memory runs the delta rule. Without
+    it, the functions compute what they did before, with one exception: on the CPU they run transformers' own torch code.
     """
+    if family.delta_rule_module is None:
+        return
+    module = importlib.import_module(f"transformers.models.{family.delta_rule_module}")
     for name in (*DELTA_RULES, *CONVOLUTIONS):
         function = getattr(module, name)
         if not hasattr(function, "adapted_by_mull"):
-            setattr(module, name, _adapted(function, reports=name in DELTA_RULES))
+            setattr(module, name, _adapted(function, is_delta_rule=name in DELTA_RULES))
 
 
-def _adapted(function: Callable[..., Any], reports: bool) -> Callable[..., Any]:
+def _adapted(function: Callable[..., Any], is_delta_rule: bool) -> Callable[..., Any]:
     reference = inspect.unwrap(function)
 
     @wraps(function)
-    def adapted(first: Tensor, *args: Any, cache_view: SlotView | StaticSlotView | None = None, **kwargs: Any) -> Any:
+    def adapted(first: Tensor, *args: Any, cache_view: LayerMemory | None = None, **kwargs: Any) -> Any:
+        # transformers chooses a kernel when it is imported; an installed GPU kernel fails on the CPU.
         chosen = reference if first.device.type == "cpu" else function
-        if cache_view is None or not reports:
+        if cache_view is None or not is_delta_rule:
             return chosen(first, *args, **kwargs)
         return cache_view.delta_rule(chosen, first, *args, **kwargs)
 
@@ -121,18 +114,19 @@ def _adapted(function: Callable[..., Any], reports: bool) -> Callable[..., Any]:
     return adapted
 
 
-def new_block(base: Any, routed: bool = False) -> nn.Module:
-    """A further decoder layer with full attention, of the backbone's own class and not initialised.
+def new_block(config: PreTrainedConfig, layers: nn.ModuleList, routed: bool = False) -> nn.Module:
+    """Another decoder layer with full attention, of the backbone's own class and not initialised.
 
     Args:
-        base: The backbone.
+        config: Configuration of the backbone.
+        layers: Its decoder layers.
         routed: In a backbone with routed experts, build one that has them, as released multi-token modules do, even where the
             first layer with full attention has none.
 
     Raises:
         ValueError: the backbone has no layer with full attention to take as a pattern.
     """
-    kinds = layer_kinds(base.config)
+    kinds = layer_kinds(config)
     if "full_attention" not in kinds:
         raise ValueError(
             "No layer of this model has full attention, so there is no pattern for heads of type transformer or sequential: use "
@@ -140,13 +134,12 @@ def new_block(base: Any, routed: bool = False) -> nn.Module:
         )
     patterns = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
     if routed:
-        patterns.sort(key=lambda layer: not hasattr(base.layers[layer].mlp, "experts"))
+        patterns.sort(key=lambda layer: not hasattr(layers[layer].mlp, "experts"))
     layer = patterns[0]
-    block: nn.Module = type(base.layers[layer])(base.config, layer)
+    block: nn.Module = type(layers[layer])(config, layer)
     return block
 
 
-def new_norm(base: Any) -> nn.Module:
-    """A further norm like the backbone's final one, not initialised."""
-    norm: nn.Module = type(base.norm)(base.config.hidden_size, base.config.rms_norm_eps)
-    return norm
+def new_norm(config: PreTrainedConfig, norm: nn.Module) -> nn.Module:
+    """Another norm like the backbone's final one, `norm`; not initialised."""
+    return type(norm)(config.hidden_size, config.rms_norm_eps)

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from mull.model.path import Path
+from mull.model.memory import ActiveTokens, LastKeys, Merge, head_width
+from mull.model.path import Path, Visit
 from mull.ops.gated_delta import (
     DeltaWrites,
     convolution_window,
@@ -56,17 +57,30 @@ class StaticCall:
     """There is one row with one token, at slot ``n_keys - 1``: it sees every key, so attention needs no mask."""
 
 
-class _AttentionSlot:
+class AttentionSlot:
     """Keys and values of one visit, ``[B, H, capacity, W]`` each."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.key = _fixed(torch.zeros(shape, dtype=dtype, device=device))
         self.value = _fixed(torch.zeros(shape, dtype=dtype, device=device))
         self._rows = _fixed(torch.arange(shape[0], device=device)[:, None])
+        self.known: Tensor | None = None
+        """``[B, capacity]``, False where no query may look; None until a call runs a part of its tokens."""
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
         return self.key, self.value
+
+    def forget(self) -> None:
+        """Forget which tokens offered nothing."""
+        self.known = None
+
+    def mark_known(self, call: StaticCall, known: Tensor) -> None:
+        """Say which of a call's tokens, ``[B, T]``, offer keys."""
+        if self.known is None:
+            self.known = torch.ones(self.key.shape[0], self.key.shape[2], dtype=torch.bool, device=known.device)
+        self.known[self._rows, call.positions] = known
 
     def update(self, call: StaticCall, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write a call's keys and values, ``[B, H, T, W]``, and return those that attention looks at."""
@@ -80,7 +94,7 @@ class _AttentionSlot:
         return self.key[:, :, : call.n_keys], self.value[:, :, : call.n_keys]
 
 
-class _RecurrentSlot:
+class RecurrentState:
     """Convolution window ``[B, C, kernel]`` and delta-rule state ``[B, H, K, V]`` of one visit. Zeros are no past."""
 
     def __init__(
@@ -92,28 +106,39 @@ class _RecurrentSlot:
         self.undecided_inputs: Tensor | None = None
         """Inputs of the convolution, the window before them included, of a call that waits for its commit."""
         self.undecided_writes: DeltaWrites | None = None
+        self._active: Tensor | None = None
+        """``[B, T]``: the tokens of the last call that ran the layer; None for all."""
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
+        """Window and state."""
         return self.window, self.state
 
-    def convolve(self, call: StaticCall, inputs: Tensor) -> Tensor:
-        """Take in a call's inputs ``[B, C, T]`` and return what the layer convolves."""
+    def convolve(self, call: StaticCall, inputs: Tensor, active: Tensor | None) -> Tensor:
+        """Append a call's inputs ``[B, C, A]``, of the tokens `active` ``[B, T]``; return what the layer convolves."""
         assert self.undecided_inputs is None, "a call waits for its commit"
         full = torch.cat([self.window, inputs], dim=-1)
+        self._active = active
         if call.n_valid is None:
             self.undecided_inputs = full
         else:
-            self.window.copy_(convolution_window(full, self.window.shape[-1], call.n_valid))
+            self.window.copy_(convolution_window(full, self.window.shape[-1], self._n_ran(call.n_valid)))
         return inputs if call.fresh else full
 
     def delta_rule(
-        self, call: StaticCall, rule: Any, inputs: tuple[Tensor, Tensor, Tensor], g: Tensor, beta: Tensor, **kwargs: Any
+        self,
+        call: StaticCall,
+        rule: Any,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        g: Tensor,
+        beta: Tensor,
+        active: Tensor | None,
+        **kwargs: Any,
     ) -> Tensor:
-        """Outputs ``[B, T, H, V]`` for `inputs`, which are queries, keys and values."""
+        """Outputs ``[B, A, H, V]`` for `inputs`, which are queries, keys and values."""
         if call.n_valid is not None:
-            active = torch.arange(g.shape[1], device=g.device) < call.n_valid[:, None]
-            g, beta = no_op_where_inactive(g, beta, active)
+            ran = torch.arange(g.shape[1], device=g.device) < self._n_ran(call.n_valid)[:, None]
+            g, beta = no_op_where_inactive(g, beta, ran)
             if g.shape[1] > LONGEST_SHORT_CALL:
                 out, state = rule(*inputs, g=g, beta=beta, **kwargs)
                 self.state.copy_(state)
@@ -125,12 +150,24 @@ class _RecurrentSlot:
             self.state.copy_(written_state(self.state, writes))
         return out
 
+    def forget(self) -> None:
+        """Forget the call that waits."""
+        self.undecided_inputs = self.undecided_writes = self._active = None
+
+    def _n_ran(self, n_tokens: Tensor) -> Tensor:
+        """``[B]``: how many of the first `n_tokens` ``[B]`` of the last call ran the layer."""
+        if self._active is None:
+            return n_tokens
+        first = torch.arange(self._active.shape[1], device=n_tokens.device) < n_tokens[:, None]
+        return (self._active & first).sum(1)
+
     def commit(self, n_keep: Tensor) -> None:
-        """Keep the first tokens ``[B]`` of the call that waits."""
-        assert self.undecided_inputs is not None, "no call waits for a commit"
-        assert self.undecided_writes is not None, "no call waits for a commit"
-        self.window.copy_(convolution_window(self.undecided_inputs, self.window.shape[-1], n_keep))
-        self.state.copy_(written_state(self.state, self.undecided_writes, n_keep))
+        """Keep the first tokens ``[B]`` of the call that waits; no call waits where none of its tokens ran the layer."""
+        if self.undecided_inputs is None or self.undecided_writes is None:
+            return
+        n_ran = self._n_ran(n_keep)
+        self.window.copy_(convolution_window(self.undecided_inputs, self.window.shape[-1], n_ran))
+        self.state.copy_(written_state(self.state, self.undecided_writes, n_ran))
         self.undecided_inputs = self.undecided_writes = None
 
 
@@ -171,51 +208,44 @@ class StaticSlotCache:
         """The visits that own the slots."""
         self.capacity = capacity
 
-        def new_slot(kind: str) -> _AttentionSlot | _RecurrentSlot:
+        def new_slot(kind: str) -> AttentionSlot | RecurrentState:
             if kind == "linear_attention":
-                return _RecurrentSlot(*_recurrent_shapes(text_config, batch_size), dtype, device)
-            return _AttentionSlot(_attention_shape(text_config, batch_size, capacity), dtype, device)
+                return RecurrentState(*_recurrent_shapes(text_config, batch_size), dtype, device)
+            return AttentionSlot(_attention_shape(text_config, batch_size, capacity), dtype, device)
 
-        self._slots = [new_slot(kinds[visit.layer]) for visit in path]
+        self.slots = [new_slot(kinds[visit.layer]) for visit in path]
         self._head_slots = [new_slot("full_attention") for _ in range(n_head_blocks)]
 
-    def view(self, slot: int, call: StaticCall) -> "StaticSlotView":
-        """What the layer of visit number `slot` sees as its cache."""
+    def head_slot(self, block: int, call: StaticCall) -> "FixedSlot":
+        """The memory of block number `block` of the heads, which has full attention."""
         assert call.n_keys <= self.capacity, f"{call.n_keys} keys do not fit into {self.capacity} slots"
-        return StaticSlotView(self._slots[slot], call)
-
-    def head_view(self, block: int, call: StaticCall) -> "StaticSlotView":
-        """What block number `block` of the heads, with full attention, sees as its cache."""
-        assert call.n_keys <= self.capacity, f"{call.n_keys} keys do not fit into {self.capacity} slots"
-        return StaticSlotView(self._head_slots[block], call)
+        return FixedSlot(self._head_slots[block], call)
 
     def commit(self, n_keep: Tensor) -> None:
         """After a call with ``n_valid=None``, keep its first `n_keep` tokens, ``[B]`` int64, in every recurrent state."""
-        for slot in self._slots:
-            if isinstance(slot, _RecurrentSlot):
+        for slot in self.slots:
+            if isinstance(slot, RecurrentState):
                 slot.commit(n_keep)
 
     def reset(self) -> None:
         """Forget every token, in place."""
-        for slot in (*self._slots, *self._head_slots):
+        for slot in (*self.slots, *self._head_slots):
             for buffer in slot.buffers:
                 buffer.zero_()
-            if isinstance(slot, _RecurrentSlot):
-                slot.undecided_inputs = slot.undecided_writes = None
+            slot.forget()
 
     def recurrent_buffers(self) -> list[Tensor]:
         """What `commit` changes: all else is overwritten before it can be seen again."""
-        return [buffer for slot in self._slots if isinstance(slot, _RecurrentSlot) for buffer in slot.buffers]
+        return [buffer for slot in self.slots if isinstance(slot, RecurrentState) for buffer in slot.buffers]
 
     @property
     def n_bytes(self) -> int:
         """Memory of all buffers."""
-        return sum(buffer.nbytes for slot in (*self._slots, *self._head_slots) for buffer in slot.buffers)
+        return sum(buffer.nbytes for slot in (*self.slots, *self._head_slots) for buffer in slot.buffers)
 
 
 def _attention_shape(config: PreTrainedConfig, batch_size: int, capacity: int) -> tuple[int, ...]:
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return batch_size, config.num_key_value_heads, capacity, width
+    return batch_size, config.num_key_value_heads, capacity, head_width(config)
 
 
 def _recurrent_shapes(config: PreTrainedConfig, batch_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -229,53 +259,113 @@ def _recurrent_shapes(config: PreTrainedConfig, batch_size: int) -> tuple[tuple[
     return window, (batch_size, n_heads, key_width, value_width)
 
 
-class StaticSlotView:
-    """The cache as the layer of one visit sees it during one call: whatever `layer_idx` it passes, the visit's slot answers."""
+class FixedCall:
+    """The `Memory` of one call on a cache of fixed size."""
 
-    def __init__(self, slot: _AttentionSlot | _RecurrentSlot, call: StaticCall) -> None:
+    def __init__(self, cache: StaticSlotCache, call: StaticCall) -> None:
+        assert call.n_keys <= cache.capacity, f"{call.n_keys} keys do not fit into {cache.capacity} slots"
+        self._cache = cache
+        self._call = call
+        self._last = LastKeys()
+
+    def has_gaps(self, number: int) -> bool:
+        """See `Memory`, also for the methods below."""
+        slot = self._cache.slots[number]
+        return isinstance(slot, AttentionSlot) and slot.known is not None
+
+    def slot(self, number: int, visit: Visit, active: ActiveTokens | None) -> "FixedSlot":
+        """The slot of a visit."""
+        slot = self._cache.slots[number]
+        merge = None
+        if active is not None and isinstance(slot, AttentionSlot):
+            merge = self._last.merge(visit.layer, active)
+            slot.mark_known(self._call, merge.known)
+        return FixedSlot(slot, self._call, active, merge)
+
+    def pass_over(self, number: int, visit: Visit, h: Tensor) -> None:
+        """The tokens offer what they last offered in this call, or nothing. A recurrent layer owes no commit then."""
+        slot = self._cache.slots[number]
+        if isinstance(slot, RecurrentState):
+            return
+        keys = self._last.of(visit.layer)
+        known = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device) if keys is None else keys.known
+        slot.mark_known(self._call, known)
+        if keys is not None:
+            slot.update(self._call, keys.key, keys.value)
+
+
+class FixedSlot:
+    """The `LayerMemory` of one visit, or of a head's block, during one call on a cache of fixed size."""
+
+    def __init__(
+        self,
+        slot: "AttentionSlot | RecurrentState",
+        call: StaticCall,
+        active: ActiveTokens | None = None,
+        merge: Merge | None = None,
+    ) -> None:
         self._slot = slot
         self._call = call
+        self._active = None if active is None else active.mask
+        self._merge = merge
+
+    @property
+    def n_keys(self) -> int:
+        """See `LayerMemory`, also for the methods below."""
+        return self._call.positions.shape[1] if self._call.fresh else self._call.n_keys
+
+    @property
+    def known(self) -> Tensor | None:
+        """By position; in a fresh call, by token of the call."""
+        if self._merge is None:
+            return None
+        known = self._attention.known
+        assert known is not None
+        return self._merge.known if self._call.fresh else known[:, : self._call.n_keys]
+
+    @property
+    def _attention(self) -> AttentionSlot:
+        assert isinstance(self._slot, AttentionSlot)
+        return self._slot
+
+    @property
+    def _recurrent(self) -> RecurrentState:
+        assert isinstance(self._slot, RecurrentState)
+        return self._slot
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write keys and values, each ``[B, H, T, W]``, and return those the layer may attend to."""
-        assert isinstance(self._slot, _AttentionSlot)
-        return self._slot.update(self._call, key_states, value_states)
+        """Write keys and values at the positions of their tokens, and return those that attention looks at."""
+        if self._merge is not None:
+            key_states, value_states, _ = self._merge(key_states, value_states)
+        return self._attention.update(self._call, key_states, value_states)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
-        """Convolution window ``[B, C, kernel]``."""
-        assert isinstance(self._slot, _RecurrentSlot)
-        return self._slot.window
+        """The window before the call."""
+        return self._recurrent.window
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
-        """Delta-rule state ``[B, H, K, V]`` before the call."""
-        assert isinstance(self._slot, _RecurrentSlot)
-        return self._slot.state
+        """The state before the call."""
+        return self._recurrent.state
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """Take in the convolution's inputs ``[B, C, T]`` and return what the layer convolves."""
-        assert isinstance(self._slot, _RecurrentSlot)
-        return self._slot.convolve(self._call, conv_states)
+        """Append a call's inputs to the window, or keep them until the commit."""
+        return self._recurrent.convolve(self._call, conv_states, self._active)
 
     def update_recurrent_state(
         self, recurrent_states: Tensor | None, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
         """Return the state: `delta_rule` has stored it already."""
-        return self.get_recurrent_state(layer_idx)
+        return self._recurrent.state
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        """True: the layer takes its general path, which hands every token to the cache."""
+        """True: the layer hands every token to the memory."""
         return True
 
     def delta_rule(
         self, rule: Any, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Run the delta rule over a call and advance the state, or remember how.
-
-        Returns:
-            Outputs ``[B, T, H, V]`` and the state that is held.
-        """
-        assert isinstance(self._slot, _RecurrentSlot)
-        out = self._slot.delta_rule(self._call, rule, (query, key, value), g, beta, **kwargs)
-        return out, self._slot.state
+        """Run the rule and advance the state, or keep what it would write until the commit."""
+        out = self._recurrent.delta_rule(self._call, rule, (query, key, value), g, beta, self._active, **kwargs)
+        return out, self._recurrent.state

@@ -1,8 +1,7 @@
-"""The cache: one slot per visit, and everything in it moves together.
+"""A cache that grows with every call: one slot per visit, and everything in it moves together.
 
-transformers' layers address the cache by their own `layer_idx`, so a layer that is visited twice would overwrite itself. Here
-each visit ``(layer, occurrence)`` of a path owns a slot, and the layer is handed a thin `SlotView` that sends its calls there.
-Length, positions and validity belong to the cache: `SlotCache.n_tokens` counts tokens, whichever layers the path visits.
+It is the cache of transformers' ``generate``. Length, positions and validity belong to the cache and not to a layer:
+`SlotCache.n_tokens` counts tokens, whichever layers the path visits.
 
 A path is bound to the cache by its first call and cannot change afterwards: a slot that missed tokens would silently attend to
 a shorter past.
@@ -22,39 +21,46 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from mull.model.path import Path
+from mull.model.memory import ActiveTokens, LastKeys, LayerKeys, Merge, head_width
+from mull.model.path import Path, Visit
 from mull.ops.gated_delta import convolution_window, no_op_where_inactive, replay_state
 
 
 class _DeltaInputs(NamedTuple):
-    """What one call of a recurrent layer fed to its convolution and its delta rule. Inactive tokens stand at the end."""
+    """What one call fed to the convolution and the delta rule: A of its T tokens, and inactive ones after a row's active ones."""
 
     active: Tensor
-    """``[B, T]`` in the order of the call's tokens, before inactive ones were moved to the end."""
+    """``[B, T]`` in the order of the call's tokens."""
 
     conv: Tensor
-    """``[B, C, T]``: what entered the convolution."""
+    """``[B, C, A]``: what entered the convolution."""
 
     key: Tensor
     value: Tensor
     g: Tensor
     beta: Tensor
 
+    @classmethod
+    def nothing(cls, n_rows: int, n_tokens: int, device: torch.device) -> "_DeltaInputs":
+        """A call whose tokens did not run the layer."""
+        empty = torch.zeros(n_rows, 0, device=device)
+        return cls(torch.zeros(n_rows, n_tokens, dtype=torch.bool, device=device), *[empty] * 5)
+
     def kept(self, n_tokens: int) -> "_DeltaInputs":
         """Only the first `n_tokens` of the call."""
         active = self.active[:, :n_tokens]
-        g, beta = no_op_where_inactive(self.g[:, :n_tokens], self.beta[:, :n_tokens], _active_first(active))
-        return _DeltaInputs(
-            active, self.conv[..., :n_tokens], self.key[:, :n_tokens], self.value[:, :n_tokens], g, beta
-        )
+        first = slice(min(n_tokens, self.key.shape[1]))
+        ran = active_first(active, self.g[:, first].shape[1])
+        g, beta = no_op_where_inactive(self.g[:, first], self.beta[:, first], ran)
+        return _DeltaInputs(active, self.conv[..., first], self.key[:, first], self.value[:, first], g, beta)
 
     def select_rows(self, rows: Tensor) -> "_DeltaInputs":
         return _DeltaInputs(*(tensor.index_select(0, rows) for tensor in self))
 
 
-def _active_first(active: Tensor) -> Tensor:
-    """A mask ``[B, T]`` after inactive tokens were moved to the end of their row."""
-    return torch.arange(active.shape[1], device=active.device) < active.sum(1, keepdim=True)
+def active_first(active: Tensor, width: int) -> Tensor:
+    """``[B, width]``: which tokens are active after each row's active ones moved to its beginning."""
+    return torch.arange(width, device=active.device) < active.sum(1, keepdim=True)
 
 
 class RecurrentSlot(LinearAttentionLayer):
@@ -105,20 +111,20 @@ class RecurrentSlot(LinearAttentionLayer):
         """Append a call's inputs to the window.
 
         Args:
-            conv_states: ``[B, C, T]``; where `active` is given, inactive tokens stand at the end of their row.
+            conv_states: ``[B, C, A]``, inactive tokens after a row's active ones.
             state_idx: Always 0.
             conv_kernel_size: Width of the window.
-            active: ``[B, T]``, True for the tokens that count, in their original order; None for all.
+            active: ``[B, T]``, True for the tokens that run, in their order in the call; None for all.
             **kwargs: What other kinds of caches take.
 
         Returns:
-            What the layer convolves: ``[B, C, kernel + T]``, or ``[B, C, T]`` in the first call.
+            What the layer convolves: ``[B, C, kernel + A]``, or ``[B, C, A]`` in the first call.
         """
         if not self.is_conv_states_initialized[0]:
             self.lazy_initialization(conv_states=conv_states, conv_kernel_size=conv_kernel_size)
         window = self.window
         if self.record_past:
-            if not self._calls:
+            if self._conv_before is None:
                 self._conv_before = window.clone()
                 self._state_before = self.state.clone() if self.has_previous_state[0] else None
             self._pending_conv = conv_states
@@ -130,6 +136,11 @@ class RecurrentSlot(LinearAttentionLayer):
         window.copy_(full[..., -width:] if active is None else convolution_window(full, width, active.sum(1)))
         # The first call convolves what the layer would without a cache, so that its sums associate in the same order.
         return full if continues else conv_states
+
+    def pass_over(self, n_rows: int, n_tokens: int, device: torch.device) -> None:
+        """Record tokens that do not run the layer."""
+        if self.record_past:
+            self._calls.append(_DeltaInputs.nothing(n_rows, n_tokens, device))
 
     def record(self, active: Tensor | None, key: Tensor, value: Tensor, g: Tensor, beta: Tensor) -> None:
         """Remember what the delta rule is about to be fed, if the cache is recording."""
@@ -143,18 +154,17 @@ class RecurrentSlot(LinearAttentionLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` recorded tokens, or forget the way back with 0."""
-        if tokens_to_remove:
-            self._rewind(sum(call.key.shape[1] for call in self._calls) + tokens_to_remove)
+        if tokens_to_remove and self._conv_before is not None:
+            self._rewind(self._conv_before, sum(call.active.shape[1] for call in self._calls) + tokens_to_remove)
         self._calls = []
         self._conv_before = self._state_before = None
 
-    def _rewind(self, n_keep: int) -> None:
+    def _rewind(self, window: Tensor, n_keep: int) -> None:
         kept = []
         for call in self._calls:
-            kept.append(call.kept(min(n_keep, call.key.shape[1])))
-            n_keep -= kept[-1].key.shape[1]
-        assert self._conv_before is not None
-        window, state = self._conv_before, self._state_before
+            kept.append(call.kept(min(n_keep, call.active.shape[1])))
+            n_keep -= kept[-1].active.shape[1]
+        state = self._state_before
         self.has_previous_state[0] = state is not None
         if state is None:
             state = torch.zeros_like(self.state)
@@ -210,6 +220,7 @@ class SlotCache(Cache):
     """
 
     def __init__(self, text_config: PreTrainedConfig, offloading: bool = False) -> None:
+        self._text_config = text_config
         self.layer_kinds, self._layer_options = get_layer_types_and_kwargs(text_config)
         self.path: Path = ()
         """The path whose visits own the slots; empty until the first call."""
@@ -217,6 +228,8 @@ class SlotCache(Cache):
         """Tokens held, padding included; the same for every slot."""
         self._recording = False
         self._n_recorded = 0
+        self._known: dict[int, Tensor] = {}
+        """``[B, n_tokens]`` by slot, False for tokens that offer no keys there; slots in which all offer some are left out."""
         super().__init__(layers=[], offloading=offloading, offload_only_non_sliding=False)
         self.layers: list[Any] = []
 
@@ -243,9 +256,27 @@ class SlotCache(Cache):
         kind, options = self.layer_kinds[layer], self._layer_options[layer]
         return RecurrentSlot(**options) if kind == "linear_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
 
-    def view(self, slot: int, active: Tensor | None = None) -> "SlotView":
-        """What the layer of visit number `slot` sees as its cache."""
-        return SlotView(self, slot, active)
+    def has_gaps(self, slot: int) -> bool:
+        """Whether a token offers no keys in this slot."""
+        return slot in self._known
+
+    def known(self, slot: int, new: Tensor) -> Tensor:
+        """``[B, n_tokens + T]``: which tokens offer keys in a slot, with those of the call, `new` ``[B, T]``."""
+        past = self._known.get(slot)
+        return torch.cat([new.new_ones(new.shape[0], self.n_tokens) if past is None else past, new], 1)
+
+    def no_keys(self, h: Tensor) -> LayerKeys:
+        """Keys and values of tokens that offer none, for states `h` ``[B, T, D]``."""
+        config = self._text_config
+        rows, n_tokens, width = *h.shape[:2], head_width(config)
+        zeros = h.new_zeros(rows, config.num_key_value_heads, n_tokens, width)
+        return LayerKeys(zeros, zeros, torch.zeros(rows, n_tokens, dtype=torch.bool, device=h.device))
+
+    def append(self, slot: int, keys: LayerKeys) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of a call's tokens to a slot; return those that attention looks at."""
+        if self.has_gaps(slot) or not bool(keys.known.all()):
+            self._known[slot] = self.known(slot, keys.known)
+        return self.update(keys.key, keys.value, slot)
 
     def advance(self, n_tokens: int) -> None:
         """Count the tokens of a finished call."""
@@ -288,6 +319,7 @@ class SlotCache(Cache):
                 slot.crop(tokens_to_remove)
         self.n_tokens += tokens_to_remove
         self._n_recorded = 0
+        self._known = {slot: known[:, : self.n_tokens] for slot, known in self._known.items()}
 
     def _check_way_back(self, n_removed: int) -> None:
         # Checked before the first slot is touched, so that a refused crop leaves the cache whole.
@@ -305,7 +337,22 @@ class SlotCache(Cache):
 
     def reset(self) -> None:
         """Forget every token, and the path with them."""
-        self.path, self.layers, self.n_tokens, self._n_recorded = (), [], 0, 0
+        self.path, self.layers, self.n_tokens, self._n_recorded, self._known = (), [], 0, 0, {}
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Keep these rows, in this order."""
+        super().reorder_cache(beam_idx)
+        self._known = {slot: known.index_select(0, beam_idx.to(known.device)) for slot, known in self._known.items()}
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self._known = {slot: known.repeat_interleave(repeats, 0) for slot, known in self._known.items()}
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows: indices, or a mask."""
+        super().batch_select_indices(indices)
+        self._known = {slot: known[indices.to(known.device)] for slot, known in self._known.items()}
 
     @property
     def is_croppable(self) -> bool:
@@ -313,56 +360,92 @@ class SlotCache(Cache):
         return self._recording or all(kind == "full_attention" for kind in self.layer_kinds)
 
 
-class SlotView:
-    """The cache as one visit's layer sees it: whatever `layer_idx` the layer passes, the visit's slot answers.
+class GrowingCall:
+    """The `Memory` of one call on a growing cache."""
+
+    def __init__(self, cache: SlotCache) -> None:
+        self._cache = cache
+        self._last = LastKeys()
+
+    def has_gaps(self, number: int) -> bool:
+        """See `Memory`, also for the methods below."""
+        return self._cache.has_gaps(number)
+
+    def slot(self, number: int, visit: Visit, active: ActiveTokens | None) -> "GrowingSlot":
+        """The slot of a visit."""
+        recurrent = self._cache.layer_kinds[visit.layer] == "linear_attention"
+        merge = None if active is None or recurrent else self._last.merge(visit.layer, active)
+        return GrowingSlot(self._cache, number, active, merge)
+
+    def pass_over(self, number: int, visit: Visit, h: Tensor) -> None:
+        """The tokens offer what they last offered in this call, or fill the slot with what no query sees."""
+        slot = self._cache.layers[number]
+        if isinstance(slot, RecurrentSlot):
+            slot.pass_over(h.shape[0], h.shape[1], h.device)
+            return
+        self._cache.append(number, self._last.of(visit.layer) or self._cache.no_keys(h))
+
+
+class GrowingSlot:
+    """The `LayerMemory` of one visit on a growing cache.
 
     Args:
         cache: The cache.
-        slot: Number of the visit in the cache's path.
-        active: ``[B, T]``, True for the tokens that count, where a recurrent layer was given rows with inactive tokens moved to
-            their end; None when all count. Inactive tokens leave the recurrent state and the convolution window alone.
+        number: Number of the visit in the cache's path.
+        active: The tokens that run; None for all.
+        merge: Extends their keys to all tokens of the call, for attention layers that run a part of the tokens.
     """
 
-    def __init__(self, cache: SlotCache, slot: int, active: Tensor | None = None) -> None:
-        self.cache = cache
-        self.slot = slot
-        self.active = active
+    def __init__(self, cache: SlotCache, number: int, active: ActiveTokens | None, merge: Merge | None) -> None:
+        self._cache = cache
+        self._number = number
+        self._active = None if active is None else active.mask
+        self._merge = merge
+
+    @property
+    def n_keys(self) -> int:
+        """See `LayerMemory`, also for the methods below."""
+        assert self._active is not None, "asked when a part of the tokens runs"
+        return self._cache.get_mask_sizes(self._active.shape[1], self._number)[0]
+
+    @property
+    def known(self) -> Tensor | None:
+        """The newest `n_keys` tokens, which is what sliding windows keep."""
+        return None if self._merge is None else self._cache.known(self._number, self._merge.known)[:, -self.n_keys :]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Append keys and values, each ``[B, heads, T, width]``, and return those the layer may attend to."""
-        return self.cache.update(key_states, value_states, self.slot, *args, **kwargs)
+        """Append keys and values, and return those that attention looks at."""
+        if self._merge is None:
+            return self._cache.update(key_states, value_states, self._number, *args, **kwargs)
+        return self._cache.append(self._number, self._merge(key_states, value_states))
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Convolution window ``[B, C, kernel]``, or None before the first token."""
-        return self.cache.get_conv_state(self.slot, state_idx)
+        """The window before the call."""
+        return self._cache.get_conv_state(self._number, state_idx)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Delta-rule state ``[B, H, K, V]``, or None before the first token."""
-        return self.cache.get_recurrent_state(self.slot, state_idx)
+        """The state before the call."""
+        return self._cache.get_recurrent_state(self._number, state_idx)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """Append a call's inputs to the convolution window."""
-        return self.cache.update_conv_state(conv_states, self.slot, state_idx, active=self.active, **kwargs)
+        """Append a call's inputs to the window."""
+        return self._cache.update_conv_state(conv_states, self._number, state_idx, active=self._active, **kwargs)
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
         """Store the state after the call."""
-        return self.cache.update_recurrent_state(recurrent_states, self.slot, state_idx, **kwargs)
+        return self._cache.update_recurrent_state(recurrent_states, self._number, state_idx, **kwargs)
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        """True where the layer must take its general path, which reports every token to the cache."""
-        return self.active is not None or self.cache.is_recording_past(self.slot)
+        """True where a part of the tokens runs, or the call may be taken back."""
+        return self._active is not None or self._cache.is_recording_past(self._number)
 
     def delta_rule(
         self, rule: Any, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Run a delta rule of transformers, past inactive tokens, and record its inputs.
-
-        Returns:
-            Outputs ``[B, T, H, V]`` and the state after the last token.
-        """
-        if self.active is not None:
-            g, beta = no_op_where_inactive(g, beta, _active_first(self.active))
-        self.cache.layers[self.slot].record(self.active, key, value, g, beta)
+        """Run the rule past inactive tokens, and record its inputs."""
+        if self._active is not None:
+            g, beta = no_op_where_inactive(g, beta, active_first(self._active, g.shape[1]))
+        self._cache.layers[self._number].record(self._active, key, value, g, beta)
         return rule(query, key, value, g=g, beta=beta, **kwargs)

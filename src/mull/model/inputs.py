@@ -1,4 +1,11 @@
-"""What the layers of one call share: masks, rotary embeddings, positions and documents."""
+"""What the layers of one call share: attention masks, rotary embeddings, positions and packed documents.
+
+All of it is computed once per call. Recurrent layers need two things that attention gets from its mask:
+
+* Packed documents (`position_ids` that restart): each document becomes a row of its own for the layer, so neither the
+  convolution nor the state crosses a boundary.
+* Padding after a token in a cached call (right padding): it must not enter the states that the next call continues from.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,29 +16,42 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
 
-from mull.model.families import Family, layer_kinds
+from mull.model.families import layer_kinds
 from mull.model.fixed_cache import StaticCall
 from mull.model.growing_cache import SlotCache
+from mull.model.memory import ActiveTokens
+
+MASKED_ATTENTION = ("sdpa", "eager")
+"""Implementations of attention that obey any mask, one row of queries at a time."""
+
+RotaryOfCall = Callable[[set[str], Tensor, Tensor], dict[str, Any]]
+"""``(kinds of layers, hidden states, position_ids) -> position embeddings by kind``."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a packed batch stand. S documents, L tokens in the longest."""
+    """Where the documents of a packed batch are. S documents, L tokens in the longest."""
 
     index: Tensor
-    """``[S, L]``: flat position ``row * T + column`` of each token; 0 behind the end of a document."""
+    """``[S, L]``: flat position ``row * T + column`` of each token; 0 after the end of a document."""
 
     inverse: Tensor
     """``[B * T]``: flat position in ``[S, L]`` of each token of the batch."""
 
-    def run(self, layer: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
-        """Run a causal layer on each document as a row of its own; what stands behind a document's end cannot reach it."""
-        rows = h.flatten(0, 1)[self.index]  # (S, L, D)
-        return layer(rows).flatten(0, 1)[self.inverse].view_as(h)
+    inside: Tensor
+    """``[S, L]``: False after the end of a document."""
+
+    def split(self, x: Tensor) -> Tensor:
+        """``[B, T, ...]`` to ``[S, L, ...]``: each document a row of its own. Entries after its end are meaningless."""
+        return x.flatten(0, 1)[self.index]
+
+    def join(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Undo `split`."""
+        return rows.flatten(0, 1)[self.inverse].view_as(like)
 
 
 def is_packed(position_ids: Tensor) -> bool:
-    """Whether `position_ids` ``[B, T]`` restart inside a row. Not asked while compiling, where values cannot be read."""
+    """Whether `position_ids` ``[B, T]`` restart inside a row. Always False while compiling, where values cannot be read."""
     if torch.compiler.is_compiling() or position_ids.shape[1] == 1:
         return False
     return bool((position_ids.diff(dim=1) != 1).any())
@@ -50,41 +70,92 @@ def find_documents(position_ids: Tensor, batch_size: int) -> Documents | None:
     start = length.cumsum(0) - length
     offset = torch.arange(number.numel(), device=number.device) - start[number]
     columns = torch.arange(int(length.max()), device=number.device)
-    index = torch.where(columns < length[:, None], start[:, None] + columns, 0)
-    return Documents(index, number * index.shape[1] + offset)
+    inside = columns < length[:, None]
+    index = torch.where(inside, start[:, None] + columns, 0)
+    return Documents(index, number * index.shape[1] + offset, inside)
 
 
 @dataclass(frozen=True)
-class Sides:
-    """Everything besides the hidden states that the layers of one call need."""
+class LayerInputs:
+    """Everything besides hidden states and memory that the layers of one call need."""
+
+    attention: str
+    """The backbone's implementation of attention."""
 
     masks: dict[str, Any]
-    """Attention mask by kind of layer."""
+    """Attention mask by kind of layer, in the form that the implementation takes; None is plain causality."""
 
     rotary: dict[str, Any]
     """Position embeddings by kind of layer."""
 
     position_ids: Tensor
+    """``[B or 1, T]``."""
+
     documents: Documents | None = None
     """Packed documents, for recurrent layers."""
 
-    active: Tensor | None = None
-    """``[B, T]``, False for padding behind a token, which must not reach recurrent states; None where there is none."""
+    in_states: Tensor | None = None
+    """``[B, T]``, False for padding after a token, which must not enter recurrent states; None where there is none."""
+
+    def recurrent_tokens(self, active: ActiveTokens | None) -> ActiveTokens | None:
+        """The tokens whose sequence a recurrent layer runs: active ones that are no padding. None if that is all of them."""
+        padding = self.masks["linear_attention"]
+        if active is not None:
+            return active if padding is None else ActiveTokens.of(active.mask & (padding == 1))
+        return None if self.in_states is None else ActiveTokens.reordered(self.in_states)
+
+    def mask_of(self, kind: str, n_keys: int, known: Tensor | None, active: ActiveTokens) -> Tensor:
+        """Attention mask of the tokens that run, in the form that the implementation takes.
+
+        Args:
+            kind: Kind of the layer.
+            n_keys: Keys that attention looks at.
+            known: ``[B, n_keys]``, False for keys that are no token's; None if all are.
+            active: The tokens that run.
+
+        Returns:
+            ``[B, 1, A, n_keys]``.
+
+        Raises:
+            ValueError: the implementation cannot obey such a mask.
+        """
+        if self.attention not in MASKED_ATTENTION:
+            raise ValueError(
+                f"attn_implementation={self.attention!r} cannot run a part of the tokens. Load the model with "
+                f"attn_implementation={' or '.join(map(repr, MASKED_ATTENTION))}."
+            )
+        mask = self.masks[kind]
+        n_tokens = active.mask.shape[1]
+        if mask is None:
+            mask = torch.ones(1, 1, n_tokens, n_keys, dtype=torch.bool, device=active.mask.device)
+            mask = mask.tril(n_keys - n_tokens)
+        visible = mask if mask.dtype == torch.bool else mask == 0
+        visible = active.gather(visible.transpose(1, 2)).transpose(1, 2)  # (B, 1, A, n_keys)
+        if known is not None:
+            visible = visible & known[:, None, None]
+        # What fills up a row is not kept, but a query that sees no key at all has no gradient.
+        visible = visible | ~active.filled[:, None, :, None]
+        return visible if mask.dtype == torch.bool else additive(visible, mask.dtype)
+
+    def rotary_of(self, kind: str, active: ActiveTokens) -> Any:
+        """Position embeddings of the tokens that run."""
+        embeddings = self.rotary[kind]
+        return None if embeddings is None else tuple(active.gather(part) for part in embeddings)
 
 
-def prepare(
-    base: Any,
-    family: Family,
+def layer_inputs(
+    config: PreTrainedConfig,
+    rotary: RotaryOfCall,
     h: Tensor,
-    attention_mask: Tensor | dict[str, Any] | None,
-    position_ids: Tensor | None,
-    cache: SlotCache | None,
-) -> Sides:
-    """Compute masks and rotary embeddings of a call.
+    attention_mask: Tensor | dict[str, Any] | None = None,
+    position_ids: Tensor | None = None,
+    cache: SlotCache | None = None,
+) -> LayerInputs:
+    """Layer inputs of a call without a cache, or on a growing one.
 
     Args:
-        base: The backbone.
-        family: Its entry of `FAMILIES`.
+        config: Configuration of the backbone.
+        rotary: Its position embeddings.
         h: Embeddings ``[B, T, D]``.
         attention_mask: ``[B, past + T]`` with 0 at padding, ``[B, 1, T, past + T]`` boolean, or masks by kind of layer.
         position_ids: ``[B, T]``; None counts from the tokens in the cache. Without mask and cache, a restart begins a document.
@@ -93,7 +164,6 @@ def prepare(
     Raises:
         ValueError: a mask of a shape that the backbone cannot obey.
     """
-    config = base.config
     kinds = set(layer_kinds(config))
     past = 0 if cache is None else cache.n_tokens
     if isinstance(attention_mask, Tensor):
@@ -112,31 +182,30 @@ def prepare(
         )
     if not isinstance(masks, dict):
         masks = dict.fromkeys(kinds, masks)
-    rotary = family.rotary(base, kinds, h, position_ids)
+    attention = str(config._attn_implementation)
+    embeddings = rotary(kinds, h, position_ids)
     if "linear_attention" not in kinds or isinstance(attention_mask, dict):
-        return Sides(masks, rotary, position_ids)
-    padding, active = _recurrent_padding(attention_mask, h.shape[1], cache is not None)
+        return LayerInputs(attention, masks, embeddings, position_ids)
+    padding, in_states = _recurrent_padding(attention_mask, h.shape[1], cache is not None)
     documents = find_documents(position_ids, h.shape[0]) if may_be_packed else None
-    return Sides({**masks, "linear_attention": padding}, rotary, position_ids, documents, active)
+    masks = {**masks, "linear_attention": padding}
+    return LayerInputs(attention, masks, embeddings, position_ids, documents, in_states)
 
 
-def prepare_static(base: Any, family: Family, h: Tensor, call: StaticCall) -> Sides:
-    """Compute masks and rotary embeddings of a call on a `mull.model.fixed_cache.StaticSlotCache`.
-
-    Nothing here waits for the device, so the call can be compiled or captured.
+def fixed_layer_inputs(config: PreTrainedConfig, rotary: RotaryOfCall, h: Tensor, call: StaticCall) -> LayerInputs:
+    """Layer inputs of a call on a cache of fixed size. Nothing here waits for the device, so it can be compiled or captured.
 
     Args:
-        base: The backbone.
-        family: Its entry of `FAMILIES`.
+        config: Configuration of the backbone.
+        rotary: Its position embeddings.
         h: Embeddings ``[B, T, D]``.
-        call: Where the tokens stand.
+        call: Where the tokens are in the cache.
 
     Raises:
         ValueError: the backbone uses an attention that is neither sdpa nor eager.
     """
-    config = base.config
-    attention = config._attn_implementation
-    if attention not in STATIC_ATTENTIONS:
+    attention = str(config._attn_implementation)
+    if attention not in MASKED_ATTENTION:
         raise ValueError(
             f"Attention {attention!r} cannot look into a cache of fixed size. Load the model with attn_implementation='sdpa' "
             "(or 'eager')."
@@ -154,15 +223,12 @@ def prepare_static(base: Any, family: Family, h: Tensor, call: StaticCall) -> Si
         visible = key <= position  # (B, 1, T, keys)
         if window is not None:
             visible = visible & (key > position - window)
-        masks[kind] = visible if attention == "sdpa" else _additive(visible, h.dtype)
-    return Sides(masks, family.rotary(base, kinds, h, call.positions), call.positions)
+        masks[kind] = visible if attention == "sdpa" else additive(visible, h.dtype)
+    return LayerInputs(attention, masks, rotary(kinds, h, call.positions), call.positions)
 
 
-STATIC_ATTENTIONS = ("sdpa", "eager")
-"""Implementations of attention that obey a mask per row over more keys than there are queries."""
-
-
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask that eager attention adds to its scores, from one that is True where a query sees a key."""
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
@@ -184,26 +250,24 @@ def _check_mask(mask: Tensor, n_keys: int, recurrent: bool) -> None:
 
 
 def _recurrent_padding(mask: Tensor | None, n_new: int, cached: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Padding mask of the new tokens for recurrent layers, and which tokens are active if rows have to be compacted.
-
-    transformers drops the mask of a single token; a left-padded row that is fed token by token would then read its padding.
-    """
+    """Padding mask of the new tokens for recurrent layers, and `LayerInputs.in_states`."""
     if mask is None:
         return None, None
     new = mask[:, -n_new:].contiguous()
     if not torch.compiler.is_compiling() and bool((new == 1).all()):
         return None, None
-    compacted_rows = ((new == 0) & (mask.cumsum(1)[:, -n_new:] > 0)).any(1, keepdim=True)
-    if cached and bool(compacted_rows.any()):
-        return new, (new == 1) | ~compacted_rows
+    # transformers drops the mask of a single token, so a left-padded row that is fed token by token would read its padding.
+    padded_later = ((new == 0) & (mask.cumsum(1)[:, -n_new:] > 0)).any(1, keepdim=True)
+    if cached and bool(padded_later.any()):
+        return new, (new == 1) | ~padded_later
     return new, None
 
 
-def check_not_behind_padding(mask: Tensor | None, n_new: int, config: PreTrainedConfig) -> None:
+def check_padding_side(mask: Tensor | None, n_new: int, config: PreTrainedConfig) -> None:
     """Refuse tokens that follow right padding where sliding windows count tokens by their place in the cache.
 
     Raises:
-        ValueError: the model has sliding-window layers and a row continues behind padding.
+        ValueError: the model has sliding-window layers and a row continues after padding.
     """
     if mask is None or mask.ndim != 2 or mask.shape[1] == n_new or "sliding_attention" not in layer_kinds(config):
         return
@@ -212,6 +276,6 @@ def check_not_behind_padding(mask: Tensor | None, n_new: int, config: PreTrained
     gap = (mask == 0) & (mask.cumsum(1) > 0)
     if bool((gap[:, :-n_new].any(1) & (mask[:, -n_new:] == 1).any(1)).any()):
         raise ValueError(
-            "A row continues behind right padding, but the sliding windows of this model count tokens by their place in the "
+            "A row continues after right padding, but the sliding windows of this model count tokens by their place in the "
             "cache, padding included. Pad on the left."
         )

@@ -26,10 +26,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, cached_files
 
 from mull.layers.heads import before_norm, shifted
-from mull.model.causal_lm import MullConfig, MullForCausalLM
+from mull.model.base_model import MullConfig
+from mull.model.causal_lm import MullForCausalLM
 from mull.model.executor import run_layer
-from mull.model.families import family_of
-from mull.model.inputs import prepare
 from mull.runtime import storage
 
 logger = logging.getLogger(__name__)
@@ -319,10 +318,10 @@ def _own_text(model: MullForCausalLM, n_rows: int, n_tokens: int) -> Tensor:
 
 def _step_one(model: MullForCausalLM, states: Tensor, tokens: Tensor) -> Tensor:
     """``[B, T, V]``: logits of step 1, which at position i are for token ``i + 2``; the last position has none to read."""
-    sides = prepare(model.model, family_of(model.config.get_text_config()), states, None, None, None)
+    inputs = model.model.layer_inputs(states)
 
     def run_block(block: nn.Module, h: Tensor, _k: int) -> Tensor:
-        return run_layer(block, "full_attention", h, sides, None)
+        return run_layer(block, "full_attention", h, inputs)
 
     heads: Any = model.mtp_heads
     logits: Tensor = model.lm_head(heads(1, states, shifted(model.model.embed_tokens(tokens), 1), run_block))

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from mull.model.causal_lm import MullConfig, MullForCausalLM, new_heads
+from mull.model.base_model import MullConfig
+from mull.model.causal_lm import MullForCausalLM, new_heads
 from mull.model.configs import ETDConfig, MTPConfig, mtp_from_dict
-from mull.model.families import family_of
+from mull.model.families import require_supported
 from mull.retrofit.native_heads import HUB_OPTIONS, choose_hidden_state, load_native_heads, read_native_heads
 
 
@@ -41,7 +42,7 @@ def _share_weights(model: PreTrainedModel, config: ETDConfig | None, mtp: MTPCon
     if not isinstance(getattr(model, "lm_head", None), nn.Linear):
         raise ValueError(f"{type(model).__name__} has no language-model head. Load it with AutoModelForCausalLM.")
     text_config = model.config.get_text_config()
-    family_of(text_config)
+    require_supported(text_config)
     # The constructor of a transformers model sets the back ends of its configuration, and this one is shared with the base.
     back_ends: dict[str, Any] = {
         "attn_implementation": text_config._attn_implementation,
@@ -51,11 +52,12 @@ def _share_weights(model: PreTrainedModel, config: ETDConfig | None, mtp: MTPCon
     mtp_fields = None if mtp is None else mtp.model_dump()
     with torch.device("meta"):
         wrapped = MullForCausalLM(MullConfig(text_config=text_config, etd=etd_fields, mtp=mtp_fields, **back_ends))
-    wrapped.model, wrapped.lm_head = model.model, model.lm_head
+    wrapped.model.adopt(model.model)
+    wrapped.lm_head = model.lm_head
     if mtp is not None:
         weight = model.lm_head.weight
         with torch.device(weight.device):
-            heads = new_heads(mtp, model.model).to(weight.dtype)
+            heads = new_heads(mtp, wrapped.model).to(weight.dtype)
         wrapped.attach_heads(heads)
         heads.apply(wrapped._init_weights)
     wrapped.generation_config = model.generation_config
@@ -123,7 +125,7 @@ def from_pretrained(
     hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
     config = AutoConfig.from_pretrained(name_or_dir, **hub_options)
     if not isinstance(config, MullConfig):
-        family_of(config.get_text_config())
+        require_supported(config.get_text_config())
         return _from_base(name_or_dir, etd, mtp, hub_options, options)
     if etd is not None:
         config.etd = etd.model_dump()

@@ -22,8 +22,8 @@ from mull.evaluation.cost.count import active_matrices, mixing_flops, visible_ke
 from mull.layers.recursive_heads import ChainedSteps
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.executor import run_layer
-from mull.model.families import family_of, layer_kinds
-from mull.model.inputs import Sides
+from mull.model.families import layer_kinds
+from mull.model.inputs import LayerInputs
 from mull.ops.cross_entropy import CHUNK_LOGITS, MIN_CHUNK_ROWS
 from mull.runtime.distributed import DistributedConfig
 from mull.training.optimization import OptimizationConfig, build_optimizers
@@ -488,19 +488,19 @@ class _Tracer:
         return h
 
     def _run(self, layer: nn.Module, kind: str, h: Tensor) -> Tensor:
-        return run_layer(layer, kind, h, self._sides(kind, h), None)
+        return run_layer(layer, kind, h, self._sides(kind, h))
 
-    def _sides(self, kind: str, h: Tensor) -> Sides:
+    def _sides(self, kind: str, h: Tensor) -> LayerInputs:
         position_ids = torch.arange(h.shape[1])[None]
         config = self._model.config.get_text_config()
-        rotary = family_of(config).rotary(self._model.model, {kind}, h, position_ids)
+        rotary = self._model.model.rotary({kind}, h, position_ids)
         mask = None
         if kind != "linear_attention" and (
             self._schedule.packed or visible_keys(kind, config, h.shape[1]) < h.shape[1]
         ):
             mask = torch.empty(len(h), 1, h.shape[1], h.shape[1], dtype=torch.bool)
         self._shared.update(_storage(tensor) for tensor in (*(rotary[kind] or ()), mask) if tensor is not None)
-        return Sides({kind: mask}, rotary, position_ids)
+        return LayerInputs("sdpa", {kind: mask}, rotary, position_ids)
 
     def _measure(self, call: Callable[[Tensor], Tensor]) -> _Saved:
         two, three = self._bytes(call, 2), self._bytes(call, 3)  # a single row needs fewer copies

@@ -7,8 +7,7 @@ layers runs twice. The knees propose the split and the probe stands beside them;
 Shapes: B batch, T tokens, D model width, L decoder layers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from math import pi
 from typing import Literal
 
@@ -24,10 +23,7 @@ from transformers import PreTrainedModel
 
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig, attention_period
-from mull.model.executor import run_layer
-from mull.model.families import family_of, layer_kinds
-from mull.model.inputs import prepare
-from mull.model.path import from_layers
+from mull.model.path import Visit, from_layers
 from mull.retrofit.wrap import wrap_transformer_with_etd
 
 Tokens = Literal["all", "last"]
@@ -164,45 +160,30 @@ def measured_positions(batch: Batch, tokens: Tokens = "all") -> Bool[Tensor, "B 
     return F.one_hot(last, real.shape[1]).bool()
 
 
-def layer_states(model: PreTrainedModel, batch: Batch) -> Iterator[Float[Tensor, "B T D"]]:
-    """The residual stream of one plain pass: before the first decoder layer, then after each layer.
-
-    One state at a time, so that a long model needs no more memory than its pass. (The list that transformers returns under
-    ``output_hidden_states`` ends with the normed state, which is not the residual stream.)
-
-    Args:
-        model: A mull or Hugging Face causal language model of a supported architecture. Recursion is left out.
-        batch: ``input_ids``, optionally ``attention_mask`` and ``position_ids``; labels are ignored.
-
-    Raises:
-        ValueError: unsupported architecture.
-    """
-    config = model.config.get_text_config()
-    base = model.model
-    h = base.embed_tokens(batch["input_ids"])
-    sides = prepare(base, family_of(config), h, batch.get("attention_mask"), batch.get("position_ids"), None)
-    yield h
-    for layer, kind in zip(base.layers, layer_kinds(config), strict=True):
-        h = run_layer(layer, kind, h, sides, None)
-        yield h
-
-
 @torch.no_grad()
-def layer_distances(model: PreTrainedModel, batch: Batch, tokens: Tokens = "all") -> Float[Tensor, " L"]:
-    """Angular distance across every decoder layer of one plain pass.
+def layer_distances(model: MullForCausalLM, batch: Batch, tokens: Tokens = "all") -> Float[Tensor, " L"]:
+    """Angular distance across every decoder layer of one plain pass, in units of pi. Recursion is left out.
 
     Args:
-        model: As in `layer_states`.
-        batch: As in `layer_states`.
+        model: The model to measure.
+        batch: ``input_ids``, optionally ``attention_mask`` and ``position_ids``; labels are ignored.
         tokens: As in `measured_positions`.
-
-    Returns:
-        One distance per layer, in units of pi.
     """
     mask = measured_positions(batch, tokens)
-    return torch.stack(
-        [angular_distance(before, after, mask) for before, after in pairwise(layer_states(model, batch))]
+    distances: list[Tensor] = []
+
+    def measure(_visit: Visit, before: Tensor, after: Tensor) -> None:
+        distances.append(angular_distance(before, after, mask))
+
+    model.model(
+        batch["input_ids"],
+        attention_mask=batch.get("attention_mask"),
+        position_ids=batch.get("position_ids"),
+        use_cache=False,
+        path=from_layers(range(model.config.get_text_config().num_hidden_layers)),
+        on_visit=measure,
     )
+    return torch.stack(distances)
 
 
 def find_knees(distances: Sequence[float], sensitivity: float = 1.0) -> tuple[int | None, int | None]:
@@ -350,7 +331,8 @@ def find_split(
     training = model.training
     model.eval()
     try:
-        per_batch, n_tokens = _measure(model, batches, n_batches, tokens, progress)  # (n_batches, L)
+        looped = model if isinstance(model, MullForCausalLM) else wrap_transformer_with_etd(model, None)
+        per_batch, n_tokens = _measure(looped, batches, n_batches, tokens, progress)  # (n_batches, L)
         mean = per_batch.mean(0).tolist()
         knees = find_knees(mean, sensitivity)
         period = attention_period(getattr(config, "layer_types", None) or [])
@@ -360,7 +342,6 @@ def find_split(
         probe: tuple[WindowCost, ...] = ()
         if n_probe_batches:
             widths = probe_widths or {published.n_think_layers, *([wanted[1] - wanted[0]] if wanted else [])}
-            looped = model if isinstance(model, MullForCausalLM) else wrap_transformer_with_etd(model, None)
             windows = candidate_windows(n_layers, sorted(widths), period)
             plain_loss, probe = loop_probe(looped, batches, windows, n_probe_batches, progress)
     finally:
@@ -386,7 +367,7 @@ def find_split(
 
 
 def _measure(
-    model: PreTrainedModel, batches: Callable[[int], Batch], n_batches: int, tokens: Tokens, progress: bool
+    model: MullForCausalLM, batches: Callable[[int], Batch], n_batches: int, tokens: Tokens, progress: bool
 ) -> tuple[Float[Tensor, "N L"], int]:
     """Distances of every batch, and the number of positions behind them."""
     rows, n_tokens = [], 0

@@ -20,7 +20,6 @@ from mull.evaluation.cost.training import (
 from mull.layers.value_head import ValueHead
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig, MTPConfig
-from mull.model.inputs import prepare
 from mull.ops.targets import targets_of
 from mull.retrofit.presets import TransformerConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
@@ -84,7 +83,7 @@ def test_a_think_iteration_costs_what_its_layers_cost() -> None:
 
 def test_a_sliding_window_bounds_what_attention_costs() -> None:
     windowed, wide = model("olmo3", sliding_window=16), model("olmo3", sliding_window=256)
-    sliding = windowed._kinds.count("sliding_attention") + SPLIT.max_think_iterations * 3 - 3
+    sliding = windowed.kinds.count("sliding_attention") + SPLIT.max_think_iterations * 3 - 3
     saved = flops_per_token(wide, LENGTH) - flops_per_token(windowed, LENGTH)
     assert saved == sliding * 4 * 4 * 16 * (LENGTH - 16)
 
@@ -186,7 +185,7 @@ def test_activations_are_what_autograd_keeps(family: str, precision: str) -> Non
         expected = kept(lambda: real.early_decoded(tokens(), think_iterations=3), real.parameters())
     schedule = Schedule(rows=ROWS, length=LENGTH, max_iterations=3, precision=precision, packed=False)
     found = estimate(meta(real), ADAMW, schedule).memory.activations
-    # Besides, positions and token ids are kept, once.
+    # Beinputs, positions and token ids are kept, once.
     assert 0.99 * expected < found <= expected
 
 
@@ -244,16 +243,16 @@ def test_the_steps_of_a_recursive_head_keep_all_their_keys(family: str, packed: 
     without = estimate(meta(model(family)), ADAMW, schedule).memory.activations
     hidden = torch.randn(ROWS, LENGTH, 32, requires_grad=True) * 2
     positions = torch.arange(LENGTH).remainder(40 if packed else LENGTH).expand(ROWS, LENGTH)
-    sides = prepare(real.model, real._family, hidden, None, positions, None)
+    inputs = real.model.layer_inputs(hidden, None, positions)
 
     def chain() -> Tensor:
-        run_block, states = real._run_block(hidden, sides), hidden
+        run_block, states = real._run_block(hidden, inputs), hidden
         for k in (1, 2, 3):
             states = real.mtp_heads(k, states, torch.randn_like(hidden), run_block)
         return states
 
     shared = {
-        tensor for tensor in (*sides.rotary["full_attention"], sides.masks["full_attention"]) if tensor is not None
+        tensor for tensor in (*inputs.rotary["full_attention"], inputs.masks["full_attention"]) if tensor is not None
     }
     expected = kept(chain, [*real.parameters(), *shared])
     found = estimate(meta(real), ADAMW, schedule).memory.activations - without

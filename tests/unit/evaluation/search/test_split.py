@@ -19,10 +19,10 @@ from mull.evaluation.search.split import (
     find_knees,
     find_split,
     layer_distances,
-    layer_states,
     loop_probe,
     measured_positions,
 )
+from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
 
@@ -31,6 +31,10 @@ QUIET = {"progress": False}
 
 def batch_of(ids: torch.Tensor, **more: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone(), **more}
+
+
+def wrapped(family: str) -> MullForCausalLM:
+    return wrap_transformer_with_etd(tiny(family), None)
 
 
 def hooked_stream(model: Any, **inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -79,20 +83,29 @@ def test_distance_ignores_what_the_mask_excludes_and_refuses_an_empty_mask() -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layer_states_are_the_stream_of_the_hugging_face_model(family: str, ids: Any) -> None:
+def test_the_measured_stream_is_that_of_the_hugging_face_model(
+    family: str, ids: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny(family)
     expected = hooked_stream(model, input_ids=ids(2, 9))
-    wrapped = wrap_transformer_with_etd(model, ETDConfig(n_encoder_layers=2, n_think_layers=4, n_decoder_layers=2))
-    with torch.no_grad():
-        actual = list(layer_states(wrapped, batch_of(ids(2, 9))))
-    assert len(actual) == 9, "a configured recursion must be left out of the measurement"
-    for got, wanted in zip(actual, expected, strict=True):
-        assert torch.equal(got, wanted)
+    looped = wrap_transformer_with_etd(model, ETDConfig(n_encoder_layers=2, n_think_layers=4, n_decoder_layers=2))
+    actual: list[torch.Tensor] = []
+
+    def distance(before: torch.Tensor, after: torch.Tensor, _mask: torch.Tensor) -> torch.Tensor:
+        actual.extend([before, after])
+        return torch.zeros(())
+
+    monkeypatch.setattr("mull.evaluation.search.split.angular_distance", distance)
+    layer_distances(looped, batch_of(ids(2, 9)))
+    assert len(actual) == 16, "a configured recursion must be left out of the measurement"
+    for number in range(8):
+        assert torch.equal(actual[2 * number], expected[number])
+        assert torch.equal(actual[2 * number + 1], expected[number + 1])
 
 
 @pytest.mark.parametrize("tokens", ["all", "last"])
 def test_padding_does_not_move_the_distances(tokens: Any, ids: Any) -> None:
-    model = tiny("qwen3")
+    model = wrapped("qwen3")
     expected = layer_distances(model, batch_of(ids(1, 6)), tokens)
     padded = torch.cat([ids(1, 6), torch.zeros(1, 5, dtype=torch.long)], dim=1)
     mask = torch.tensor([[1] * 6 + [0] * 5])
@@ -119,7 +132,7 @@ def test_distances_match_transformers_own_hidden_states() -> None:
         F.cosine_similarity(before.double(), after.double(), dim=-1).arccos().mean() / torch.pi
         for before, after in pairwise(states)
     ]
-    actual = layer_distances(model, batch_of(ids))[:-1]
+    actual = layer_distances(wrap_transformer_with_etd(model, None), batch_of(ids))[:-1]
     torch.testing.assert_close(actual.double(), torch.stack(expected), atol=1e-6, rtol=0)
 
 
@@ -206,7 +219,8 @@ def test_report_repeats_what_was_measured_and_survives_json(ids: Any) -> None:
 
     report = find_split(model, batches, n_batches=3, n_probe_batches=1, **QUIET)
     assert model.training
-    rows = torch.stack([layer_distances(model.eval(), batches(index)) for index in range(3)]).double()
+    looped = wrap_transformer_with_etd(model.eval(), None)
+    rows = torch.stack([layer_distances(looped, batches(index)) for index in range(3)]).double()
     assert report.distances == pytest.approx(rows.mean(0).tolist(), abs=1e-6)
     assert report.standard_errors == pytest.approx((rows.var(0) / 3).sqrt().tolist(), abs=1e-6)
     assert (report.n_tokens, report.n_layers, report.etd.n_layers) == (54, 8, 8)
@@ -284,7 +298,7 @@ def test_errors_say_what_is_missing(ids: Any) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
 def test_packed_documents_are_measured_as_if_apart(family: str, ids: Any) -> None:
-    model = tiny(family)
+    model = wrapped(family)
     first, second = ids(1, 6, seed=0), ids(1, 4, seed=1)
     expected = 0.6 * layer_distances(model, batch_of(first)) + 0.4 * layer_distances(model, batch_of(second))
     positions = torch.cat([torch.arange(6), torch.arange(4)])[None]

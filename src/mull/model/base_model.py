@@ -1,0 +1,365 @@
+"""`MullModel`: a pretrained decoder whose layers run along a path, up to the final norm. `MullForCausalLM` adds the heads.
+
+Its weights keep their Hugging Face names, so a base checkpoint loads without renaming.
+
+Shapes: B batch, T tokens, D model width.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.configuration_utils import SubConfigSpec
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from mull.model.configs import etd_from_dict, mtp_from_dict
+from mull.model.executor import OnVisit, run
+from mull.model.families import install_recurrent_hooks, layer_kinds, require_supported
+from mull.model.fixed_cache import FixedCall, StaticCall, StaticSlotCache
+from mull.model.growing_cache import GrowingCall, SlotCache
+from mull.model.inputs import LayerInputs, check_padding_side, fixed_layer_inputs, is_packed, layer_inputs
+from mull.model.memory import CallMemory
+from mull.model.path import Path, check_path, from_layers
+from mull.model.policy import Policy
+
+
+@strict
+class MullConfig(PreTrainedConfig):
+    """Configuration of a retrofitted model: the backbone's own configuration, and what mull adds to it.
+
+    Args:
+        text_config: Configuration of the backbone.
+        etd: Fields of `ETDConfig`, or None for a model that runs every layer once.
+        mtp: Fields of `MTPConfig`, or None for a model that predicts the next token only.
+    """
+
+    model_type = "mull"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3")}
+    keys_to_ignore_at_inference = ["past_key_values", "mtp_loss", "mtp_step_losses"]
+
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    etd: dict[str, Any] | None = None
+    mtp: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name, None) is None:
+                setattr(self, name, getattr(self.text_config, name, None))
+
+
+class MullPreTrainedModel(PreTrainedModel):
+    """What `MullModel` and `MullForCausalLM` share: the configuration, and the paths that it allows."""
+
+    config: MullConfig
+    config_class = MullConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # Recurrent states can be rolled back exactly (mull.model.growing_cache), so assisted generation is allowed on hybrids too.
+    _is_stateful = False
+
+    def __init__(self, config: MullConfig) -> None:
+        super().__init__(config)
+        assert isinstance(config.text_config, PreTrainedConfig), "transformers turns a dictionary into a configuration"
+        self.text_config = config.text_config
+        self.kinds = layer_kinds(self.text_config)
+        self.etd_config = etd_from_dict(config.etd)
+        self.mtp_config = mtp_from_dict(config.mtp)
+        if self.etd_config is not None:
+            self.etd_config.check_depth(self.text_config.num_hidden_layers, self.kinds)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks for its own decorators in this module's source; the backbone decides for itself.
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # In custom code transformers passes over modules without parameters of their own: the heads, and the experts' routers.
+        super()._initialize_weights(module, is_custom_code=False)
+
+    def new_cache(self, offloading: bool = False) -> SlotCache:
+        """An empty cache for calls of this model that share a past."""
+        return SlotCache(self.text_config, offloading)
+
+    def path(self, think_iterations: int | None = None, path: Sequence[Sequence[int]] | None = None) -> Path:
+        """The path that a call with these arguments takes.
+
+        Args:
+            think_iterations: Passes through the think block; None is the configuration's number.
+            path: Explicit visits ``(layer, occurrence)`` instead.
+
+        Raises:
+            ValueError: both are given, iterations below 1 or without a think block, or a path that does not fit the model.
+        """
+        n_layers = self.text_config.num_hidden_layers
+        if path is not None:
+            if think_iterations is not None:
+                raise ValueError(
+                    "Give think_iterations or path, not both: a path already says how often each layer runs."
+                )
+            return check_path(path, n_layers)
+        if self.etd_config is None:
+            if think_iterations not in (None, 1):
+                raise ValueError(
+                    f"think_iterations={think_iterations} needs a think block, and this model has none: load it with "
+                    "etd=ETDConfig(...) or wrap it with wrap_transformer_with_etd."
+                )
+            return from_layers(range(n_layers))
+        return self.etd_config.path(self.iterations(think_iterations))
+
+    def iterations(self, think_iterations: int | None) -> int:
+        """Passes through the think block of a call with this argument; 1 for a model without one.
+
+        Raises:
+            ValueError: iterations below 1.
+        """
+        if self.etd_config is None:
+            return 1
+        iterations = self.etd_config.max_think_iterations if think_iterations is None else think_iterations
+        if iterations < 1:
+            raise ValueError(f"think_iterations={iterations} must be at least 1, which is the unmodified model.")
+        return iterations
+
+
+class MullModel(MullPreTrainedModel):
+    """A pretrained decoder whose layers run along a path; returns final-normed states.
+
+    Raises:
+        ValueError: unsupported architecture, or a split that does not add up to the backbone's depth.
+    """
+
+    def __init__(self, config: MullConfig) -> None:
+        super().__init__(config)
+        self._family = require_supported(self.text_config)
+        # transformers looks the functions of recurrent layers up when a layer runs, so they are in place before any model runs.
+        install_recurrent_hooks(self._family)
+        self.gradient_checkpointing = False
+        self.adopt(AutoModel.from_config(self.text_config))
+        self.post_init()
+
+    def adopt(self, backbone: Any) -> None:
+        """Take over the layers of a backbone of transformers. The weights are shared, not copied."""
+        self.embed_tokens: nn.Embedding = backbone.embed_tokens
+        self.layers: nn.ModuleList = backbone.layers
+        self.norm: nn.Module = backbone.norm
+        self.rotary_emb: nn.Module | None = backbone.rotary_emb
+        # The backbone without its parts: it knows how to initialise them, and transformers sets its implementation of attention.
+        architecture: type[PreTrainedModel] = type(backbone)
+        rules = architecture.__new__(architecture)
+        rules.__dict__.update(backbone.__dict__)
+        rules._modules = {}
+        self.rules = rules
+
+    def init_parallel_plans(self) -> None:
+        """The plans of the backbone, for layers that are parts of this model now."""
+        super().init_parallel_plans()
+        for name in ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan"):
+            setattr(self, name, {key.removeprefix("rules."): value for key, value in getattr(self, name).items()})
+
+    def _init_weights(self, module: nn.Module) -> None:
+        self.rules._init_weights(module)
+
+    def rotary(self, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
+        """Position embeddings by kind of layer, for states ``[B, T, D]`` at `position_ids` ``[B, T]``."""
+        return self._family.rotary(self.rotary_emb, kinds, h, position_ids)
+
+    def layer_inputs(
+        self,
+        h: Tensor,
+        attention_mask: Tensor | dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        cache: SlotCache | None = None,
+    ) -> LayerInputs:
+        """What the layers of a call share; see `mull.model.inputs.layer_inputs`."""
+        return layer_inputs(self.text_config, self.rotary, h, attention_mask, position_ids, cache)
+
+    def fixed_layer_inputs(self, h: Tensor, call: StaticCall) -> LayerInputs:
+        """The same on a cache of fixed size; see `mull.model.inputs.fixed_layer_inputs`."""
+        return fixed_layer_inputs(self.text_config, self.rotary, h, call)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SlotCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        think_iterations: int | None = None,
+        path: Sequence[Sequence[int]] | None = None,
+        policy: Policy | None = None,
+        on_visit: OnVisit | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder along a path.
+
+        Args:
+            input_ids: ``[B, T]``.
+            attention_mask: ``[B, past + T]`` with 0 at padding, or ``[B, 1, T, past + T]`` boolean.
+            position_ids: ``[B, T]``. Without a mask, a restart begins a new document, which attention and recurrent layers keep
+                apart; such a call returns no cache.
+            past_key_values: Cache of earlier calls, from `new_cache` or a former output.
+            inputs_embeds: ``[B, T, D]`` instead of `input_ids`.
+            use_cache: Return a cache; default as in the backbone's configuration.
+            output_hidden_states: Return the residual stream after every visit.
+            think_iterations: Passes through the think block, exactly this many; default as in `ETDConfig`.
+            path: Explicit visits ``(layer, occurrence)`` instead; see `mull.model.path`.
+            policy: Which tokens run a visit; see `mull.model.policy`.
+            on_visit: See `mull.model.executor.run`.
+
+        Returns:
+            ``last_hidden_state``: final-normed states ``[B, T, D]``. ``hidden_states``: embeddings, then the residual stream
+            after each visit; the last entry is the final-normed state, as in transformers.
+
+        Raises:
+            ValueError: arguments that contradict each other or the cache.
+        """
+        visits = self.path(think_iterations, path)
+        h = self._embed(input_ids, inputs_embeds)
+        if position_ids is not None and attention_mask is None and is_packed(position_ids):
+            use_cache = self._without_cache(past_key_values, use_cache)
+        cache = self._bound_cache(past_key_values, use_cache, visits)
+        if cache is not None and isinstance(attention_mask, Tensor):
+            check_padding_side(attention_mask, h.shape[1], self.text_config)
+        stream: list[Tensor] | None = [h] if output_hidden_states else None
+        inputs = self.layer_inputs(h, attention_mask, position_ids, cache)
+
+        def after(visit: Any, before: Tensor, state: Tensor) -> None:
+            if stream is not None:
+                stream.append(state)
+            if on_visit is not None:
+                on_visit(visit, before, state)
+
+        watched = after if stream is not None or on_visit is not None else None
+        memory = None if cache is None else GrowingCall(cache)
+        h = run(self.layers, self.kinds, visits, h, inputs, memory, policy, on_visit=watched)
+        if cache is not None:
+            cache.advance(h.shape[1])
+        h = self.norm(h)
+        return BaseModelOutputWithPast(
+            last_hidden_state=h,
+            past_key_values=cache,
+            hidden_states=None if stream is None else (*stream[:-1], h),
+        )
+
+    def hidden_states(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """Final-normed states ``[B, T, D]`` of the last iteration, without a cache; see `hidden_states_by_iteration`."""
+        return self._decoded(input_ids, every_iteration=False, **options)[-1]
+
+    def hidden_states_by_iteration(self, input_ids: Tensor, **options: Any) -> list[Tensor]:
+        """Final-normed states ``[B, T, D]`` after each iteration, as early exits and step supervision need them.
+
+        Args:
+            input_ids: ``[B, T]``.
+            options: ``attention_mask``, ``position_ids``, ``think_iterations``, ``policy`` as in `forward`; and
+                ``backprop_iterations``: back-propagate through the last ones only. The others, and the encoder before them, run
+                without gradient. None back-propagates through all.
+
+        Raises:
+            ValueError: `backprop_iterations` below 1.
+        """
+        return self._decoded(input_ids, every_iteration=True, **options)
+
+    def _decoded(
+        self,
+        input_ids: Tensor,
+        *,
+        every_iteration: bool,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        think_iterations: int | None = None,
+        backprop_iterations: int | None = None,
+        policy: Policy | None = None,
+    ) -> list[Tensor]:
+        iterations = self.iterations(think_iterations)
+        if backprop_iterations is not None and backprop_iterations < 1:
+            raise ValueError(f"backprop_iterations={backprop_iterations} must be at least 1, or nothing is trained.")
+        n_detached = 0 if backprop_iterations is None else max(iterations - backprop_iterations, 0)
+        visits = self.path(think_iterations)
+        etd = self.etd_config
+        n_encoder, n_think = (0, 0) if etd is None else (etd.n_encoder_layers, etd.n_think_layers)
+        h = self._embed(input_ids, None)
+        inputs = self.layer_inputs(h, attention_mask, position_ids)
+        memory = None if policy is None else CallMemory()
+
+        def advance(h: Tensor, part: Path) -> Tensor:
+            return run(self.layers, self.kinds, part, h, inputs, memory, policy)
+
+        decoder = visits[n_encoder + n_think * iterations :]
+        states = []
+        with torch.no_grad() if n_detached else nullcontext():
+            h = advance(h, visits[:n_encoder])
+        for iteration in range(iterations):
+            with torch.no_grad() if iteration < n_detached else nullcontext():
+                first = n_encoder + iteration * n_think
+                h = advance(h, visits[first : first + n_think])
+                if every_iteration or iteration == iterations - 1:
+                    states.append(self.norm(advance(h, decoder)))
+        return states
+
+    def decode(
+        self, input_ids: Tensor, cache: StaticSlotCache, call: StaticCall, policy: Policy | None = None
+    ) -> Tensor:
+        """Run tokens ``[B, T]`` along the path of a cache of fixed size, as `mull.generate` does.
+
+        Returns:
+            Final-normed states ``[B, T, D]``.
+        """
+        h = self.embed_tokens(input_ids)
+        inputs = self.fixed_layer_inputs(h, call)
+        states: Tensor = self.norm(run(self.layers, self.kinds, cache.path, h, inputs, FixedCall(cache, call), policy))
+        return states
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        embedded: Tensor = self.embed_tokens(input_ids)
+        return embedded
+
+    @staticmethod
+    def _without_cache(cache: SlotCache | None, use_cache: bool | None) -> bool:
+        """Packed rows are never cached: with a cache, transformers' masks would let documents see each other, silently."""
+        if cache is not None or use_cache:
+            raise ValueError(
+                "position_ids restart, so the rows hold several packed documents, and these cannot continue from a cache. Pass "
+                "use_cache=False, or one document per row."
+            )
+        return False
+
+    def _bound_cache(self, cache: SlotCache | None, use_cache: bool | None, visits: Path) -> SlotCache | None:
+        if use_cache is None:
+            use_cache = cache is not None or bool(self.text_config.use_cache)
+        if not use_cache or (self.training and self.gradient_checkpointing):
+            return None
+        if cache is None:
+            cache = self.new_cache()
+        if not isinstance(cache, SlotCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}, which has one slot per layer; a looped layer needs one per visit. "
+                "Use model.new_cache()."
+            )
+        cache.bind(visits)
+        return cache
+
+
+AutoConfig.register("mull", MullConfig)
+AutoModel.register(MullConfig, MullModel)

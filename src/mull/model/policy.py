@@ -1,0 +1,30 @@
+"""Policies decide which tokens run a visit. They own decisions and nothing else: `mull.model.executor` does the running."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from mull.model.path import Visit
+
+
+class Policy(Protocol):
+    """Decides at each visit of a path who runs it. A call without a policy runs every token at every visit."""
+
+    def active(self, visit: Visit, h: Tensor) -> Tensor | None:
+        """``[B, T]``, True for tokens that run `visit`, given the states ``[B, T, D]`` before it; None for all of them."""
+
+
+class GivenTokens:
+    """The tokens that run a visit are known beforehand.
+
+    Args:
+        masks: ``[B, T]`` by visit; at visits without a mask, every token runs.
+    """
+
+    def __init__(self, masks: Mapping[Visit, Tensor]) -> None:
+        self._masks = masks
+
+    def active(self, visit: Visit, h: Tensor) -> Tensor | None:
+        """The visit's mask."""
+        return self._masks.get(visit)
