@@ -24,6 +24,9 @@ Ids = Callable[..., Tensor]
 Masks = dict[Visit, Tensor]
 
 ROWS, TOKENS = 3, 14
+KINDS = ["qwen3", "olmo3", "qwen3_next-moe", "qwen3_5", "olmo_hybrid"]
+"""Families that between them have every kind of layer, position and norm."""
+
 PATHS = {
     "halting": SPLIT.path(3),
     "skipping": SPLIT.path(2),
@@ -150,9 +153,10 @@ def test_every_memory_computes_what_the_oracle_does(family: str, name: str, exac
     with torch.no_grad():
         whole = model.model(tokens, path=path, policy=part(masks, 0, TOKENS), use_cache=False).last_hidden_state
     assert_same(whole, expected)
-    for lengths in ([TOKENS], [1] * TOKENS, [6, 1, 1, 6]):
-        assert_same(on_growing_cache(model, tokens, path, masks, lengths), expected)
-        assert_same(on_fixed_cache(model, tokens, path, masks, lengths), expected)
+    one_by_one = [1] * TOKENS
+    assert_same(on_growing_cache(model, tokens, path, masks, one_by_one), expected)
+    assert_same(on_growing_cache(model, tokens, path, masks, [6, 1, 7]), expected)
+    assert_same(on_fixed_cache(model, tokens, path, masks, one_by_one), expected)
     assert_same(on_fixed_cache(model, tokens, path, masks, [6, 8], fresh=True), expected)
 
 
@@ -160,8 +164,9 @@ def wrapped(exact: Exact, family: str) -> MullForCausalLM:
     return wrap_transformer_with_etd(exact(family), SPLIT)
 
 
-def test_a_policy_that_lets_everybody_run_changes_nothing(family: str, exact: Exact, ids: Ids) -> None:
-    model, tokens, path = wrapped(exact, family), ids(ROWS, TOKENS), PATHS["halting"]
+@pytest.mark.parametrize("family_name", KINDS)
+def test_a_policy_that_lets_everybody_run_changes_nothing(family_name: str, exact: Exact, ids: Ids) -> None:
+    model, tokens, path = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["halting"]
     with torch.no_grad():
         expected = model.model(tokens, path=path, use_cache=False).last_hidden_state
         assert_same(model.model(tokens, path=path, policy=GivenTokens({}), use_cache=False).last_hidden_state, expected)
@@ -169,9 +174,10 @@ def test_a_policy_that_lets_everybody_run_changes_nothing(family: str, exact: Ex
     assert_same(on_fixed_cache(model, tokens, path, {}, [6, 1, 7]), expected)
 
 
+@pytest.mark.parametrize("family_name", KINDS)
 @torch.no_grad()
-def test_left_padding_and_policies_go_together(family: str, exact: Exact, ids: Ids) -> None:
-    model, tokens, path, masks = wrapped(exact, family), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
+def test_left_padding_and_policies_go_together(family_name: str, exact: Exact, ids: Ids) -> None:
+    model, tokens, path, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
     expected = model.model(tokens, path=path, policy=part(masks, 0, TOKENS), use_cache=False).last_hidden_state
     padding = 4
     padded = torch.cat([ids(ROWS, padding, seed=5), tokens], 1)
@@ -195,9 +201,10 @@ def test_left_padding_and_policies_go_together(family: str, exact: Exact, ids: I
         assert_same(torch.cat(states, 1)[:, padding:], expected)
 
 
+@pytest.mark.parametrize("family_name", KINDS)
 @torch.no_grad()
-def test_packed_documents_are_documents_alone(family: str, exact: Exact, ids: Ids) -> None:
-    model, tokens, path, masks = wrapped(exact, family), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
+def test_packed_documents_are_documents_alone(family_name: str, exact: Exact, ids: Ids) -> None:
+    model, tokens, path, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
     lengths = [5, 9]
     positions = torch.cat([torch.arange(length) for length in lengths]).expand(ROWS, -1)
     whole = model.model(tokens, position_ids=positions, path=path, policy=part(masks, 0, TOKENS)).last_hidden_state
@@ -206,12 +213,14 @@ def test_packed_documents_are_documents_alone(family: str, exact: Exact, ids: Id
         assert_same(whole[:, start:stop], alone.last_hidden_state)
 
 
+@pytest.mark.parametrize("family_name", KINDS)
 @torch.no_grad()
-def test_tokens_can_be_taken_back(family: str, exact: Exact, ids: Ids) -> None:
+def test_tokens_can_be_taken_back(family_name: str, exact: Exact, ids: Ids) -> None:
     """Wrong tokens, with masks of their own, are fed and taken back: what follows does not notice."""
-    model, tokens, path, masks = wrapped(exact, family), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
+    model, tokens, path, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
     expected = oracle(model, tokens, path, masks)
     wrong = {visit: mask.flip(0, 1) for visit, mask in masks.items()}
+    wrong[path[6]][:, :3] = torch.tensor([True, False, False])  # the last two of them run no recurrent layer there
     for n_kept in range(4):
         cache = model.new_cache()
         feed = {"past_key_values": cache, "path": path, "use_cache": True}
@@ -219,7 +228,8 @@ def test_tokens_can_be_taken_back(family: str, exact: Exact, ids: Ids) -> None:
         cache.activate_past_recording()
         drafted = torch.cat([tokens[:, 6 : 6 + n_kept], ids(ROWS, 3, seed=8)], 1)
         mixed = {v: torch.cat([m[:, 6 : 6 + n_kept], wrong[v][:, :3]], 1) for v, m in masks.items()}
-        model.model(drafted, policy=GivenTokens(mixed), **feed)
+        for start, stop in ((0, n_kept + 1), (n_kept + 1, n_kept + 3)):
+            model.model(drafted[:, start:stop], policy=part(mixed, start, stop), **feed)
         cache.crop(-3)
         rest = model.model(tokens[:, 6 + n_kept :], policy=part(masks, 6 + n_kept, TOKENS), **feed)
         assert_same(rest.last_hidden_state, expected[:, 6 + n_kept :])
@@ -233,9 +243,10 @@ def test_tokens_can_be_taken_back(family: str, exact: Exact, ids: Ids) -> None:
         assert_same(states, expected[:, 6 + n_kept :])
 
 
+@pytest.mark.parametrize("family_name", KINDS)
 @torch.no_grad()
-def test_rows_of_a_cache_with_gaps_can_be_reordered_and_chosen(family: str, exact: Exact, ids: Ids) -> None:
-    model, tokens, path, masks = wrapped(exact, family), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
+def test_rows_of_a_cache_with_gaps_can_be_reordered_and_chosen(family_name: str, exact: Exact, ids: Ids) -> None:
+    model, tokens, path, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
     expected = oracle(model, tokens, path, masks)
     for rows in ([2, 0, 1], [1, 1, 0]):
         cache, order = model.new_cache(), torch.tensor(rows)
@@ -246,9 +257,12 @@ def test_rows_of_a_cache_with_gaps_can_be_reordered_and_chosen(family: str, exac
         assert_same(model.model(tokens[order, 8:], policy=rest, **feed).last_hidden_state, expected[order, 8:])
 
 
+@pytest.mark.parametrize("family_name", KINDS)
 @torch.no_grad()
-def test_a_call_without_a_policy_does_not_see_what_earlier_ones_skipped(family: str, exact: Exact, ids: Ids) -> None:
-    model, tokens, path, masks = wrapped(exact, family), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
+def test_a_call_without_a_policy_does_not_see_what_earlier_ones_skipped(
+    family_name: str, exact: Exact, ids: Ids
+) -> None:
+    model, tokens, path, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
     partly = {visit: mask.clone().index_fill_(1, torch.arange(8, TOKENS), True) for visit, mask in masks.items()}
     expected = oracle(model, tokens, path, partly)
     cache = model.new_cache()

@@ -133,7 +133,7 @@ def _run_recurrent(
         return documents.join(layer(documents.split(h), **options), h)
     rows, chosen = h, active
     if documents is not None:
-        rows, chosen = documents.split(h), ActiveTokens.of(documents.split(active.mask) & documents.inside)
+        rows, chosen = documents.split(h), ActiveTokens.of(documents.split(active.mask))
     # The tokens that run form a sequence without gaps; where a row ends before others, the slot keeps the rest out of its states.
     options["attention_mask"] = None if padding is None else chosen.gather(padding)
     rows = chosen.scatter(rows, layer(chosen.gather(rows), **options))

@@ -49,6 +49,8 @@ class _DeltaInputs(NamedTuple):
     def kept(self, n_tokens: int) -> "_DeltaInputs":
         """Only the first `n_tokens` of the call."""
         active = self.active[:, :n_tokens]
+        if not self.key.shape[1]:
+            return self._replace(active=active)
         first = slice(min(n_tokens, self.key.shape[1]))
         ran = active_first(active, self.g[:, first].shape[1])
         g, beta = no_op_where_inactive(self.g[:, first], self.beta[:, first], ran)

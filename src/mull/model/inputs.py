@@ -38,9 +38,6 @@ class Documents:
     inverse: Tensor
     """``[B * T]``: flat position in ``[S, L]`` of each token of the batch."""
 
-    inside: Tensor
-    """``[S, L]``: False after the end of a document."""
-
     def split(self, x: Tensor) -> Tensor:
         """``[B, T, ...]`` to ``[S, L, ...]``: each document a row of its own. Entries after its end are meaningless."""
         return x.flatten(0, 1)[self.index]
@@ -70,9 +67,8 @@ def find_documents(position_ids: Tensor, batch_size: int) -> Documents | None:
     start = length.cumsum(0) - length
     offset = torch.arange(number.numel(), device=number.device) - start[number]
     columns = torch.arange(int(length.max()), device=number.device)
-    inside = columns < length[:, None]
-    index = torch.where(inside, start[:, None] + columns, 0)
-    return Documents(index, number * index.shape[1] + offset, inside)
+    index = torch.where(columns < length[:, None], start[:, None] + columns, 0)
+    return Documents(index, number * index.shape[1] + offset)
 
 
 @dataclass(frozen=True)
