@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from mull import wrap_transformer_with_etd
 from mull.model.executor import run_layer
-from mull.model.fixed_cache import LONGEST_SHORT_CALL, FixedCall, FixedSlot, StaticCall, StaticSlotCache
+from mull.model.fixed_cache import LONGEST_SHORT_CALL, FixedMemory, FixedSlot, StaticCall, StaticSlotCache
 from mull.model.path import Path, from_layers
 
 Exact = Callable[..., PreTrainedModel]
@@ -284,14 +284,14 @@ def test_blocks_of_heads_have_slots_of_their_own(exact: Exact, ids: Ids) -> None
     users = [
         partial(shared.head_slot, 0),
         partial(shared.head_slot, 1),
-        lambda call: FixedCall(shared, call).slot(0, path[0], None),
+        lambda call: FixedMemory(shared, call).slot(0, path[0], None),
     ]
     together = [[feed(user, h, start) for user, h in zip(users, texts, strict=True)] for start in (0, 3)]
     for number, h in enumerate(texts):
         cache = new_cache(0)
         assert shared.n_bytes == 3 * cache.n_bytes
         for start, outs in zip((0, 3), together, strict=True):
-            alone = feed(lambda call, cache=cache: FixedCall(cache, call).slot(0, path[0], None), h, start)
+            alone = feed(lambda call, cache=cache: FixedMemory(cache, call).slot(0, path[0], None), h, start)
             assert torch.equal(alone, outs[number])
 
 

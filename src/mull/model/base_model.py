@@ -17,11 +17,11 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from mull.model.configs import etd_from_dict, mtp_from_dict
+from mull.model.configs import etd_from_dict, layer_kinds, mtp_from_dict
 from mull.model.executor import OnVisit, run
-from mull.model.families import install_recurrent_hooks, layer_kinds, require_supported
-from mull.model.fixed_cache import FixedCall, StaticCall, StaticSlotCache
-from mull.model.growing_cache import GrowingCall, SlotCache
+from mull.model.families import install_recurrent_hooks, require_supported
+from mull.model.fixed_cache import FixedMemory, StaticCall, StaticSlotCache
+from mull.model.growing_cache import GrowingMemory, SlotCache
 from mull.model.inputs import LayerInputs, check_padding_side, fixed_layer_inputs, is_packed, layer_inputs
 from mull.model.memory import CallMemory
 from mull.model.path import Path, check_path, from_layers
@@ -248,7 +248,7 @@ class MullModel(MullPreTrainedModel):
                 on_visit(visit, before, state)
 
         watched = after if stream is not None or on_visit is not None else None
-        memory = None if cache is None else GrowingCall(cache)
+        memory = None if cache is None else GrowingMemory(cache)
         h = run(self.layers, self.kinds, visits, h, inputs, memory, policy, on_visit=watched)
         if cache is not None:
             cache.advance(h.shape[1])
@@ -324,7 +324,9 @@ class MullModel(MullPreTrainedModel):
         """
         h = self.embed_tokens(input_ids)
         inputs = self.fixed_layer_inputs(h, call)
-        states: Tensor = self.norm(run(self.layers, self.kinds, cache.path, h, inputs, FixedCall(cache, call), policy))
+        states: Tensor = self.norm(
+            run(self.layers, self.kinds, cache.path, h, inputs, FixedMemory(cache, call), policy)
+        )
         return states
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

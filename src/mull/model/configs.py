@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from transformers import PreTrainedConfig
 
 from mull.model.path import Path, recursion
 
@@ -73,13 +74,12 @@ class ETDConfig(BaseModel):
             options: Further fields of the configuration.
         """
         config = getattr(model, "config", model).get_text_config()
-        layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        encoder, think, decoder = split_for(config.num_hidden_layers, layer_types, split)
+        encoder, think, decoder = split_for(config.num_hidden_layers, layer_kinds(config), split)
         return cls(n_encoder_layers=encoder, n_think_layers=think, n_decoder_layers=decoder, **options)
 
 
 class MTPConfig(BaseModel):
-    """How many tokens ahead a model predicts beside the next one, and with which heads.
+    """How many tokens beyond the next one a model predicts, and with which extra heads.
 
     Source:
         Parallel heads: arXiv:2404.19737. Sequential modules: DeepSeek-V3 (arXiv:2412.19437). Decaying weights: FastMTP
@@ -89,7 +89,7 @@ class MTPConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     num_predict_tokens: int = Field(default=4, ge=1)
-    """Heads behind the main one. Head ``k`` at position ``i`` predicts token ``i + 1 + k``."""
+    """Number of extra heads. Head ``k`` at position ``i`` predicts token ``i + 1 + k``."""
 
     mtp_head_type: Literal["transformer", "mlp", "shared_lm_head", "sequential", "native"] = "transformer"
     """``transformer``: a decoder layer per head. ``mlp``: a residual map per head. ``shared_lm_head``: a linear map per head.
@@ -97,20 +97,20 @@ class MTPConfig(BaseModel):
     recursively, with the weights' names of Qwen3-Next and Qwen3.5. All share the model's unembedding."""
 
     share_weights_across_steps: bool = False
-    """Use one set of weights for all heads, recursively; ``sequential`` only, ``native`` heads do so whatever is said here."""
+    """Use one set of weights for all heads, recursively; for ``sequential`` heads. ``native`` heads always do."""
 
     native_hidden_state: Literal["normed", "stream"] = "normed"
     """What ``native`` heads read from the trunk: its final-normed state, or the stream before the final norm."""
 
     speculation_lookahead: int = Field(default=3, ge=0)
-    """Tokens that decoding drafts at most per round; 0 drafts none. Heads with weights of their own draft at most
-    `num_predict_tokens`, recursive ones as many as they are asked for."""
+    """Most tokens that decoding drafts per round; 0 drafts none. Heads with weights of their own draft at most
+    `num_predict_tokens`, recursive ones any number."""
 
     loss_weight_decay: float = Field(default=0.5, gt=0, le=1)
     """Ratio of the weights of two consecutive heads in the loss: ``α_k ∝ decay^(k-1)``, and the ``α_k`` sum to 1."""
 
     mtp_loss_weight: float = Field(default=0.3, ge=0)
-    """Weight of all heads together, relative to the main head."""
+    """Weight of all extra heads together, relative to the main head."""
 
     @model_validator(mode="after")
     def _check_head_type(self) -> "MTPConfig":
@@ -128,7 +128,7 @@ class MTPConfig(BaseModel):
 
     @property
     def recursive(self) -> bool:
-        """Whether one module, fed with its own states, predicts all further tokens."""
+        """Whether one module, fed with its own states, is all extra heads."""
         return self.mtp_head_type == "native" or self.share_weights_across_steps
 
     @property
@@ -155,6 +155,11 @@ def split_for(n_layers: int, layer_types: list[str], split: str = "published") -
     if aligned + n_think <= n_layers:
         n_encoder = aligned
     return n_encoder, n_think, n_layers - n_encoder - n_think
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """Kind of each decoder layer: ``full_attention``, ``sliding_attention`` or ``linear_attention``."""
+    return list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
 
 
 def attention_period(layer_types: list[str]) -> int:

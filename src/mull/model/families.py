@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from mull.model.configs import layer_kinds
 from mull.model.memory import LayerMemory
 
 Rotary = Callable[[Any, set[str], Tensor, Tensor], dict[str, Any]]
@@ -72,11 +73,6 @@ def require_supported(config: PreTrainedConfig) -> Family:
             f"Architecture {config.model_type!r} is not supported. Supported are {', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[config.model_type]
-
-
-def layer_kinds(config: PreTrainedConfig) -> list[str]:
-    """Kind of each decoder layer: ``full_attention``, ``sliding_attention`` or ``linear_attention``."""
-    return list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
 
 
 DELTA_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")

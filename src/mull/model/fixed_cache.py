@@ -1,16 +1,15 @@
 """A cache of fixed size for decoding: rows advance by different numbers of tokens, and rejected tokens leave no trace.
 
-`mull.model.growing_cache` grows with every call and moves all rows together; this one is allocated once, every buffer keeps
-its address
-(compiled code and captured graphs rely on it), and the caller says for each row where its tokens stand.
+`mull.model.growing_cache` grows with every call and moves all rows together. This one is allocated once, every buffer keeps its
+address (compiled code and captured graphs rely on it), and the caller says for each row where its tokens are.
 
 A token's slot is its position in its row's own text, so rows are left-aligned and padding never enters. A query at position p
-sees the keys at positions 0..p: whatever stands behind it is invisible, and overwritten when the row gets there. Taking tokens
-back is therefore nothing but counting fewer of them, also for sliding layers, whose buffers have full length as well. Only
-recurrent layers cannot forget that way: after a call whose tokens are still to be judged, `StaticSlotCache.commit` advances
-their states over those that stay.
+sees the keys at positions 0..p. Later ones are invisible, and overwritten when the row gets there. Taking tokens back therefore
+means counting fewer of them, also for sliding layers, whose buffers have full length as well. Recurrent layers cannot forget
+that way: after a call whose tokens are still to be judged, `StaticSlotCache.commit` advances their states over those that stay.
 
-Shapes: B batch, T tokens of a call, H heads, W width of a head, C channels of a convolution.
+Shapes: B batch, T tokens of a call, A tokens that run in the row with most of them, H heads, W width of a head, C channels of a
+convolution.
 """
 
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ LONGEST_SHORT_CALL = 16
 
 @dataclass(frozen=True)
 class StaticCall:
-    """Where the tokens of one call stand."""
+    """Where the tokens of one call are in the cache."""
 
     positions: Tensor
     """``[B, T]`` int64: slot in the cache, and rotary position, of each token. They increase by 1 within a row."""
@@ -51,10 +50,10 @@ class StaticCall:
     not known yet; the caller then owes a `StaticSlotCache.commit`."""
 
     fresh: bool = False
-    """The rows start here, each at position 0: attention is causal over the call's own tokens, without a look into the cache."""
+    """All rows start with this call, at position 0: attention is causal over the call's own tokens and reads no cache."""
 
     sees_all: bool = False
-    """There is one row with one token, at slot ``n_keys - 1``: it sees every key, so attention needs no mask."""
+    """The call is one row with one token, at slot ``n_keys - 1``. It sees every key, so attention needs no mask."""
 
 
 class AttentionSlot:
@@ -259,7 +258,7 @@ def _recurrent_shapes(config: PreTrainedConfig, batch_size: int) -> tuple[tuple[
     return window, (batch_size, n_heads, key_width, value_width)
 
 
-class FixedCall:
+class FixedMemory:
     """The `Memory` of one call on a cache of fixed size."""
 
     def __init__(self, cache: StaticSlotCache, call: StaticCall) -> None:

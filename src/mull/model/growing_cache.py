@@ -362,7 +362,7 @@ class SlotCache(Cache):
         return self._recording or all(kind == "full_attention" for kind in self.layer_kinds)
 
 
-class GrowingCall:
+class GrowingMemory:
     """The `Memory` of one call on a growing cache."""
 
     def __init__(self, cache: SlotCache) -> None:

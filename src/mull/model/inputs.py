@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
 
-from mull.model.families import layer_kinds
+from mull.model.configs import layer_kinds
 from mull.model.fixed_cache import StaticCall
 from mull.model.growing_cache import SlotCache
 from mull.model.memory import ActiveTokens

@@ -4,8 +4,8 @@ A decoder layer of transformers addresses its cache by its own index, so a layer
 visit owns a slot, and the layer is handed the slot as if it were the cache: a `LayerMemory`. There are three kinds of memory:
 
 * `CallMemory` lasts for one call: training, and prefill without a cache;
-* `mull.model.growing_cache.GrowingCall` appends to a `SlotCache`: ``generate`` of transformers;
-* `mull.model.fixed_cache.FixedCall` writes into a `StaticSlotCache`: `mull.generate`.
+* `mull.model.growing_cache.GrowingMemory` appends to a `SlotCache`: ``generate`` of transformers;
+* `mull.model.fixed_cache.FixedMemory` writes into a `StaticSlotCache`: `mull.generate`.
 
 Shapes: B batch, T tokens of the call, A tokens that run in the row with most of them, H heads, W width of a head.
 """

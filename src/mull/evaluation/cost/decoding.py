@@ -22,7 +22,7 @@ from torch import nn
 
 from mull.evaluation.cost.count import Machine
 from mull.model.causal_lm import MullForCausalLM
-from mull.model.families import layer_kinds
+from mull.model.configs import layer_kinds
 from mull.model.path import Path
 
 STATE_BYTES = 4

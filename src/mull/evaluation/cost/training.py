@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from mull.evaluation.cost.count import active_matrices, mixing_flops, visible_keys
 from mull.layers.recursive_heads import ChainedSteps
 from mull.model.causal_lm import MullForCausalLM
+from mull.model.configs import layer_kinds
 from mull.model.executor import run_layer
-from mull.model.families import layer_kinds
 from mull.model.inputs import LayerInputs
 from mull.ops.cross_entropy import CHUNK_LOGITS, MIN_CHUNK_ROWS
 from mull.runtime.distributed import DistributedConfig

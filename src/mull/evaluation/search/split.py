@@ -2,7 +2,7 @@
 
 Two measurements, neither of which trains anything. The *angular distance* says how far each layer turns the residual stream;
 its knees from both ends bound the flat middle of the curve. The *loop probe* says what the loss becomes when a window of
-layers runs twice. The knees propose the split and the probe stands beside them; see `find_split` for how they combine.
+layers runs twice. The knees propose the split, the probe checks it; see `find_split` for how they combine.
 
 Shapes: B batch, T tokens, D model width, L decoder layers.
 """
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mull.model.causal_lm import MullForCausalLM
-from mull.model.configs import ETDConfig, attention_period
+from mull.model.configs import ETDConfig, attention_period, layer_kinds
 from mull.model.path import Visit, from_layers
 from mull.retrofit.wrap import wrap_transformer_with_etd
 
@@ -191,11 +191,11 @@ def find_knees(distances: Sequence[float], sensitivity: float = 1.0) -> tuple[in
 
     Args:
         distances: One angular distance per layer.
-        sensitivity: Kneedle's S: how many further points must flatten before a knee counts.
+        sensitivity: Kneedle's S: how many points must flatten after a knee before it counts.
 
     Returns:
         First and last layer of the flat middle. An end of the curve without a decline, or without a knee in it, gives None.
-        The first never lies behind the last, because both lie on their own side of the curve's minimum.
+        The first is never after the last: each is on its own side of the curve's minimum.
 
     Source:
         Encode-Think-Decode (arXiv:2510.07358): Kneedle from the front (steep to gradual decline) and from the last layer
@@ -335,7 +335,7 @@ def find_split(
         per_batch, n_tokens = _measure(looped, batches, n_batches, tokens, progress)  # (n_batches, L)
         mean = per_batch.mean(0).tolist()
         knees = find_knees(mean, sensitivity)
-        period = attention_period(getattr(config, "layer_types", None) or [])
+        period = attention_period(layer_kinds(config))
         published = ETDConfig.for_model(model)
         wanted = _whole_periods(*knees, n_layers, period)
         plain_loss: float | None = None
@@ -369,7 +369,7 @@ def find_split(
 def _measure(
     model: MullForCausalLM, batches: Callable[[int], Batch], n_batches: int, tokens: Tokens, progress: bool
 ) -> tuple[Float[Tensor, "N L"], int]:
-    """Distances of every batch, and the number of positions behind them."""
+    """Distances of every batch, and the number of positions measured."""
     rows, n_tokens = [], 0
     for index in tqdm(range(n_batches), desc="angular distance", unit="batch", disable=None if progress else True):
         batch = _to_device(batches(index), model.device)
