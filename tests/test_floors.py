@@ -7,9 +7,12 @@ that it must refuse.
 
 import ast
 import graphlib
+import io
+import itertools
 import json
 import subprocess
 import sys
+import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,6 +44,24 @@ LAYOUT: dict[str, tuple[int, str]] = {
 other. An import under ``TYPE_CHECKING`` is held to the same rule: a type is knowledge, too."""
 
 TOP = ("mull.__init__", "mull.__main__")
+
+BUDGETS = {
+    "runtime": 650,
+    "ops": 700,
+    "layers": 900,
+    "data": 950,
+    "model": 1700,
+    "decoding": 1100,
+    "retrofit": 1200,
+    "training": 2600,
+    "evaluation": 2000,
+    "app": 1900,
+}
+"""Code lines of each folder, without docstrings, comments and blanks."""
+
+MAX_CODE_LINES = 9700
+MAX_DOCSTRING_SHARE = 0.25
+"""Of the lines of the package."""
 
 OPTIONAL = {"datasets", "moto", "s3fs", "mlflow", "lm_eval", "peft", "fla", "mkdocs"}
 """Packages of the extras: importing mull must work, and be the same, without them."""
@@ -159,6 +180,43 @@ def imports_inside_functions(sources: Sources) -> list[str]:
 def long_files(sources: Sources) -> list[str]:
     lengths = {module: len(source.splitlines()) for module, source in sources.items()}
     return [f"{module} has {length} lines" for module, length in lengths.items() if length > MAX_FILE_LINES]
+
+
+def code_lines(source: str) -> tuple[int, int]:
+    """Lines of code, without docstrings, comments and blanks; and lines of docstrings."""
+    bodies = [body for node in ast.walk(ast.parse(source)) if isinstance(body := getattr(node, "body", None), list)]
+    docstrings = {
+        line
+        for statement in itertools.chain(*bodies)
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+        if isinstance(statement.value.value, str) and statement.end_lineno is not None
+        for line in range(statement.lineno, statement.end_lineno + 1)
+    }
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    code = {
+        line
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type not in skipped
+        for line in range(token.start[0], token.end[0] + 1)
+    }
+    return len(code - docstrings), len(docstrings)
+
+
+def overspent_budgets(sources: Sources) -> list[str]:
+    spent = dict.fromkeys(BUDGETS, 0)
+    total, docstrings, raw = 0, 0, 0
+    for module, source in sources.items():
+        code, described = code_lines(source)
+        total, docstrings, raw = total + code, docstrings + described, raw + len(source.splitlines())
+        folder = module.split(".")[1]
+        if folder in spent:
+            spent[folder] += code
+    found = [f"{name} has {lines} code lines" for name, lines in spent.items() if lines > BUDGETS[name]]
+    if total > MAX_CODE_LINES:
+        found.append(f"the package has {total} code lines")
+    if docstrings > max(MAX_DOCSTRING_SHARE * raw, 100):
+        found.append(f"{docstrings} of {raw} lines are docstrings")
+    return found
 
 
 def long_functions(sources: Sources) -> list[str]:
@@ -281,6 +339,16 @@ CHECKS: dict[str, tuple[Callable[[Sources], list[str]], list[Sources]]] = {
         ],
     ),
     "file length": (long_files, [{"mull.training.loop": "x = 1\n" * (MAX_FILE_LINES + 1)}]),
+    "budgets": (
+        overspent_budgets,
+        [
+            {"mull.ops.a": "x = 1\n" * 701},
+            {"mull.ops.a": "x = (\n    1\n)\n" * 240},
+            {f"mull.{folder}.a": "x = 1\n" * 1090 for folder in ("model", "training", "evaluation")}
+            | {"mull.a": "x = 1\n" * 6500},
+            {"mull.ops.a": '"""\n' + "words\n" * 400 + '"""\n' + "x = 1\n" * 100},
+        ],
+    ),
     "function length": (
         long_functions,
         [

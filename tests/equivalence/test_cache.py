@@ -137,14 +137,14 @@ def test_rows_continue_behind_right_padding(family_name: str, sizes: list[int], 
         torch.testing.assert_close(actual[row, real], alone, atol=EXACT, rtol=0)
 
 
-def test_sliding_windows_refuse_tokens_behind_right_padding(ids: Ids) -> None:
+def test_sliding_windows_refuse_tokens_after_right_padding(ids: Ids) -> None:
     model = wrap_transformer_with_etd(tiny("olmo3"), SPLIT)
     tokens = ids(2, 12)
     mask = torch.ones_like(tokens)
     mask[1, 4:8] = 0
     cache = model.new_cache()
     model(tokens[:, :8], attention_mask=mask[:, :8], past_key_values=cache)
-    with pytest.raises(ValueError, match="continues behind right padding.*Pad on the left"):
+    with pytest.raises(ValueError, match="continues after right padding.*Pad on the left"):
         model(tokens[:, 8:], attention_mask=mask, past_key_values=cache)
 
 

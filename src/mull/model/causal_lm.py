@@ -47,7 +47,7 @@ class MullOutput(CausalLMOutputWithPast):
 
 
 class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
-    """A pretrained language model whose layers run along a path, with extra heads that predict tokens beyond the next one if it has any.
+    """A pretrained language model whose layers run along a path, with or without extra heads for later tokens.
 
     Raises:
         ValueError: unsupported architecture, or a split that does not add up to the backbone's depth.
