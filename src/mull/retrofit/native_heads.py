@@ -240,8 +240,6 @@ def pin_hidden_state(model: MullForCausalLM, hidden_state: HiddenState) -> None:
     assert model.mtp_config is not None
     model.mtp_config = model.mtp_config.model_copy(update={"native_hidden_state": hidden_state})
     model.config.mtp = model.mtp_config.model_dump()
-    heads: Any = model.mtp_heads
-    heads.reads_stream = hidden_state == "stream"
 
 
 def choose_hidden_state(model: MullForCausalLM, source: str) -> None:
