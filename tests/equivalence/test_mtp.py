@@ -317,7 +317,7 @@ def test_trained_heads_stay_where_more_are_asked_for(kind: str, tmp_path: Path) 
 def test_heads_of_another_type_are_no_start(tmp_path: Path) -> None:
     """The maps of mlp and shared_lm_head have one name and shape, and mean different things."""
     with_heads(tiny("qwen3"), "mlp").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has heads of type mlp, which are no start for type shared_lm_head"):
+    with pytest.raises(ValueError, match="has heads of type mlp, which cannot be loaded as type shared_lm_head"):
         mull.from_pretrained(str(tmp_path), mtp=KINDS["shared_lm_head"])
 
 

@@ -104,7 +104,7 @@ def test_a_mask_of_queries_and_keys_is_obeyed_in_every_step(
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention", None])
 def test_attention_that_takes_no_such_mask_is_refused(implementation: str | None) -> None:
     with pytest.raises(
-        ValueError, match=r"attn_implementation=.* does not take\. Load the model with .*'sdpa', or 'eager'"
+        ValueError, match=r"attn_implementation=.* does not support\. Load the model with .*'sdpa' or 'eager'"
     ):
         ChainedSteps(None, torch.arange(4)[None], lambda positions: positions, implementation)
 

@@ -1,8 +1,8 @@
 """Training of a recursive head with the keys that it sees in decoding.
 
-Decoding drafts from position ``i`` in steps. Step 1 reads the true state of every position up to ``i`` and stores a key for each.
-Step k is at position ``i + k - 1``. It reads what step ``k - 1`` wrote, and attends to the keys of step 1 up to ``i`` and to those
-of steps 2 to k of its own chain. In training, every position begins a chain, and all chains take a step together.
+Decoding drafts from position ``i`` in steps. Step 1 reads the true state of every position up to ``i`` and stores their keys.
+Step k is at position ``i + k - 1``. It reads what step ``k - 1`` wrote. It attends to the keys of step 1 up to ``i`` and those of
+steps 2 to k of its own chain. In training, every position begins a chain, and all chains take a step together.
 
 The mask is that of EAGLE-3's training-time test (arXiv:2503.01840). FastMTP (arXiv:2509.18362) instead attends to the states of
 step k at all positions, which decoding never has.
