@@ -179,7 +179,7 @@ def test_pairs_are_balanced_within_each_problem(caplog: pytest.LogCaptureFixture
     assert all((right.outcome, wrong.outcome) == (1.0, 0.0) and right.name == wrong.name for right, wrong in found)
     for side in zip(*found, strict=True):
         assert len(set(side)) == len(side), "an answer in two pairs"
-    assert "1 of 3 problems are left out" in caplog.text
+    assert "1 of 3 problems are dropped" in caplog.text
     assert Counter(right.name for right, _ in pairs(examples, per_problem=1)) == {"a": 1, "b": 1}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from mull.ops import token_weights
-from mull.ops.targets import align, final_tokens, targets_of, valid_tokens
+from mull.ops.targets import IGNORED, align, final_tokens, require_targets, targets_of, valid_tokens
 from mull.ops.token_weights import (
     MAX_EXPONENT,
     advantage_weights,
@@ -541,3 +541,10 @@ def test_nothing_waits_for_the_device() -> None:
 def test_impossible_settings_are_refused_in_one_sentence(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_labels_without_a_target_are_refused() -> None:
+    labels = torch.full((2, 5), IGNORED)
+    require_targets(1, labels)
+    with pytest.raises(ValueError, match=r"No label of shape \(2, 5\) is a target"):
+        require_targets((labels != IGNORED).sum(), labels)
