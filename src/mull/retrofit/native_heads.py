@@ -272,7 +272,7 @@ def calibrate_hidden_state(model: MullForCausalLM, source: str = "the model") ->
     """
     _native_heads(model)
     tokens = _own_text(model, n_rows=4, n_tokens=64)
-    (normed,) = model.early_decoded(tokens, think_iterations=1)
+    normed = model.hidden_states(tokens, think_iterations=1)
     chosen = model.lm_head(normed)[:, 1:].argmax(-1).flatten()  # token i + 2, at positions 0 to T - 2
     read: dict[HiddenState, Tensor] = {"normed": normed, "stream": before_norm(normed, model.model.norm)}
     entropies: dict[HiddenState, float] = {}

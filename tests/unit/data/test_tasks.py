@@ -135,7 +135,7 @@ def test_own_examples_may_have_a_name_and_an_outcome(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("schema", "record", "message"),
     [
-        ("mbpp", {**mbpp(700), "task_id": "x"}, "'x' as task_id"),
+        ("mbpp", {**mbpp(700), "task_id": "x"}, "task_id='x'"),
         ("mbpp", {**mbpp(700), "test_list": "assert"}, "lacks test_list, a list of strings"),
         ("mbpp", {**mbpp(700), "code": None}, "NoneType under 'code'"),
         ("humaneval", mbpp(700), "has int under 'task_id'"),
