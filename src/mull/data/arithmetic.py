@@ -108,11 +108,8 @@ class ArithmeticTask:
             train: Use the operands that are trained on, not the held-out ones.
 
         Returns:
-            A batch for generation.
-
-            * ``input_ids [B, P]``: questions, padded on the left;
-            * ``attention_mask [B, P]`` int64: 0 at padding;
-            * ``answers [B, A]``: the right answers for `reward`: digits, the end, padding on the right.
+            ``input_ids [B, P]``, questions padded on the left; ``attention_mask [B, P]`` int64, 0 at padding; ``answers [B,
+            A]``, the right answers for `reward`: digits, the end, padding on the right.
 
         Raises:
             ValueError: `number` is negative or `rows` not positive.
@@ -145,11 +142,9 @@ class ArithmeticTask:
         return ((given == answers) | (answers == self.pad_id)).all(1).float()
 
     def demonstrations(self, n_questions: int, length: int) -> PackedDataset:
-        """Training questions with their right answers, for a model that does not yet earn any reward.
+        """Training questions, drawn with replacement, and their right answers, for a model that does not yet earn any reward.
 
-        Args:
-            n_questions: Questions to draw, with replacement.
-            length: Tokens per row. Examples are packed whole, and labels are -100 in the questions.
+        Examples are packed whole into rows of `length` tokens, and labels are -100 in the questions.
 
         Raises:
             ValueError: `n_questions` is not positive, or no question fits into a row.

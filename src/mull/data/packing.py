@@ -117,11 +117,8 @@ def pack_tokens(
     tokens have no target and are dropped, and so are rows without a target.
 
     Args:
-        documents: Token ids of each document.
         length: Tokens per row.
         pad_id: Token that fills the last row.
-        vocab_size: As in `pack_texts`.
-        bytes_per_token: Stored in the dataset.
 
     Raises:
         ValueError: rows of fewer than two tokens, no document of at least two, or a token outside the vocabulary.
@@ -173,16 +170,10 @@ class TokenizedExample(NamedTuple):
 def pack_examples(
     examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, length: int, vocab_size: int | None = None
 ) -> PackedDataset:
-    """Tokenize examples, end each with the tokenizer's end-of-text token, and pack them whole.
+    """Tokenize examples, end each with the tokenizer's end-of-text token, and pack them as `pack_tokenized_examples` does.
 
     Prompt and completion are tokenized separately, so that no token spans both. In generation, too, the prompt is tokenized
     without its completion.
-
-    Args:
-        examples: Either all or none with an outcome.
-        tokenizer: As in `pack_texts`.
-        length: Tokens per row. Longer examples are dropped, see `pack_tokenized_examples`.
-        vocab_size: As in `pack_texts`.
 
     Raises:
         ValueError: as in `pack_tokenized_examples`, or the tokenizer has no end-of-text token.
@@ -211,8 +202,6 @@ def pack_tokenized_examples(
     Args:
         examples: Either all or none with an outcome.
         length: Tokens per row.
-        pad_id: Token that fills the rows.
-        vocab_size: As in `pack_texts`.
 
     Returns:
         Rows with ``rewards`` if the examples have outcomes, and with ``bytes_per_token`` if the bytes of all are known.

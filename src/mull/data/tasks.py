@@ -272,15 +272,9 @@ SWAPS = {
 def corrupted(example: Example, rng: np.random.Generator) -> Example:
     """Make a synthetic wrong answer: change one operator, constant or variable of a right one.
 
-    The change keeps the rest of the text as it was, and always changes the syntax tree. The result is not executed: 8 % of the
-    programs made from MBPP's (68 of 843) still pass its three tests. Prefer wrong answers by people or models.
-
-    Args:
-        example: The completion, or the prompt followed by it, must be Python.
-        rng: Chooses among all possible changes, and advances.
-
-    Returns:
-        The example with the changed completion and outcome 0.
+    The completion, or the prompt followed by it, must be Python. The change keeps the rest of the text as it was, and always
+    changes the syntax tree. The result is not executed: 8 % of the programs made from MBPP's (68 of 843) still pass its three
+    tests. Prefer wrong answers by people or models.
 
     Raises:
         ValueError: the completion is not Python, or has nothing that could be changed.

@@ -178,7 +178,6 @@ class MTPHeads(nn.Module):
     Args:
         kind: ``transformer``, ``mlp``, ``shared_lm_head``, ``sequential`` or ``native``; see `MTPConfig.mtp_head_type`.
         n_heads: Number of heads, or of the steps that a recursive one is trained for.
-        width: D.
         make_block: Builds a full-attention decoder layer of the backbone.
         make_norm: Builds a norm like the backbone's final one.
         recursive: One ``sequential`` module, fed with its own states, acts as all heads. ``native`` heads always do so.

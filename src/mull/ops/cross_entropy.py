@@ -94,12 +94,10 @@ def cross_entropy_gradients(
     coefficients: Float[Tensor, " N"],
     weight_gradient: Float[Tensor, "V D"] | None,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N D"]]:
-    """Losses of the targets, and the gradient of their sum with `coefficients`, in one pass.
+    """Losses of the targets, fp32 in nats, and the gradient of their weighted sum with respect to `hidden`, in one pass.
 
-    Args are those of `weighted_cross_entropy`, except that without `weight_gradient` the gradient of `weight` is not computed.
-
-    Returns:
-        One fp32 loss per target in nats, and the gradient with respect to `hidden` in the dtype of the matrix products.
+    Arguments are those of `weighted_cross_entropy`. Without `weight_gradient`, the gradient of `weight` is not computed. The
+    gradient of `hidden` has the dtype of the matrix products.
     """
     losses = torch.empty(len(targets), dtype=accurate(hidden.dtype), device=hidden.device)
     hidden, weight = _operands(hidden, weight)
@@ -159,9 +157,6 @@ def token_statistics(
     """Measure predictions without gradient, and without keeping their logits.
 
     Args:
-        hidden: Final-normed hidden states, one row per target.
-        weight: Unembedding matrix.
-        targets: Vocabulary indices.
         direction: Gradient of the unembedding to compare each target's own gradient with. Each is an outer product of error and
             hidden state, so no gradient per target is formed.
     """

@@ -46,7 +46,6 @@ def replay_state(
     Args:
         state: State before the first token. Its precision is that of the computation; transformers keeps it in fp32.
         key: Keys before normalisation, as the layer passes them to the rule.
-        value: Values.
         g: Decay in log space, at most 0.
         beta: Write strength.
 
@@ -118,11 +117,9 @@ def short_gated_delta(
 def written_state(
     state: Float[Tensor, "B H K V"], writes: DeltaWrites, n_keep: Int[Tensor, " B"] | None = None
 ) -> Float[Tensor, "B H K V"]:
-    """The state after the first tokens of a call.
+    """The state after the first tokens of a call, from the state before it and the `writes` of `short_gated_delta`.
 
     Args:
-        state: State before the call.
-        writes: Result of `short_gated_delta` for the call.
         n_keep: Tokens to keep in each row, 0 to T; None for all.
     """
     key, update, decay = writes
@@ -143,7 +140,6 @@ def convolution_window(inputs: Float[Tensor, "B C N"], width: int, n_new: Int[Te
 
     Args:
         inputs: The window before a call, of `width` inputs, followed by the inputs of the call.
-        width: W, inputs in the window.
         n_new: The call's inputs to keep in each row, counted from the left.
     """
     index = n_new[:, None] + torch.arange(width, device=inputs.device)  # (B, W)

@@ -21,7 +21,6 @@ def targets_of(
         position_ids: Position of each token in its document; None means that a row is one document. Rows that are padded on the
             left need them, or a head would predict the second token from padding. Padding may have any position that does not
             lead up to a token's, such as 0, or less than ``-T``.
-        n_heads: Number of heads, the main one included.
 
     Returns:
         -100 where the target would be beyond the row or in another document.

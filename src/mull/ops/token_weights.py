@@ -44,8 +44,7 @@ def rho1_weights(
     that is harder for the reference model than for the trained one weighs less than 1. Equal losses give exactly 1.
 
     Args:
-        loss: Next-token loss of each target in nats.
-        reference_loss: Loss of the same targets under the reference model, in nats.
+        loss: Next-token loss of each target in nats; `reference_loss` is that under the reference model.
         temperature: Nats of excess loss that multiply a weight by e.
 
     Returns:
@@ -69,8 +68,6 @@ def keep_highest(
     """Select the ``ceil(share * number of valid targets)`` valid targets with the highest scores; of equal ones the first.
 
     Args:
-        scores: One score per target; all are ranked together.
-        valid: True at the targets to choose from.
         share: In ``(0, 1]``. It is read as the decimal that was written: 0.28 of 25 targets is 7, although the floating-point
             product is greater than 7.
 
@@ -146,7 +143,7 @@ def advantages(
     gamma: float,
     lam: float,
 ) -> Float[Tensor, "B T"]:
-    """Generalised advantage of each target token, where writing the token is the action.
+    """Generalised advantage of each target token, where writing the token is the action; 0 where `valid` is False.
 
     With the state ``s_j`` before token ``j``, ``V(s_j) = values[j - 1]`` and the sum running to the document's last target:
 
@@ -159,12 +156,8 @@ def advantages(
         values: ``values[b, i]`` estimates the outcome from the document's tokens up to and including ``i``.
         rewards: Outcome of each token's document; read at its last target.
         valid: `valid_tokens`.
-        position_ids: Position of each token in its document; None means that a row is one document.
         gamma: Discount per token, in ``[0, 1]``.
         lam: Bias against variance, in ``[0, 1]``: 0 is the one-step TD error, 1 the discounted outcome minus ``V(s_j)``.
-
-    Returns:
-        Advantages, 0 where `valid` is False.
 
     Raises:
         ValueError: `gamma` or `lam` is outside ``[0, 1]``.
@@ -197,10 +190,7 @@ def advantages(
 def lambda_returns(
     advantages: Float[Tensor, "B T"], values: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """``A_j + V(s_j)``: the value that the state before each target should have, 0 where `valid` is False.
-
-    `advantages`, `values` and `valid` are those of `advantages`.
-    """
+    """``A_j + V(s_j)``: the value that the state before each target should have, 0 where `valid` is False."""
     return torch.where(valid, constant(advantages) + _states_before(constant(values)), 0)
 
 
@@ -211,18 +201,11 @@ def _states_before(values: Tensor) -> Tensor:
 def advantage_weights(
     advantages: Float[Tensor, "*shape"], mean: float, std: float, beta: float, low: float, high: float
 ) -> tuple[Float[Tensor, "*shape"], Bool[Tensor, "*shape"]]:
-    """``exp(z / beta)`` of the whitened advantage ``z = (A - mean) / std``, clipped to ``[low, high]``.
+    """``exp(z / beta)`` of the whitened advantage ``z = (A - mean) / std``, clipped to ``[low, high]``, and True where clipped.
 
     Args:
-        advantages: Advantage of each target.
-        mean: Mean advantage.
-        std: Standard deviation of advantages; values below 1e-4 (`MIN_STD`) are raised to it.
+        std: Values below 1e-4 (`MIN_STD`) are raised to it.
         beta: Standard deviations that multiply a weight by e.
-        low: Smallest weight, at least 0.
-        high: Largest weight.
-
-    Returns:
-        The weights, and True where one was clipped.
 
     Raises:
         ValueError: `beta` is not positive, or not ``0 <= low < high``.

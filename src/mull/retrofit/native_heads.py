@@ -12,7 +12,6 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,23 +43,13 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 """Keywords of transformers' ``from_pretrained`` that say where to find the files of a checkpoint."""
 
 
-@dataclass(frozen=True)
-class NativeFamily:
-    """Facts about the native heads of one architecture."""
-
-    hidden_state: HiddenState
-    """State that the heads were trained on and that serving engines give them."""
-
-    count_field: str
-    """Field of the text configuration from which engines read the module's number of layers."""
-
-
-NATIVE_FAMILIES: dict[str, NativeFamily] = {
-    "qwen3_next": NativeFamily("normed", "num_nextn_predict_layers"),
-    "qwen3_5_text": NativeFamily("normed", "mtp_num_hidden_layers"),
-    "qwen3_5_moe_text": NativeFamily("normed", "mtp_num_hidden_layers"),
+LAYER_COUNT_FIELDS = {
+    "qwen3_next": "num_nextn_predict_layers",
+    "qwen3_5_text": "mtp_num_hidden_layers",
+    "qwen3_5_moe_text": "mtp_num_hidden_layers",
 }
-"""By ``model_type``. For other architectures, `calibrate_hidden_state` measures what the heads read."""
+"""Field of the text configuration from which engines read the module's number of layers, by ``model_type``. The heads of these
+architectures were trained on the ``normed`` state, which engines give them. For others, `calibrate_hidden_state` measures it."""
 
 _EXPERT = re.compile(r"(?P<stem>.*\bmlp\.experts)\.(?P<index>\d+)\.(?P<map>gate|up|down)_proj\.weight")
 _FUSED = re.compile(r"(?P<stem>.*\bmlp\.experts)\.(?P<map>gate_up|down)_proj")
@@ -242,12 +231,11 @@ def pin_hidden_state(model: MullForCausalLM, hidden_state: HiddenState) -> None:
 
 
 def choose_hidden_state(model: MullForCausalLM, source: str) -> None:
-    """Pin the state that the heads read: known for the architectures in `NATIVE_FAMILIES`, measured for others."""
-    family = NATIVE_FAMILIES.get(model.config.get_text_config().model_type)
-    if family is None:
-        calibrate_hidden_state(model, source)
+    """Pin the state that the heads read: known for the architectures in `LAYER_COUNT_FIELDS`, measured for others."""
+    if model.config.get_text_config().model_type in LAYER_COUNT_FIELDS:
+        pin_hidden_state(model, "normed")
     else:
-        pin_hidden_state(model, family.hidden_state)
+        calibrate_hidden_state(model, source)
 
 
 @torch.no_grad()
@@ -376,17 +364,17 @@ def _check_export(model: MullForCausalLM, folder: Path) -> str:
     """Refuse an export that engines could not use. Returns the field of the configuration that tells engines about heads."""
     heads = _native_heads(model)
     config = model.config.get_text_config()
-    family = NATIVE_FAMILIES.get(config.model_type)
-    if family is None:
+    field = LAYER_COUNT_FIELDS.get(config.model_type)
+    if field is None:
         raise ValueError(
-            f"No serving engine reads {PREFIX}* weights of {config.model_type!r}, only those of {', '.join(NATIVE_FAMILIES)}. "
+            f"No serving engine reads {PREFIX}* weights of {config.model_type!r}, only those of {', '.join(LAYER_COUNT_FIELDS)}. "
             "save_pretrained keeps the heads for mull."
         )
     assert model.mtp_config is not None
-    if model.mtp_config.native_hidden_state != family.hidden_state:
+    if model.mtp_config.native_hidden_state != "normed":
         raise ValueError(
             f"These heads read native_hidden_state={model.mtp_config.native_hidden_state!r}, but serving engines give them the "
-            f"{family.hidden_state!r} state. Train them with native_hidden_state={family.hidden_state!r}."
+            "'normed' state. Train them with native_hidden_state='normed'."
         )
     if any(parameter.is_meta for parameter in heads.parameters()):
         raise ValueError("The heads are on the meta device and have no values to export. Load the model first.")
@@ -399,7 +387,7 @@ def _check_export(model: MullForCausalLM, folder: Path) -> str:
             "checkpoint that the model was made from; for mull itself, use save_pretrained."
         )
     _check_same_model(config, there.get_text_config(), folder)
-    return family.count_field
+    return field
 
 
 def _check_same_model(config: PreTrainedConfig, there: PreTrainedConfig, folder: Path) -> None:
