@@ -1,14 +1,14 @@
-"""Cost of the loss of multi-token heads: peak memory, throughput of a training step, and what dropped targets save.
+"""Cost of the loss of multi-token heads: peak memory, training speed, and what dropped targets save.
 
-`memory`: one loss step, forward and backward, with the trunk's output given, for 1 and 4 further heads of type mlp. Each case
-runs in a process of its own; what counts is the largest memory above what is held before the step: activations, logits and
-gradients. `step`: whole training steps with AdamW of a model with 4 heads beside those of the same model without. `kept`: the
-unembedding alone, where only a share of the targets has weight. Variants alternate in one process, so that a drifting machine
-hits all alike; the median over the rounds is printed.
+* `memory`: one loss step, forward and backward, from given outputs of the trunk, with 1 and 4 extra heads of type mlp. Printed is
+  the peak above the memory before the step: activations, logits and gradients. Each case runs in its own process.
+* `step`: training steps with AdamW of a model with 4 extra heads and of the same model without. The last column predicts the
+  ratio from the FLOPs of the matrix products.
+* `kept`: the unembedding alone, where only a share of the targets has weight.
 
-Compared are mull, materialised logits with `F.cross_entropy` ("logits"), and with `--torch` torch's chunked
-`F.linear_cross_entropy`, which takes minutes on a CPU. Beside a throughput stands the one that the ratio of the matrix
-products predicts.
+mull is compared with `F.cross_entropy` of materialised logits ("logits"), and with `--torch` also with torch's chunked
+`F.linear_cross_entropy`, which takes minutes on a CPU. Times are medians over rounds in which the variants alternate, so that a
+drifting machine affects all of them.
 
     python benchmarks/multi_token_loss.py [--device cuda] [--parts memory step kept] [--rounds 5] [--threads 2] [--torch]
 """
@@ -47,10 +47,8 @@ def precision(device: str, name: str) -> AbstractContextManager[None]:
 
 
 def chunked_by_torch(hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> Tensor:
-    """For coefficients of which those besides 0 are equal: its sum is faster than its single losses.
-
-    It ignores autocast, so its operands are cast here.
-    """
+    """Coefficients other than 0 must be equal, because torch's sum is faster than its single losses."""
+    # It ignores autocast.
     if torch.is_autocast_enabled(hidden.device.type):
         hidden, weight = hidden.bfloat16(), weight.bfloat16()
     options = nn.LinearCrossEntropyOptions()
@@ -102,7 +100,7 @@ def reset_peak(device: str) -> None:
 
 
 def memory_of_case(device: str, kind: str, n_heads: int, dtype: str) -> float:
-    """Largest memory in MiB above what is held before the step."""
+    """Peak memory in MiB above the memory before the step."""
     torch.manual_seed(0)
     heads = MTPHeads("mlp", n_heads, WIDTH, nn.Identity, nn.Identity)
     heads = heads.to(device)
@@ -118,14 +116,14 @@ def memory_of_case(device: str, kind: str, n_heads: int, dtype: str) -> float:
         loss.backward()
         return peak_mib(device) - before
 
-    step(512, 64)  # what the libraries allocate once
+    step(512, 64)  # warm up: libraries allocate some memory once
     heads.zero_grad()
     return step(VOCABULARY, N_TOKENS)
 
 
 def measure_memory(device: str, threads: int, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = []
-    print(f"\nmemory: {N_TOKENS} tokens, width {WIDTH}, vocabulary {VOCABULARY}; MiB above the state before the step")
+    print(f"\nmemory: {N_TOKENS} tokens, width {WIDTH}, vocabulary {VOCABULARY}; MiB above the memory before the step")
     print(f"{'precision':10} {'variant':8} {'1 head':>10} {'4 heads':>10} {'ratio':>7}")
     for dtype in ("fp32", "bf16"):
         for kind in kinds:
@@ -174,7 +172,7 @@ def make_model(vocabulary: int, n_heads: int, device: str) -> MullForCausalLM:
 
 def train_step(model: MullForCausalLM, optimizer: torch.optim.Optimizer, tokens: Tensor, dtype: str) -> None:
     with precision(tokens.device.type, dtype):
-        (hidden,) = model.early_decoded(tokens)
+        hidden = model.hidden_states(tokens)
         n_heads = 0 if model.mtp_config is None else model.mtp_config.num_predict_tokens
         targets = targets_of(tokens, None, 1 + n_heads)
         coefficients = (targets >= 0) / float(tokens.numel())

@@ -1,4 +1,4 @@
-"""A recursive head as decoding runs it, one chain at a time: what training has to equal."""
+"""Reference for training recursive heads: decoding, one chain at a time."""
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,12 @@ from mull.model.inputs import LayerInputs
 
 
 def decoded_states(model: MullForCausalLM, hidden: Tensor, embedded: Tensor, n_steps: int = 3) -> Tensor:
-    """States of each step, drafting from each position in turn with a cache of transformers that grows.
+    """States of each step, drafting from each position in turn with a growing cache of transformers.
 
     Args:
         model: A model with recursive heads.
         hidden: ``[1, T, D]``: final-normed states of one document.
-        embedded: ``[1, T + n_steps, D]``: embeddings of its tokens, zeros behind them.
+        embedded: ``[1, T + n_steps, D]``: embeddings of its tokens, then zeros.
         n_steps: Steps of each chain.
 
     Returns:

@@ -57,7 +57,7 @@ def with_heads(base: PreTrainedModel, kind: str) -> MullForCausalLM:
 def document_logits(model: MullForCausalLM, tokens: Tensor) -> Tensor:
     """``[T, H, V]`` of one document alone, in one graph."""
     tokens = tokens[None]
-    (hidden,) = model.early_decoded(tokens, think_iterations=2)
+    hidden = model.hidden_states(tokens, think_iterations=2)
     embedded = F.pad(model.model.embed_tokens(tokens), (0, 0, 0, 3))
     if model.mtp_config.recursive:
         return model.lm_head(torch.cat([hidden[:, :, None], decoded_states(model, hidden, embedded)], 2))[0]
@@ -163,7 +163,7 @@ def test_no_head_sees_what_it_predicts(family_name: str, kind: str, exact: Exact
     for j in range(length):
         tokens[j + 1, j] = (tokens[j + 1, j] - 3 + 11) % (VOCAB - 3) + 3
     targets = torch.randint(VOCAB, (1, length, 4)).expand(length + 1, -1, -1)
-    (hidden,) = model.early_decoded(tokens, think_iterations=2)
+    hidden = model.hidden_states(tokens, think_iterations=2)
     _, losses = model.head_losses(hidden, tokens, targets, torch.ones(targets.shape, dtype=torch.float64))
     changed = (losses[1:] - losses[0]).abs() > EXACT  # (j, i, k)
     reach = torch.arange(4) if model.mtp_heads.sequential else torch.zeros(4, dtype=torch.int64)
@@ -229,7 +229,7 @@ def test_fresh_heads_change_no_logit_and_predict_what_the_trunk_predicts(family_
     model = wrap_transformer_with_etd(base, SPLIT, KINDS[kind])
     assert torch.equal(model(tokens, think_iterations=1, use_cache=False).logits, expected)
     targets = torch.randint(VOCAB, (2, 12, 1)).expand(-1, -1, 4)
-    (hidden,) = model.early_decoded(tokens, think_iterations=1)
+    hidden = model.hidden_states(tokens, think_iterations=1)
     _, losses = model.head_losses(hidden, tokens, targets, torch.ones(targets.shape))
     if model.mtp_heads.pointwise:
         assert torch.equal(losses, losses[..., :1].expand_as(losses))
@@ -317,7 +317,7 @@ def test_trained_heads_stay_where_more_are_asked_for(kind: str, tmp_path: Path) 
 def test_heads_of_another_type_are_no_start(tmp_path: Path) -> None:
     """The maps of mlp and shared_lm_head have one name and shape, and mean different things."""
     with_heads(tiny("qwen3"), "mlp").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has heads of type mlp, which are no start for type shared_lm_head"):
+    with pytest.raises(ValueError, match="has heads of type mlp, which cannot be loaded as type shared_lm_head"):
         mull.from_pretrained(str(tmp_path), mtp=KINDS["shared_lm_head"])
 
 
@@ -365,7 +365,7 @@ def test_targets_for_heads_that_are_not_there_are_refused(ids: Ids) -> None:
     model = with_heads(tiny("qwen3"), "mlp")
     tokens = ids(2, 12)
     targets = targets_of(tokens, None, 5)
-    (hidden,) = model.early_decoded(tokens)
+    hidden = model.hidden_states(tokens)
     with pytest.raises(ValueError, match=r"targets for 5 heads, .* the model has 4: .*num_predict_tokens=4"):
         model.head_losses(hidden, tokens, targets, torch.ones(targets.shape))
 

@@ -35,7 +35,7 @@ def with_heads(base: PreTrainedModel, config: MTPConfig) -> MullForCausalLM:
 
 def trained_states(model: MullForCausalLM, tokens: Tensor, run_block: RunBlock | None = None) -> Tensor:
     """``[B, T, N_STEPS, D]``: states of all steps of all chains at once."""
-    (hidden,) = model.early_decoded(tokens)
+    hidden = model.hidden_states(tokens)
     embedded = model.model.embed_tokens(tokens)
     run_block = run_block or model._run_block(hidden, model.model.layer_inputs(hidden))
     states = [model.head_input(hidden)]
@@ -54,7 +54,7 @@ def test_the_steps_of_training_are_those_of_decoding(
     model = with_heads(exact(family_name), config)
     model.set_attn_implementation(implementation)
     tokens = ids(1, 11)
-    (hidden,) = model.early_decoded(tokens)
+    hidden = model.hidden_states(tokens)
     embedded = F.pad(model.model.embed_tokens(tokens), (0, 0, 0, N_STEPS))
     expected = model.lm_head(decoded_states(model, hidden, embedded, N_STEPS))
     actual = model.lm_head(trained_states(model, tokens))
@@ -68,7 +68,7 @@ def test_attending_over_the_states_of_the_same_step_is_something_else(exact: Exa
     """As FastMTP trains: from the second step on it differs from decoding, and the comparison above can tell."""
     model = with_heads(exact("qwen3"), NATIVE)
     tokens = ids(1, 11)
-    (hidden,) = model.early_decoded(tokens)
+    hidden = model.hidden_states(tokens)
     inputs = model.model.layer_inputs(hidden)
     plain = trained_states(model, tokens, lambda block, h, _k: run_layer(block, "full_attention", h, inputs, None))
     difference = (plain - trained_states(model, tokens)).abs().amax((0, 1, 3))
@@ -90,7 +90,7 @@ def test_a_mask_of_queries_and_keys_is_obeyed_in_every_step(
     mask = ((document[:, None] == document) & torch.ones(12, 12, dtype=torch.bool).tril())[None, None]
     if implementation == "eager":
         mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
-    (hidden,) = model.early_decoded(tokens, position_ids=positions)
+    hidden = model.hidden_states(tokens, position_ids=positions)
     targets = torch.randint(97, (1, 12, 3))
     coefficients = torch.ones(targets.shape, dtype=torch.float64)
     given = mask if form == "boolean" else {"full_attention": mask}
@@ -104,7 +104,7 @@ def test_a_mask_of_queries_and_keys_is_obeyed_in_every_step(
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention", None])
 def test_attention_that_takes_no_such_mask_is_refused(implementation: str | None) -> None:
     with pytest.raises(
-        ValueError, match=r"attn_implementation=.* does not take\. Load the model with .*'sdpa', or 'eager'"
+        ValueError, match=r"attn_implementation=.* does not support\. Load the model with .*'sdpa' or 'eager'"
     ):
         ChainedSteps(None, torch.arange(4)[None], lambda positions: positions, implementation)
 
@@ -168,7 +168,7 @@ def test_heads_on_the_stream_read_the_stream(exact: Exact, ids: Ids) -> None:
     model = with_heads(base, STREAM)
     entered: list[Tensor] = []
     base.model.norm.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
-    (hidden,) = model.early_decoded(ids(1, 9))
+    hidden = model.hidden_states(ids(1, 9))
     read = model.head_input(hidden)
     stream = entered[0]
     assert F.cosine_similarity(read, stream, dim=-1).min() > 1 - 1e-10

@@ -1,8 +1,8 @@
 """Arithmetic with exact answers: generated questions for training with a reward, and demonstrations to warm up on.
 
-A question is written in characters, ``12*34=``, and answered by the number and the end of the text. Whether an answer is right is
-known without executing anything, which makes this the smallest task on which reinforcement learning from a verifiable reward can
-be seen to work.
+A question is written in characters, ``12*34=``, and answered by the number and the end of the text. Answers are checked without
+executing anything. That makes this the smallest task on which reinforcement learning from a verifiable reward can be seen to
+work.
 
 Questions are *held out* by their operands: an unordered pair of numbers is either trained on or held out, whatever the operation
 and the order, so that no answer to a held-out question is known from its mirror image.
@@ -18,24 +18,22 @@ import torch
 from jaxtyping import Float, Int
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 from mull.data.packing import PackedDataset, TokenizedExample, pack_tokenized_examples
 
 CHARACTERS = "0123456789+-*="
 OPERATIONS = "+-*"
 HELD_OUT_EVERY = 8
-"""One pair of operands in this many is held out, in the mean."""
+"""On average, one pair of operands in this many is held out."""
 
 MAX_DIGITS = 6
-"""Products of longer numbers are no exercise in characters."""
+"""Longer numbers would make products that are too hard to compute in characters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArithmeticTask:
-    """Which questions are asked. Token ``i < 10`` is the digit ``i``.
+    """The kind of questions to ask. Token ``i < 10`` is the digit ``i``.
 
     Raises:
         ValueError: no or too many digits, unknown or repeated operations, or a negative seed.
@@ -48,12 +46,12 @@ class ArithmeticTask:
     """Some of ``+``, ``-`` and ``*``, each drawn equally often. A difference may be negative."""
 
     seed: int = 0
-    """Equal seeds ask equal questions. Which operands are held out does not depend on it."""
+    """Not negative. Which operands are held out does not depend on it."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.digits <= MAX_DIGITS or self.seed < 0:
             raise ValueError(
-                f"digits={self.digits} must lie in [1, {MAX_DIGITS}], and seed={self.seed} not be negative."
+                f"digits={self.digits} must lie in [1, {MAX_DIGITS}], and seed={self.seed} must not be negative."
             )
         if (
             not self.operations
@@ -64,7 +62,7 @@ class ArithmeticTask:
 
     @property
     def pad_id(self) -> int:
-        """Token that fills prompts from the left and answers from the right."""
+        """Token that pads prompts on the left and answers on the right."""
         return len(CHARACTERS)
 
     @property
@@ -94,7 +92,7 @@ class ArithmeticTask:
             ValueError: a character is not one of ``0123456789+-*=``.
         """
         if unknown := set(text) - set(CHARACTERS):
-            raise ValueError(f"{text!r} holds {sorted(unknown)}: the task is written in {CHARACTERS!r}.")
+            raise ValueError(f"{text!r} contains {sorted(unknown)}: only the characters {CHARACTERS!r} can be encoded.")
         return [CHARACTERS.index(character) for character in text]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -107,20 +105,17 @@ class ArithmeticTask:
         Args:
             number: Number of the batch, from 0.
             rows: Questions, B.
-            train: Ask about the operands that are trained on; else about those that are held out.
+            train: Use the operands that are trained on, not the held-out ones.
 
         Returns:
-            A batch for generation.
-
-            * ``input_ids [B, P]``: questions, padded on the left;
-            * ``attention_mask [B, P]`` int64: 0 at padding;
-            * ``answers [B, A]``: what `reward` expects: digits, the end, padding on the right.
+            ``input_ids [B, P]``, questions padded on the left; ``attention_mask [B, P]`` int64, 0 at padding; ``answers [B,
+            A]``, the right answers for `reward`: digits, the end, padding on the right.
 
         Raises:
             ValueError: `number` is negative or `rows` not positive.
         """
         if number < 0 or rows < 1:
-            raise ValueError(f"number={number} must not be negative and rows={rows} must be positive.")
+            raise ValueError(f"number={number} must not be negative, and rows={rows} must be positive.")
         texts = self._draw((self.seed, number), rows, train)
         questions = [self.encode(question) for question, _ in texts]
         answers = [[*self.encode(answer), self.eos_id] for _, answer in texts]
@@ -135,8 +130,8 @@ class ArithmeticTask:
         """Grade completions: 1 for the exact answer followed by the end of the text, else 0.
 
         Args:
-            completions: Generated tokens without the prompt. What comes behind the end of the text does not count.
-            batch: Of `prompts`; only its ``answers`` are read, a row per completion.
+            completions: Generated tokens without the prompt. Tokens after the end of the text do not count.
+            batch: Batch of `prompts`. Only its ``answers`` are read, one row per completion.
 
         Returns:
             float32, on the device of the completions. A leading zero, a missing end and ``-0`` are wrong.
@@ -147,18 +142,16 @@ class ArithmeticTask:
         return ((given == answers) | (answers == self.pad_id)).all(1).float()
 
     def demonstrations(self, n_questions: int, length: int) -> PackedDataset:
-        """Questions of the training part with their right answers, to train on before there is any reward.
+        """Training questions, drawn with replacement, and their right answers, for a model that does not yet earn any reward.
 
-        Args:
-            n_questions: Drawn with replacement.
-            length: Tokens per row; examples are packed whole, and labels are -100 in the questions.
+        Examples are packed whole into rows of `length` tokens, and labels are -100 in the questions.
 
         Raises:
             ValueError: `n_questions` is not positive, or no question fits into a row.
         """
         if n_questions < 1:
             raise ValueError(f"n_questions={n_questions} must be positive.")
-        # Three numbers: no batch of `prompts` has the same generator.
+        # The seed has three numbers, those of `prompts` have two: no batch repeats these questions.
         texts = self._draw((self.seed, 0, 1), n_questions, train=True)
         examples = [TokenizedExample(self.encode(text), [*self.encode(answer), self.eos_id]) for text, answer in texts]
         return pack_tokenized_examples(examples, length=length, pad_id=self.pad_id, vocab_size=self.vocab_size)
@@ -183,9 +176,9 @@ def _question(left: int, right: int, operation: str) -> tuple[str, str]:
 
 
 def _held_out(operands: np.ndarray) -> np.ndarray:
-    """Whether pairs [B, 2] are held out [B], by a hash of the smaller and the larger number."""
+    """[B]: whether the pairs [B, 2] are held out, by a hash of the smaller and the larger number."""
     pair = operands.min(1).astype(np.uint64) * np.uint64(10**MAX_DIGITS) + operands.max(1).astype(np.uint64)
-    # The finalizer of SplitMix64 (Steele et al. 2014), which spreads consecutive numbers over all bits.
+    # The finalizer of SplitMix64 (Steele et al. 2014), so that neighbouring numbers get independent hashes.
     pair = pair + np.uint64(0x9E3779B97F4A7C15)
     pair = (pair ^ (pair >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     pair = (pair ^ (pair >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -194,7 +187,7 @@ def _held_out(operands: np.ndarray) -> np.ndarray:
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """The vocabulary of `mull.data.arithmetic`: one token per character, padding, the end of the text."""
+    """A tokenizer with the vocabulary of `ArithmeticTask`."""
     names = [*CHARACTERS, "<pad>", "<eos>"]
     characters = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")

@@ -1,23 +1,23 @@
-"""Chain to root: a task whose questions need one step of thought per hop, and which is generated, never downloaded.
+"""Chain to root: a generated task whose questions need one step of thought per hop.
 
-A prompt lists the edges of a few chains in random order, ``source destination ;``, so that a node's successor is one
-look-up away and its root as many look-ups as it has hops. The root of a chain points to itself, which makes it a fixed
-point: thinking longer than needed keeps the answer. Every node is then asked once::
+A prompt lists the edges of a few chains in random order, ``source destination ;``. Finding a node's successor takes one look-up,
+finding its root as many look-ups as it has hops. The root of a chain points to itself, so thinking longer than needed keeps the
+answer. Then every node is asked once::
 
     7 2 ; 0 7 ; 2 2 ; 5 0 ; ...   0 1 2 3 ... 15  end
     '------- edges -------'      '-- queries --'
 
-A query is the node's own token. It sees the prompt and itself, and all queries have the same position, so that a prompt
-is encoded once for all of them and they cannot help each other.
+A query is the node's own token. It sees the prompt and itself, and all queries have the same position, so that one prompt serves
+all of them and they cannot help each other.
 
-Depth that is *held out* is held out honestly: a training batch has no label at all at a query with more than
-`max_train_hops` hops, and the questions with fewer hops never pass through such a node.
+Training never sees held-out depth: its batches have no label at queries with more than `max_train_hops` hops, and the answers to
+shallower questions never pass through such nodes.
 
 Shapes: B batch, T tokens of the prompt, the queries and the end, N nodes, C chains, L nodes per chain, K = L - 1 hops.
 
 Source:
-    Variable chains as in arXiv:2502.17416 (depth-k variable assignment), reduced to pure look-up. Supervising every
-    iteration with the node that it should have reached follows SIM-CoT (arXiv:2509.20317) and LOTUS (arXiv:2606.31779).
+    Variable chains as in arXiv:2502.17416 (depth-k variable assignment), reduced to pure look-up. Supervising every iteration
+    with the node that it should have reached follows SIM-CoT (arXiv:2509.20317) and LOTUS (arXiv:2606.31779).
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORED = -100
+from mull.ops.targets import IGNORED
+
 TOKENS_PER_EDGE = 3
 
 
@@ -35,22 +36,22 @@ TOKENS_PER_EDGE = 3
 class ChainTask:
     """The sizes of the task. Nodes are tokens ``0 .. n_nodes - 1``.
 
-    A guess among all nodes is right with probability ``1 / n_nodes``, a guess among the roots with ``1 / n_chains``. A
-    model that follows exactly ``j`` edges answers the questions with at most ``j`` hops: with the default sizes and one
-    edge per iteration 14.3 % of the questions with 1 to 7 hops at one iteration and 71.4 % at five.
+    A guess among all nodes is right with probability ``1 / n_nodes``, a guess among the roots with ``1 / n_chains``. A model that
+    follows exactly ``j`` edges answers the questions with at most ``j`` hops. With the default sizes and one edge per iteration,
+    that is 14.3 % of the questions with 1 to 7 hops at one iteration, and 71.4 % at five.
 
     Raises:
         ValueError: chains of fewer than two nodes or of unequal length, or no depth left to train on.
     """
 
     n_nodes: int = 16
-    """Nodes of one prompt, and tokens that name them."""
+    """Nodes of one prompt."""
 
     n_chains: int = 2
     """Chains of equal length that the nodes form; each has a root."""
 
     max_train_hops: int = 5
-    """Deepest question that training supervises. Deeper ones are asked in evaluation only."""
+    """Hops of the deepest question that training supervises. Evaluation also asks deeper ones."""
 
     def __post_init__(self) -> None:
         if self.n_chains < 1 or self.n_nodes % self.n_chains or self.n_nodes < 2 * self.n_chains:
@@ -66,7 +67,7 @@ class ChainTask:
 
     @property
     def max_hops(self) -> int:
-        """Hops from the far end of a chain to its root, the deepest question."""
+        """Hops of the deepest question, from the far end of a chain to its root."""
         return self.n_nodes // self.n_chains - 1
 
     @property
@@ -76,7 +77,7 @@ class ChainTask:
 
     @property
     def end_id(self) -> int:
-        """Token that closes a row. It is where the label of the last query stands, because labels are not shifted."""
+        """Token that ends a row. Labels are not shifted, so the label of the last query is at this token."""
         return self.n_nodes + 1
 
     @property
@@ -99,7 +100,7 @@ class ChainTask:
 
         Args:
             batch_size: Prompts of a batch; each asks `n_nodes` questions.
-            seed: Equal seeds give equal batches. Training and evaluation batches of one seed are different prompts.
+            seed: Not negative. Training and evaluation batches of one seed are different prompts.
             train: Leave the questions with more than `max_train_hops` hops without labels.
 
         Returns:
@@ -107,16 +108,17 @@ class ChainTask:
 
             * ``input_ids [B, T]``, ``position_ids [B, T]``;
             * ``attention_mask [B, 1, T, T]`` boolean, True where a token may attend;
-            * ``labels [B, T]``: the root, one position *after* each query, as unshifted labels stand;
-            * ``step_labels [B, T, K]``: *at* each query the node that is ``1 .. K`` hops away; iteration ``j`` (from 1)
-              is supervised with ``[..., j - 1]``, and the last entry is the root;
+            * ``labels [B, T]``: the root, one position *after* each query, because labels are not shifted;
+            * ``step_labels [B, T, K]``: *at* each query the node that is ``1 .. K`` hops away. Iteration ``j`` (from 1) is
+            supervised
+              with ``[..., j - 1]``; the last entry is the root;
             * ``hops [B, T]``: at each labelled query its distance to the root, 0 for the root itself; -1 elsewhere.
 
         Raises:
             ValueError: `batch_size` is not positive, or `seed` is negative.
         """
         if batch_size < 1 or seed < 0:
-            raise ValueError(f"batch_size={batch_size} must be positive and seed={seed} not negative.")
+            raise ValueError(f"batch_size={batch_size} must be positive, and seed={seed} must not be negative.")
         position_ids, attention_mask = self._positions(), self._attention_mask()
 
         def batch(index: int) -> dict[str, Tensor]:
@@ -163,7 +165,7 @@ class ChainTask:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _positions(self) -> Tensor:
-        """Position ids [1, T]: the prompt counts, every query stands right after it, the end follows."""
+        """Position ids [1, T]: those of the prompt rise, every query has the next one, the end the one after."""
         prompt = torch.arange(self.prompt_length)
         queries = torch.full((self.n_nodes,), self.prompt_length)
         return torch.cat([prompt, queries, torch.tensor([self.prompt_length + 1])])[None]
@@ -179,12 +181,12 @@ def accuracy_by_hops(predictions: Tensor, batch: Mapping[str, Tensor]) -> dict[i
     """Count right answers by the number of hops that a question needs.
 
     Args:
-        predictions: Predicted token *at* each position [B, T]; only the positions of labelled queries count.
+        predictions: Predicted token *at* each position [B, T]; only labelled queries count.
         batch: A batch of `ChainTask.batches`.
 
     Returns:
-        Distance to the root -> (right answers, questions), for the distances that occur. 0 is the question for a root
-        itself, which a model that copies its input answers, so averages are best taken over 1 and more.
+        Distance to the root -> (right answers, questions), for the distances that occur. Exclude 0 from averages: a model that
+        copies its input answers the question for a root.
     """
     hops = batch["hops"]
     right = predictions == batch["step_labels"][..., -1]

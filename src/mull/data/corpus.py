@@ -1,4 +1,4 @@
-"""Documents that every machine has: the sources of the Python standard library."""
+"""A corpus that every machine has: the sources of the Python standard library."""
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ HELD_OUT_EVERY = 20
 
 
 class Corpus(NamedTuple):
-    """Documents, split by file: no file is in both parts."""
+    """Documents, split by file."""
 
     train: list[Document]
     held_out: list[Document]
@@ -40,15 +40,15 @@ class Corpus(NamedTuple):
 def load_stdlib() -> Corpus:
     """Read the sources of the running Python's standard library.
 
-    Tests, caches, installed packages, code pages, machine-specific files and very small or large files are left out. A
-    file is held out when the hash of its path says so, hence on every machine and in every version alike; it is about
-    one in twenty.
+    Tests, caches, installed packages, code pages, machine-specific files, very small or large files and files that are not
+    UTF-8 are left out. About one file in twenty is held out, by a hash of its path, so the same one on every machine and in
+    every version.
 
     Returns:
-        Documents sorted by path, named by their path inside the library. Files that are not UTF-8 are left out.
+        Documents sorted by path, named by their path inside the library.
 
     Raises:
-        FileNotFoundError: this Python comes without the sources of its library, as some zipped ones do.
+        FileNotFoundError: this Python lacks the sources of its library, as some zipped installations do.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     corpus = Corpus([], [])
@@ -64,7 +64,7 @@ def load_stdlib() -> Corpus:
         part.append(Document(relative.as_posix(), text))
     if not corpus.train or not corpus.held_out:
         raise FileNotFoundError(
-            f"{root} does not hold the sources of the standard library. Use a Python installation that has them, or "
+            f"{root} does not contain the sources of the standard library. Use a Python installation that has them, or "
             "load your own files with mull.data.sources.load_documents."
         )
     return corpus
@@ -72,7 +72,7 @@ def load_stdlib() -> Corpus:
 
 def _sources(root: Path) -> Iterator[Path]:
     for folder, subfolders, files in os.walk(root):
-        # Pruned before they are entered: installed packages can be many thousand files.
+        # In place, so that os.walk does not enter them: installed packages can be many thousand files.
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS and not _is_machine_specific(name)]
         yield from (Path(folder, name) for name in files if name.endswith(".py") and not _is_machine_specific(name))
 
@@ -87,12 +87,9 @@ def _is_held_out(name: str) -> bool:
 
 
 def subsample(documents: Sequence[Document], max_bytes: int, seed: int = 0) -> list[Document]:
-    """Draw documents at random until `max_bytes` of UTF-8 text are full.
+    """Draw documents at random, without replacement, up to `max_bytes` of UTF-8 text.
 
-    Args:
-        documents: What to draw from, without replacement. A drawn document that does not fit any more is passed over.
-        max_bytes: Upper bound of the total size.
-        seed: Equal seeds draw equal documents from equal lists.
+    A drawn document that no longer fits is skipped. Equal seeds draw equal documents from equal lists.
 
     Returns:
         The drawn documents in the order of `documents`.

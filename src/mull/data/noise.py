@@ -1,8 +1,8 @@
-"""Plant noise into packed documents, to see whether a training method finds it.
+"""Plant noise into packed documents, to measure whether a training method avoids it.
 
-Rho-1 trains on the tokens from which a model can still learn (arXiv:2404.07965). Which tokens those are is not known in natural
-text; here it is: a planted token cannot be predicted from anything, so a method that selects well passes it over. The mask is
-there to measure that, and must not be shown to the method.
+Rho-1 trains on the tokens from which a model can still learn (arXiv:2404.07965). In natural text these are not known. A planted
+token, however, cannot be predicted from anything, so a good selection skips it. The mask of planted tokens is for measuring
+only; the method must not see it.
 """
 
 from collections.abc import Collection
@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mull.data.packing import IGNORED, PackedDataset
+from mull.data.packing import PackedDataset
+from mull.ops.targets import IGNORED
 
 
 def plant_noise(
@@ -30,17 +31,16 @@ def plant_noise(
 
     Args:
         dataset: Packed documents; not changed.
-        share: Share of the targets to replace, from 0 to 1, of those that are not special. Exactly this many are, rounded to the
-            nearest number.
-        vocab_size: Replacements are drawn from ``0 .. vocab_size - 1``, without the special tokens and the token itself.
-        special_ids: Such as padding and the end of a text: neither replaced nor drawn.
-        seed: Equal seeds plant equal noise.
-        where: ``labels`` changes what is to be predicted and leaves the input as it is, so that noise does nothing else.
-            ``tokens`` changes both, as in a corpus with wrong tokens: the tokens behind one are then harder, too.
+        share: Share of the targets that are not special to replace, from 0 to 1. The number of targets is exact, after rounding.
+        vocab_size: Replacements are drawn from ``0 .. vocab_size - 1``, except special tokens and the replaced token itself.
+        special_ids: Tokens that are neither replaced nor drawn, such as padding and the end of a text.
+        seed: Not negative. Equal seeds plant equal noise.
+        where: ``labels`` changes only what is predicted, so noise has no other effect. ``tokens`` also changes the input, as in a
+            corpus with wrong tokens, which makes the tokens after them harder to predict.
 
     Returns:
-        The noisy dataset, and a mask that is True where a label was replaced. Noise is fixed: several epochs show the same, and a
-        model can learn it by heart. ``bytes_per_token`` is None, because the texts are no longer those.
+        The noisy dataset, and a mask that is True where a label was replaced. The noise is the same in every epoch, so a
+        model can memorise it. ``bytes_per_token`` is None, because the texts have changed.
 
     Raises:
         ValueError: `share` is not in [0, 1], `seed` is negative, or fewer than two tokens are not special.
@@ -59,7 +59,7 @@ def plant_noise(
     mask = np.zeros(labels.shape, dtype=bool)
     mask.flat[chosen] = True
 
-    # One of all but the last; where that is the token itself, the last: uniform over the others.
+    # Draw among all but the last, and replace the token itself by the last: uniform over the other tokens.
     drawn = drawable[rng.integers(len(drawable) - 1, size=len(chosen))]
     noise = np.where(drawn == labels.flat[chosen], drawable[-1], drawn)
     changed = {"labels": dataset.labels.clone()}

@@ -1,9 +1,8 @@
-"""Pack documents, or examples of a prompt and a completion, into rows of one length, and keep them apart.
+"""Pack documents, or examples of a prompt and a completion, into rows of one length, without mixing them.
 
-Documents follow each other in a row. ``position_ids`` restart at each of them, which is how a model is told where one
-ends, and the first token of each has no label, because it would be predicted from another document. Attention and
-recurrent layers must both respect the restarts: a model that only resets its positions still carries recurrent state
-into the next document.
+Documents follow each other in a row. ``position_ids`` restart at each document; the model reads the boundaries from them. The
+first token of a document has no label, because it would be predicted from another document. Attention and recurrent layers
+must both respect the restarts: a model that only resets positions still carries recurrent state into the next document.
 
 Shapes: N rows, T tokens per row.
 """
@@ -20,10 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mull.data.tasks import Example
+from mull.ops.targets import IGNORED
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,17 +32,17 @@ class PackedDataset:
     """[N, T] int64."""
 
     labels: Tensor
-    """[N, T] int64: ``input_ids`` (not shifted), -100 at the first token of each document, at padding and in prompts."""
+    """[N, T] int64: ``input_ids``, not shifted; -100 at the first token of each document, at padding and in prompts."""
 
     position_ids: Tensor
     """[N, T] int64: position in the document; 0 begins the next one. Padding is a document of its own."""
 
     bytes_per_token: float | None = None
-    """UTF-8 bytes of the packed texts per token, to turn a mean loss in nats into bits per byte:
-    ``loss / (ln 2 * bytes_per_token)``. Prompts do not count. None where token ids were packed, whose texts are not known."""
+    """UTF-8 bytes of the packed texts per token, without prompts; None if the texts are not known. It turns a mean loss in
+    nats into bits per byte: ``loss / (ln 2 * bytes_per_token)``."""
 
     rewards: Tensor | None = None
-    """[N, T] float32: at every token the outcome of its example, 0 at padding. None where no outcomes are known."""
+    """[N, T] float32: outcome of each token's example, 0 at padding; None if outcomes are not known."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -59,7 +57,7 @@ class PackedDataset:
         return batch if self.rewards is None else {**batch, "rewards": self.rewards[indices]}
 
     def in_order(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """Every row once, in order, as an evaluation needs them. The last batch may be smaller.
+        """Every row once, in order, for evaluation. The last batch may be smaller.
 
         Raises:
             ValueError: `batch_size` is not positive.
@@ -76,9 +74,9 @@ def pack_texts(
 
     Args:
         texts: One string per document.
-        tokenizer: Must have an ``eos_token``, which also fills the last row if there is no ``pad_token``.
+        tokenizer: Must have an ``eos_token``, which also pads the last row if there is no ``pad_token``.
         length: Tokens per row.
-        vocab_size: Size of the model's vocabulary, where it is to be checked.
+        vocab_size: Size of the model's vocabulary; if given, tokens are checked against it.
 
     Raises:
         ValueError: the tokenizer has no end-of-text token, no document has text, or a token is outside the vocabulary.
@@ -113,17 +111,14 @@ def pack_tokens(
     vocab_size: int | None = None,
     bytes_per_token: float | None = None,
 ) -> PackedDataset:
-    """Pack token ids: documents in their order, each row filled to the end.
+    """Pack token ids: documents in their order, every row filled to the end.
 
-    A document that reaches beyond its row goes on in the next one as a document of its own. Documents of fewer than two
-    tokens hold no target and are left out, and so are rows without any.
+    What is left of a document at the end of a row begins the next row as a document of its own. Documents of fewer than two
+    tokens have no target and are dropped, and so are rows without a target.
 
     Args:
-        documents: Token ids of each document.
         length: Tokens per row.
         pad_id: Token that fills the last row.
-        vocab_size: Size of the model's vocabulary, where it is to be checked.
-        bytes_per_token: Kept in the dataset.
 
     Raises:
         ValueError: rows of fewer than two tokens, no document of at least two, or a token outside the vocabulary.
@@ -157,34 +152,28 @@ def pack_tokens(
 
 
 class TokenizedExample(NamedTuple):
-    """A prompt, what follows it, and whether that is right."""
+    """A prompt and its completion, with an outcome."""
 
     prompt: Sequence[int]
-    """Token ids that are read and not trained on."""
+    """Token ids that are not trained on."""
 
     completion: Sequence[int]
-    """Token ids that are trained on, the end of the text included."""
+    """Token ids that are trained on, including the end of the text."""
 
     outcome: float | None = None
-    """Reward of every token of the example; None where it is not known."""
+    """Reward of every token of the example; None if unknown."""
 
     n_bytes: int | None = None
-    """UTF-8 bytes of the completion's text; None where it is not known."""
+    """UTF-8 bytes of the completion's text; None if unknown."""
 
 
 def pack_examples(
     examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, length: int, vocab_size: int | None = None
 ) -> PackedDataset:
-    """Tokenize examples, end each with the tokenizer's end-of-text token, and pack them whole.
+    """Tokenize examples, end each with the tokenizer's end-of-text token, and pack them as `pack_tokenized_examples` does.
 
-    Prompt and completion are tokenized apart and joined, so that no token reaches across their boundary: at generation, too, the
-    prompt is tokenized without what will follow.
-
-    Args:
-        examples: Either all or none with an outcome.
-        tokenizer: As in `pack_texts`.
-        length: Tokens per row. An example that needs more is left out, see `pack_tokenized_examples`.
-        vocab_size: As in `pack_texts`.
+    Prompt and completion are tokenized separately, so that no token spans both. In generation, too, the prompt is tokenized
+    without its completion.
 
     Raises:
         ValueError: as in `pack_tokenized_examples`, or the tokenizer has no end-of-text token.
@@ -205,33 +194,31 @@ def pack_examples(
 def pack_tokenized_examples(
     examples: Iterable[TokenizedExample], *, length: int, pad_id: int, vocab_size: int | None = None
 ) -> PackedDataset:
-    """Pack examples whole: each goes, in the given order, into the fullest row that still holds it, or else opens a row.
+    """Pack examples whole: each, in the given order, goes into the fullest row that still has room, or else into a new row.
 
-    An example that is longer than a row is left out and counted in the log: its rest would be read without its prompt, and its
-    outcome belongs to its end. Examples without a target are left out, as in `pack_tokens`.
+    Examples longer than a row are dropped, with a warning: their rest would be read without its prompt, and the outcome
+    belongs to the end. Examples without a target are dropped, too.
 
     Args:
         examples: Either all or none with an outcome.
         length: Tokens per row.
-        pad_id: Token that fills the rows.
-        vocab_size: Size of the model's vocabulary, where it is to be checked.
 
     Returns:
-        Rows with ``rewards`` if the examples have outcomes, and ``bytes_per_token`` if the bytes of all are known.
+        Rows with ``rewards`` if the examples have outcomes, and with ``bytes_per_token`` if the bytes of all are known.
 
     Raises:
         ValueError: rows of fewer than two tokens, only some of the examples have an outcome, none fits into a row, or a token is
             outside the vocabulary.
 
     Source:
-        Best-fit packing, arXiv:2404.10830, in the order of the data instead of by length: a row of one size of example would be
-        a batch of one kind of problem.
+        Best-fit packing (arXiv:2404.10830), which sorts by length. We keep the order of the data: rows of examples of one
+        size would make batches of one kind of problem.
     """
     _check_length(length)
     kept = [example for example in examples if len(example.completion) > (not example.prompt)]
     n_outcomes = sum(example.outcome is not None for example in kept)
     if n_outcomes not in (0, len(kept)):
-        raise ValueError(f"{n_outcomes} of {len(kept)} examples have an outcome: give one to all of them, or to none.")
+        raise ValueError(f"{n_outcomes} of {len(kept)} examples have an outcome: give all of them one, or none.")
     fitting = [example for example in kept if _n_tokens(example) <= length]
     if not fitting:
         why = "there are none with a target"
@@ -240,7 +227,7 @@ def pack_tokenized_examples(
         raise ValueError(f"No example fits into a row: {why}. Use longer rows, or check the data.")
     if len(fitting) < len(kept):
         logger.warning(
-            "%d of %d examples are longer than length=%d and left out.", len(kept) - len(fitting), len(kept), length
+            "%d of %d examples are longer than length=%d and dropped.", len(kept) - len(fitting), len(kept), length
         )
     places = _best_fit([_n_tokens(example) for example in fitting], length)
     return _place(fitting, places, length, pad_id, vocab_size)
@@ -251,7 +238,7 @@ def _n_tokens(example: TokenizedExample) -> int:
 
 
 def _best_fit(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
-    """Row and offset of each item, none larger than a row."""
+    """Row and offset of each item. No item is larger than a row."""
     places: list[tuple[int, int]] = []
     open_rows: list[tuple[int, int]] = []  # (tokens left, row), sorted
     n_rows = 0
@@ -260,7 +247,7 @@ def _best_fit(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
         left, row = open_rows.pop(best) if best < len(open_rows) else (length, n_rows)
         n_rows = max(n_rows, row + 1)
         places.append((row, length - left))
-        if left - size >= 2:  # no smaller example has a target
+        if left - size >= 2:  # smaller examples have no target
             bisect.insort(open_rows, (left - size, row))
     return places
 

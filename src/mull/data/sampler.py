@@ -1,4 +1,4 @@
-"""Shuffled batches by number: resuming a run is continuing at a number, and there is no state to save."""
+"""Shuffled batches by number. Resuming a run means continuing at a number; there is no state to save."""
 
 from typing import Protocol, runtime_checkable
 
@@ -20,13 +20,13 @@ class RowDataset(Protocol):
 class ShuffledBatches:
     """Batch number -> batch, a pure function of the number and the seed.
 
-    The epochs, each a random order of all rows, follow each other without a gap: a batch at the end of one is completed
-    from the next, so that every row is used exactly once per epoch whatever the batch size.
+    Every epoch is a random order of all rows. Epochs follow each other without a gap: the last batch of one is completed from the
+    next, so that every row is used exactly once per epoch, whatever the batch size.
 
     Args:
         dataset: Rows to draw from.
         batch_size: Rows per batch.
-        seed: Not negative. Equal seeds give equal orders.
+        seed: Not negative.
 
     Raises:
         ValueError: the dataset has fewer rows than a batch, or the batch size or the seed is out of range.
@@ -34,7 +34,7 @@ class ShuffledBatches:
 
     def __init__(self, dataset: RowDataset, batch_size: int, seed: int = 0) -> None:
         if batch_size < 1 or seed < 0:
-            raise ValueError(f"batch_size={batch_size} must be positive and seed={seed} not negative.")
+            raise ValueError(f"batch_size={batch_size} must be positive, and seed={seed} must not be negative.")
         if len(dataset) < batch_size:
             raise ValueError(
                 f"The dataset has {len(dataset)} rows, fewer than batch_size={batch_size}: "
@@ -49,7 +49,7 @@ class ShuffledBatches:
     def __call__(self, index: int) -> dict[str, Tensor]:
         """The batch with this number, from 0."""
         if index < 0:
-            raise ValueError(f"Batches are numbered from 0, but number {index} was asked for.")
+            raise ValueError(f"index={index} must not be negative: batches are numbered from 0.")
         epoch, start = divmod(index * self.batch_size, len(self.dataset))
         indices = self._order(epoch)[start : start + self.batch_size]
         if missing := self.batch_size - len(indices):

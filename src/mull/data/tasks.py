@@ -1,7 +1,7 @@
-"""Examples with a prompt and a completion, from the files of code benchmarks or from one's own.
+"""Examples with a prompt and a completion, from code benchmarks or your own files.
 
-The prompt is read and not trained on; the completion is. An *outcome* says whether the completion solves the task, which is what
-a critic learns to predict. Nothing is executed here: outcomes are those that the data sets state.
+Prompts are not trained on; completions are. An *outcome* says whether the completion solves the task, which a critic learns to
+predict. Nothing is executed here: outcomes are those that the data sets state.
 
 Source:
     MBPP: Austin et al. 2021 (arXiv:2108.07732). HumanEval: Chen et al. 2021 (arXiv:2107.03374); its longer tests, and the same
@@ -27,7 +27,7 @@ from mull.data.sources import ALL, DATASET, Record, read_records, string_field
 logger = logging.getLogger(__name__)
 
 Schema = Literal["mbpp", "humaneval", "code_contests", "examples"]
-"""How the records of a source are to be read."""
+"""Format of a source's records; see `load_examples`."""
 
 MBPP_SPLITS = {
     "prompt": range(1, 11),
@@ -35,7 +35,7 @@ MBPP_SPLITS = {
     "validation": range(511, 601),
     "train": range(601, 975),
 }
-"""The ``task_id`` of MBPP's splits, in the paper; the sanitized subset keeps the numbers."""
+"""``task_id`` of MBPP's splits, from the paper. The sanitized subset keeps the numbers."""
 
 MBPP_PROMPT = (
     "You are an expert Python programmer, and here is your task: {task} "
@@ -44,12 +44,12 @@ MBPP_PROMPT = (
 """The paper's prompt. A completion ends with the end of the text instead of ``[DONE]``."""
 
 CODE_CONTESTS_PROMPT = "QUESTION:\n{description}\nUse Standard Input format\nANSWER:\n"
-"""The prompt of APPS (arXiv:2105.09938) for programs that read standard input. It does not say whether the solution is right:
-a critic would read that instead of the program."""
+"""The prompt of APPS (arXiv:2105.09938) for programs that read standard input. It does not reveal whether the solution is right,
+or a critic would read that instead of the program."""
 
 
 class Language(IntEnum):
-    """The languages of CodeContests' solutions; `load_examples` reads ``PYTHON3``."""
+    """Languages of CodeContests' solutions; `load_examples` reads ``PYTHON3``."""
 
     UNKNOWN = 0
     PYTHON = 1
@@ -65,20 +65,20 @@ class Example:
     """One task with one answer.
 
     Raises:
-        ValueError: the outcome is no number from 0 to 1.
+        ValueError: the outcome is not a number from 0 to 1.
     """
 
     name: str
-    """The problem. Several answers to one problem have one name."""
+    """The problem. All answers to it have this name."""
 
     prompt: str
-    """What is given. It is not trained on."""
+    """The task, which is not trained on."""
 
     completion: str
     """The answer, which is trained on."""
 
     outcome: float | None = None
-    """1.0 for a right answer, 0.0 for a wrong one, between them a partly right one; None where it is not known."""
+    """1.0 for a right answer, 0.0 for a wrong one, between them for a partly right one; None if unknown."""
 
     def __post_init__(self) -> None:
         if self.outcome is not None and not 0 <= self.outcome <= 1:
@@ -93,20 +93,20 @@ def load_examples(
     """Read the examples of a data set.
 
     * ``mbpp``: ``task_id``, ``text`` (sanitized: ``prompt``), ``code``, ``test_list``; one example per task, outcome 1.
-    * ``humaneval``: ``task_id``, ``prompt``, ``canonical_solution``, which EvalPlus' HumanEval+ and MBPP+ have, too; one example
-      per task, outcome 1.
+    * ``humaneval``: ``task_id``, ``prompt``, ``canonical_solution``, as also in EvalPlus' HumanEval+ and MBPP+; one example per
+      task, outcome 1.
     * ``code_contests``: ``name``, ``description``, and ``solutions`` and ``incorrect_solutions``, each with the lists
       ``language`` and ``solution``; one example per solution in Python 3, outcome 1 or 0.
     * ``examples``: ``prompt``, ``completion``, optionally ``outcome`` and ``name``; one example per record.
 
-    Line ends of the benchmarks' texts become those of Unix: MBPP's file has the other kind in its programs. HumanEval and the
-    test split of MBPP are what models are compared on: train on them to test a pipeline only.
+    Windows line ends become Unix ones: MBPP's programs have the former. Models are compared on HumanEval and the test split
+    of MBPP: train on them only to test a pipeline.
 
     Args:
-        source: As in `mull.data.sources.read_records`; `HumanEval.jsonl.gz` is read as it is.
+        source: As in `mull.data.sources.read_records`. `HumanEval.jsonl.gz` needs no unpacking.
         schema: One of the above.
-        split: For ``mbpp`` one of prompt, test, validation, train (by ``task_id``, wherever the records come from) or ``all``;
-            it must be given. For the others a split of a dataset ``hf:…``.
+        split: For ``mbpp`` required, by ``task_id``: prompt, test, validation, train or ``all``. For the others a split of a
+            dataset ``hf:…``.
         config: As in `mull.data.sources.load_documents`.
 
     Raises:
@@ -142,7 +142,7 @@ def _not_empty(examples: list[Example], what: str) -> list[Example]:
 def _task_id(record: Record) -> int:
     number = record.fields.get("task_id")
     if not isinstance(number, int):
-        raise ValueError(f"{record.place} has {number!r} as task_id: MBPP numbers its tasks from 1 to 974.")
+        raise ValueError(f"{record.place} has task_id={number!r}: MBPP numbers its tasks from 1 to 974.")
     return number
 
 
@@ -193,23 +193,22 @@ SCHEMAS: dict[str, tuple[Callable[[Record], Iterable[Example]], tuple[str, ...]]
     "code_contests": (_code_contests, ("name", "description", "solutions", "incorrect_solutions")),
     "examples": (_example, ("name", "prompt", "completion", "outcome")),
 }
-"""How a record becomes examples, and the columns that this reads."""
+"""Function that turns a record into examples, and the columns that it reads."""
 
 
 def pairs(
     examples: Iterable[Example], *, per_problem: int | None = None, corrupt: bool = False, seed: int = 0
 ) -> list[tuple[Example, Example]]:
-    """Pair right with wrong answers to the same problem, as many of one kind as of the other.
+    """Pair right with wrong answers to the same problem. No answer is in two pairs.
 
     Args:
-        examples: With outcomes 1 and 0; answers to one problem have one name.
-        per_problem: Most pairs of one problem; None: as many as its rarer kind has. No answer is in two pairs.
-        corrupt: Give a problem without wrong answers synthetic ones, by `corrupted`.
-        seed: Which answers are drawn, and how they are paired and corrupted.
+        examples: With outcomes 1 and 0. Answers to one problem have one name.
+        per_problem: Maximum of pairs per problem; None pairs as many as possible.
+        corrupt: Make synthetic wrong answers, with `corrupted`, for problems that have none.
+        seed: For drawing, pairing and corrupting answers.
 
     Returns:
-        ``(right, wrong)`` in the order in which the problems first occur. Problems that have only one kind are left out, and
-        counted in the log.
+        ``(right, wrong)`` in the order in which the problems first occur. Problems without a pair are dropped, with a warning.
 
     Raises:
         ValueError: an outcome is neither 0 nor 1, `per_problem` is not positive, or no pair is left.
@@ -230,7 +229,7 @@ def pairs(
         raise ValueError(f"None of {len(problems)} problems has both right and wrong answers{hint}.")
     n_left_out = len(problems) - len({right.name for right, _ in found})
     if n_left_out:
-        logger.warning("%d of %d problems are left out: they lack right or wrong answers.", n_left_out, len(problems))
+        logger.warning("%d of %d problems are dropped: they lack right or wrong answers.", n_left_out, len(problems))
     return found
 
 
@@ -267,36 +266,29 @@ SWAPS = {
     "True": "False",
     "False": "True",
 }
-"""Operators and constants, and what replaces them."""
+"""Replacements of operators and constants."""
 
 
 def corrupted(example: Example, rng: np.random.Generator) -> Example:
     """Make a synthetic wrong answer: change one operator, constant or variable of a right one.
 
-    The change is made in the text, so that everything else stays as it was, and it always changes the syntax tree. It is not
-    executed: 8 % of the programs made from MBPP's (68 of 843) still pass its three tests. Wrong answers by people or models
-    are better where there are any.
-
-    Args:
-        example: The completion, or the prompt followed by it, must be Python.
-        rng: Chooses the change among all possible ones, and advances.
-
-    Returns:
-        The example with the changed completion and the outcome 0.
+    The completion, or the prompt followed by it, must be Python. The change keeps the rest of the text as it was, and always
+    changes the syntax tree. The result is not executed: 8 % of the programs made from MBPP's (68 of 843) still pass its three
+    tests. Prefer wrong answers by people or models.
 
     Raises:
-        ValueError: the completion is not Python, or holds nothing that could be changed.
+        ValueError: the completion is not Python, or has nothing that could be changed.
     """
     wrong = _corrupt(example, rng)
     if wrong is None:
         raise ValueError(
-            f"{example.name} cannot be corrupted: its completion is no Python with an operator or a variable."
+            f"{example.name} cannot be corrupted: its completion is not Python with an operator or a variable."
         )
     return wrong
 
 
 def _corrupt(example: Example, rng: np.random.Generator) -> Example | None:
-    for given in ("", example.prompt):  # HumanEval's completions are Python behind their prompts only
+    for given in ("", example.prompt):  # HumanEval's completions are Python only after their prompts
         if (tree := _parse(given + example.completion)) is not None:
             break
     else:
@@ -306,28 +298,28 @@ def _corrupt(example: Example, rng: np.random.Generator) -> Example | None:
     for index in rng.permutation(len(changes)).tolist():
         start, end, replacements = changes[index]
         changed = program[:start] + replacements[rng.integers(len(replacements))] + program[end:]
-        if _parse(changed) is not None:  # not so for the star of *args
+        if _parse(changed) is not None:  # the * of *args, for one, cannot be swapped
             return replace(example, completion=changed[len(given) :], outcome=0.0)
     return None
 
 
 def _parse(program: str) -> ast.Module | None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escape sequences in the strings of other people's programs
+        warnings.simplefilter("ignore")  # about invalid escape sequences in strings
         try:
             return ast.parse(program)
-        except (SyntaxError, ValueError):  # the second for surrogates, which JSON can hold
+        except (SyntaxError, ValueError):  # ValueError: surrogates, which JSON allows
             return None
 
 
 def _changes(program: str, tree: ast.Module) -> Iterator[tuple[int, int, Sequence[str]]]:
     """Beginning, end and possible replacements of each token that can be changed."""
-    lines = list(io.StringIO(program, newline=""))  # as the parser counts them, and nothing translated
+    lines = list(io.StringIO(program, newline=""))  # split as the parser does, line ends kept
     starts = [0, *itertools.accumulate(map(len, lines))]
     read, variables = _variables(tree, lines)
     try:
         tokens = list(tokenize.generate_tokens(iter(lines).__next__))
-    except (tokenize.TokenError, SyntaxError):  # a backslash at the very end, which the parser lets pass
+    except (tokenize.TokenError, SyntaxError):  # a backslash at the very end, which the parser accepts
         return
     for token in tokens:
         row, column = token.start
@@ -344,7 +336,7 @@ def _changes(program: str, tree: ast.Module) -> Iterator[tuple[int, int, Sequenc
 
 
 def _variables(tree: ast.Module, lines: Sequence[str]) -> tuple[set[tuple[int, int]], list[str]]:
-    """Where the variables that the program binds are read, as (line, column in characters), and their names."""
+    """Where the program reads variables that it binds, as (line, column in characters), and the names of these variables."""
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     bound = {node.id for node in names if isinstance(node.ctx, ast.Store)}
     bound |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}

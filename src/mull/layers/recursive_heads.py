@@ -1,10 +1,11 @@
-"""How a recursive head runs in training: with the keys that decoding gives it.
+"""Training of a recursive head with the keys that it sees in decoding.
 
-Decoding drafts from position ``i`` in steps. Step 1 has the true state of every position up to ``i`` and leaves a key for each.
-Step k stands at position ``i + k - 1``, reads what step ``k - 1`` wrote, and attends to the keys of step 1 up to ``i`` and to
-those of its own chain, which steps 2 to k left. In training every position begins a chain, and all chains take a step together.
-FastMTP (arXiv:2509.18362) attends over the states of step k of all positions instead, which decoding never has; the mask here
-is that of EAGLE-3's training-time test (arXiv:2503.01840).
+Decoding drafts from position ``i`` in steps. Step 1 reads the true state of every position up to ``i`` and stores their keys.
+Step k is at position ``i + k - 1``. It reads what step ``k - 1`` wrote. It attends to the keys of step 1 up to ``i`` and those of
+steps 2 to k of its own chain. In training, every position begins a chain, and all chains take a step together.
+
+The mask is that of EAGLE-3's training-time test (arXiv:2503.01840). FastMTP (arXiv:2509.18362) instead attends to the states of
+step k at all positions, which decoding never has.
 
 Shapes: B batch, T tokens, D model width, H heads of keys, W their width.
 """
@@ -17,27 +18,27 @@ from jaxtyping import Bool
 from torch import Tensor
 
 IMPLEMENTATIONS = ("sdpa", "eager")
-"""Implementations of attention that take any mask."""
+"""Implementations of attention that accept an arbitrary mask."""
 
 
 class StepKeys:
-    """The cache as a recursive head's decoder layer sees it in step k: keys and values of the steps before.
+    """The cache that a recursive head's decoder layer sees in step k: keys and values of earlier steps.
 
-    It does not change with a call, so that checkpointing may run the layer again.
+    A call does not change what the next call returns, so gradient checkpointing may run the layer again.
 
     Args:
-        past: Keys and values of the steps before, ``[B, H, (k - 1) * T, W]`` each; None in step 1.
+        past: Keys and values of steps 1 to ``k - 1``, ``[B, H, (k - 1) * T, W]`` each; None in step 1.
     """
 
     def __init__(self, past: tuple[Tensor, Tensor] | None) -> None:
         self.past = past
         self.present: tuple[Tensor, Tensor] | None = None
-        """Those of step k behind them, once the layer has run."""
+        """Keys and values of steps 1 to k, once the layer has run."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Put a step's keys and values, ``[B, H, T, W]`` each, behind those of the steps before; return all."""
+        """Append the step's keys and values, ``[B, H, T, W]`` each, to those of earlier steps; return all."""
         present = (key_states, value_states)
         if self.past is not None:
             present = (torch.cat([self.past[0], key_states], 2), torch.cat([self.past[1], value_states], 2))
@@ -46,17 +47,17 @@ class StepKeys:
 
 
 class ChainedSteps:
-    """The `mull.layers.heads.RunBlock` of recursive heads in training; for the steps of one call, in their order.
+    """The `mull.layers.heads.RunBlock` of recursive heads in training. Make one per call, and run its steps in order.
 
     Args:
-        mask: What the tokens of the call see of each other, as the backbone's full attention takes it: boolean or additive,
-            ``[B or 1, 1, T, T]``, or None for plain causality.
+        mask: The call's mask in the backbone's full attention: boolean or additive, ``[B or 1, 1, T, T]``, or None for plain
+            causality.
         position_ids: ``[B or 1, T]``.
-        rotary: Position embeddings of such positions.
+        rotary: Computes position embeddings from position ids.
         implementation: Name of the backbone's implementation of attention.
 
     Raises:
-        ValueError: an implementation that takes no mask of this kind.
+        ValueError: an implementation that does not accept such a mask.
     """
 
     def __init__(
@@ -64,8 +65,8 @@ class ChainedSteps:
     ) -> None:
         if implementation not in IMPLEMENTATIONS:
             raise ValueError(
-                f"Heads that run recursively (native, or sequential with share_weights_across_steps) train with a mask that "
-                f"attn_implementation={implementation!r} does not take. Load the model with attn_implementation='sdpa', or "
+                f"Recursive heads (native, or sequential with share_weights_across_steps) train with a mask that "
+                f"attn_implementation={implementation!r} does not support. Load the model with attn_implementation='sdpa' or "
                 "'eager'."
             )
         self._mask = mask
@@ -75,9 +76,9 @@ class ChainedSteps:
         self._keys: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, block: Any, h: Tensor, k: int) -> Tensor:
-        """Take step k with a head's decoder layer: states ``[B, T, D]`` of all chains."""
+        """Run step k of all chains through a head's decoder layer: states ``[B, T, D]``."""
         view = StepKeys(None if k == 1 else self._keys)
-        # Otherwise transformers drops the view under gradient checkpointing; this one may be run again.
+        # Otherwise transformers drops any cache under gradient checkpointing. This one is safe to use twice.
         block._can_checkpoint_with_cache = True
         position_ids = self._position_ids + (k - 1)
         out: Tensor = block(
@@ -103,10 +104,10 @@ class ChainedSteps:
 
 
 def chain_mask(first: Bool[Tensor, "B 1 T T"], k: int) -> Bool[Tensor, "B 1 T K"]:
-    """What step k sees of the keys of steps 1 to k, ``K = k * T``: those of step 1 as step 1 does, and its own chain's.
+    """Mask of step k over the keys of steps 1 to k, ``K = k * T``: step 1's own mask, then only the step's own chain.
 
     Args:
-        first: What step 1 sees of its own keys.
+        first: Mask of step 1 over its own keys.
         k: Number of the step.
     """
     own = torch.eye(first.shape[-1], dtype=torch.bool, device=first.device).expand_as(first)

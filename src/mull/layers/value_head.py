@@ -1,4 +1,4 @@
-"""Value head: estimates from a hidden state how the document will turn out.
+"""Value head: predicts the outcome of a document from its hidden states.
 
 Shapes: B batch, T tokens, D model width.
 """
@@ -10,14 +10,13 @@ from torch.nn import functional as F
 
 
 class ValueHead(nn.Module):
-    """``V = out(silu(inner(h)))``, one number per token: the expected outcome given the tokens up to it, itself included.
+    """``V = out(silu(inner(h)))``, one number per token: the expected outcome given the document up to and including that token.
 
-    The last layer starts at zero, and with it every value. The head computes in fp32 whatever autocast and the dtype of its
-    weights say (fp64 where they are): a token's credit is the difference of two neighbouring values, which bf16 would round
-    away.
+    The last layer, and with it every value, starts at zero. The head computes in fp32 (fp64 if its weights are) whatever autocast
+    and the dtype of its weights: a token's credit is the difference of two neighbouring values, which bf16 would round away.
 
     Args:
-        width: Model width D, at least 2; the inner layer has half of it.
+        width: Model width D, at least 2; the inner layer is half as wide.
 
     Raises:
         ValueError: `width` is smaller than 2.
@@ -26,7 +25,7 @@ class ValueHead(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         if width < 2:
-            raise ValueError(f"width={width} must be at least 2: the inner layer has half of it.")
+            raise ValueError(f"width={width} must be at least 2: the inner layer is half as wide.")
         self.inner = nn.Linear(width, width // 2)
         self.out = nn.Linear(width // 2, 1)
         nn.init.zeros_(self.out.weight)
@@ -46,12 +45,12 @@ def value_loss(
     """Squared error of the values, summed over the targets: ``Σ_j (V(s_j) - G_j)²`` with ``V(s_j) = values[j - 1]``.
 
     Args:
-        values: ``values[b, i]`` of the tokens up to ``i``, itself included.
-        returns: ``returns[b, j]``: what the value before token ``j`` should be (`mull.ops.token_weights.lambda_returns`).
-        valid: True at the targets, `mull.ops.targets.valid_tokens`.
+        values: ``values[b, i]``: estimate after token ``i``.
+        returns: ``returns[b, j]``: the right value before token ``j`` (`mull.ops.token_weights.lambda_returns`).
+        valid: True at the targets (`mull.ops.targets.valid_tokens`).
 
     Returns:
-        The sum, differentiable with respect to `values` only; divide it by the number of targets.
+        The sum, differentiable with respect to `values` only. Divide it by the number of targets for the mean.
     """
     error = values[:, :-1] - returns[:, 1:].detach()
     return torch.where(valid[:, 1:], error, 0).square().sum()

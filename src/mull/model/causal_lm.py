@@ -67,11 +67,15 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         self.model._init_weights(module)
-        if isinstance(module, MTPHeads | NativeHeads):
-            module.start_as_identity(self.model.norm)
+        if isinstance(module, MTPHeads):
+            module.start_as_identity(self.model.norm, self._heads_read_stream)
 
     @property
-    def mtp_heads(self) -> MTPHeads | NativeHeads | None:
+    def _heads_read_stream(self) -> bool:
+        return self.mtp_config is not None and self.mtp_config.native_hidden_state == "stream"
+
+    @property
+    def mtp_heads(self) -> MTPHeads | None:
         """The extra heads, or PEFT's wrapper around them.
 
         They are the submodule ``mtp_heads``; native ones ``mtp``, so that their weights have the names of released checkpoints.
@@ -79,7 +83,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         heads: Any = self._modules.get("mtp_heads", self._modules.get("mtp"))
         return heads
 
-    def attach_heads(self, heads: MTPHeads | NativeHeads) -> None:
+    def attach_heads(self, heads: MTPHeads) -> None:
         """Make these the model's extra heads."""
         setattr(self, "mtp" if heads.kind == "native" else "mtp_heads", heads)
 
@@ -262,8 +266,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """What the first head, or all parallel ones, read where the trunk's final-normed state is `hidden` ``[..., D]``."""
-        reads_stream = self.mtp_config is not None and self.mtp_config.native_hidden_state == "stream"
-        return before_norm(hidden, self.model.norm) if reads_stream else hidden
+        return before_norm(hidden, self.model.norm) if self._heads_read_stream else hidden
 
     def decode_head(
         self,
@@ -328,7 +331,7 @@ def _require_targets(labels: Tensor) -> None:
         )
 
 
-def new_heads(config: MTPConfig, base: MullModel) -> MTPHeads | NativeHeads:
+def new_heads(config: MTPConfig, base: MullModel) -> MTPHeads:
     """Extra heads for a backbone, not initialised."""
     text_config = base.text_config
     n_heads, width = config.num_predict_tokens, text_config.hidden_size
@@ -340,9 +343,8 @@ def new_heads(config: MTPConfig, base: MullModel) -> MTPHeads | NativeHeads:
     def make_norm() -> nn.Module:
         return new_norm(text_config, base.norm)
 
-    if native:
-        return NativeHeads(n_heads, width, make_block, make_norm, config.native_hidden_state == "stream")
-    return MTPHeads(config.mtp_head_type, n_heads, width, make_block, make_norm, config.recursive)
+    make_heads = NativeHeads if native else MTPHeads
+    return make_heads(config.mtp_head_type, n_heads, width, make_block, make_norm, config.recursive)
 
 
 AutoModelForCausalLM.register(MullConfig, MullForCausalLM)

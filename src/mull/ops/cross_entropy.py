@@ -1,7 +1,7 @@
 """Cross-entropy of a vocabulary projection, in bounded memory.
 
-No function here holds the logits of all targets. Rows go through the projection in chunks; the gradient is taken chunk by chunk
-while the logits are there, which needs three matrix products where recomputing them in the backward pass needs four.
+No function here keeps the logits of all targets: rows are projected in chunks. The gradient is computed while a chunk's logits
+exist. That takes three matrix products, where recomputing the logits in the backward pass would take four.
 
 Shapes: N targets, D model width, V vocabulary.
 """
@@ -18,7 +18,7 @@ CHUNK_LOGITS = 2**22
 """Logits (rows · V) of a chunk: 16 MiB in fp32."""
 
 MIN_CHUNK_ROWS = 256
-"""Rows of a chunk at least, so that the matrix products stay efficient with a large vocabulary."""
+"""Smallest number of rows in a chunk, so that matrix products stay efficient with a large vocabulary."""
 
 
 def weighted_cross_entropy(
@@ -30,20 +30,20 @@ def weighted_cross_entropy(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
     """``Σ_n coefficients_n · -ln softmax(hidden_n · weightᵀ)[target_n]``, and each target's loss.
 
-    Drop rows whose coefficient is 0 before the call: they only cost time.
+    Drop rows whose coefficient is 0 before the call: they cost time and change nothing.
 
     Args:
         hidden: Final-normed hidden states, one row per target.
         weight: Unembedding matrix.
         targets: Vocabulary indices.
         coefficients: Weight of each target. No gradient flows into them.
-        weight_gradient: Where given, the sum's gradient with respect to `weight` is added to it at once, for an upstream
-            gradient of 1, and does not flow through autograd: several calls then share one matrix instead of making their own.
-            In fp32 for half-precision weights, or the many small terms are rounded away.
+        weight_gradient: The gradient with respect to `weight`, for an upstream gradient of 1, is added to this matrix immediately
+            instead of going through autograd, so that several calls share one. Use fp32 for half-precision weights, or the many
+            small terms are rounded away.
 
     Returns:
-        The fp32 sum, differentiable once with respect to `hidden` and `weight`; and one fp32 loss per target in nats, detached
-        (both fp64 for fp64 operands). Matrix products run in the autocast dtype where autocast is on, the softmax in fp32.
+        The sum, differentiable once with respect to `hidden` and `weight`, and one detached loss per target in nats; both
+        fp32, or fp64 for fp64 operands. Under autocast the matrix products run in its dtype, the softmax in fp32.
     """
     total, losses = _WeightedCrossEntropy.apply(
         hidden, weight, targets, coefficients, weight_gradient, torch.is_grad_enabled()
@@ -52,7 +52,7 @@ def weighted_cross_entropy(
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
-    """Takes the gradient in the forward pass; the backward pass scales it."""
+    """Computes the gradients in the forward pass; the backward pass scales them."""
 
     @staticmethod
     def forward(
@@ -94,17 +94,10 @@ def cross_entropy_gradients(
     coefficients: Float[Tensor, " N"],
     weight_gradient: Float[Tensor, "V D"] | None,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N D"]]:
-    """Losses of the targets, and the gradient of their sum with `coefficients`, in one pass.
+    """Losses of the targets, fp32 in nats, and the gradient of their weighted sum with respect to `hidden`, in one pass.
 
-    Args:
-        hidden: Final-normed hidden states, one row per target.
-        weight: Unembedding matrix.
-        targets: Vocabulary indices.
-        coefficients: Weight of each target.
-        weight_gradient: The gradient with respect to `weight` is added to it in place; None does not compute that gradient.
-
-    Returns:
-        One fp32 loss per target in nats, and the gradient with respect to `hidden` in the dtype of the matrix products.
+    Arguments are those of `weighted_cross_entropy`. Without `weight_gradient`, the gradient of `weight` is not computed. The
+    gradient of `hidden` has the dtype of the matrix products.
     """
     losses = torch.empty(len(targets), dtype=accurate(hidden.dtype), device=hidden.device)
     hidden, weight = _operands(hidden, weight)
@@ -138,7 +131,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class TokenStatistics(NamedTuple):
-    """What a model's prediction says about each target."""
+    """Statistics of a model's prediction of each target."""
 
     loss: Tensor
     """``[N]`` fp32: ``-ln p(target)`` in nats."""
@@ -150,8 +143,8 @@ class TokenStatistics(NamedTuple):
     """``[N]`` fp32: ``Σ_v p(v)²``."""
 
     alignment: Tensor | None
-    """``[N]`` fp32: ``(p - onehot(target))ᵀ · direction · hidden``, the inner product of `direction` with this target's
-    gradient of the unembedding; None without one."""
+    """``[N]`` fp32: ``(p - onehot(target))ᵀ · direction · hidden``, the inner product of `direction` and this target's gradient
+    of the unembedding; None without a `direction`."""
 
 
 @torch.no_grad()
@@ -161,14 +154,11 @@ def token_statistics(
     targets: Int[Tensor, " N"],
     direction: Float[Tensor, "V D"] | None = None,
 ) -> TokenStatistics:
-    """Measure predictions without holding their logits, and without gradient.
+    """Measure predictions without gradient, and without keeping their logits.
 
     Args:
-        hidden: Final-normed hidden states, one row per target.
-        weight: Unembedding matrix.
-        targets: Vocabulary indices.
-        direction: A gradient of the unembedding to compare each target's own with. Their inner product needs no gradient per
-            target: that of a linear map is the outer product of error and input.
+        direction: Gradient of the unembedding to compare each target's own gradient with. Each is an outer product of error and
+            hidden state, so no gradient per target is formed.
     """
     measured: list[list[Tensor]] = []
     hidden, weight = _operands(hidden, weight)
@@ -189,14 +179,14 @@ def token_statistics(
 
 
 def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the matrix products: autocast does not reach into products that are written to a given place."""
+    """Both in the dtype of the matrix products: autocast does not affect products that write to a given tensor."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     return hidden.detach().to(dtype), weight.detach().to(dtype)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and their log-probabilities: fp32, or fp64 where the operands are."""
+    """Rows and their log-probabilities, in fp32, or in fp64 for fp64 operands."""
     size = max(CHUNK_LOGITS // len(weight), MIN_CHUNK_ROWS)
     for start in range(0, len(hidden), size):
         rows = slice(start, min(start + size, len(hidden)))

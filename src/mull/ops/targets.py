@@ -8,71 +8,59 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORED = -100
+"""Label of a token that is no target."""
 
 
 def targets_of(
     labels: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None, n_heads: int
 ) -> Int[Tensor, "B T {n_heads}"]:
-    """The token that each head predicts at each position.
-
-    Head ``h`` at ``i`` stays within its document if and only if ``position_ids[i + 1 + h] = position_ids[i] + 1 + h``: positions
-    rise by at most 1 per token and a new document lowers them, so ``h + 1`` steps add up to ``h + 1`` only if all lie within one
-    document.
+    """The token that each head predicts at each position: ``labels[i + 1 + h]``, int64.
 
     Args:
-        labels: Token ids, not shifted; -100 where a token is no target, as on prompts and padding.
-        position_ids: Position of each token in its document. None: a row is one document. Pass them for rows that are padded on
-            the left, where a head would otherwise predict the second token from padding. Padding may have any position that
-            does not lead up to a token's, such as 0, or less than ``-T``.
-        n_heads: Number of heads.
+        labels: Token ids, not shifted; -100 for tokens that are no targets, such as prompts and padding.
+        position_ids: Position of each token in its document; None means that a row is one document. Rows that are padded on the
+            left need them, or a head would predict the second token from padding. Padding may have any position that does not
+            lead up to a token's, such as 0, or less than ``-T``.
 
     Returns:
-        int64 ``labels[i + 1 + h]``, and -100 beyond the row or in another document.
+        -100 where the target would be beyond the row or in another document.
     """
     targets = _shifted(labels, n_heads, IGNORED)
     if position_ids is None:
         return targets.contiguous()
+    # Positions rise by at most 1 per token and fall at a new document, so h + 1 steps add up to h + 1 only within one document.
     distance = torch.arange(1, n_heads + 1, device=labels.device)
     same_document = _shifted(position_ids, n_heads, 0) == position_ids[..., None] + distance
     return torch.where(same_document, targets, IGNORED)
 
 
 def align(scores: Shaped[Tensor, "B T"], n_heads: int) -> Shaped[Tensor, "B T {n_heads}"]:
-    """Bring what describes targets, scores or a mask, to the positions that predict them.
-
-    Args:
-        scores: ``scores[b, j]`` is about token ``j``.
-        n_heads: Number of heads.
+    """Move scores or a mask from the targets that they describe to the positions that predict them.
 
     Returns:
-        ``scores[b, i + 1 + h]`` in the same dtype, 0 beyond the row. Documents are not looked at: mask with `targets_of`.
+        ``scores[b, i + 1 + h]``, 0 beyond the row. Documents are not considered: mask with `targets_of`.
     """
     return _shifted(scores.detach(), n_heads, 0).contiguous()
 
 
 def valid_tokens(labels: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None) -> Bool[Tensor, "B T"]:
-    """True where a token is a target of the next-token head: it has a label, and the token before it is of its document.
+    """True where a token is a target of the main head: it has a label, and the token before it is in its document.
 
-    Every other head's targets are among these.
+    The targets of every other head are among these.
     """
     targets = targets_of(labels, position_ids, 1)[:, :-1, 0]
     return F.pad(targets != IGNORED, (1, 0))
 
 
 def final_tokens(valid: Bool[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None) -> Bool[Tensor, "B T"]:
-    """True at the last target of each document; padding or an unlabelled end may follow it.
-
-    Args:
-        valid: `valid_tokens`.
-        position_ids: Position of each token in its document; None: a row is one document.
-    """
+    """True at the last target of each document, which padding or an unlabelled end may follow. `valid` is `valid_tokens`."""
     documents = number_documents(valid, position_ids)
     following = F.pad(upcoming_document(valid, documents)[:, 1:], (0, 1), value=valid.shape[1])
     return valid & (following != documents)
 
 
 def _shifted(tensor: Tensor, n_heads: int, beyond: int) -> Tensor:
-    """``tensor[i + 1 + h]``, ``[B, T, H]``, as a view of a new tensor."""
+    """``tensor[i + 1 + h]``, ``[B, T, H]``, as a view of a padded copy."""
     return F.pad(tensor[:, 1:], (0, n_heads), value=beyond).unfold(1, n_heads, 1)
 
 
@@ -85,20 +73,21 @@ def number_documents(valid: Tensor, position_ids: Tensor | None) -> Tensor:
 
 
 def upcoming_document(valid: Tensor, documents: Tensor) -> Tensor:
-    """Document of the first target at or after each token, T where none follows. Documents are numbered upwards."""
+    """Document of the first target at or after each token; T if there is none."""
+    # Documents are numbered upwards, so the first one from here on is the smallest.
     marked = torch.where(valid, documents, valid.shape[1])
     return marked.flip(1).cummin(1).values.flip(1)
 
 
 def label_positions(attention_mask: Tensor | dict[str, Any] | None, position_ids: Tensor | None) -> Tensor | None:
-    """Positions by which the targets of the heads are found: no head predicts into another document, or from or into padding.
+    """Positions from which `targets_of` finds targets, so that no head predicts into another document, or from or into padding.
 
     Args:
-        attention_mask: ``[B, T]`` with 0 at padding. Where there is a mask, rows are single documents, as in `forward`.
+        attention_mask: ``[B, T]`` with 0 at padding. With a mask, a row is one document, as in the model's `forward`.
         position_ids: ``[B, T]``; without a mask, a restart begins a document.
 
     Returns:
-        ``[B, T]`` for `mull.ops.targets.targets_of`; None where every row is one document without padding.
+        ``[B, T]``; None if every row is one document without padding.
     """
     if attention_mask is None:
         return position_ids
@@ -106,3 +95,16 @@ def label_positions(attention_mask: Tensor | dict[str, Any] | None, position_ids
         return None
     width = attention_mask.shape[1]
     return torch.where(attention_mask == 1, attention_mask.cumsum(1), -2 * width)
+
+
+def require_targets(n_targets: Tensor | int, labels: Int[Tensor, "B T"]) -> None:
+    """Refuse labels without a target: a mean over no targets is not a number.
+
+    Raises:
+        ValueError: `n_targets` is 0.
+    """
+    if n_targets == 0:
+        raise ValueError(
+            f"No label of shape {tuple(labels.shape)} is a target: all are {IGNORED}, except at the first tokens of rows and "
+            "documents, which nothing predicts. Drop such rows from the data."
+        )

@@ -1,6 +1,7 @@
 """The multi-token module of released checkpoints: ``mtp.*``, which Qwen3-Next and Qwen3.5 carry and transformers drops.
 
-Read and checked tensor by tensor, given the hidden state that it was trained on, and written back where serving engines look.
+It is read and checked tensor by tensor, given the hidden state that it was trained on, and written back where serving engines
+look for it.
 
 Shapes: B batch, T tokens, D model width, V vocabulary, E experts, I width of an expert.
 """
@@ -8,15 +9,15 @@ Shapes: B batch, T tokens, D model width, V vocabulary, E experts, I width of an
 import contextlib
 import json
 import logging
-import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.errors import SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, cached_files
 
-from mull.layers.heads import before_norm, shifted
+from mull.layers.heads import MTPHeads, before_norm, shifted
 from mull.model.base_model import MullConfig
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.executor import run_layer
@@ -36,29 +37,19 @@ logger = logging.getLogger(__name__)
 HiddenState = Literal["normed", "stream"]
 
 PREFIX = "mtp."
-"""How the names of native heads begin, in checkpoints and in a `MullForCausalLM`."""
+"""Prefix of the names of native heads, in checkpoints and in a `MullForCausalLM`."""
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Keywords of transformers' ``from_pretrained`` that say where the files of a checkpoint are found."""
+"""Keywords of transformers' ``from_pretrained`` that say where to find the files of a checkpoint."""
 
 
-@dataclass(frozen=True)
-class NativeFamily:
-    """What is known about the native heads of one architecture."""
-
-    hidden_state: HiddenState
-    """What the heads were trained on, and what serving engines give them."""
-
-    count_field: str
-    """Field of the text configuration in which engines look for the number of the module's layers."""
-
-
-NATIVE_FAMILIES: dict[str, NativeFamily] = {
-    "qwen3_next": NativeFamily("normed", "num_nextn_predict_layers"),
-    "qwen3_5_text": NativeFamily("normed", "mtp_num_hidden_layers"),
-    "qwen3_5_moe_text": NativeFamily("normed", "mtp_num_hidden_layers"),
+LAYER_COUNT_FIELDS = {
+    "qwen3_next": "num_nextn_predict_layers",
+    "qwen3_5_text": "mtp_num_hidden_layers",
+    "qwen3_5_moe_text": "mtp_num_hidden_layers",
 }
-"""By ``model_type``. Heads of other architectures are calibrated, see `calibrate_hidden_state`."""
+"""Field of the text configuration from which engines read the module's number of layers, by ``model_type``. The heads of these
+architectures were trained on the ``normed`` state, which engines give them. For others, `calibrate_hidden_state` measures it."""
 
 _EXPERT = re.compile(r"(?P<stem>.*\bmlp\.experts)\.(?P<index>\d+)\.(?P<map>gate|up|down)_proj\.weight")
 _FUSED = re.compile(r"(?P<stem>.*\bmlp\.experts)\.(?P<map>gate_up|down)_proj")
@@ -75,7 +66,7 @@ _NAMES_SHOWN = 8
 
 
 def split_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name the maps of every expert, as Qwen3-Next's checkpoints do; all other tensors pass.
+    """Give every expert's matrices names of their own, as Qwen3-Next's checkpoints do. Other tensors are not changed.
 
     ``mlp.experts.gate_up_proj`` ``[E, 2I, D]`` and ``mlp.experts.down_proj`` ``[E, D, I]`` become
     ``mlp.experts.N.gate_proj.weight`` ``[I, D]``, ``up_proj`` and ``down_proj`` ``[D, I]``, which are views.
@@ -94,7 +85,7 @@ def split_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fuse_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Stack the maps of all experts, as transformers holds them in memory: the inverse of `split_experts`."""
+    """Stack the matrices of all experts, as transformers does in memory: the inverse of `split_experts`."""
     fused: dict[str, Tensor] = {}
     experts: dict[str, dict[int, dict[str, Tensor]]] = {}
     for name, tensor in tensors.items():
@@ -111,7 +102,7 @@ def fuse_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_native_heads(name_or_dir: str, **hub_options: Any) -> dict[str, Tensor]:
-    """Read the ``mtp.*`` tensors of a checkpoint, and of a sharded one on the hub fetch only the files that hold them.
+    """Read the ``mtp.*`` tensors of a checkpoint. Of a sharded one on the hub, only the files that contain them are fetched.
 
     Args:
         name_or_dir: Directory or hub name of a checkpoint in safetensors.
@@ -122,7 +113,7 @@ def read_native_heads(name_or_dir: str, **hub_options: Any) -> dict[str, Tensor]
 
     Raises:
         OSError: no checkpoint in safetensors at `name_or_dir`.
-        ValueError: the checkpoint has no such tensors, more than one layer of them, or not all that its index names.
+        ValueError: the checkpoint has no such tensors, more than one layer of them, or fewer than its index lists.
     """
     tensors: dict[str, Tensor] = {}
     for file, names in _files_with_heads(name_or_dir, hub_options).items():
@@ -137,35 +128,33 @@ def read_native_heads(name_or_dir: str, **hub_options: Any) -> dict[str, Tensor]
     if not tensors:
         raise ValueError(
             f"{name_or_dir} has no native heads: no tensor's name begins with {PREFIX!r}. Choose another mtp_head_type "
-            "(transformer, mlp, shared_lm_head or sequential), which from_pretrained starts afresh, or load the model with "
-            "AutoModelForCausalLM and start fresh native heads with wrap_transformer_with_etd."
+            "(transformer, mlp, shared_lm_head or sequential), whose heads start untrained, or load the model with "
+            "AutoModelForCausalLM and add untrained native heads with wrap_transformer_with_etd."
         )
     layers = {int(found[1]) for name in tensors if (found := _LAYER.match(name))}
     if layers - {0}:
         raise ValueError(
             f"The native heads of {name_or_dir} have {len(layers)} layers (mtp.layers.{max(layers)} is one). Only heads of one "
-            "layer, which is run recursively, are supported, like those of all released Qwen3-Next and Qwen3.5 checkpoints."
+            "layer, which is run recursively, are supported: all released Qwen3-Next and Qwen3.5 checkpoints have such heads."
         )
     return tensors
 
 
 def _files_with_heads(name_or_dir: str, hub_options: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Files that hold native heads, and the names to read from each.
-
-    An index comes first: beside a single ``model.safetensors``, it is what `export_native_heads` added.
-    """
+    """Files that contain native heads, and the names to read from each."""
+    # The index comes first: `export_native_heads` adds one beside a single model.safetensors.
     index = cached_file(
         name_or_dir, SAFE_WEIGHTS_INDEX_NAME, **hub_options, _raise_exceptions_for_missing_entries=False
     )
     if index is None:
         file = cached_file(name_or_dir, SAFE_WEIGHTS_NAME, **hub_options)
         assert file is not None
-        return {file: [name for name in _header(Path(file)) if name.startswith(PREFIX)]}
+        return {file: [name for name in _tensors_in(Path(file)) if name.startswith(PREFIX)]}
     by_shard: dict[str, list[str]] = {}
     for name, shard in json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].items():
         if name.startswith(PREFIX):
             by_shard.setdefault(shard, []).append(name)
-    if not by_shard:
+    if not by_shard:  # transformers does not accept an empty list of files
         return {}
     files = cached_files(name_or_dir, list(by_shard), **hub_options)
     assert files is not None
@@ -182,15 +171,15 @@ def _opened(file: str | Path) -> Iterator[Any]:
 
 
 def load_native_heads(model: MullForCausalLM, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Give a model with native heads the weights that `read_native_heads` found, in the model's dtype and on its device.
+    """Copy the weights that `read_native_heads` found into a model with native heads; dtype and device remain the model's.
 
     Args:
         model: A model with heads of type ``native``; changed in place.
-        tensors: Every tensor of the heads, experts stacked or one by one.
-        source: What to call the checkpoint in messages.
+        tensors: Every tensor of the heads, with experts stacked or one by one.
+        source: Name of the checkpoint in messages.
 
     Raises:
-        ValueError: a tensor is missing, left over or of another shape, or the heads have no memory yet.
+        ValueError: a tensor is missing, left over or of another shape, or the heads are on the meta device.
     """
     heads = _native_heads(model)
     expected = {f"{PREFIX}{name}": value.to("meta") for name, value in heads.state_dict().items()}
@@ -209,7 +198,7 @@ def load_native_heads(model: MullForCausalLM, tensors: Mapping[str, Tensor], sou
     if any(faults.values()):
         found = "; ".join(f"{what}: {_listed(names)}" for what, names in faults.items() if names)
         raise ValueError(
-            f"The {PREFIX}* tensors of {source} are not those of native heads for a model of its configuration. {found}. "
+            f"The {PREFIX}* tensors of {source} do not fit native heads for a model of its configuration. {found}. "
             "Use a checkpoint that is complete and not quantized, or another mtp_head_type."
         )
     if model.lm_head.weight.is_meta:
@@ -220,12 +209,11 @@ def load_native_heads(model: MullForCausalLM, tensors: Mapping[str, Tensor], sou
     heads.load_state_dict({name.removeprefix(PREFIX): value for name, value in fuse_experts(tensors).items()})
 
 
-def _native_heads(model: MullForCausalLM) -> nn.Module:
-    config = model.mtp_config
-    if config is None or config.mtp_head_type != "native":
+def _native_heads(model: MullForCausalLM) -> MTPHeads:
+    config, heads = model.mtp_config, model.mtp_heads
+    if config is None or heads is None or config.mtp_head_type != "native":
         given = "no heads" if config is None else f"heads of type {config.mtp_head_type}"
         raise ValueError(f"The model has {given}, not native ones: load it with mtp=MTPConfig(mtp_head_type='native').")
-    heads: Any = model.mtp_heads
     return heads
 
 
@@ -236,45 +224,43 @@ def _listed(names: Any) -> str:
 
 
 def pin_hidden_state(model: MullForCausalLM, hidden_state: HiddenState) -> None:
-    """Let the heads read this state from now on; it is saved with the model."""
+    """Let the heads read this state from now on. The choice is saved with the model."""
     assert model.mtp_config is not None
     model.mtp_config = model.mtp_config.model_copy(update={"native_hidden_state": hidden_state})
     model.config.mtp = model.mtp_config.model_dump()
-    heads: Any = model.mtp_heads
-    heads.reads_stream = hidden_state == "stream"
 
 
 def choose_hidden_state(model: MullForCausalLM, source: str) -> None:
-    """Pin what the heads read: known for the architectures of `NATIVE_FAMILIES`, measured for others."""
-    family = NATIVE_FAMILIES.get(model.config.get_text_config().model_type)
-    if family is None:
-        calibrate_hidden_state(model, source)
+    """Pin the state that the heads read: known for the architectures in `LAYER_COUNT_FIELDS`, measured for others."""
+    if model.config.get_text_config().model_type in LAYER_COUNT_FIELDS:
+        pin_hidden_state(model, "normed")
     else:
-        pin_hidden_state(model, family.hidden_state)
+        calibrate_hidden_state(model, source)
 
 
 @torch.no_grad()
 def calibrate_hidden_state(model: MullForCausalLM, source: str = "the model") -> HiddenState:
     """Find out which state native heads were trained on, and pin it.
 
-    The wrong one breaks nothing but acceptance, so nothing else would tell. The model writes some text by itself, sampled with
-    a fixed seed. On it, step 1 of the heads predicts what the model will choose one token later; the state with the smaller
-    cross-entropy is it. If from neither the heads agree with the model more often than its most frequent token does, a warning
-    says that they predict nothing, and the state stays ``normed``.
+    The wrong state only lowers acceptance; nothing else would reveal it. The model samples some text with a fixed seed. On this
+    text, step 1 of the heads predicts the token that the model itself finds most likely one position later. The state that gives
+    the smaller cross-entropy is pinned. If with neither state the heads are right more often than a constant guess of the most
+    frequent token, they predict nothing: a warning says so, and ``normed`` is pinned.
 
     Args:
-        model: A model with native heads, in evaluation mode. Think iterations are not run: heads come from the base model.
-        source: What to call the checkpoint in messages.
+        model: A model with native heads, in evaluation mode. It runs without think iterations, as the base model does that the
+            heads were trained with.
+        source: Name of the checkpoint in messages.
 
     Returns:
-        What was pinned.
+        The state that was pinned.
 
     Raises:
         ValueError: the model has no native heads.
     """
     _native_heads(model)
     tokens = _own_text(model, n_rows=4, n_tokens=64)
-    (normed,) = model.early_decoded(tokens, think_iterations=1)
+    normed = model.hidden_states(tokens, think_iterations=1)
     chosen = model.lm_head(normed)[:, 1:].argmax(-1).flatten()  # token i + 2, at positions 0 to T - 2
     read: dict[HiddenState, Tensor] = {"normed": normed, "stream": before_norm(normed, model.model.norm)}
     entropies: dict[HiddenState, float] = {}
@@ -291,9 +277,9 @@ def calibrate_hidden_state(model: MullForCausalLM, source: str = "the model") ->
     else:
         best = "normed"
         warnings.warn(
-            f"The native heads of {source} predict nothing of what the model writes ({report}; always the most "
-            f"frequent token: {chance:.0%}). They belong to another model, or are not trained: drafting with them is slower than "
-            "decoding without.",
+            f"The native heads of {source} predict nothing of what the model writes ({report}; guessing always the most "
+            f"frequent token: {chance:.0%}). They are untrained or belong to another model: drafting with them is slower than "
+            "decoding without drafts.",
             stacklevel=2,
         )
     pin_hidden_state(model, best)
@@ -301,7 +287,8 @@ def calibrate_hidden_state(model: MullForCausalLM, source: str = "the model") ->
 
 
 def _own_text(model: MullForCausalLM, n_rows: int, n_tokens: int) -> Tensor:
-    """``[B, T]``: what the model writes at temperature 1 without a prompt. Leaves torch's generators alone."""
+    """``[B, T]``: text that the model samples at temperature 1 without a prompt."""
+    # `generate` would draw from torch's global generator, which loading a model must not advance.
     generator = torch.Generator().manual_seed(0)
     config = model.config
     starts = [config.bos_token_id, config.eos_token_id, 0]
@@ -317,7 +304,7 @@ def _own_text(model: MullForCausalLM, n_rows: int, n_tokens: int) -> Tensor:
 
 
 def _step_one(model: MullForCausalLM, states: Tensor, tokens: Tensor) -> Tensor:
-    """``[B, T, V]``: logits of step 1, which at position i are for token ``i + 2``; the last position has none to read."""
+    """``[B, T, V]``: logits of step 1, at position ``i`` for token ``i + 2``; those of the last position are meaningless."""
     inputs = model.model.layer_inputs(states)
 
     def run_block(block: nn.Module, h: Tensor, _k: int) -> Tensor:
@@ -329,36 +316,36 @@ def _step_one(model: MullForCausalLM, states: Tensor, tokens: Tensor) -> Tensor:
 
 
 def export_native_heads(model: MullForCausalLM, directory: str | Path) -> None:
-    """Write the heads into the directory of the stock checkpoint that they belong to, for serving engines.
+    """Add the heads to the directory of the Hugging Face checkpoint that they belong to, for serving engines.
 
-    vLLM, SGLang, llama.cpp and others then find base and heads in one place; transformers loads the base and drops the heads, as
-    always. The trunk's files stay as they are, unless older heads stand in them: such a file is written anew without these, so
-    that no reader takes them for the new ones. Experts are written one by one or stacked, as those of the trunk are, in the
-    dtype that the heads have.
+    vLLM, SGLang, llama.cpp and others then find base and heads in one place; transformers still loads the base and drops the
+    heads. The trunk's files are not touched, except those that contain older heads: they are rewritten without them, so that no
+    reader finds two sets. Heads keep their dtype. Their experts are stacked, or one by one, like those of the trunk.
 
-    The new files take effect with the index, which is replaced at once; a failure before leaves the old checkpoint untouched,
-    one after leaves at most files behind that nothing refers to. Engines run the base model of the directory without think
-    iterations: heads trained behind those, or on a trunk that was trained as well, draft less well there.
+    Replacing the index is atomic and switches to the new heads. A failure before it leaves the old checkpoint; a failure after it
+    leaves, at worst, unused files. Engines run the base model without think iterations: heads that were trained with those, or
+    on a changed trunk, will have fewer drafts accepted.
 
     Args:
         model: A model with native heads that read the final-normed state, as engines do.
-        directory: Local directory of a checkpoint in safetensors, of the model's architecture.
+        directory: Local directory of a safetensors checkpoint of the model's architecture.
 
     Raises:
-        OSError: no checkpoint there, or the disk is full.
-        ValueError: no native heads, an architecture for which no engine reads them, or another model's directory.
+        OSError: there is no such checkpoint, or the disk is full.
+        ValueError: the model has no native heads, no engine reads them for this architecture, or the directory belongs to another
+            model.
     """
     folder = Path(directory)
     field = _check_export(model, folder)
-    weight_map, headers = _read_weight_map(folder)
+    weight_map = _read_weight_map(folder)
+    files = sorted(set(weight_map.values()))
+    outdated = [file for file in files if any(name.startswith(PREFIX) for name in _tensors_in(folder / file))]
     heads = {f"{PREFIX}{name}": value for name, value in _native_heads(model).state_dict().items()}
     if any(_EXPERT.fullmatch(name) for name in weight_map):
         heads = split_experts(heads)
     with contextlib.ExitStack() as undo:
-        new = _write_shard(undo, folder, "model-mtp", heads)
-        outdated = [file for file, header in headers.items() if any(name.startswith(PREFIX) for name in header)]
         entries = {name: file for name, file in weight_map.items() if not name.startswith(PREFIX)}
-        entries.update(dict.fromkeys(heads, new))
+        entries.update(dict.fromkeys(heads, _write_shard(undo, folder, "model-mtp", heads)))
         for file in outdated:
             kept = [name for name, place in entries.items() if place == file]
             if kept:
@@ -374,20 +361,20 @@ def export_native_heads(model: MullForCausalLM, directory: str | Path) -> None:
 
 
 def _check_export(model: MullForCausalLM, folder: Path) -> str:
-    """The field of the configuration that tells engines about the heads."""
+    """Refuse an export that engines could not use. Returns the field of the configuration that tells engines about heads."""
     heads = _native_heads(model)
     config = model.config.get_text_config()
-    family = NATIVE_FAMILIES.get(config.model_type)
-    if family is None:
+    field = LAYER_COUNT_FIELDS.get(config.model_type)
+    if field is None:
         raise ValueError(
-            f"No serving engine reads {PREFIX}* weights of {config.model_type!r}, only those of {', '.join(NATIVE_FAMILIES)}. "
+            f"No serving engine reads {PREFIX}* weights of {config.model_type!r}, only those of {', '.join(LAYER_COUNT_FIELDS)}. "
             "save_pretrained keeps the heads for mull."
         )
     assert model.mtp_config is not None
-    if model.mtp_config.native_hidden_state != family.hidden_state:
+    if model.mtp_config.native_hidden_state != "normed":
         raise ValueError(
             f"These heads read native_hidden_state={model.mtp_config.native_hidden_state!r}, but serving engines give them the "
-            f"{family.hidden_state!r} one. Train them with native_hidden_state={family.hidden_state!r}."
+            "'normed' state. Train them with native_hidden_state='normed'."
         )
     if any(parameter.is_meta for parameter in heads.parameters()):
         raise ValueError("The heads are on the meta device and have no values to export. Load the model first.")
@@ -400,7 +387,7 @@ def _check_export(model: MullForCausalLM, folder: Path) -> str:
             "checkpoint that the model was made from; for mull itself, use save_pretrained."
         )
     _check_same_model(config, there.get_text_config(), folder)
-    return family.count_field
+    return field
 
 
 def _check_same_model(config: PreTrainedConfig, there: PreTrainedConfig, folder: Path) -> None:
@@ -408,40 +395,35 @@ def _check_same_model(config: PreTrainedConfig, there: PreTrainedConfig, folder:
     differences = [f"{name}={given!r} instead of {own!r}" for name, (given, own) in pairs.items() if given != own]
     if differences:
         raise ValueError(
-            f"{folder} holds another model than the one that these heads belong to: {', '.join(differences)}. Give the directory "
-            "of the checkpoint that they were trained with."
+            f"{folder} is not the model that these heads belong to: {', '.join(differences)}. Give the directory of the "
+            "checkpoint that they were trained with."
         )
 
 
-def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """The file of every tensor of a checkpoint, and the headers of its files."""
+def _read_weight_map(folder: Path) -> dict[str, str]:
+    """The file of every tensor of a checkpoint."""
+    # Not `get_local_safetensors_metadata`: beside a model.safetensors it ignores the index, which an export adds.
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    elif (folder / SAFE_WEIGHTS_NAME).is_file():
-        weight_map = dict.fromkeys(_header(folder / SAFE_WEIGHTS_NAME), SAFE_WEIGHTS_NAME)
-    else:
-        raise FileNotFoundError(
-            f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: heads are added to checkpoints in "
-            "safetensors."
-        )
-    return weight_map, {file: _header(folder / file) for file in sorted(set(weight_map.values()))}
+        return weight_map
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return dict.fromkeys(_tensors_in(folder / SAFE_WEIGHTS_NAME), SAFE_WEIGHTS_NAME)
+    raise FileNotFoundError(
+        f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: heads are added to checkpoints in safetensors."
+    )
 
 
-def _header(file: Path) -> dict[str, Any]:
-    """Name, shape and place of every tensor in a safetensors file: JSON behind its length in 8 bytes."""
+def _tensors_in(file: Path) -> dict[str, Any]:
+    """`huggingface_hub`'s description of every tensor in a safetensors file, from its header."""
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header: dict[str, Any] = json.loads(stream.read(min(length, file.stat().st_size)))
-    except ValueError:
-        raise ValueError(f"{file} is not a safetensors file, or not a whole one. Fetch it again.") from None
-    header.pop("__metadata__", None)
-    return header
+        return parse_local_safetensors_file_metadata(file).tensors
+    except SafetensorsParsingError:
+        raise ValueError(f"{file} is not a safetensors file, or is truncated. Fetch it again.") from None
 
 
 def _write_shard(undo: contextlib.ExitStack, folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> str:
-    """Write a file of a name that nothing has yet, and have it removed if what follows fails."""
+    """Write a file under a new name, which is returned, and have it removed if a later step fails."""
     names = [f"{stem}.safetensors", *(f"{stem}-{number}.safetensors" for number in range(1, 1000))]
     name = next(name for name in names if not (folder / name).exists())
     undo.callback((folder / name).unlink, missing_ok=True)
@@ -453,11 +435,11 @@ def _write_shard(undo: contextlib.ExitStack, folder: Path, stem: str, tensors: M
 
 
 def _write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
-    headers = {file: _header(folder / file) for file in set(weight_map.values())}
-    entries = [headers[file][name] for name, file in weight_map.items()]
+    tensors = {file: _tensors_in(folder / file) for file in set(weight_map.values())}
+    infos = [tensors[file][name] for name, file in weight_map.items()]
     metadata = {
-        "total_parameters": sum(math.prod(entry["shape"]) for entry in entries),
-        "total_size": sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries),
+        "total_parameters": sum(info.parameter_count for info in infos),
+        "total_size": sum(info.data_offsets[1] - info.data_offsets[0] for info in infos),
     }
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     storage.write_text_atomic(str(folder / SAFE_WEIGHTS_INDEX_NAME), json.dumps(index, indent=2) + "\n")

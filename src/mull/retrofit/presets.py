@@ -1,7 +1,7 @@
-"""Named models: configurations of published checkpoints, with and without a retrofit.
+"""Configurations of published models, with and without a retrofit.
 
-They build a model with random weights, for tests on the meta device and for training from scratch; `mull.from_pretrained` loads
-the published weights.
+They build a model with random weights, to train from scratch or for tests on the meta device. `mull.from_pretrained` loads the
+published weights.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from mull.model.configs import ETDConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
 
 OLMO3_VOCAB_SIZE = 100278
-"""Entries of the OLMo 3 tokenizer."""
+"""Size of the OLMo 3 tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,18 @@ class TransformerConfig:
         n_decoder_layers: int | None = None,
         max_think_iterations: int = 5,
     ) -> "TransformerConfig":
-        """OLMo 3 7B that thinks in loops.
+        """OLMo 3 7B with a think block.
 
         Args:
-            vocab_size: Entries of the tokenizer.
-            n_encoder_layers: Layers before the loop. Without any of the three counts the split is 14/8/10, the published 7/4/5 of
-                16 layers scaled to 32.
-            n_think_layers: Layers in the loop.
-            n_decoder_layers: Layers behind the loop.
+            vocab_size: Size of the tokenizer.
+            n_encoder_layers: Layers before the think block. If no count is given, the split is 14/8/10: the published 7/4/5 of 16
+                layers, scaled to 32.
+            n_think_layers: Layers of the think block.
+            n_decoder_layers: Layers after the think block.
             max_think_iterations: Passes through the think block.
 
         Raises:
-            ValueError: some of the counts are given and others not, or they do not add up to 32.
+            ValueError: only some counts are given, or they do not add up to 32.
         """
         base = cls.olmo3_7B(vocab_size).base
         if n_encoder_layers is None and n_think_layers is None and n_decoder_layers is None:
@@ -77,11 +77,11 @@ class TransformerConfig:
         """Make the model with random weights.
 
         Args:
-            device: Where the weights live; ``"meta"`` allocates none.
+            device: Device of the weights; ``"meta"`` allocates none.
             options: Passed to transformers' ``from_config``, such as ``dtype``.
 
         Returns:
-            The model in evaluation mode. On ``"meta"`` its identity cannot be checked, and is not.
+            The model in evaluation mode. On ``"meta"``, `certify_identity` checks nothing.
         """
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(self.base, **options)

@@ -1,4 +1,4 @@
-"""Retrofit a model that is there: in memory, or from a checkpoint."""
+"""Retrofit an existing model, in memory or from a checkpoint."""
 
 from typing import Any
 
@@ -20,12 +20,12 @@ def wrap_transformer_with_etd(
 
     Args:
         model: A causal language model of transformers, of a supported architecture.
-        config: Which layers think; None only gives the model paths.
-        mtp: Heads that predict further tokens; they start as the model's own next-token prediction. Native ones, too: the
-            checkpoint that the model came from is not at hand, so `from_pretrained` is what reads theirs.
+        config: Which layers think. None adds no think block; the model can still run explicit paths.
+        mtp: Extra heads. They start as the model's own next-token prediction, native ones included: only `from_pretrained` reads
+            native heads from a checkpoint.
 
     Returns:
-        The retrofitted model, in the training mode that `model` is in.
+        The retrofitted model, in training mode if `model` is.
 
     Raises:
         ValueError: unsupported architecture, a split that does not fit, a model that is wrapped already, or a wrapped model
@@ -38,18 +38,19 @@ def wrap_transformer_with_etd(
 
 def _share_weights(model: PreTrainedModel, config: ETDConfig | None, mtp: MTPConfig | None) -> MullForCausalLM:
     if isinstance(model, MullForCausalLM):
-        raise ValueError("The model is wrapped already. Wrap the Hugging Face model it was made from.")
+        raise ValueError("The model is wrapped already. Wrap the Hugging Face model that it was made from.")
     if not isinstance(getattr(model, "lm_head", None), nn.Linear):
         raise ValueError(f"{type(model).__name__} has no language-model head. Load it with AutoModelForCausalLM.")
     text_config = model.config.get_text_config()
     require_supported(text_config)
-    # The constructor of a transformers model sets the back ends of its configuration, and this one is shared with the base.
+    # transformers' constructors write back ends into their configuration. It is shared with the base model, so they get its own.
     back_ends: dict[str, Any] = {
         "attn_implementation": text_config._attn_implementation,
         "experts_implementation": text_config._experts_implementation,
     }
     etd_fields = None if config is None else config.model_dump()
     mtp_fields = None if mtp is None else mtp.model_dump()
+    # On the meta device: its own trunk is replaced by the base model's.
     with torch.device("meta"):
         wrapped = MullForCausalLM(MullConfig(text_config=text_config, etd=etd_fields, mtp=mtp_fields, **back_ends))
     wrapped.model.adopt(model.model)
@@ -59,6 +60,7 @@ def _share_weights(model: PreTrainedModel, config: ETDConfig | None, mtp: MTPCon
         with torch.device(weight.device):
             heads = new_heads(mtp, wrapped.model).to(weight.dtype)
         wrapped.attach_heads(heads)
+        # Once they are attached: initialisation reads the trunk's norm, which has real weights only now.
         heads.apply(wrapped._init_weights)
     wrapped.generation_config = model.generation_config
     return wrapped.train(model.training)
@@ -68,8 +70,8 @@ def _share_weights(model: PreTrainedModel, config: ETDConfig | None, mtp: MTPCon
 def certify_identity(wrapped: MullForCausalLM, model: PreTrainedModel) -> None:
     """Check that one iteration of the wrapped model gives the base model's logits, bit for bit.
 
-    The probe is a batch of two short rows, one of them padded on the left, through the real weights in their own precision. A
-    model on the meta device has no weights to check and passes.
+    The probe is a batch of two short rows, one of them padded on the left. It runs through the real weights in their own
+    precision. A model on the meta device has no weights and is not checked.
 
     Raises:
         ValueError: the logits differ.
@@ -88,13 +90,12 @@ def certify_identity(wrapped: MullForCausalLM, model: PreTrainedModel) -> None:
     actual = wrapped(probe, attention_mask=mask, use_cache=False, think_iterations=iterations).logits
     model.train(training)
     wrapped.train(training)
-    real = mask == 1  # what padding itself attends to is undefined
+    real = mask == 1  # logits of padding are undefined
     if not torch.equal(actual[real], expected[real]):
         difference = (actual - expected)[real].abs().max().item()
         raise ValueError(
-            f"The wrapped {type(model).__name__} does not reproduce the base model: with one iteration its logits differ by "
-            f"up to {difference:.3g}, where they must be equal bit for bit. The installed transformers may have changed this "
-            "architecture."
+            f"The wrapped {type(model).__name__} does not reproduce the base model: with one iteration its logits must be equal "
+            f"bit for bit, but differ by up to {difference:.3g}. The installed transformers may have changed this architecture."
         )
 
 
@@ -106,12 +107,10 @@ def from_pretrained(
     Args:
         name_or_dir: Directory or hub name of a Hugging Face checkpoint of a supported architecture, or of a model that mull
             saved.
-        etd: Which layers think. For a model that mull saved, the default is the stored configuration; giving another one
-            replaces it.
-        mtp: Heads that predict further tokens. For a model that mull saved, the default is the stored configuration; weights
-            that the checkpoint lacks start as the model's own next-token prediction. Native heads of a Hugging Face checkpoint
-            are read from it, and what they read (`native_hidden_state`), if not given, is known or measured; see
-            `mull.retrofit.native_heads`.
+        etd: Which layers think. For a model that mull saved, it replaces the stored configuration, which is the default.
+        mtp: Extra heads. For a model that mull saved, they replace the stored configuration, which is the default; weights that
+            the checkpoint lacks start as the model's own next-token prediction. Native heads are read from a Hugging Face
+            checkpoint. Unless `native_hidden_state` is given, it is looked up or measured; see `mull.retrofit.native_heads`.
         options: Passed to ``from_pretrained`` of transformers, such as ``dtype``, ``device_map`` or ``revision``.
 
     Returns:
@@ -119,8 +118,7 @@ def from_pretrained(
 
     Raises:
         OSError: no checkpoint at `name_or_dir`.
-        ValueError: as in `wrap_transformer_with_etd`; or native heads that the checkpoint does not have, or not as this
-            architecture has them.
+        ValueError: as in `wrap_transformer_with_etd`; or the checkpoint lacks native heads, or has some that do not fit.
     """
     hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
     config = AutoConfig.from_pretrained(name_or_dir, **hub_options)
@@ -133,8 +131,8 @@ def from_pretrained(
         stored = mtp_from_dict(config.mtp)
         if stored is not None and stored.mtp_head_type != mtp.mtp_head_type:
             raise ValueError(
-                f"{name_or_dir} has heads of type {stored.mtp_head_type}, which are no start for type {mtp.mtp_head_type}: leave "
-                f"out mtp to load them, or ask for mtp_head_type={stored.mtp_head_type!r}."
+                f"{name_or_dir} has heads of type {stored.mtp_head_type}, which cannot be loaded as type {mtp.mtp_head_type}. "
+                f"Leave mtp out, or give mtp_head_type={stored.mtp_head_type!r}."
             )
         if stored is not None and "native_hidden_state" not in mtp.model_fields_set:
             mtp = mtp.model_copy(update={"native_hidden_state": stored.native_hidden_state})
@@ -152,7 +150,7 @@ def _from_base(
 ) -> MullForCausalLM:
     """Retrofit a checkpoint of transformers."""
     native = mtp is not None and mtp.mtp_head_type == "native"
-    # Read first: a checkpoint without them is told apart before a large trunk is loaded.
+    # Read first, so that a checkpoint without them is refused before a large trunk is loaded.
     tensors = read_native_heads(name_or_dir, **hub_options) if native else {}
     model = wrap_transformer_with_etd(AutoModelForCausalLM.from_pretrained(name_or_dir, **options), etd, mtp)
     if mtp is not None and native:

@@ -147,5 +147,5 @@ def test_mistakes_are_named() -> None:
         TASK.demonstrations(0, 8)
     with pytest.raises(ValueError, match="No example fits"):
         TASK.demonstrations(5, 4)
-    with pytest.raises(ValueError, match=r"'1/2' holds \['/'\]"):
+    with pytest.raises(ValueError, match=r"'1/2' contains \['/'\]"):
         TASK.encode("1/2")

@@ -190,9 +190,9 @@ def test_long_examples_are_left_out_and_counted(caplog: pytest.LogCaptureFixture
     examples = [Example("long", "a" * 6, "é" * 2), Example("fits", "a" * 6, "b")]
     with caplog.at_level(logging.WARNING):
         packed = pack_examples(examples, tokenizer, length=8)
-    assert "1 of 2 examples are longer than length=8 and left out" in caplog.text
+    assert "1 of 2 examples are longer than length=8 and dropped" in caplog.text
     assert tokenizer.decode(packed.input_ids[0]) == "a" * 6 + "b" + tokenizer.eos_token
-    assert packed.bytes_per_token == 1 / 2, "those that are left out do not count"
+    assert packed.bytes_per_token == 1 / 2, "dropped examples do not count"
     with pytest.raises(ValueError, match="No example fits into a row: the shortest of 1 has 11 tokens, length=8"):
         pack_examples(examples[:1], tokenizer, length=8)
 

@@ -55,5 +55,5 @@ def test_mistakes_are_named() -> None:
         ShuffledBatches(numbered(3), 0)
     with pytest.raises(ValueError, match="seed=-1"):
         ShuffledBatches(numbered(3), 1, seed=-1)
-    with pytest.raises(ValueError, match="number -1"):
+    with pytest.raises(ValueError, match="index=-1"):
         ShuffledBatches(numbered(3), 1)(-1)

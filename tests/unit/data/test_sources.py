@@ -123,7 +123,7 @@ def test_missing_unreadable_and_empty_data_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"object\.json has a dict: a \.json file must be a list"):
         list(read_records(tmp_path / "object.json"))
     (tmp_path / "text.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"text\.txt holds no records"):
+    with pytest.raises(ValueError, match=r"text\.txt has no records"):
         list(read_records(tmp_path / "text.txt"))
 
 
@@ -227,7 +227,7 @@ def test_an_unreachable_hub_is_one_sentence(datasets: Any, monkeypatch: pytest.M
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ConnectionError, match="hf:owner/name is no local path, and the Hugging Face Hub cannot be asked"
+        ConnectionError, match="hf:owner/name is no local path, and the Hugging Face Hub cannot be reached"
     ) as caught:
         texts("hf:owner/name")
     assert "\n" not in str(caught.value)

@@ -135,7 +135,7 @@ def test_own_examples_may_have_a_name_and_an_outcome(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("schema", "record", "message"),
     [
-        ("mbpp", {**mbpp(700), "task_id": "x"}, "'x' as task_id"),
+        ("mbpp", {**mbpp(700), "task_id": "x"}, "task_id='x'"),
         ("mbpp", {**mbpp(700), "test_list": "assert"}, "lacks test_list, a list of strings"),
         ("mbpp", {**mbpp(700), "code": None}, "NoneType under 'code'"),
         ("humaneval", mbpp(700), "has int under 'task_id'"),
@@ -179,7 +179,7 @@ def test_pairs_are_balanced_within_each_problem(caplog: pytest.LogCaptureFixture
     assert all((right.outcome, wrong.outcome) == (1.0, 0.0) and right.name == wrong.name for right, wrong in found)
     for side in zip(*found, strict=True):
         assert len(set(side)) == len(side), "an answer in two pairs"
-    assert "1 of 3 problems are left out" in caplog.text
+    assert "1 of 3 problems are dropped" in caplog.text
     assert Counter(right.name for right, _ in pairs(examples, per_problem=1)) == {"a": 1, "b": 1}
 
 

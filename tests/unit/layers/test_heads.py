@@ -69,12 +69,14 @@ class RunWithMemory:
         return block(h + sum(state.tanh() for state in self.before) / k)
 
 
-def runner(heads: MTPHeads | NativeHeads) -> RunBlock:
+def runner(heads: MTPHeads) -> RunBlock:
     return RunWithMemory() if heads.recursive else run
 
 
-def heads_of(config: MTPConfig) -> MTPHeads | NativeHeads:
-    return (NativeHeads if config.mtp_head_type == "native" else MTPHeads)(config, D, Block, Norm)
+def heads_of(config: MTPConfig) -> MTPHeads:
+    kind = config.mtp_head_type
+    make = NativeHeads if kind == "native" else MTPHeads
+    return make(kind, config.num_predict_tokens, D, Block, Norm, config.recursive)
 
 
 class Toy(nn.Module):
@@ -99,9 +101,7 @@ def scaled_gradient(x: Tensor, factor: float) -> Tensor:
     return x * factor + x.detach() * (1 - factor)
 
 
-def all_states(
-    heads: MTPHeads | NativeHeads, hidden: Tensor, embedded: Tensor, run_block: RunBlock, factor: float = 1.0
-) -> Tensor:
+def all_states(heads: MTPHeads, hidden: Tensor, embedded: Tensor, run_block: RunBlock, factor: float = 1.0) -> Tensor:
     """``[B, T, H, D]`` in one graph."""
     states = [hidden]
     trunk, embedded = scaled_gradient(hidden, factor), scaled_gradient(embedded, factor)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from mull.ops import token_weights
-from mull.ops.targets import align, final_tokens, targets_of, valid_tokens
+from mull.ops.targets import IGNORED, align, final_tokens, require_targets, targets_of, valid_tokens
 from mull.ops.token_weights import (
     MAX_EXPONENT,
     advantage_weights,
@@ -26,6 +25,7 @@ from mull.ops.token_weights import (
     lambda_returns,
     rho1_weights,
 )
+from mull.training.objectives import weight_statistics
 from mull.training.objectives.weight_statistics import RunningMoments, WeightStatistics, matched_random, shuffle
 
 NO_TARGET = -100
@@ -472,8 +472,8 @@ def test_statistics_of_equal_single_zero_and_missing_weights_are_finite() -> Non
 def test_statistics_of_ranks_add_and_the_largest_is_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = (WeightStatistics.measure(*weighted(seed)) for seed in (1, 2))
     for one, other in ((ours, theirs), (theirs, ours)):
-        monkeypatch.setattr(token_weights, "global_sum", lambda sums, other=other: sums + other.sums)
-        monkeypatch.setattr(token_weights, "gather", lambda largest, other=other: [largest, other.largest])
+        monkeypatch.setattr(weight_statistics, "global_sum", lambda sums, other=other: sums + other.sums)
+        monkeypatch.setattr(weight_statistics, "gather", lambda largest, other=other: [largest, other.largest])
         assert one.over_ranks().report() == (ours + theirs).report()
 
 
@@ -532,7 +532,7 @@ def test_nothing_waits_for_the_device() -> None:
         (lambda x, valid: advantages(x, x, valid, None, 1.0, -0.5), r"lam=-0.5 must lie in \[0, 1\]"),
         (lambda x, valid: advantage_weights(x, 0.0, 1.0, 0.0, 0.1, 3.0), "beta=0.0 must be positive"),
         (lambda x, valid: advantage_weights(x, 0.0, 1.0, 1.0, 3.0, 0.1), "low=3.0 and high=0.1"),
-        (lambda x, valid: group_advantages(x[:, :1]), "A group of 1 has no other sample"),
+        (lambda x, valid: group_advantages(x[:, :1]), "A group of 1 cannot be compared with itself"),
         (lambda x, valid: group_advantages(x, 0.0), "eps=0.0 must be positive"),
         (lambda x, valid: RunningMoments(0.0), r"momentum=0.0 must lie in \(0, 1\]"),
         (lambda x, valid: matched_random(x - 2, valid, torch.Generator()), "Signed weights"),
@@ -541,3 +541,10 @@ def test_nothing_waits_for_the_device() -> None:
 def test_impossible_settings_are_refused_in_one_sentence(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_labels_without_a_target_are_refused() -> None:
+    labels = torch.full((2, 5), IGNORED)
+    require_targets(1, labels)
+    with pytest.raises(ValueError, match=r"No label of shape \(2, 5\) is a target"):
+        require_targets((labels != IGNORED).sum(), labels)

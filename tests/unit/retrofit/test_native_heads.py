@@ -345,7 +345,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         mtp = MTPConfig(mtp_head_type="native", num_predict_tokens=1, native_hidden_state=read)
         model = wrap_transformer_with_etd(base, None, mtp)
         text = own_text(model, 96, 32)
-        (states,) = model.early_decoded(text)
+        states = model.hidden_states(text)
         targets = model.lm_head(states).argmax(-1).roll(-1, 1).unsqueeze(-1).expand(-1, -1, 2)
         if truth == "nothing":
             targets = targets.flip(0)
@@ -376,7 +376,7 @@ def test_the_state_that_heads_were_trained_on_is_found_pinned_and_saved(
     assert entropy is not None
     with torch.no_grad():
         text = native._own_text(model, 4, 64)
-        (states,) = model.early_decoded(text, think_iterations=1)
+        states = model.hidden_states(text, think_iterations=1)
         targets = model.lm_head(states).argmax(-1).roll(-1, 1).unsqueeze(-1).expand(-1, -1, 2)
         _, losses = model.head_losses(states, text, targets, torch.ones(targets.shape))
     assert float(entropy[1]) == pytest.approx(losses[:, :-1, 1].mean().item(), abs=0.006)
