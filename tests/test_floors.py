@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYOUT: dict[str, tuple[int, str]] = {
-    "runtime": (1, "storage distributed checkpoint tracking"),
+    "runtime": (1, "storage distributed timing checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
     "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise"),
     "layers": (3, "heads recursive_heads value_head"),
