@@ -38,7 +38,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "evaluation.search": (7, "split"),
     "app": (8, "recipe build prepare run report demo cli"),
     "app.report": (8, "figures page"),
-    "app.demo": (8, "weights speculation demo"),
+    "app.demo": (8, "chapter loops weights speculation chain demo"),
 }
 """Each folder's floor, and its files in the order in which they build on each other. Two folders on one floor do not know each
 other. An import under ``TYPE_CHECKING`` is held to the same rule: a type is knowledge, too."""
