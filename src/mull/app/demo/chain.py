@@ -1,7 +1,7 @@
 """The demo's chapter on a task that needs depth: following chains of edges, one edge per iteration."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -42,7 +42,7 @@ class Chain:
         print(
             f"chain task: {model.num_parameters():,} parameters, {bench.size.chain_steps} steps; then the control in one pass"
         )
-        settings = {
+        settings: dict[str, Any] = {
             "steps": bench.size.chain_steps,
             "muon_lr": 0.02,
             "peak_lr": 2e-3,

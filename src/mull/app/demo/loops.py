@@ -49,8 +49,8 @@ class Text:
         tokenizer = train_tokenizer(texts, size.vocab_size)
         packed = pack_texts(texts, tokenizer, length=size.length)
         held_out = pack_texts((document.text for document in corpus.held_out), tokenizer, length=size.length)
-        first = torch.arange(min(size.held_out_rows, len(held_out)))
-        return cls(tokenizer, packed, PackedDataset(**held_out.rows(first)))
+        rows = held_out.rows(torch.arange(min(size.held_out_rows, len(held_out))))
+        return cls(tokenizer, packed, PackedDataset(rows["input_ids"], rows["labels"], rows["position_ids"]))
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,16 @@ class Loops:
         torch.manual_seed(bench.seed)
         base = AutoModelForCausalLM.from_config(_architecture(text.tokenizer, size))
         batches = ShuffledBatches(text.train, size.batch_size, bench.seed)
-        rates = {"muon_lr": 0.02, "peak_lr": 3e-3}
+        rates: dict[str, Any] = {"muon_lr": 0.02, "peak_lr": 3e-3}
         once = NextToken(IterationSampling(kind="fixed", maximum=1))
         sampled = NextToken(IterationSampling(kind="uniform", maximum=size.max_iterations))
 
         print(f"base model: {base.num_parameters():,} parameters, {size.base_steps} steps")
         plain = wrap_transformer_with_etd(base, None)
-        settings = {"steps": size.base_steps, "schedule": "constant", "warmup_steps": 20, **rates}
-        runs = {"base": bench.train("base", plain, once, batches, **settings)}
+        base_run = bench.train(
+            "base", plain, once, batches, steps=size.base_steps, schedule="constant", warmup_steps=20, **rates
+        )
+        runs = {"base": base_run}
 
         print("split: angular distance and loop probe")
         measured = list(text.held_out.in_order(size.batch_size))

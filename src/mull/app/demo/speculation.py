@@ -90,8 +90,7 @@ class Speculation:
         fixed = IterationSampling(kind="fixed", maximum=iterations)
         objective = WeightedMTP(make_scorer("baseline-mtp", model, Parts()), fixed)
         batches = ShuffledBatches(dataset, size.batch_size, bench.seed)
-        settings = {"steps": size.drafting_steps, "muon_lr": 0.02, "peak_lr": 3e-3}
-        run = bench.train("drafting", model, objective, batches, **settings)
+        run = bench.train("drafting", model, objective, batches, steps=size.drafting_steps, muon_lr=0.02, peak_lr=3e-3)
         model.save_pretrained(bench.out / "drafting" / "model")
         loops.text.tokenizer.save_pretrained(bench.out / "drafting" / "model")
 
