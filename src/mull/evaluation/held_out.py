@@ -68,7 +68,7 @@ def _sums(model: MullForCausalLM, batch: Mapping[str, Tensor], iterations: int |
     """Summed loss and number of targets of each head, ``[2, H]``."""
     tensors = {name: tensor.to(model.device) for name, tensor in batch.items()}
     position_ids = tensors["position_ids"]
-    (hidden,) = model.early_decoded(tensors["input_ids"], position_ids=position_ids, think_iterations=iterations)
+    hidden = model.hidden_states(tensors["input_ids"], position_ids=position_ids, think_iterations=iterations)
     targets = targets_of(tensors["labels"], label_positions(None, position_ids), 1 + n_heads)
     valid = targets >= 0
     _, losses = model.head_losses(hidden, tensors["input_ids"], targets, valid.float(), position_ids=position_ids)

@@ -133,12 +133,11 @@ def chain_accuracy(
         By number of iterations, over all questions of at least one hop; and by number of hops and of iterations.
     """
     batch = task.batches(n_prompts, seed, train=False)(0)
-    states = model.early_decoded(
+    states = model.hidden_states_by_iteration(
         batch["input_ids"],
         attention_mask=batch["attention_mask"],
         position_ids=batch["position_ids"],
         think_iterations=9,
-        every_iteration=True,
     )
     overall: dict[int, float] = {}
     by_hops: dict[int, dict[int, float]] = {hops: {} for hops in range(1, task.max_hops + 1)}

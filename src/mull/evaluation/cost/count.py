@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mull.model.memory import head_width
 from mull.runtime.timing import fastest, measured_peak
 
 DELTA_RULE_CHUNK = 64
@@ -44,11 +45,6 @@ def mixing_flops(kind: str, config: Any, length: int) -> float:
         per_head = DELTA_RULE_CHUNK * (4 * key + 2 * value) + 6 * key * value
         return float(config.linear_num_value_heads * per_head)
     return float(4 * config.num_attention_heads * head_width(config) * visible_keys(kind, config, length))
-
-
-def head_width(config: Any) -> int:
-    """Width of an attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def visible_keys(kind: str, config: Any, length: int) -> int:

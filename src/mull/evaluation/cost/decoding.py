@@ -16,9 +16,10 @@ from operator import mul
 
 from torch import nn
 
-from mull.evaluation.cost.count import Machine, head_width, mixing_flops, products, visible_keys
+from mull.evaluation.cost.count import Machine, mixing_flops, products, visible_keys
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import layer_kinds
+from mull.model.memory import head_width
 from mull.model.path import Path
 
 STATE_BYTES = 4

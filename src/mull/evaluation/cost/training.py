@@ -443,16 +443,16 @@ class _Tracer:
     def _chain(self, h: Tensor) -> Tensor:
         heads: Any = self._model.mtp_heads
         kind = "full_attention"
-        sides = self._sides(kind, h)
-        run_block = ChainedSteps(sides.masks[kind], sides.position_ids, lambda _: sides.rotary[kind], "sdpa")
+        inputs = self._inputs(kind, h)
+        run_block = ChainedSteps(inputs.masks[kind], inputs.position_ids, lambda _: inputs.rotary[kind], "sdpa")
         for k in range(1, 1 + heads.n_heads):
             h = heads(k, h, torch.empty_like(h), run_block)
         return h
 
     def _run(self, layer: nn.Module, kind: str, h: Tensor) -> Tensor:
-        return run_layer(layer, kind, h, self._sides(kind, h))
+        return run_layer(layer, kind, h, self._inputs(kind, h))
 
-    def _sides(self, kind: str, h: Tensor) -> LayerInputs:
+    def _inputs(self, kind: str, h: Tensor) -> LayerInputs:
         position_ids = torch.arange(h.shape[1])[None]
         config = self._model.config.get_text_config()
         rotary = self._model.model.rotary({kind}, h, position_ids)
