@@ -46,13 +46,8 @@ def step_seconds(
       FLOPs per key and token. A delta rule reads and writes its state once, and computes ``6 d_k d_v`` per value head and
       token.
 
-    Args:
-        model: Its weights are not read, so it may be on the meta device. Their dtype counts.
-        machine: Measured in the same dtype.
-        context: Tokens of a row that attention can see.
-        n_rows: Rows decoded together.
-        n_tokens: Tokens per row: one to decode, more to verify drafts.
-        path: Visits; by default those that the model is configured for.
+    `n_tokens` is 1 to decode, and more to verify drafts. The model may be on the meta device. The dtype of its weights, in which
+    the machine must be measured, decides how many bytes are read.
     """
     kinds = layer_kinds(model.config.get_text_config())
 
@@ -82,14 +77,8 @@ def draft_seconds(
     * A recursive head runs over the window once and at one position in each further step. Every draft takes its own pass of the
       unembedding.
 
-    Args:
-        model: With heads; its weights are not read.
-        machine: Measured in the dtype of the weights.
-        length: Tokens to draft; 0 costs nothing.
-        context: Tokens of a row that attention can see.
-        n_rows: Rows decoded together.
-        window: Positions that a head with a cache recomputes at the start of a round, because it saw drafts there. The default,
-            ``length + 1``, is what a round whose drafts were all accepted leaves behind.
+    `window` counts the positions that a head with a cache recomputes at the start of a round, because it saw drafts there. By
+    default it is ``length + 1``, which a round leaves if all its drafts were accepted.
 
     Raises:
         ValueError: the model has no heads, or fewer than `length` and they are not recursive.
