@@ -1,8 +1,8 @@
-"""Cost of decoding through mull's path loop, beside transformers' own `generate` on the same weights.
+"""Cost of decoding through mull's path loop, compared with transformers' own `generate` on the same weights.
 
-Greedy decoding, batch 1, with the cache. The variants alternate in one process, so that a drifting machine hits all alike; the
-median over the rounds is printed with its spread. Beside the time of a token stands the time that reading the weights once per
-visit takes at the measured copy bandwidth: what a decoder that only moved weights would need.
+Greedy decoding, batch 1, with the cache. The variants alternate in one process, so that a drifting machine affects all equally;
+the median over the rounds is printed with its spread. The last column is the time to read the weights once per visit at the
+measured bandwidth, which is what a decoder that only moved weights would need.
 
     python benchmarks/decode_overhead.py [--tokens 128] [--rounds 7] [--threads 1]
 """
@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from mull import ETDConfig, wrap_transformer_with_etd
+from mull.evaluation.cost.count import measure_machine
 
 SIZES = {
     "tiny (overhead only)": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8},
@@ -35,17 +36,6 @@ def make(size: dict[str, int]) -> Qwen3Config:
         pad_token_id=0,
         **size,
     )
-
-
-def bandwidth() -> float:
-    """Bytes per second that a large tensor is read with."""
-    data = torch.ones(64 * 2**20)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - started)
-    return data.numel() * 4 / best
 
 
 def median_ms(
@@ -70,7 +60,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    speed = bandwidth()
+    speed = measure_machine("cpu", torch.float32).bandwidth
     print(f"{arguments.threads} thread(s), fp32, read bandwidth {speed / 1e9:.1f} GB/s, {arguments.tokens} tokens, "
           f"{arguments.rounds} rounds")  # fmt: skip
     print(f"{'model':22} {'variant':26} {'ms/token':>9} {'min':>8} {'max':>8} {'weights only':>13}")

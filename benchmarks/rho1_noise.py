@@ -2,9 +2,9 @@
 
 The language is a first-order Markov chain, so its entropy is known and no model can have a lower loss. A share of the training
 labels is replaced by random tokens; a reference model of the same size has seen clean text of the same language. All arms train
-on the same noisy rows in the same order, from the same initial weights, and are judged on clean held-out text. The tokens that
-the reference was trained on are not counted: Rho-1 is given clean text that the baseline never sees. The row ``reference`` shows
-what that text is worth by itself.
+on the same noisy rows in the same order, from the same initial weights, and are evaluated on clean held-out text. The reference's
+training tokens are not counted, so Rho-1 profits from clean text that the baseline never sees. The row ``reference`` shows what
+that text alone is worth.
 
     python benchmarks/rho1_noise.py [--settings main weak-reference …] [--seeds 3] [--steps 100] [--threads 1]
 """
@@ -109,8 +109,8 @@ class Language:
         """Rows of one document each."""
         tokens = [rng.integers(1, VOCAB, rows)]
         while len(tokens) < LENGTH:
-            cumulated = self.probabilities[tokens[-1]].cumsum(1)
-            choice = (cumulated < rng.random((rows, 1))).sum(1).clip(max=SUCCESSORS - 1)
+            cumulative = self.probabilities[tokens[-1]].cumsum(1)
+            choice = (cumulative < rng.random((rows, 1))).sum(1).clip(max=SUCCESSORS - 1)
             tokens.append(self.successors[tokens[-1], choice])
         return pack_tokens(np.stack(tokens, 1).tolist(), length=LENGTH, pad_id=PAD)
 

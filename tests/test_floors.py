@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYOUT: dict[str, tuple[int, str]] = {
-    "runtime": (1, "storage distributed checkpoint tracking"),
+    "runtime": (1, "storage distributed timing checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
     "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise"),
     "layers": (3, "heads recursive_heads value_head"),
@@ -38,7 +38,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "evaluation.search": (7, "split"),
     "app": (8, "recipe build prepare run report demo cli"),
     "app.report": (8, "figures page"),
-    "app.demo": (8, "weights speculation demo"),
+    "app.demo": (8, "chapter loops weights speculation chain demo"),
 }
 """Each folder's floor, and its files in the order in which they build on each other. Two folders on one floor do not know each
 other. An import under ``TYPE_CHECKING`` is held to the same rule: a type is knowledge, too."""

@@ -1,4 +1,4 @@
-"""The command ``mull``: one verb per command. A user's mistake is one line and exit code 2, never a traceback."""
+"""The command ``mull``. A user's mistake ends it with one line and exit code 2, without a traceback."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from mull.app.demo.demo import run_demo
-from mull.app.recipe import load_recipe, recipe_schema
+from mull.app.recipe import load_recipe, recipe_schema, wrong_value
 from mull.app.report.figures import angular_distance_figure
 from mull.app.report.page import Report
 from mull.app.run import estimate_recipe, run_recipe
@@ -28,7 +28,7 @@ from mull.retrofit.wrap import from_pretrained
 from mull.runtime.distributed import device
 
 TRACEBACK = "MULL_TRACEBACK"
-"""Environment variable that shows the traceback behind an error message, for bug reports."""
+"""Environment variable that shows the traceback of an error, for bug reports."""
 
 app = typer.Typer(
     add_completion=False,
@@ -44,23 +44,26 @@ ModelArgument = Annotated[str, typer.Argument(help="Directory or hub name of a c
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report and the models.")] = Path("out/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, data order and sampled iterations.")] = 0,
 ) -> None:
-    """Train a small model on real text, make it think in loops, and write a report: minutes on one CPU, no download."""
+    """Train a small model on real text, teach it to think in loops, and write a report: minutes on one CPU, no downloads."""
     report = run_demo(out, seed)
     print(f"report: {report}")
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file of the run.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, overrides the recipe.")] = None,
-    resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint of the run.")] = False,
+    recipe: Annotated[Path, typer.Argument(help="YAML file that describes the run.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; overrides the recipe.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the run's newest checkpoint.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything but the training, and print what it will cost.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check the recipe, data and model without training, and print what training will cost."
+        ),
     ] = False,
 ) -> None:
-    """Train a model as a recipe says. On several devices: torchrun --nproc-per-node N -m mull train RECIPE."""
+    """Train a model as a recipe describes. On several devices: torchrun --nproc-per-node N -m mull train RECIPE."""
     loaded = load_recipe(recipe, set_ or [])
     if dry_run:
         _print_once(estimate_recipe(loaded))
@@ -73,12 +76,12 @@ def train(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of a recipe, with which editors complete and explain its keys."""
+    """Print the JSON schema of recipes, which lets editors complete and explain keys."""
     print(json.dumps(recipe_schema(), indent=2))
 
 
 def _print_once(text: str) -> None:
-    """Print on the first of the processes that torchrun has started."""
+    """Print on rank 0 only; torchrun sets RANK."""
     if os.environ.get("RANK", "0") == "0":
         print(text)
 
@@ -92,7 +95,7 @@ def split(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for split.json and split.html.")] = Path("out/split"),
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 256,
-    batches: Annotated[int, typer.Option(help="Batches to measure on.")] = 8,
+    batches: Annotated[int, typer.Option(help="Number of batches to measure on.")] = 8,
     batch_size: Annotated[int, typer.Option(help="Rows per batch.")] = 8,
 ) -> None:
     """Measure which layers of MODEL encode, think and decode, and propose an ETDConfig."""
@@ -135,35 +138,41 @@ def _describe(report: SplitReport) -> str:
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Option(help="Text to continue; - reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens to generate.")] = 100,
     think_iterations: Annotated[int | None, typer.Option(help="Passes through the think block.")] = None,
     etd: Annotated[
-        str | None, typer.Option(help="Encoder,think,decoder layers, e.g. 7,4,5, for a base checkpoint.")
+        str | None, typer.Option(help="Numbers of encoder, think and decoder layers for a base checkpoint, e.g. 7,4,5.")
     ] = None,
     mtp: Annotated[
         Literal["native"] | None,
-        typer.Option(help="Heads of a base checkpoint: those under mtp.* of Qwen3-Next and 3.5."),
+        typer.Option(help="Use the heads that a base checkpoint has under mtp.* (Qwen3-Next and Qwen3.5)."),
     ] = None,
     draft: Annotated[
         Literal["mtp"] | None, typer.Option(help="Draft with the model's heads; the text stays the same.")
     ] = None,
     draft_length: Annotated[
-        int | None, typer.Option(help="Tokens to draft per round; default: by measured cost and acceptance.")
+        int | None, typer.Option(help="Tokens to draft per round; default: chosen by measured cost and acceptance.")
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this probability.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Least probability, relative to the likeliest token's.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the most likely tokens that together have this probability.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Smallest probability, relative to that of the most likely token.")
+    ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Divides the logits of tokens that occurred; 1 is none.")
+        float, typer.Option(help="Divides the logits of tokens that have occurred; 1 is off.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     compile_: Annotated[
-        bool, typer.Option("--compile", help="Compile rounds: minutes at first, faster later.")
+        bool, typer.Option("--compile", help="Compile the decoder: takes minutes at first, then decodes faster.")
     ] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Say on standard error what it took.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print time, tokens and acceptance to standard error.")
+    ] = False,
 ) -> None:
-    """Continue a prompt, token by token as they come."""
+    """Continue a prompt, printing tokens as they come."""
     text = sys.stdin.read() if prompt == "-" else prompt
     heads = None if mtp is None else MTPConfig(mtp_head_type=mtp)
     loaded: Any = from_pretrained(model, etd=None if etd is None else _parse_split(etd), mtp=heads)
@@ -196,7 +205,7 @@ def generate(
 
 
 def _stats_text(stats: GenerationStats) -> str:
-    """A call's statistics as lines, and a table of the drafted positions where there are any."""
+    """A call's statistics as lines, and a table of acceptance by position if it drafted."""
     facts = describe_call(stats)
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {fact}" for name, fact in facts.items()]
@@ -234,12 +243,7 @@ def main() -> None:
 
 
 def _message(error: Exception) -> str:
-    """What an error says; of the fields of a configuration, which value does not fit and why."""
+    """What an error says. An error of a configuration names each refused value and the reason."""
     if not isinstance(error, ValidationError):
         return str(error)
-    mistakes = []
-    for mistake in error.errors():
-        reason = mistake["msg"].removeprefix("Value error, ")
-        field = ".".join(map(str, mistake["loc"]))
-        mistakes.append(f"{field}={mistake['input']!r}: {reason}" if field else reason)
-    return "; ".join(mistakes)
+    return "; ".join(wrong_value(mistake, ".".join(map(str, mistake["loc"]))) for mistake in error.errors())

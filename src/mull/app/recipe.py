@@ -502,10 +502,16 @@ def _sentence(mistake: Any) -> str:
         return f"unknown key {key}. {_hint(location[-1], _keys_of(location[:-1]), '.'.join(location[:-1]))}"
     if mistake["type"] == "missing":
         return f"the key {key} is missing"
-    message = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}={mistake['input']!r}: {message}"
+    return wrong_value(mistake, key)
+
+
+def wrong_value(mistake: Any, key: str) -> str:
+    """Which value a configuration refuses and why; `mistake` is one of pydantic's errors."""
+    message: str = mistake["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    # Our own messages name the value themselves.
+    return f"{key}: {message}" if mistake["type"] == "value_error" else f"{key}={mistake['input']!r}: {message}"
 
 
 def _hint(name: str, known: Sequence[str], section: str) -> str:

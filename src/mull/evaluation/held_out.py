@@ -1,4 +1,4 @@
-"""Loss on held-out text, of every head."""
+"""Held-out loss of every head."""
 
 from collections.abc import Mapping
 
@@ -23,25 +23,26 @@ def held_out_losses(
 ) -> dict[str, float]:
     """Mean loss of each head over held-out rows, in nats per target, in the model's own precision.
 
-    With several ranks, all call this alike; each takes a share of the batches and all return the same.
+    With several ranks, every rank must call this. Each evaluates a share of the batches, and all return the same numbers.
 
     Args:
-        model: Left in the mode it is in.
+        model: Stays in training or evaluation mode, whichever it is in.
         dataset: Packed documents.
         iterations: Passes through the think block; None for a model without one.
         batch_size: Rows per forward pass.
-        max_rows: Evaluate the first rows only.
-        n_heads: Heads behind the main one to evaluate; None for all that the model has.
+        max_rows: Evaluate only the first rows.
+        n_heads: Extra heads to evaluate; None for all.
 
     Returns:
-        ``loss`` of the main head, and ``head1_loss`` and following of the others; a head without a target in the rows has none.
+        ``loss`` of the main head, and ``head1_loss``, ``head2_loss``, … of the extra heads. A head without a target in the rows
+        is left out.
     """
     if n_heads is None:
         n_heads = 0 if model.mtp_config is None else model.mtp_config.num_predict_tokens
     rows = torch.arange(min(len(dataset), max_rows or len(dataset)))
     batches = [dataset.rows(part) for part in rows.split(batch_size)]
     total = torch.zeros(2, 1 + n_heads, dtype=torch.float64, device=model.device)
-    # Ranks that share weights must run equally many layers: the last round repeats a batch where one is missing.
+    # Ranks that share weights must run the same number of layers, so a rank without a batch in the last round repeats one.
     for first in range(0, len(batches), world_size()):
         number = first + rank()
         found = _sums(model, batches[min(number, len(batches) - 1)], iterations, n_heads)
@@ -59,7 +60,7 @@ def held_out_loss(
     batch_size: int = 16,
     max_rows: int | None = None,
 ) -> float:
-    """Mean loss of the main head, see `held_out_losses`."""
+    """Mean loss of the main head; see `held_out_losses`."""
     return held_out_losses(model, dataset, iterations, batch_size=batch_size, max_rows=max_rows, n_heads=0)["loss"]
 
 
@@ -67,7 +68,7 @@ def _sums(model: MullForCausalLM, batch: Mapping[str, Tensor], iterations: int |
     """Summed loss and number of targets of each head, ``[2, H]``."""
     tensors = {name: tensor.to(model.device) for name, tensor in batch.items()}
     position_ids = tensors["position_ids"]
-    (hidden,) = model.early_decoded(tensors["input_ids"], position_ids=position_ids, think_iterations=iterations)
+    hidden = model.hidden_states(tensors["input_ids"], position_ids=position_ids, think_iterations=iterations)
     targets = targets_of(tensors["labels"], label_positions(None, position_ids), 1 + n_heads)
     valid = targets >= 0
     _, losses = model.head_losses(hidden, tensors["input_ids"], targets, valid.float(), position_ids=position_ids)

@@ -40,6 +40,7 @@ from mull.runtime.checkpoint import (
     training_tensors,
 )
 from mull.runtime.distributed import DistributedConfig, gather_objects, on_first_rank, rank, same_everywhere, world_size
+from mull.runtime.timing import synchronize
 from mull.runtime.tracking import MetricsLog, flat
 from mull.training.objectives.base import Batch, Objective
 from mull.training.optimization import (
@@ -358,8 +359,7 @@ def _optimizer_step(run: _Run) -> Record:
 
 def _elapsed(device: torch.device, started: float) -> float:
     """Seconds since `started`, with the device's queue drained."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - started
 
 

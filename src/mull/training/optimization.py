@@ -3,7 +3,6 @@
 import functools
 import math
 import re
-import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mull.runtime.distributed import whole
+from mull.runtime.timing import measured_peak
 
 Precision = Literal["fp32", "bf16"]
 
@@ -212,14 +212,14 @@ def peak_flops(device: torch.device, precision: Precision) -> float:
     """Peak of a device in FLOP per second, the denominator of the model FLOPs utilisation (MFU).
 
     For common NVIDIA GPUs in bf16 this is the dense peak of the data sheet. Otherwise it is measured, once per process, as the
-    best of five products of large matrices: what the device reaches in practice, so that an MFU against it is higher than one
-    against a data sheet.
+    fastest of several products of large matrices: what the device reaches in practice, so that an MFU against it is higher than
+    one against a data sheet.
     """
     if device.type == "cuda" and precision == "bf16":
         published = published_peak(torch.cuda.get_device_name(device))
         if published is not None:
             return published
-    return _measured_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return measured_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 def published_peak(name: str) -> float | None:
@@ -227,22 +227,3 @@ def published_peak(name: str) -> float | None:
     if "MIG" in name:
         return None
     return next((peak for pattern, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b(?:{pattern})(?!\S)", name)), None)
-
-
-def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    size = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = math.inf
-    for repetition in range(6):
-        _drain(device)
-        started = time.perf_counter()
-        left @ right
-        _drain(device)
-        if repetition:  # the first one warms up
-            best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
-def _drain(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

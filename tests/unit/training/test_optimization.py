@@ -183,7 +183,7 @@ def test_a_peak_that_is_not_published_is_measured_once(monkeypatch: pytest.Monke
         return 1e9
 
     peak_flops.cache_clear()
-    monkeypatch.setattr("mull.training.optimization._measured_peak", measure)
+    monkeypatch.setattr("mull.training.optimization.measured_peak", measure)
     assert [peak_flops(CPU, precision) for precision in ("fp32", "bf16", "fp32")] == [1e9] * 3
     assert measured == [torch.float32, torch.bfloat16]
     monkeypatch.undo()

@@ -1,10 +1,9 @@
-"""The figures of reports."""
+"""The figures of reports, each a function from numbers to a `matplotlib.figure.Figure`. None touches pyplot's global state."""
 
 import io
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import cycle
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -12,25 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-if TYPE_CHECKING:
-    from mull.evaluation.search.split import SplitReport
-
+from mull.evaluation.search.split import SplitReport
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's colours, which stay apart under the common forms of colour blindness; yellow is too light on white."""
-
+"""Okabe and Ito's colours, distinct under the common forms of colour blindness; without yellow, which is too light on white."""
 
 MARKERS = "osD^vPX"
-
-
 DASHES = ("--", ":", "-.")
-
-
 BLOCK_COLOURS = {"encode": "#DCE9F5", "think": "#FBE3CF", "decode": "#DDF0E6"}
-
-
 GREY = "#5B6470"
-
+SMOOTHING = 21
+"""Points of the moving average over a training loss."""
 
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -55,240 +46,153 @@ STYLE: dict[Any, Any] = {
     "ytick.color": GREY,
 }
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Series:
-    """One labelled line of a figure."""
-
-    label: str
-    """Name in the legend. Series of one figure that share a label share a colour."""
-
-    x: Sequence[int | float]
-    """Where the values were measured."""
-
-    y: Sequence[int | float]
-    """The values; as many as `x`."""
-
-    error: Sequence[int | float] = ()
-    """Half widths of error bars, as many as `x`, or none."""
-
-    def __post_init__(self) -> None:
-        """Refuse lengths that do not match.
-
-        Raises:
-            ValueError: names the series and its lengths.
-        """
-        if len(self.x) != len(self.y) or len(self.error) not in (0, len(self.x)):
-            raise ValueError(
-                f"Series {self.label!r} has {len(self.x)} x, {len(self.y)} y and {len(self.error)} error values: "
-                "give as many y as x, and as many errors or none."
-            )
+Line = Mapping[int, float]
+"""x to y, in the order of drawing."""
 
 
-def loss_curves(
-    training: Sequence[Series], held_out: Sequence[Series] = (), *, x_label: str = "tokens", window: int = 21
-) -> Figure:
-    """Training loss (smoothed line over the faint raw one) and held-out loss (markers) of several runs.
+@mpl.rc_context(STYLE)
+def loss_curves(runs: Mapping[str, Line]) -> Figure:
+    """Training loss of several runs against tokens: a smoothed line over the faint raw one."""
+    figure, axes = _empty()
+    for colour, (name, line) in zip(cycle(PALETTE), runs.items(), strict=False):
+        axes.plot([*line], [*line.values()], color=colour, alpha=0.3, linewidth=0.7)
+        axes.plot([*line], _smooth([*line.values()]), color=colour, label=f"{name}, training")
+    return _finish_losses(figure, axes, "loss (nats per token)")
+
+
+@mpl.rc_context(STYLE)
+def held_out_curves(runs: Mapping[str, Line], controls: Mapping[str, tuple[str, Line]]) -> Figure:
+    """Held-out loss of several runs against tokens.
 
     Args:
-        training: One series per run.
-        held_out: Held-out loss of the same runs, matched by label.
-        x_label: What x counts, with its unit: ``tokens`` or ``seconds``.
-        window: Points of the centred moving average; 1 draws the raw loss alone.
+        runs: By name of the run.
+        controls: Name of a run to the name and the losses of its control, which is dashed in the same colour.
     """
-    with _style():
-        figure = Figure(figsize=(7.4, 3.9), layout="constrained")
-        axes = figure.subplots()
-        colours = _colours([*training, *held_out])
-        for series in training:
-            if window > 1:
-                axes.plot(series.x, series.y, color=colours[series.label], alpha=0.3, linewidth=0.7)
-            axes.plot(
-                series.x, _smooth(series.y, window), color=colours[series.label], label=f"{series.label}, training"
-            )
-        for series in held_out:
-            label = f"{series.label}, held out"
-            axes.plot(series.x, series.y, "o", color=colours[series.label], mec="white", ms=7, label=label, zorder=3)
-            _error_bars(axes, series, colours[series.label])
-        axes.set(xlabel=x_label, ylabel="loss (nats per token)")
-        if x_label.startswith("tokens"):
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        _legend(figure, columns=2)
+    figure, axes = _empty()
+    for colour, marker, (name, line) in zip(cycle(PALETTE), cycle(MARKERS), runs.items(), strict=False):
+        axes.plot([*line], [*line.values()], color=colour, marker=marker, label=name)
+        if name in controls:
+            label, control = controls[name]
+            axes.plot([*control], [*control.values()], color=colour, linestyle="--", linewidth=1.2, label=label)
+    return _finish_losses(figure, axes, "held-out loss (nats per token)")
+
+
+@mpl.rc_context(STYLE)
+def loss_against_iterations(models: Mapping[str, Line], controls: Mapping[str, float]) -> Figure:
+    """Held-out loss at each number of think iterations, with models of fixed depth as horizontal lines."""
+    figure, axes = _empty()
+    _iteration_lines(axes, models)
+    for dash, (name, loss) in zip(cycle(DASHES), controls.items(), strict=False):
+        axes.axhline(loss, color="#333333", linestyle=dash, linewidth=1.4, label=name)
+    axes.set(ylabel="held-out loss (nats per token)")
+    axes.margins(y=0.12)
+    _legend(figure, columns=2)
     return figure
 
 
-def held_out_curves(runs: Sequence[Series], controls: Mapping[str, Series] | None = None) -> Figure:
-    """Held-out loss of several runs during training, and of their controls in the same colour, dashed.
-
-    Args:
-        runs: One series per run; x is the number of tokens.
-        controls: Label of a run to the series of its control.
-    """
-    with _style():
-        figure = Figure(figsize=(7.4, 3.9), layout="constrained")
-        axes = figure.subplots()
-        colours = _colours(runs)
-        for series, marker in zip(runs, MARKERS, strict=False):
-            colour = colours[series.label]
-            axes.plot(series.x, series.y, color=colour, marker=marker, label=series.label)
-            if controls and (control := controls.get(series.label)) is not None:
-                axes.plot(control.x, control.y, color=colour, linestyle="--", linewidth=1.2, label=control.label)
-        axes.set(xlabel="tokens", ylabel="held-out loss (nats per token)")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        _legend(figure, columns=2)
-    return figure
-
-
-def loss_against_iterations(
-    models: Sequence[Series], controls: Mapping[str, float] | None = None, *, trained_iterations: int | None = None
-) -> Figure:
-    """Held-out loss at each number of think iterations, beside models that have no iterations to choose.
-
-    Args:
-        models: One series per model; x is the number of iterations.
-        controls: Loss of models of fixed depth, drawn as horizontal lines.
-        trained_iterations: Most iterations seen in training; beyond it the figure marks extrapolation.
-    """
-    with _style():
-        figure = Figure(figsize=(7.4, 3.9), layout="constrained")
-        axes = figure.subplots()
-        _iteration_lines(axes, models, trained_iterations)
-        for index, (label, loss) in enumerate((controls or {}).items()):
-            axes.axhline(loss, color="#333333", linestyle=DASHES[index % len(DASHES)], linewidth=1.4, label=label)
-        axes.set(xlabel="think iterations", ylabel="held-out loss (nats per token)")
-        axes.margins(y=0.12)
-        _legend(figure, columns=2)
-    return figure
-
-
+@mpl.rc_context(STYLE)
 def accuracy_against_iterations(
-    overall: Sequence[Series],
-    by_hops: Mapping[int, Mapping[int, float]] | None = None,
+    overall: Mapping[str, Line],
+    by_hops: Mapping[int, Line],
     *,
-    held_out_hops: Collection[int] = (),
-    chance: float | None = None,
-    trained_iterations: int | None = None,
+    held_out_hops: Collection[int],
+    trained_iterations: int,
 ) -> Figure:
-    """Accuracy on a task that needs depth: overall per model, and by the number of hops for one model.
+    """Accuracy on a task that needs depth: over all questions, and as a table of colours by the number of hops.
 
     Args:
-        overall: One series per model; x is the number of think iterations, y the accuracy in 0 to 1.
-        by_hops: Hops, then iterations, to accuracy in 0 to 1; drawn as a table of colours beside the lines.
+        overall: Think iterations to accuracy in 0 to 1, by name of the model.
+        by_hops: The same by number of hops, for one model.
         held_out_hops: Numbers of hops that training never showed; their rows are marked.
-        chance: Accuracy of guessing.
-        trained_iterations: Most iterations seen in training.
+        trained_iterations: Most iterations seen in training; more are shaded.
     """
-    with _style():
-        figure = Figure(figsize=(8.4 if by_hops else 7.4, 4.2), layout="constrained")
-        panels = figure.subplots(1, 2 if by_hops else 1, squeeze=False, width_ratios=[1, 1.1] if by_hops else [1])[0]
-        axes = panels[0]
-        _iteration_lines(axes, overall, trained_iterations)
-        if chance is not None:
-            axes.axhline(chance, color="#333333", linestyle=":", linewidth=1.4, label="chance")
-        axes.set(xlabel="think iterations", ylabel="accuracy (%)", ylim=(-0.03, 1.03), title="All questions")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-        if by_hops:
-            _hops_map(panels[1], by_hops, held_out_hops)
-        _legend(figure, columns=3)
+    figure = Figure(figsize=(8.4, 4.2), layout="constrained")
+    axes, table = figure.subplots(1, 2, width_ratios=[1, 1.1])
+    _iteration_lines(axes, overall)
+    most = max(iterations for line in overall.values() for iterations in line)
+    if most > trained_iterations:
+        axes.axvspan(trained_iterations + 0.5, most + 0.5, color="#EEF0F3", zorder=0, label="more than in training")
+        axes.set_xlim(right=most + 0.5)
+    axes.set(ylabel="accuracy (%)", ylim=(-0.03, 1.03), title="All questions")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    _hops_map(table, by_hops, held_out_hops)
+    _legend(figure, columns=3)
     return figure
 
 
+@mpl.rc_context(STYLE)
 def acceptance_figure(
-    conditional: Sequence[float], cumulative: Sequence[float], speeds: Mapping[str, Sequence[float]] | None = None
+    conditional: Sequence[float], cumulative: Sequence[float], speeds: Mapping[str, Sequence[float]]
 ) -> Figure:
-    """Acceptance of drafts by position and, beside it, the speed of decoding with and without them.
+    """Acceptance of drafts by position and, beside it, the speed of decoding.
 
     Args:
-        conditional: Share of accepted drafts at the first, second, ... position, of those whose predecessors were accepted.
+        conditional: Share of accepted drafts at the first, second, … position, of those whose predecessors were accepted.
         cumulative: Share of accepted drafts of all that were drafted there.
-        speeds: Name of a way of decoding to tokens per second, one number per measurement; each is drawn, and their median.
+        speeds: Tokens per second of each measurement, by way of decoding. Each is drawn, and their median.
     """
-    with _style():
-        figure = Figure(figsize=(8.4 if speeds else 7.4, 3.9), layout="constrained")
-        panels = figure.subplots(1, 2 if speeds else 1, squeeze=False)[0]
-        places = range(1, len(conditional) + 1)
-        axes = panels[0]
-        axes.plot(
-            places, conditional, color=PALETTE[0], marker=MARKERS[0], label="of those whose predecessors were accepted"
-        )
-        axes.plot(places, cumulative, color=PALETTE[1], marker=MARKERS[1], label="of all drafted")
-        axes.set(xlabel="position of the draft", ylabel="accepted (%)", ylim=(-0.03, 1.03), title="Drafts")
-        axes.set_xlim(0.6, len(conditional) + 0.4)
-        axes.set_xticks(places)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-        if speeds:
-            _speed_points(panels[1], speeds)
-        _legend(figure, columns=2)
+    figure = Figure(figsize=(8.4, 3.9), layout="constrained")
+    axes, speed = figure.subplots(1, 2)
+    places = range(1, len(conditional) + 1)
+    label = "of those whose predecessors were accepted"
+    axes.plot(places, conditional, color=PALETTE[0], marker=MARKERS[0], label=label)
+    axes.plot(places, cumulative, color=PALETTE[1], marker=MARKERS[1], label="of all drafted")
+    axes.set(xlabel="position of the draft", ylabel="accepted (%)", ylim=(-0.03, 1.03), title="Drafts")
+    axes.set(xlim=(0.6, len(conditional) + 0.4), xticks=places)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    _speed_points(speed, speeds)
+    _legend(figure, columns=2)
     return figure
 
 
-def angular_distance_figure(split: "SplitReport") -> Figure:
-    """The distance curve with the proposed blocks shaded, and below it the loop probe where there is one.
-
-    Args:
-        split: What `mull.evaluation.search.split.find_split` returned.
-    """
-    with _style():
-        probed = bool(split.probe)
-        figure = Figure(figsize=(7.4, 5.6 if probed else 3.6), layout="constrained")
-        panels = figure.subplots(2 if probed else 1, 1, squeeze=False, sharex=True, height_ratios=[3, 2][: 1 + probed])[
-            :, 0
-        ]
-        layers = range(split.n_layers)
-        panels[0].errorbar(
-            layers, split.distances, yerr=split.standard_errors, color=PALETTE[0], marker="o", capsize=3, elinewidth=1.2
-        )
-        panels[0].set(ylabel="angular distance (units of \N{GREEK SMALL LETTER PI})")
-        panels[0].set_ylim(0, 1.22 * max(split.distances))  # room for the names of the blocks
-        _shade_blocks(panels[0], split)
-        if probed:
-            _probe_bars(panels[1], split)
-        panels[-1].set(xlabel="decoder layer", xlim=(-0.6, split.n_layers - 0.4))
-        panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=18))
+@mpl.rc_context(STYLE)
+def angular_distance_figure(split: SplitReport) -> Figure:
+    """The distance curve with the proposed blocks shaded, and the loop probe below it if there was one."""
+    n_panels = 2 if split.probe else 1
+    figure = Figure(figsize=(7.4, 5.6 if split.probe else 3.6), layout="constrained")
+    panels = figure.subplots(n_panels, 1, squeeze=False, sharex=True, height_ratios=[3, 2][:n_panels])[:, 0]
+    panels[0].errorbar(
+        range(split.n_layers), split.distances, yerr=split.standard_errors, color=PALETTE[0], marker="o", capsize=3,
+        elinewidth=1.2,
+    )  # fmt: skip
+    panels[0].set(ylabel="angular distance (units of \N{GREEK SMALL LETTER PI})")
+    panels[0].set_ylim(0, 1.22 * max(split.distances))  # room for the names of the blocks
+    _shade_blocks(panels[0], split)
+    if split.probe:
+        _probe_bars(panels[1], split)
+    panels[-1].set(xlabel="decoder layer", xlim=(-0.6, split.n_layers - 0.4))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=18))
     return figure
 
 
-def _style() -> AbstractContextManager[None]:
-    """Settings of matplotlib for the duration of one figure."""
-    return mpl.rc_context(STYLE)
+def _empty() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.4, 3.9), layout="constrained")
+    return figure, figure.subplots()
 
 
-def _colours(series: Sequence[Series]) -> dict[str, str]:
-    """One colour per label, in order of appearance."""
-    labels = dict.fromkeys(entry.label for entry in series)
-    return {label: PALETTE[index % len(PALETTE)] for index, label in enumerate(labels)}
+def _finish_losses(figure: Figure, axes: Axes, label: str) -> Figure:
+    axes.set(xlabel="tokens", ylabel=label)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _legend(figure, columns=2)
+    return figure
 
 
-def _error_bars(axes: Axes, series: Series, colour: str) -> None:
-    """Bars without a line, which leaves the legend to the line itself."""
-    if series.error:
-        axes.errorbar(series.x, series.y, yerr=series.error, fmt="none", ecolor=colour, capsize=3, elinewidth=1.2)
-
-
-def _smooth(values: Sequence[int | float], window: int) -> np.ndarray:
-    """Centred moving average; near the ends, over the points there are. An exponential one would trail a falling loss."""
-    kernel = np.ones(min(window, len(values)))
+def _smooth(values: Sequence[float]) -> np.ndarray:
+    """Moving average, centred because an exponential one would lag behind a falling loss; shorter near the ends."""
+    kernel = np.ones(min(SMOOTHING, len(values)))
     return np.convolve(values, kernel, mode="same") / np.convolve(np.ones(len(values)), kernel, mode="same")
 
 
-def _iteration_lines(axes: Axes, models: Sequence[Series], trained_iterations: int | None) -> None:
-    """Lines with markers over the number of iterations; iterations beyond training are shaded."""
-    colours = _colours(models)
-    for index, series in enumerate(models):
-        marker = MARKERS[index % len(MARKERS)]
-        axes.plot(series.x, series.y, color=colours[series.label], marker=marker, label=series.label, zorder=3)
-        _error_bars(axes, series, colours[series.label])
-    most = max(max(series.x) for series in models)
-    if trained_iterations is not None and most > trained_iterations:
-        axes.axvspan(trained_iterations + 0.5, most + 0.5, color="#EEF0F3", zorder=0, label="more than in training")
-        axes.set_xlim(right=most + 0.5)
+def _iteration_lines(axes: Axes, models: Mapping[str, Line]) -> None:
+    for colour, marker, (name, line) in zip(cycle(PALETTE), cycle(MARKERS), models.items(), strict=False):
+        axes.plot([*line], [*line.values()], color=colour, marker=marker, label=name, zorder=3)
+    axes.set(xlabel="think iterations")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _speed_points(axes: Axes, speeds: Mapping[str, Sequence[float]]) -> None:
-    """Every measurement as a point, in the order of measuring from left to right, and the median as a line with its number."""
-    for column, measured in enumerate(speeds.values()):
-        colour = PALETTE[2 + column % (len(PALETTE) - 2)]
+    """Measurements as points, from left to right in the order of measuring, and their median as a line with its number."""
+    for column, (colour, measured) in enumerate(zip(cycle(PALETTE[2:]), speeds.values(), strict=False)):
         spread = np.linspace(-0.2, 0.2, len(measured)) if len(measured) > 1 else np.zeros(1)
         axes.plot(column + spread, measured, "o", color=colour, alpha=0.55, markeredgewidth=0)
         middle = float(np.median(measured))
@@ -308,11 +212,10 @@ def _speed_points(axes: Axes, speeds: Mapping[str, Sequence[float]]) -> None:
 def _legend(figure: Figure, columns: int) -> None:
     """A legend above the axes, where it covers no data."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(handles)))
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(handles)))
 
 
-def _hops_map(axes: Axes, by_hops: Mapping[int, Mapping[int, float]], held_out_hops: Collection[int]) -> None:
+def _hops_map(axes: Axes, by_hops: Mapping[int, Line], held_out_hops: Collection[int]) -> None:
     """Accuracy by hops (rows) and iterations (columns), each cell with its number."""
     hops = sorted(by_hops)
     iterations = sorted({iteration for row in by_hops.values() for iteration in row})
@@ -334,7 +237,7 @@ def _hops_map(axes: Axes, by_hops: Mapping[int, Mapping[int, float]], held_out_h
     axes.set(xlabel="think iterations", ylabel="hops", title="Accuracy by hops (%)")
 
 
-def _shade_blocks(axes: Axes, split: "SplitReport") -> None:
+def _shade_blocks(axes: Axes, split: SplitReport) -> None:
     """Shade and name encode, think and decode behind the curve."""
     sizes = (split.etd.n_encoder_layers, split.etd.n_think_layers, split.etd.n_decoder_layers)
     start = 0
@@ -348,22 +251,18 @@ def _shade_blocks(axes: Axes, split: "SplitReport") -> None:
         start += size
 
 
-def _probe_bars(axes: Axes, split: "SplitReport") -> None:
+def _probe_bars(axes: Axes, split: SplitReport) -> None:
     """Extra loss of looping each window, one bar per window of the proposal's width, at the window's centre."""
-    width = split.etd.n_think_layers
-    windows = [cost for cost in split.probe if cost.stop - cost.start == width]
-    if not windows:  # probe_widths left the proposal's width out
-        width = split.probe[0].stop - split.probe[0].start
-        windows = [cost for cost in split.probe if cost.stop - cost.start == width]
-    chosen = split.etd.n_encoder_layers
-    colours = [
-        PALETTE[1] if cost.start == chosen and width == split.etd.n_think_layers else "#9AA5B1" for cost in windows
-    ]
+    first, width = split.etd.n_encoder_layers, split.etd.n_think_layers
+    if all(window.stop - window.start != width for window in split.probe):
+        width = split.probe[0].stop - split.probe[0].start  # the probe left out the proposal's width
+    windows = [window for window in split.probe if window.stop - window.start == width]
+    proposal = (first, first + split.etd.n_think_layers)
     axes.bar(
-        [(cost.start + cost.stop - 1) / 2 for cost in windows],
-        [cost.extra_loss for cost in windows],
+        [(window.start + window.stop - 1) / 2 for window in windows],
+        [window.extra_loss for window in windows],
         width=0.7,
-        color=colours,
+        color=[PALETTE[1] if (window.start, window.stop) == proposal else "#9AA5B1" for window in windows],
     )
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set(
@@ -372,10 +271,10 @@ def _probe_bars(axes: Axes, split: "SplitReport") -> None:
     )
 
 
+@mpl.rc_context(STYLE)
 def svg(figure: Figure) -> str:
     """A figure as one ``<svg>`` element, without an XML prolog and without metadata."""
     buffer = io.StringIO()
-    with _style():
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -1,7 +1,7 @@
-"""Figures and the HTML report of a run: one self-contained page, with nothing fetched from elsewhere.
+"""The HTML report of a run: one self-contained page that fetches nothing.
 
-Each figure is a function from numbers to a `matplotlib.figure.Figure`; none touches pyplot's global state. `Report` collects
-prose, figures, tables and samples of text, and writes them with the command, machine, seeds and date that produced them.
+`Report` collects prose, figures, tables and samples of text, and writes them with the command, machine, seeds and date that
+produced them.
 """
 
 import os
@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from importlib import resources
 from math import floor, isfinite, log10
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -22,9 +22,6 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from mull.app.report.figures import svg
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +43,7 @@ class Block:
 
 @dataclass(slots=True)
 class Section:
-    """A heading and what stands under it. Each method adds one piece and returns the section, so that calls chain."""
+    """A heading and its content. Each method adds one piece and returns the section, so that calls chain."""
 
     heading: str
     blocks: list[Block] = field(default_factory=list)
@@ -75,7 +72,7 @@ class Section:
             columns: Headings, with units.
             rows: Cells. Integers get thousands separators, None is a dash, and strings stay as they are.
             caption: Text below the table.
-            digits: Significant digits of the largest float of a column; the others of the column have as many decimals.
+            digits: Significant digits of a column's largest float; the column's other floats get the same number of decimals.
 
         Raises:
             ValueError: a row whose length differs from the headings.
@@ -100,7 +97,7 @@ class Section:
 
 @dataclass(slots=True)
 class Report:
-    """A page: title, a line below it, sections, and where the numbers come from.
+    """A page: title, subtitle, sections, and where the numbers come from.
 
     Example:
         ``report = Report("Demo", command="mull demo", seeds=[0])``, then
@@ -151,7 +148,7 @@ class Report:
 
 
 def machine() -> dict[str, str]:
-    """What the numbers were measured on: processor, threads, accelerator and versions."""
+    """The machine that the numbers were measured on: processor, threads, accelerator and versions."""
     cores = os.cpu_count()
     facts = {"Processor": _processor_name(), "Threads": f"{torch.get_num_threads()} of {cores} cores"}
     if torch.cuda.is_available():
@@ -163,7 +160,7 @@ def machine() -> dict[str, str]:
 
 
 def _processor_name() -> str:
-    """The processor's name: Linux keeps it in a file, elsewhere Python knows it."""
+    """The processor's name: from a file on Linux, from Python elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
@@ -186,12 +183,12 @@ def _cells(column: Sequence[str | int | float | None], digits: int) -> list[str]
 
 
 def _code_spans(text: str) -> Markup:
-    """Escape `text` and set what stands between backticks as code."""
+    """Escape `text` and set text between backticks as code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _inline_svg(text: str, prefix: str, label: str) -> Markup:
-    """Mark an SVG for a page: its ids must not collide with those of other figures."""
+    """Prepare an SVG for a page, where its ids must not collide with those of other figures."""
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r'href="#', f'href="#{prefix}-', text)
     text = text.replace("url(#", f"url(#{prefix}-")

@@ -1,28 +1,25 @@
-"""What decoding must cost, from what a machine computes and reads per second.
+"""The least time that decoding can take on a machine.
 
-A decoding step is a series of products of few rows with large matrices. Each takes as long as reading its matrix, or as computing
-the product, whichever is longer (the roofline of Williams et al., 2009). Verifying some drafts reads the same matrices as one
-token does; that is why drafting can pay.
+A decoding step is a series of products of a few rows with large matrices. Each takes as long as reading its matrix or computing
+the product, whichever is longer (the roofline of Williams et al., 2009). Drafting can pay because verifying several drafts
+reads the same matrices as decoding one token.
 
-What is left out makes the measured time longer than the predicted one: launching kernels and the work of the interpreter, norms,
-activations, rotary embeddings, softmax, sampling, and that one product cannot be read while another is computed. Weights that fit
-into a cache are read faster than `measure_machine` finds, unless it is told their size.
-
-The matrices are those that `mull.evaluation.cost.training` counts. Attention here reads the keys that are there, and delta
-rules advance their
-state token by token, as decoding does.
+Measured times are longer than predicted ones. The prediction leaves out kernel launches, the interpreter, norms, activations,
+rotary embeddings, softmax and sampling, and it assumes that a matrix is read while its product is computed. Weights that fit
+into a cache are read faster than `measure_machine` reports unless it is given their size.
 """
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
-from typing import Any
 
 from torch import nn
 
-from mull.evaluation.cost.count import Machine
+from mull.evaluation.cost.count import Machine, mixing_flops, products, visible_keys
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import layer_kinds
+from mull.model.memory import head_width
 from mull.model.path import Path
 
 STATE_BYTES = 4
@@ -38,33 +35,29 @@ def step_seconds(
     n_tokens: int = 1,
     path: Path | None = None,
 ) -> float:
-    """Least time of a pass of the trunk and the unembedding: of decoding with one token per row, of verifying with more.
+    """Least time of one pass of the trunk and the unembedding.
 
     ``Σ over visits (Σ over matrices max(bytes / bandwidth, FLOPs / flops) + mixing) + unembedding``
 
     * Every visit reads its layer's weights again.
-    * Of routed experts, n tokens that choose k of E evenly and independently read ``E (1 - (1 - k / E)^n)``, and compute k each.
+    * If n tokens choose k of E routed experts evenly and independently, the layer reads ``E (1 - (1 - k / E)^n)`` experts and
+      computes k per token.
     * Attention reads ``context`` keys and values of every row, or those of the window, and computes ``4 · heads · head width``
-      FLOPs per key and token. A delta rule reads and writes its state once, and computes ``6 d_k d_v`` per value head and token.
+      FLOPs per key and token. A delta rule reads and writes its state once, and computes ``6 d_k d_v`` per value head and
+      token.
 
-    Args:
-        model: Its weights are not read; the meta device will do. Their dtype counts.
-        machine: Measured in the same dtype.
-        context: Tokens of a row that attention looks at.
-        n_rows: Rows.
-        n_tokens: Tokens per row.
-        path: Visits; None for those that the model is configured for.
+    `n_tokens` is 1 to decode, and more to verify drafts. The model may be on the meta device. The dtype of its weights, in which
+    the machine must be measured, decides how many bytes are read.
     """
-    config = model.config.get_text_config()
-    kinds = layer_kinds(config)
-    total = _matrices_seconds([model.lm_head], machine, n_rows * n_tokens, config)
-    per_layer: dict[int, float] = {}
-    for layer, _ in model.path(path=path):
-        if layer not in per_layer:
-            matrices = _matrices_seconds([model.model.layers[layer]], machine, n_rows * n_tokens, config)
-            per_layer[layer] = matrices + _mixing_seconds(kinds[layer], model, machine, n_rows, n_tokens, context)
-        total += per_layer[layer]
-    return total
+    kinds = layer_kinds(model.config.get_text_config())
+
+    @functools.cache
+    def visit_seconds(layer: int) -> float:
+        seconds = _product_seconds(model, model.model.layers[layer], machine, n_rows * n_tokens)
+        return seconds + _mixing_seconds(kinds[layer], model, machine, n_rows, n_tokens, context)
+
+    unembedding = _product_seconds(model, model.lm_head, machine, n_rows * n_tokens)
+    return sum((visit_seconds(layer) for layer, _ in model.path(path=path)), unembedding)
 
 
 def draft_seconds(
@@ -78,22 +71,17 @@ def draft_seconds(
 ) -> float:
     """Least time to draft with the model's heads.
 
-    * Pointwise heads run at one position each, and one pass of the unembedding serves all drafts.
-    * Parallel heads with a decoder layer run over the window, each; one pass of the unembedding serves all drafts.
-    * Sequential heads run over the window, each; every draft takes a pass of the unembedding of its own.
-    * A recursive head runs over the window once and at one position in each further step; unembedding as before.
+    * Pointwise heads run at one position each. All drafts share one pass of the unembedding.
+    * Parallel heads with a decoder layer each run over the window. All drafts share one pass of the unembedding.
+    * Sequential heads each run over the window. Every draft takes its own pass of the unembedding.
+    * A recursive head runs over the window once and at one position in each further step. Every draft takes its own pass of the
+      unembedding.
 
-    Args:
-        model: With heads; its weights are not read.
-        machine: Measured in the dtype of the weights.
-        length: Tokens to draft; 0 costs nothing.
-        context: Tokens of a row that attention looks at.
-        n_rows: Rows.
-        window: Positions that a head with a cache runs over again at the start of a round, to replace what it made of drafts;
-            None for ``length + 1``, those that a round in which all drafts were accepted has made known.
+    `window` counts the positions that a head with a cache recomputes at the start of a round, because it saw drafts there. By
+    default it is ``length + 1``, which a round leaves if all its drafts were accepted.
 
     Raises:
-        ValueError: the model has no heads, or fewer than `length` that are not recursive.
+        ValueError: the model has no heads, or fewer than `length` and they are not recursive.
     """
     heads = model.mtp_heads
     if heads is None:
@@ -104,17 +92,16 @@ def draft_seconds(
         )
     if length == 0:
         return 0.0
-    config = model.config.get_text_config()
     n_window = 1 if heads.pointwise else (length + 1 if window is None else window)
 
     def run(module: nn.Module, n_tokens: int) -> float:
-        matrices = _matrices_seconds([module], machine, n_rows * n_tokens, config)
+        seconds = _product_seconds(model, module, machine, n_rows * n_tokens)
         if heads.pointwise:
-            return matrices
-        return matrices + _mixing_seconds("full_attention", model, machine, n_rows, n_tokens, context)
+            return seconds
+        return seconds + _mixing_seconds("full_attention", model, machine, n_rows, n_tokens, context)
 
     def unembed(n_tokens: int) -> float:
-        return _matrices_seconds([model.lm_head], machine, n_rows * n_tokens, config)
+        return _product_seconds(model, model.lm_head, machine, n_rows * n_tokens)
 
     if heads.recursive:
         module = heads.heads[0]
@@ -124,16 +111,17 @@ def draft_seconds(
 
 
 def expected_tokens(acceptance: Sequence[float], length: int) -> float:
-    """Tokens that a round emits per row on average: the accepted drafts and one more.
+    """Expected tokens per round and row: the accepted drafts and one more.
 
-    ``1 + Σ_{k ≤ length} Π_{j ≤ k} α_j``; with one α for all, ``(1 - α^(length + 1)) / (1 - α)``, equation 1 of arXiv:2211.17192.
+    ``1 + Σ_{k ≤ length} Π_{j ≤ k} α_j``. If all α are equal, this is ``(1 - α^(length + 1)) / (1 - α)``, equation 1 of
+    arXiv:2211.17192.
 
     Args:
-        acceptance: Chance that the draft at each position, from the first, is accepted if all before it were.
+        acceptance: Probability that the draft at each position, from the first, is accepted given that all before it were.
         length: Tokens drafted.
 
     Raises:
-        ValueError: acceptance of fewer positions than are drafted.
+        ValueError: `acceptance` has fewer than `length` positions.
     """
     if length > len(acceptance):
         raise ValueError(f"length={length} needs the acceptance of as many positions, but {len(acceptance)} are given.")
@@ -150,19 +138,10 @@ def predicted_speedup(
     n_rows: int = 1,
     path: Path | None = None,
 ) -> float:
-    """Tokens per second with drafts over those of plain decoding, if both take the least time.
+    """Tokens per second with drafts relative to plain decoding, if both take the least time.
 
-    ``expected_tokens · step(1) / (step(length + 1) + draft(length))``. Divided by a measured speed-up it says how much is lost to
-    what the module's docstring lists.
-
-    Args:
-        model: With heads; its weights are not read.
-        machine: Measured in the dtype of the weights.
-        acceptance: See `expected_tokens`.
-        length: Tokens to draft per round.
-        context: Tokens of a row that attention looks at.
-        n_rows: Rows, which are assumed to accept independently of what a round costs.
-        path: Visits; None for those that the model is configured for.
+    ``expected_tokens · step(1) / (step(length + 1) + draft(length))``. Comparing a measured speed-up with it shows what the
+    costs listed at the top of this file take. Arguments are those of `step_seconds`, `draft_seconds` and `expected_tokens`.
     """
     plain = step_seconds(model, machine, context=context, n_rows=n_rows, path=path)
     verify = step_seconds(model, machine, context=context, n_rows=n_rows, n_tokens=length + 1, path=path)
@@ -170,30 +149,24 @@ def predicted_speedup(
     return expected_tokens(acceptance, length) * plain / (verify + draft)
 
 
-def _matrices_seconds(modules: Iterable[nn.Module], machine: Machine, n_tokens: int, config: Any) -> float:
-    """Products of `n_tokens` rows with all matrices, convolution kernels and the experts that they choose."""
+def _product_seconds(model: MullForCausalLM, module: nn.Module, machine: Machine, n_tokens: int) -> float:
+    """Least time to multiply `n_tokens` rows with the parameters of a module."""
     total = 0.0
-    for part in (part for module in modules for part in module.modules()):
-        for parameter in part.parameters(recurse=False):
-            size = parameter.numel()
-            if parameter.ndim == 2 or isinstance(part, nn.Conv1d):
-                total += machine.seconds(size * parameter.element_size(), 2 * size * n_tokens)
-            elif parameter.ndim == 3:
-                chosen = config.num_experts_per_tok / parameter.shape[0]
-                read = size * (1 - (1 - chosen) ** n_tokens)
-                total += machine.seconds(read * parameter.element_size(), 2 * size * chosen * n_tokens)
+    for parameter, share in products(module, model.config.get_text_config()):
+        n_read = parameter.numel() * (1 - (1 - share) ** n_tokens)  # experts that no token chooses are not read
+        total += machine.seconds(n_read * parameter.element_size(), 2 * parameter.numel() * share * n_tokens)
     return total
 
 
 def _mixing_seconds(
     kind: str, model: MullForCausalLM, machine: Machine, n_rows: int, n_tokens: int, context: int
 ) -> float:
-    """Reading of keys and values, or of a recurrent state, and the products with it."""
+    """Least time to read keys and values, or a recurrent state, and to compute with them."""
     config = model.config.get_text_config()
     if kind == "linear_attention":
+        # Decoding advances the state token by token, so the chunks of training do not apply.
         state = n_rows * config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
         return machine.seconds(2 * state * STATE_BYTES, 6 * state * n_tokens)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    n_keys = min(context, config.sliding_window) if kind == "sliding_attention" else context
-    n_bytes = 2 * n_rows * n_keys * config.num_key_value_heads * width * model.lm_head.weight.element_size()
-    return machine.seconds(n_bytes, 4 * n_rows * n_tokens * n_keys * config.num_attention_heads * width)
+    n_values = n_rows * visible_keys(kind, config, context) * config.num_key_value_heads * head_width(config)
+    n_bytes = 2 * n_values * model.lm_head.weight.element_size()
+    return machine.seconds(n_bytes, n_rows * n_tokens * mixing_flops(kind, config, context))

@@ -1,7 +1,7 @@
-"""What a training will cost: parameters, memory and FLOPs, before anything is allocated.
+"""What a training run will cost: parameters, memory and FLOPs, before anything is allocated.
 
-Everything works on a model on the meta device. FLOPs are formulas over its parameters; the activations that a layer keeps for the
-backward pass are found by running it on fake tensors, which have a shape and no content.
+Everything works on a model on the meta device. FLOPs are formulas over its parameters. The activations that a layer keeps for
+the backward pass are found by running it on fake tensors, which have a shape and no content.
 
 Shapes: B rows of a micro-batch, T tokens of a row, D model width, V vocabulary.
 """
@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from mull.evaluation.cost.count import active_matrices, mixing_flops, visible_keys
+from mull.evaluation.cost.count import mixing_flops, product_flops, products, visible_keys
 from mull.layers.recursive_heads import ChainedSteps
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import layer_kinds
@@ -34,7 +34,7 @@ OPTIMIZER_COPIES = {"Muon": 1, "AdamW": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """What the micro-batches of a training look like."""
+    """Shape of the micro-batches, and how they are computed."""
 
     rows: int
     """Rows B of a micro-batch."""
@@ -46,10 +46,10 @@ class Schedule:
     """Micro-batches of an optimizer step, over all ranks."""
 
     max_iterations: int | None = None
-    """Passes through the think block at most; decides memory. None: as the model is configured."""
+    """Most passes through the think block, which decide memory. None: as the model is configured."""
 
     mean_iterations: float | None = None
-    """Passes through the think block on average; decides FLOPs. None: `max_iterations`."""
+    """Mean passes through the think block, which decide FLOPs. None: `max_iterations`."""
 
     backprop_iterations: int | None = None
     """Passes that are back-propagated through; None for all."""
@@ -58,14 +58,14 @@ class Schedule:
     """``bf16`` for autocast, or ``fp32``."""
 
     checkpointing: bool = False
-    """Whether layers are recomputed in the backward pass instead of keeping their activations."""
+    """Recompute layers in the backward pass instead of keeping their activations."""
 
     forward_passes: int = 0
-    """Further passes without gradient over every token, as of algorithms that weigh a whole step, or for sampling it."""
+    """Additional passes without gradient over every token, for sampling or for algorithms that weight a whole step."""
 
     packed: bool = True
-    """Whether rows hold several documents: attention then needs a mask, which every visit keeps. That recurrent layers run
-    documents as rows of their own, padded to the longest, is not counted."""
+    """Rows contain several documents, so attention needs a mask that every visit keeps. Not counted: recurrent layers run each
+    document as its own row, padded to the longest."""
 
     world_size: int = 1
     """Ranks that share the weights, gradients and optimizer state."""
@@ -81,50 +81,50 @@ class Parameters:
     """Those that one token uses in one pass: of routed experts, only the chosen ones."""
 
     embedding: int
-    """Token embeddings, and with tied weights the unembedding."""
+    """Token embeddings, and the unembedding if the weights are tied."""
 
     unembedding: int
     """0 with tied weights."""
 
     encoder: int
-    """Layers before the think block; without one, all layers."""
+    """Layers before the think block; all layers if there is none."""
 
     think: int
     decoder: int
     heads: int
-    """Heads behind the main one."""
+    """Extra heads."""
 
     beside: int
-    """What is trained beside the model, such as a value head."""
+    """Modules trained beside the model, such as a value head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on each rank at the end of a micro-batch's forward pass, when most is held."""
+    """Bytes on each rank at the end of a micro-batch's forward pass, when memory peaks."""
 
     weights: int
-    """This rank's share; and a reference model, whole."""
+    """This rank's share, and a whole reference model if there is one."""
 
     gradients: int
     optimizer: int
     activations: int
-    """What autograd keeps for the backward pass, copies of the weights in the autocast type included."""
+    """What autograd keeps for the backward pass, including copies of the weights in the autocast type."""
 
     loss: int
-    """One chunk of logits, the gradient of the targets' hidden states, and that of the unembedding before it is added up."""
+    """One chunk of logits, the gradient of the targets' hidden states, and that of the unembedding before it is accumulated."""
 
     gathered: int
-    """With several ranks: whole weights, and their gradients, of what is being computed."""
+    """With several ranks: whole weights and gradients of the layers being computed."""
 
     @property
     def total(self) -> int:
-        """All of it. Temporary tensors inside one operation, masks and the allocator's waste come on top."""
+        """Sum of all parts. Not counted: temporary tensors inside one operation, masks, and fragmentation in the allocator."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.loss + self.gathered
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a training will cost."""
+    """What a training run will cost."""
 
     parameters: Parameters
     memory: Memory
@@ -132,25 +132,20 @@ class Estimate:
     """FLOPs of a forward pass, per token."""
 
     training_flops: float
-    """FLOPs of a forward and backward pass, per token, recomputation not counted; the numerator of the MFU."""
+    """FLOPs of a forward and backward pass, per token, without recomputation; the numerator of the MFU."""
 
     tokens_per_step: int
-    """Over all ranks, padding included."""
+    """Over all ranks, including padding."""
 
     step_flops: float
-    """FLOPs of an optimizer step over all ranks, recomputation and the passes of a reference model included."""
+    """FLOPs of an optimizer step over all ranks, including recomputation and a reference model's passes."""
 
     def seconds_per_step(self, peak_flops: float, world_size: int = 1) -> float:
-        """Time of an optimizer step if all ranks computed at their peak all the time: a lower bound; divide it by an MFU.
-
-        Args:
-            peak_flops: FLOP per second of a rank, from `mull.training.optimization.peak_flops`.
-            world_size: Ranks.
-        """
+        """Lower bound of an optimizer step's time, at the peak FLOP/s of every rank. Divide it by an expected MFU."""
         return self.step_flops / (peak_flops * world_size)
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """The estimate as names and values to print; parts that are 0 are left out."""
+        """Names and values to print; parts that are 0 are left out."""
         parts = dataclasses.asdict(self.parameters)
         yield "parameters", f"{parts.pop('total'):,}"
         yield from ((f"  {name}", f"{count:,}") for name, count in parts.items() if count)
@@ -168,43 +163,42 @@ def flops_per_token(
 
     ``Σ over visits (2 · matrix parameters + mixing) + Σ over heads (2 · matrix parameters + mixing + 2 V D)``
 
-    * A multiplication and an addition are two FLOPs, and only matrix products and convolutions count: no norms, activations,
+    * A multiplication and an addition are two FLOPs. Only matrix products and convolutions count, not norms, activations,
       softmax, rotary embeddings or embedding lookups.
     * Every visit of a layer counts, so a think iteration costs what the think block costs.
     * Of routed experts, the chosen ones count, ``top_k / experts`` of their parameters.
-    * Mixing of attention: ``4 · heads · head width · keys`` with ``keys = T``, or the window where it is smaller. As in PaLM
-      (arXiv:2204.02311, appendix B) the causal half is not subtracted, and neither are the borders of packed documents.
-    * Mixing of a gated delta rule in chunks of C = 64, per value head: ``C (4 d_k + 2 d_v) + 6 d_k d_v``. The triangular solve
-      inside it is left out.
+    * Attention mixes with ``4 · heads · head width · keys`` FLOPs, where ``keys`` is T or the window if that is smaller. As in
+      PaLM (arXiv:2204.02311, appendix B), neither the causal half nor the borders of packed documents are subtracted.
+    * A gated delta rule in chunks of C = 64 mixes with ``C (4 d_k + 2 d_v) + 6 d_k d_v`` FLOPs per value head, without the
+      triangular solve inside it.
 
     Args:
-        model: Its weights are not read; the meta device will do.
+        model: Its weights are not read, so it may be on the meta device.
         length: Tokens T of a row.
-        iterations: Passes through the think block, on average; None as configured.
-        n_heads: Heads behind the main one that are run; None for all.
+        iterations: Mean passes through the think block; None as configured.
+        n_heads: Extra heads that run; None for all.
     """
-    return _Trunk.of(model, length).forward(_passes(model, iterations)) + _head_flops(model, length, n_heads)
+    return _trunk_flops(model, length, _visits(model, iterations)) + _head_flops(model, length, n_heads)
 
 
 def training_flops_per_token(
     model: MullForCausalLM, length: int, iterations: float | None = None, backprop_iterations: int | None = None
 ) -> float:
-    """FLOPs of a forward and a backward pass per token: three times the forward pass, which is what an MFU refers to.
+    """FLOPs of a forward and a backward pass per token, the numerator of the MFU: three times the forward pass.
 
-    The backward pass takes two products for each one of the forward pass (that of a delta rule a few more, for the triangular
-    solve). Visits that are not back-propagated through count once: the first iterations and the encoder, where
-    `backprop_iterations` is smaller than `iterations`. Frozen weights, and targets that are left out for their weight of 0, are
-    not subtracted; recomputed activations are not added.
+    The backward pass computes two products for each one of the forward pass. (A delta rule computes a few more, for the
+    triangular solve.) If `backprop_iterations` is smaller than `iterations`, the encoder and the first iterations run forward
+    only and count once. Frozen weights and targets of weight 0 are not subtracted, and recomputed activations are not added.
 
     Args:
-        model: Its weights are not read; the meta device will do.
+        model: Its weights are not read, so it may be on the meta device.
         length: Tokens T of a row.
-        iterations: Passes through the think block, on average; None as configured.
+        iterations: Mean passes through the think block; None as configured.
         backprop_iterations: Passes that are back-propagated through; None for all.
     """
-    trunk, passes = _Trunk.of(model, length), _passes(model, iterations)
-    differentiated = trunk.differentiated(passes, backprop_iterations)
-    return trunk.forward(passes) + 2 * differentiated + 3 * _head_flops(model, length)
+    forward = _trunk_flops(model, length, _visits(model, iterations))
+    differentiated = _trunk_flops(model, length, _visits(model, iterations, backprop_iterations))
+    return forward + 2 * differentiated + 3 * _head_flops(model, length)
 
 
 def estimate(
@@ -216,24 +210,23 @@ def estimate(
     companion: nn.Module | None = None,
     reference: MullForCausalLM | None = None,
 ) -> Estimate:
-    """Count what a training of `model` will cost.
+    """Count what training `model` will cost.
 
     Args:
         model: On the meta device (`mull.model.causal_lm` under ``torch.device("meta")``), or a real one.
-        optimization: Which optimizer.
+        optimization: Decides the optimizer state.
         schedule: Micro-batches, iterations, precision, ranks.
-        distributed: How ranks share the weights; read with more than one rank.
+        distributed: How ranks share the weights; ignored for a single rank.
         companion: Module that is trained beside the model.
-        reference: A second model that only runs forward, whole on every rank.
+        reference: A second model that runs forward only, whole on every rank.
     """
     modules = [module for module in (model, companion) if module is not None]
     tensors = _distinct(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
-    trained = [tensor for tensor in tensors if tensor.requires_grad]
     optimizers = build_optimizers(model, optimization, companion)
     share = schedule.world_size
     memory = Memory(
         weights=_size(tensors) // share + (0 if reference is None else _size(_distinct(reference.parameters()))),
-        gradients=_size(trained) // share,
+        gradients=_size(tensor for tensor in tensors if tensor.requires_grad) // share,
         optimizer=sum(map(_state_size, optimizers)) // share,
         activations=_activations(model, schedule),
         loss=_loss_size(model, schedule),
@@ -246,8 +239,7 @@ def estimate(
     if reference is not None:
         beside += flops_per_token(reference, schedule.length)
     if schedule.checkpointing:
-        trunk = _Trunk.of(model, schedule.length)
-        beside += trunk.differentiated(_passes(model, mean), schedule.backprop_iterations)
+        beside += _trunk_flops(model, schedule.length, _visits(model, mean, schedule.backprop_iterations))
     tokens = schedule.accumulate * schedule.rows * schedule.length
     return Estimate(
         parameters=_count(model, companion),
@@ -259,65 +251,46 @@ def estimate(
     )
 
 
-@dataclass(frozen=True)
-class _Trunk:
-    """FLOPs per token of one pass through the layers before, in and behind the think block."""
-
-    encoder: float
-    think: float
-    decoder: float
-
-    @classmethod
-    def of(cls, model: MullForCausalLM, length: int) -> "_Trunk":
-        """Without a think block, all layers are encoder."""
-        text_config = model.config.get_text_config()
-        costs = [
-            _layer_flops(layer, kind, text_config, length)
-            for layer, kind in zip(model.model.layers, layer_kinds(text_config), strict=True)
-        ]
-        return cls(*(sum(costs[part]) for part in _parts(model)))
-
-    def forward(self, passes: float) -> float:
-        return self.encoder + passes * self.think + self.decoder
-
-    def differentiated(self, passes: float, backprop_iterations: int | None) -> float:
-        """The share of `forward` that is back-propagated through."""
-        if backprop_iterations is None or passes <= backprop_iterations:
-            return self.forward(passes)
-        return backprop_iterations * self.think + self.decoder
-
-
-def _parts(model: MullForCausalLM) -> tuple[slice, slice, slice]:
-    """Layers before, in and behind the think block."""
+def _parts(model: MullForCausalLM) -> tuple[range, range, range]:
+    """Layers before, in and after the think block; without one, all layers are before it."""
     n_layers, etd = len(model.model.layers), model.etd_config
     first, last = (n_layers, n_layers) if etd is None else (etd.n_encoder_layers, n_layers - etd.n_decoder_layers)
-    return slice(0, first), slice(first, last), slice(last, n_layers)
+    return range(first), range(first, last), range(last, n_layers)
 
 
-def _passes(model: MullForCausalLM, iterations: float | None) -> float:
-    if model.etd_config is None:
-        return 1.0
-    return float(model.etd_config.max_think_iterations if iterations is None else iterations)
+def _visits(
+    model: MullForCausalLM, iterations: float | None, backprop_iterations: int | None = None
+) -> tuple[float, float, float]:
+    """How often each of the `_parts` runs; with `backprop_iterations`, how often a gradient flows through it."""
+    etd = model.etd_config
+    passes = 1.0 if etd is None else float(etd.max_think_iterations if iterations is None else iterations)
+    if backprop_iterations is None or passes <= backprop_iterations:
+        return 1, passes, 1
+    return 0, backprop_iterations, 1
 
 
-def _layer_flops(layer: nn.Module, kind: str, config: Any, length: int) -> float:
-    return 2 * active_matrices(layer, config) + mixing_flops(kind, config, length)
+def _trunk_flops(model: MullForCausalLM, length: int, visits: tuple[float, float, float]) -> float:
+    """FLOPs per token of the layers, each of the `_parts` run as often as `visits` says."""
+    config = model.config.get_text_config()
+    costs = [
+        product_flops(layer, config) + mixing_flops(kind, config, length)
+        for layer, kind in zip(model.model.layers, layer_kinds(config), strict=True)
+    ]
+    return sum(times * sum(costs[layer] for layer in part) for times, part in zip(visits, _parts(model), strict=True))
 
 
 def _head_flops(model: MullForCausalLM, length: int, n_heads: int | None = None) -> float:
-    """The unembedding of every head, and the heads behind the main one themselves."""
+    """FLOPs per token of the unembedding of every head, and of the extra heads themselves."""
     config = model.config.get_text_config()
     unembedding = 2.0 * model.lm_head.weight.numel()
-    if model.mtp_heads is None:
+    heads = model.mtp_heads
+    if heads is None or n_heads == 0:
         return unembedding
-    count = model.mtp_heads.n_heads if n_heads is None else n_heads
-    if count == 0:
-        return unembedding
-    one: nn.Module = model.mtp_heads.heads[0]
-    cost = count * (2 * active_matrices(one, config) + unembedding)
-    if model.mtp_heads.blocks:
-        # Step k of a recursive head goes over the keys of steps 1 to k.
-        spans = [k * length for k in range(1, 1 + count)] if model.mtp_heads.recursive else [length] * count
+    count = heads.n_heads if n_heads is None else n_heads
+    cost = count * (product_flops(heads.heads[0], config) + unembedding)
+    if heads.blocks:
+        # Step k of a recursive head attends to the keys of steps 1 to k.
+        spans = [k * length if heads.recursive else length for k in range(1, 1 + count)]
         cost += sum(mixing_flops("full_attention", config, span) for span in spans)
     return unembedding + cost
 
@@ -339,82 +312,70 @@ def _size(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())  # which lists tied parameters once
+
+
 def _state_size(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that an optimizer will keep; AdamW's step counters of 4 bytes each are not counted."""
+    """Bytes that an optimizer will keep, without AdamW's step counters of 4 bytes each."""
     copies = OPTIMIZER_COPIES[type(optimizer).__name__]
     return copies * _size(parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _count(model: MullForCausalLM, companion: nn.Module | None) -> Parameters:
-    config = model.config.get_text_config()
-    own = _distinct(model.parameters())
-    beside = [] if companion is None else _distinct(companion.parameters())
-    layers = [_distinct(layer.parameters()) for layer in model.model.layers]
-    encoder, think, decoder = (sum(_numel(layer) for layer in layers[part]) for part in _parts(model))
-    idle = sum(
-        parameter.numel() * (1 - config.num_experts_per_tok / parameter.shape[0])
-        for module in model.modules()
-        for parameter in module.parameters(recurse=False)
-        if parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
-    )
+    beside = 0 if companion is None else _numel(companion)
+    trained = _distinct(p for module in (model, companion) if module is not None for p in module.parameters())
+    encoder, think, decoder = (sum(_numel(model.model.layers[layer]) for layer in part) for part in _parts(model))
+    idle = sum(p.numel() * (1 - share) for p, share in products(model, model.config.get_text_config()))
     embedding, unembedding = model.model.embed_tokens.weight, model.lm_head.weight
     return Parameters(
-        total=_numel(own) + _numel(beside),
-        trainable=sum(parameter.numel() for parameter in (*own, *beside) if parameter.requires_grad),
-        active=round(_numel(own) - idle),
+        total=_numel(model) + beside,
+        trainable=sum(parameter.numel() for parameter in trained if parameter.requires_grad),
+        active=round(_numel(model) - idle),
         embedding=embedding.numel(),
         unembedding=0 if unembedding is embedding else unembedding.numel(),
         encoder=encoder,
         think=think,
         decoder=decoder,
-        heads=0 if model.mtp_heads is None else _numel(_distinct(model.mtp_heads.parameters())),
-        beside=_numel(beside),
+        heads=0 if model.mtp_heads is None else _numel(model.mtp_heads),
+        beside=beside,
     )
 
 
-def _numel(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors)
-
-
 def _gathered(model: MullForCausalLM, config: DistributedConfig) -> int:
-    """Whole weights and gradients of everything outside the layers, and of the layer that computes; and weights that wait."""
-    layers = [_distinct(layer.parameters()) for layer in model.model.layers]
-    inside = {id(tensor) for layer in layers for tensor in layer}
-    outside = _size(tensor for tensor in _distinct(model.parameters()) if id(tensor) not in inside)
-    sizes = [_size(layer) for layer in layers]
+    """Whole weights and gradients of everything outside the layers and of the layer being computed, and prefetched weights."""
+    sizes = [_size(layer.parameters()) for layer in model.model.layers]
+    outside = _size(model.parameters()) - sum(sizes)
     weights = outside + (2 * max(sizes) if config.reshard_after_forward else sum(sizes))
     scale = 2 / model.lm_head.weight.element_size() if config.param_dtype == "bf16" else 1
     return round((weights + outside + max(sizes)) * scale)
 
 
 def _loss_size(model: MullForCausalLM, schedule: Schedule) -> int:
-    """See `mull.ops.cross_entropy`: logits in fp32; in bf16 beside them what the matrix products write and read."""
+    """Bytes of `mull.ops.cross_entropy`: a chunk of fp32 logits, in bf16 with what the matrix products read and write."""
     unembedding = model.lm_head.weight
-    heads = [] if model.mtp_heads is None else _distinct(model.mtp_heads.parameters())
+    half = schedule.precision == "bf16"
     n_targets = schedule.rows * (schedule.length - 1)
     chunk = min(max(CHUNK_LOGITS // len(unembedding), MIN_CHUNK_ROWS), n_targets) * len(unembedding)
-    half = schedule.precision == "bf16"
-    states = (
-        n_targets * unembedding.shape[1] * ((2 if half else unembedding.element_size()) + unembedding.element_size())
-    )
+    width = unembedding.element_size()
+    states = n_targets * unembedding.shape[1] * ((2 if half else width) + width)
+    heads = [] if model.mtp_heads is None else model.mtp_heads.parameters()
     return chunk * (8 if half else 4) + states + _size([unembedding, *heads])
 
 
 def _activations(model: MullForCausalLM, schedule: Schedule) -> int:
     """Bytes that autograd keeps of one micro-batch."""
     tracer = _Tracer(model, schedule)
-    encoder, think, decoder = (list(range(len(model.model.layers))[part]) for part in _parts(model))
-    passes, differentiated = int(_passes(model, schedule.max_iterations)), schedule.backprop_iterations
-    detached = differentiated is not None and differentiated < passes
-    visits = ([] if detached else encoder) + think * (differentiated or passes if detached else passes) + decoder
+    times = _visits(model, schedule.max_iterations, schedule.backprop_iterations)
+    visits = [layer for count, part in zip(times, _parts(model), strict=True) for layer in [*part] * int(count)]
     saved = {layer: tracer.layer(layer) for layer in set(visits)}
     outside = tracer.norm() + tracer.heads()
-    if not schedule.checkpointing:
-        rows = sum(saved[layer].per_row for layer in visits) * schedule.rows
-        casts = visits if schedule.world_size > 1 else saved  # one process keeps what it has cast for the next visit
-        return rows + sum(saved[layer].copies for layer in casts) + outside
-    largest = max(layer.per_row * schedule.rows + layer.copies for layer in saved.values())
-    return len(visits) * tracer.stream_size + largest + outside
+    if schedule.checkpointing:
+        largest = max(kept.of(schedule.rows) for kept in saved.values())
+        return len(visits) * tracer.stream_size + largest + outside
+    casts = visits if schedule.world_size > 1 else saved  # a single process keeps its cast weights for the next visit
+    rows = sum(saved[layer].per_row for layer in visits) * schedule.rows
+    return rows + sum(saved[layer].copies for layer in casts) + outside
 
 
 class _Saved(NamedTuple):
@@ -422,11 +383,14 @@ class _Saved(NamedTuple):
 
     per_row: int
     copies: int
-    """Whatever the number of rows: weights in the autocast type."""
+    """Independent of the number of rows: weights in the autocast type."""
+
+    def of(self, rows: int) -> int:
+        return self.per_row * rows + self.copies
 
 
 class _Tracer:
-    """Runs parts of a model on fake tensors on the CPU, and counts what autograd keeps: exactly what it keeps of real ones.
+    """Runs parts of a model on fake CPU tensors and counts what autograd keeps: the same as it keeps of real ones.
 
     Attention is PyTorch's fused one. Delta rules are transformers' torch code, which keeps more than the kernels of
     flash-linear-attention do.
@@ -451,7 +415,7 @@ class _Tracer:
         return n_values * self._weight.element_size()
 
     def layer(self, number: int) -> _Saved:
-        """What a visit of a layer keeps; layers of one kind and the same shapes keep the same."""
+        """What a visit of a layer keeps; measured once for layers of the same kind and shapes."""
         layer, kind = self._model.model.layers[number], self._kinds[number]
         signature = (kind, tuple((name, tensor.shape) for name, tensor in layer.named_parameters()))
         if signature not in self._found:
@@ -459,38 +423,36 @@ class _Tracer:
         return self._found[signature]
 
     def norm(self) -> int:
-        """What the final norm keeps."""
+        """What the final norm keeps for its rows; a copy of its weight vector is not counted."""
         return self._measure(lambda h: self._model.model.norm(h)).per_row * self._schedule.rows
 
     def heads(self) -> int:
-        """What the heads behind the main one keep: those of one head at a time, but sequential ones form a chain."""
+        """What the extra heads keep. Sequential ones form a chain and keep all their states; others run one at a time."""
         heads = self._model.mtp_heads
         if heads is None:
             return 0
         if heads.recursive:
-            chain = self._measure(self._chain)
-            return chain.per_row * self._schedule.rows + chain.copies
+            return self._measure(self._chain).of(self._schedule.rows)
 
         def run_block(block: nn.Module, h: Tensor, _k: int) -> Tensor:
             return self._run(block, "full_attention", h)
 
         saved = self._measure(lambda h: heads(1, h, torch.empty_like(h), run_block))
-        chained = heads.n_heads if heads.sequential else 1
-        return saved.per_row * self._schedule.rows * chained + saved.copies
+        return saved.of(self._schedule.rows * (heads.n_heads if heads.sequential else 1))
 
     def _chain(self, h: Tensor) -> Tensor:
         heads: Any = self._model.mtp_heads
         kind = "full_attention"
-        sides = self._sides(kind, h)
-        run_block = ChainedSteps(sides.masks[kind], sides.position_ids, lambda _: sides.rotary[kind], "sdpa")
+        inputs = self._inputs(kind, h)
+        run_block = ChainedSteps(inputs.masks[kind], inputs.position_ids, lambda _: inputs.rotary[kind], "sdpa")
         for k in range(1, 1 + heads.n_heads):
             h = heads(k, h, torch.empty_like(h), run_block)
         return h
 
     def _run(self, layer: nn.Module, kind: str, h: Tensor) -> Tensor:
-        return run_layer(layer, kind, h, self._sides(kind, h))
+        return run_layer(layer, kind, h, self._inputs(kind, h))
 
-    def _sides(self, kind: str, h: Tensor) -> LayerInputs:
+    def _inputs(self, kind: str, h: Tensor) -> LayerInputs:
         position_ids = torch.arange(h.shape[1])[None]
         config = self._model.config.get_text_config()
         rotary = self._model.model.rotary({kind}, h, position_ids)
@@ -503,7 +465,7 @@ class _Tracer:
         return LayerInputs("sdpa", {kind: mask}, rotary, position_ids)
 
     def _measure(self, call: Callable[[Tensor], Tensor]) -> _Saved:
-        two, three = self._bytes(call, 2), self._bytes(call, 3)  # a single row needs fewer copies
+        two, three = self._bytes(call, 2), self._bytes(call, 3)  # not 1: a single row needs fewer copies
         return _Saved(per_row=three - two, copies=3 * two - 2 * three)
 
     def _bytes(self, call: Callable[[Tensor], Tensor], rows: int) -> int:
@@ -517,7 +479,7 @@ class _Tracer:
         shape = (rows, self._schedule.length, self._weight.shape[1])
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=self._schedule.precision == "bf16")
         with self._mode, autocast, _OneExpert(), saved_tensors_hooks(pack, lambda tensor: tensor):
-            # A clone, because autocast would cast a leaf once for all of its readers.
+            # A clone, because autocast caches the cast of a leaf for all its readers.
             h = torch.empty(shape, dtype=self._weight.dtype, requires_grad=True).clone()
             out = functional_call(_Call(self._model, call), self._tensors, (h,))
         del out
@@ -525,7 +487,10 @@ class _Tracer:
 
 
 class _Call(nn.Module):
-    """Makes a function of a model's parts a module, so that `functional_call` can lend the model other tensors."""
+    """Wraps a function of a model's parts as a module, so that `functional_call` can substitute the model's tensors.
+
+    The function must not be a module itself: it would be registered, and its tensors substituted twice.
+    """
 
     def __init__(self, model: nn.Module, call: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -537,11 +502,11 @@ class _Call(nn.Module):
 
 
 class _OneExpert(TorchFunctionMode):
-    """Sends all rows of a grouped product through one expert: the same sizes, and defined for fake tensors of every type."""
+    """Sends all rows of a grouped product through one expert: the sizes are the same, and fake tensors of any type work."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch._grouped_mm:
-            with torch.autocast("cpu", enabled=False):  # which leaves grouped products alone
+            with torch.autocast("cpu", enabled=False):  # autocast does not touch grouped products
                 return args[0] @ args[1][0]
         return function(*args, **(kwargs or {}))
 

@@ -1,4 +1,4 @@
-"""The demo, shrunk to seconds, tells its whole story: every section, figure, folder and check that it promises."""
+"""The demo, shrunk to seconds, is complete: every section, figure, folder and check that it promises."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -8,8 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import mull
-from mull.app.demo.demo import DemoSize, chain_accuracy, run_demo
-from mull.app.demo.speculation import WAYS, SpeculationSize
+from mull.app.demo.chain import chain_accuracy
+from mull.app.demo.chapter import DemoSize
+from mull.app.demo.demo import run_demo
+from mull.app.demo.speculation import WAYS
 from mull.data.chain import ChainTask
 from mull.model.configs import ETDConfig
 
@@ -28,7 +30,11 @@ TINY = DemoSize(
     chain_prompts=4,
     new_tokens=4,
     weights_steps=4,
-    speculation=SpeculationSize(own_rows=4, own_tokens=8, steps=2, batch_size=2, prompts=2, new_tokens=6),
+    own_rows=4,
+    own_tokens=8,
+    drafting_steps=2,
+    drafting_prompts=2,
+    drafting_tokens=6,
 )
 
 

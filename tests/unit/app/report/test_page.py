@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from mull.app.report.figures import (
-    Series,
+    SMOOTHING,
     acceptance_figure,
     accuracy_against_iterations,
     angular_distance_figure,
@@ -80,22 +80,15 @@ def split_report(**changes: object) -> SplitReport:
 
 
 def figures() -> dict[str, Figure]:
-    lines = [
-        Series(label="a <b>", x=[1, 2, 4], y=[0.3, 0.6, 0.7], error=[0.1, 0.1, 0.1]),
-        Series(label="c", x=[1], y=[0.2]),
-    ]
+    lines = {"a <b>": {1: 0.3, 2: 0.6, 4: 0.7}, "c": {1: 0.2}}
+    hops = {2: {1: 0.1, 2: 0.9}, 3: {1: 0.2}}
     return {
-        "held out": held_out_curves(
-            [Series(label="a", x=[0, 9], y=[3.1, 3.0])], {"a": Series(label="a, shuffled", x=[0, 9], y=[3.1, 3.2])}
-        ),
-        "loss": loss_curves([Series(label="a", x=range(50), y=[3.0] * 50)], [Series(label="a", x=[9], y=[3.1])]),
-        "iterations": loss_against_iterations(lines, {"control": 0.5}, trained_iterations=2),
-        "accuracy": accuracy_against_iterations(
-            lines, {2: {1: 0.1, 2: 0.9}, 3: {1: 0.2}}, held_out_hops={3}, chance=0.1
-        ),
-        "accuracy, one panel": accuracy_against_iterations(lines),
+        "held out": held_out_curves({"a": {0: 3.1, 9: 3.0}}, {"a": ("a, shuffled", {0: 3.1, 9: 3.2})}),
+        "loss": loss_curves({"a": dict.fromkeys(range(50), 3.0)}),
+        "iterations": loss_against_iterations(lines, {"control": 0.5}),
+        "accuracy": accuracy_against_iterations(lines, hops, held_out_hops={3}, trained_iterations=2),
         "acceptance": acceptance_figure([0.8, 0.5], [0.8, 0.4], {"plain": [9.0, 11.0, 14.0], "2 drafts": [12.0]}),
-        "acceptance, one position": acceptance_figure([0.8], [0.8]),
+        "acceptance, one position": acceptance_figure([0.8], [0.8], {"plain": [9.0]}),
         "split": angular_distance_figure(split_report()),
         "split without probe": angular_distance_figure(split_report(probe=(), standard_errors=None)),
     }
@@ -132,12 +125,21 @@ def test_axes_name_their_units_and_legends_cover_no_data() -> None:
 
 
 def test_training_loss_is_smoothed_without_lag() -> None:
-    falling = [float(10 - step) for step in range(10)]
-    axes = loss_curves([Series(label="a", x=range(10), y=falling)], window=3).axes[0]
-    np.testing.assert_allclose(axes.lines[1].get_ydata()[1:-1], falling[1:-1])
+    def smoothed(losses: list[float]) -> np.ndarray:
+        return np.asarray(loss_curves({"a": dict(enumerate(losses))}).axes[0].lines[1].get_ydata())
+
+    falling = [float(100 - step) for step in range(100)]
+    half = SMOOTHING // 2
+    np.testing.assert_allclose(smoothed(falling)[half:-half], falling[half:-half])
     noise = np.random.default_rng(0).normal(size=400)
-    smooth = loss_curves([Series(label="a", x=range(400), y=noise.tolist())], window=25).axes[0].lines[1].get_ydata()
-    assert np.std(smooth) < 0.3 * np.std(noise)
+    assert np.std(smoothed(noise.tolist())) < 0.3 * np.std(noise)
+
+
+def test_iterations_beyond_training_are_shaded() -> None:
+    lines, hops = {"a": {1: 0.3, 2: 0.6, 4: 0.7}}, {2: {1: 0.1}}
+    for trained, spans in ((2, [(2.5, 4.5)]), (4, [])):
+        axes = accuracy_against_iterations(lines, hops, held_out_hops=(), trained_iterations=trained).axes[0]
+        assert [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches] == spans
 
 
 def test_accuracy_by_hops_prints_every_measured_cell_and_marks_held_out_rows() -> None:
@@ -165,11 +167,6 @@ def test_the_split_figure_shades_the_proposal_and_draws_its_window_apart() -> No
     assert len(colours) == 4
     assert len({colour for index, colour in enumerate(colours) if index != 2}) == 1
     assert colours[2] != colours[0]
-
-
-def test_a_series_with_lengths_that_differ_is_refused() -> None:
-    with pytest.raises(ValueError, match="2 x, 1 y"):
-        Series(label="a", x=[1, 2], y=[1])
 
 
 def test_what_users_write_is_text_never_markup() -> None:
@@ -227,8 +224,8 @@ def test_table_formats_columns_of_numbers() -> None:
 
 
 def test_a_control_has_the_colour_of_its_run_and_is_dashed() -> None:
-    runs = [Series(label=name, x=[0, 1], y=[3.0, 2.0]) for name in "ab"]
-    lines = held_out_curves(runs, {"b": Series(label="control", x=[0, 1], y=[3.0, 2.5])}).axes[0].lines
+    runs = {name: {0: 3.0, 1: 2.0} for name in "ab"}
+    lines = held_out_curves(runs, {"b": ("control", {0: 3.0, 1: 2.5})}).axes[0].lines
     drawn = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in lines}
     assert drawn["b"][0] == drawn["control"][0] != drawn["a"][0]
     assert drawn["control"][1] == "--"

@@ -1,0 +1,92 @@
+"""What the chapters of the demo have in common: where they work, how they train, and what the page asks of them."""
+
+import shutil
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from mull.app.report.page import Report
+from mull.model.causal_lm import MullForCausalLM
+from mull.training.loop import Batches, TrainConfig, TrainResult, train
+from mull.training.objectives.base import Objective
+
+
+class Chapter(Protocol):
+    """One capability: what was measured, which the class method ``train`` of each chapter returns, and how the page tells it."""
+
+    def tell(self, report: Report) -> None:
+        """Add sections to the page."""
+
+    def verdict(self) -> list[str]:
+        """Sentences on what the numbers say, whichever way they fall. They end the chapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSize:
+    """How large the demo is. The defaults take 6 to 7 minutes on two cores; tests shrink them."""
+
+    corpus_bytes: int = 6_000_000
+    vocab_size: int = 2048
+    length: int = 256
+    batch_size: int = 16
+    width: int = 128
+    layers: int = 8
+    base_steps: int = 240
+    continued_steps: int = 100
+    max_iterations: int = 4
+    held_out_rows: int = 96
+    new_tokens: int = 60
+    """Tokens of each sample."""
+
+    weights_steps: int = 24
+    own_rows: int = 128
+    """Rows of text that the looped model writes for its heads, of `own_tokens` each."""
+
+    own_tokens: int = 160
+    drafting_steps: int = 40
+    drafting_prompts: int = 8
+    """Held-out prompts that are decoded in every way, for `drafting_tokens` each."""
+
+    drafting_tokens: int = 96
+    chain_steps: int = 600
+    chain_prompts: int = 256
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where the chapters work."""
+
+    out: Path
+    """Folder for metrics and trained models."""
+
+    seed: int = 0
+    """Seed of weights, data order and sampled iterations."""
+
+    size: DemoSize = field(default_factory=DemoSize)
+
+    def train(
+        self,
+        name: str,
+        model: MullForCausalLM,
+        objective: Objective,
+        batches: Batches,
+        *,
+        evaluate: Callable[[MullForCausalLM], Mapping[str, float]] | None = None,
+        eval_every: int | None = None,
+        **settings: Any,
+    ) -> TrainResult:
+        """Train from scratch in an emptied folder `name`, with `settings` of `TrainConfig`.
+
+        SIGTERM ends the whole demo, not only this run.
+        """
+        folder = self.out / name
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        config = TrainConfig(optimizer="muon", log_every=1, seed=self.seed, **settings)
+        result = train(model, objective, batches, config, folder, evaluate=evaluate, eval_every=eval_every)
+        if result.stopped == "sigterm":
+            raise SystemExit(128 + signal.SIGTERM)
+        model.eval()
+        return result
