@@ -8,6 +8,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORED = -100
+"""Label of a token that is not a target."""
+
+
+def check_targets(labels: Shaped[Tensor, "B T *more"], n_targets: Tensor | int) -> None:
+    """Refuse a batch in which no label is a target: its mean loss is not a number.
+
+    Raises:
+        ValueError: `n_targets` is 0.
+    """
+    if n_targets == 0:
+        raise ValueError(
+            f"No label of this batch of shape {tuple(labels.shape)} is a target: all are {IGNORED} after the shift by one "
+            "(nothing predicts the first token of a row or document). Drop such rows from the data."
+        )
 
 
 def targets_of(

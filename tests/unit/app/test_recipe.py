@@ -8,7 +8,7 @@ import pytest
 import yaml
 from recipes import changed, content
 
-from mull.app.recipe import Recipe, load_recipe, parse_recipe, recipe_schema
+from mull.app.recipe import SECTIONS, SHARED, Recipe, load_recipe, parse_recipe, recipe_schema
 
 RHO1 = {"reference": "somewhere"}
 CRITIC = {"pretrain": {"steps": 3}}
@@ -80,7 +80,10 @@ def test_a_mistake_is_one_sentence_that_names_the_key(tmp_path: Path, values: di
         ({"rho1": RHO1}, "the section rho1 belongs to train.algo=rho1-wmtp, but train.algo=next-token"),
         ({"train__algo": "rho1-wmtp", "rho1": RHO1, "critic": CRITIC}, "the section critic belongs to"),
         ({"train__algo": "rho1-wmtp", "rho1": {}}, "the key rho1.reference is missing"),
-        ({"train__algo": "critic-wmtp", "critic": {}}, "the key critic.pretrain is missing"),
+        (
+            {"train__algo": "critic-wmtp", "critic": {}, "data__format": "examples"},
+            "the key critic.pretrain is missing",
+        ),
         ({"train__algo": "critic-wmtp", "critic": CRITIC}, "needs tasks with right and wrong answers"),
         ({"train__algo": "gradient-wmtp", "gradient": {"mode": "alignment"}}, "mode alignment needs paths"),
         ({"train__algo": "gradient-wmtp", "gradient": {"paths": ["x"]}}, "mode=norm with paths="),
@@ -114,9 +117,10 @@ def written(tmp_path: Path, text: str) -> Path:
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     file = written(tmp_path, yaml.safe_dump(content(tmp_path)))
     recipe = load_recipe(file, ["train.peak_lr=1e-4", "data.length=16", "loss.iterations={kind: fixed, maximum: 2}"])
-    assert recipe.train.peak_lr == 1e-4
-    assert recipe.data.length == 16
-    assert recipe.loss.iterations.kind == "fixed"
+    (stage,) = recipe.stages
+    assert stage.train.peak_lr == 1e-4
+    assert stage.data.length == 16
+    assert stage.loss.iterations.kind == "fixed"
     for override, message in {
         "train.steps": "lacks a value",
         "train.steps.more=3": "goes through steps, which is a value",
@@ -171,10 +175,11 @@ checkpoint:
     plain = "${HOME} costs 3 $"
     assert recipe.run.tags == {"plain": plain, "same": plain, "number": "7"}, "a quoted value stays text"
     assert recipe.model.checkpoint == "base"
-    assert (recipe.train.steps, recipe.train.seed, recipe.train.peak_lr) == (3, 3, 1e-4)
-    assert recipe.train.betas == (0.9, 0.99)
+    (stage,) = recipe.stages
+    assert (stage.train.steps, stage.train.seed, stage.train.peak_lr) == (3, 3, 1e-4)
+    assert stage.train.betas == (0.9, 0.99)
     assert recipe.checkpoint.url is None
-    assert recipe.data.length == 64
+    assert stage.data.length == 64
 
 
 def test_a_variable_cannot_smuggle_in_structure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +219,9 @@ def properties(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_the_schema_explains_every_key() -> None:
     schema = recipe_schema()
-    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert set(schema["properties"]) == {*Recipe.model_fields, *SHARED}
+    assert {"train", "loss", "rho1", "critic", "gradient", "grpo"} <= set(SHARED)
+    assert set(SECTIONS) <= set(SHARED)
     assert [name for name, value in properties(schema).items() if not value.get("description")] == []
     assert properties(schema)["TrainSection.peak_lr"]["description"] == "Learning rate of AdamW after warm-up."
     assert "TrainSection.eval_every" not in properties(schema)

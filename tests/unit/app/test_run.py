@@ -316,8 +316,8 @@ def test_what_a_user_may_not_expect_is_said_in_a_line(
     said = [record.getMessage() for record in caplog.records if record.name == "mull.app.run"]
     assert said == [
         "cpu emulates bf16, slower than it computes fp32: train.precision=auto would choose fp32.",
-        "The model's 4 heads are kept and not trained: train.algo=next-token.",
-        "The model has no heads behind the main one (model.mtp), so baseline-mtp is next-token prediction.",
+        "The model's 4 extra heads are kept and not trained: train.algo=next-token.",
+        "The model has no extra heads (model.mtp), so baseline-mtp is next-token prediction.",
     ]
 
 

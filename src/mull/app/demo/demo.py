@@ -37,7 +37,7 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig
 from mull.model.path import relative_cost
 from mull.retrofit.wrap import wrap_transformer_with_etd
-from mull.training.loop import Batches, TrainConfig, TrainResult, train
+from mull.training.loop import Batches, Evaluation, TrainConfig, TrainResult, train
 from mull.training.objectives.base import Batch, Objective
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.next_token import NextToken
@@ -244,7 +244,8 @@ def _train(
     """Train from scratch in an emptied folder; a request to terminate ends the demo, not only this run."""
     if folder.is_dir():
         shutil.rmtree(folder)
-    result = train(model, objective, batches, config, folder, evaluate=evaluate, eval_every=eval_every)
+    evaluation = None if evaluate is None else Evaluation(evaluate, eval_every)
+    result = train(model, objective, batches, config, folder, evaluation=evaluation)
     if result.stopped == "sigterm":
         raise SystemExit(128 + signal.SIGTERM)
     model.eval()

@@ -27,9 +27,10 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import MTPConfig
 from mull.retrofit.wrap import from_pretrained
 from mull.training.loop import TrainConfig, TrainResult
+from mull.training.objectives.base import Objective
 from mull.training.objectives.iterations import IterationSampling
-from mull.training.objectives.weighted_mtp import WeightedMTP
-from mull.training.objectives.weightings import Parts, make_scorer
+from mull.training.objectives.resources import Resources
+from mull.training.objectives.table import make_objective
 
 LONGEST = 3
 HEADS = MTPConfig(num_predict_tokens=LONGEST, mtp_head_type="sequential", speculation_lookahead=LONGEST)
@@ -45,7 +46,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 """Name of a way of decoding to its arguments of `generate`. Plain comes first: the others are compared with it."""
 
-Train = Callable[[MullForCausalLM, WeightedMTP, ShuffledBatches, TrainConfig, Path], TrainResult]
+Train = Callable[[MullForCausalLM, Objective, ShuffledBatches, TrainConfig, Path], TrainResult]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +127,8 @@ def speculation_story(
     heads.requires_grad_(True)
     iterations = model.iterations(None)
     own, written = _own_text(model, packed, size)
-    objective = WeightedMTP(
-        make_scorer("baseline-mtp", model, Parts()), IterationSampling(kind="fixed", maximum=iterations)
-    )
+    sampling = IterationSampling(kind="fixed", maximum=iterations)
+    objective = make_objective("baseline-mtp", Resources(model=model, iterations=sampling))
     config = TrainConfig(steps=size.steps, optimizer="muon", muon_lr=0.02, peak_lr=3e-3, log_every=1, seed=seed)
     run = train(model, objective, ShuffledBatches(own, size.batch_size, seed), config, out)
     model.save_pretrained(out / "model")

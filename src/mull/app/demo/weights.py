@@ -23,9 +23,10 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import MTPConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.training.loop import TrainConfig, TrainResult
-from mull.training.objectives.iterations import IterationSampling
-from mull.training.objectives.weighted_mtp import Control, HeadTraining, WeightedMTP
-from mull.training.objectives.weightings import Parts, make_scorer
+from mull.training.objectives.base import Objective
+from mull.training.objectives.resources import Resources
+from mull.training.objectives.table import make_objective
+from mull.training.objectives.weighted_mtp import Control, HeadTraining
 
 NOISE = 0.25
 """Share of the labels that are replaced."""
@@ -51,7 +52,7 @@ ARMS: dict[str, tuple[str, Control]] = {
 Train = Callable[
     [
         MullForCausalLM,
-        WeightedMTP,
+        Objective,
         ShuffledBatches,
         TrainConfig,
         Path,
@@ -119,9 +120,9 @@ def weights_story(
         torch.manual_seed(seed)
         heads = MTPConfig(num_predict_tokens=N_HEADS, mtp_head_type="mlp")
         model = wrap_transformer_with_etd(copy.deepcopy(base), None, heads)
-        scorer = make_scorer(algorithm, model, Parts(reference=reference))
-        iterations = IterationSampling(kind="fixed", maximum=1)
-        objective = WeightedMTP(scorer, iterations, HeadTraining(warmup_steps=steps // 2), control, seed)
+        resources = Resources(model=model, reference=reference)
+        heads_training = HeadTraining(warmup_steps=steps // 2)
+        objective = make_objective(algorithm, resources, heads=heads_training, control=control, seed=seed)
         config = TrainConfig(
             steps=steps,
             optimizer="muon",
