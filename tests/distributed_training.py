@@ -25,7 +25,7 @@ from mull.runtime.distributed import (
     session,
     whole,
 )
-from mull.training.loop import Evaluation, TrainConfig, TrainResult, train
+from mull.training.loop import DEFAULT_SHARDING, Evaluation, TrainConfig, TrainResult, train
 from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.step_supervision import StepSupervision
@@ -107,6 +107,11 @@ CASES: dict[str, tuple[str, dict[str, Any], IterationSampling]] = {
         {"clip_norm": 0.05},
         IterationSampling(maximum=3, backprop_iterations=1),
     ),
+    "a part, checkpointing": (
+        "qwen3-tied",
+        {"trainable": ("model.layers.[12].mlp.*", "model.norm.*"), "gradient_checkpointing": True, "weight_decay": 0.5},
+        UP_TO_THREE,
+    ),
     "hybrid with experts": ("qwen3_next-moe", {"optimizer": "muon"}, IterationSampling(maximum=2)),
 }
 
@@ -165,6 +170,7 @@ def everything_on_ranks(folder: Path) -> dict[str, Any]:
         "not a number": not_a_number(),
         "indivisible": refused(lambda: training(plain, 3)),
         "two trainings": two_trainings(),
+        "two trainings in bf16": two_trainings(DistributedConfig(param_dtype="bf16")),
         "evaluated": training(plain, 4, folder / "evaluated", evaluation=Evaluation(evaluate, 1)),
         "terminated": training(plain, 4, batches=Terminating()),
         "interrupted": training(plain, 4, folder / "by-ranks", until=second),
@@ -199,14 +205,14 @@ def not_a_number() -> tuple[str, bool]:
     return message, all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def two_trainings() -> dict[str, Any]:
+def two_trainings(distributed: DistributedConfig = DEFAULT_SHARDING) -> dict[str, Any]:
     """First the companion alone, then everything, with another objective; and an objective with another companion."""
     model, first, second = model_of("qwen3"), Weighted(), Weighted()
     second.companion = first.companion
     model.requires_grad_(False)
-    train(model, first, Split(4), settings(4), evaluation=Evaluation(evaluate))
+    train(model, first, Split(4), settings(4), evaluation=Evaluation(evaluate), distributed=distributed)
     model.requires_grad_(True)
-    result = train(model, second, Split(4), settings(4))
+    result = train(model, second, Split(4), settings(4), distributed=distributed)
     both = outcome(result, model, second)
     if torch.distributed.is_initialized():
         both["refused"] = refused(lambda: train(model, Weighted(), Split(4), settings(4)))

@@ -147,6 +147,14 @@ def test_a_model_trains_twice_with_one_companion(ranks: list[Outcomes]) -> None:
     assert_same_run(ranks[0]["two trainings"], two_trainings())
 
 
+def test_what_is_trained_later_keeps_its_precision(ranks: list[Outcomes]) -> None:
+    """FSDP reads the types of the trained weights once; in the first training there are none among the model's."""
+    exact, rounded = ranks[0]["two trainings"]["weights"], ranks[0]["two trainings in bf16"]["weights"]
+    for name, weight in rounded.items():
+        assert weight.dtype == torch.float64
+        torch.testing.assert_close(weight, exact[name], atol=0.05, rtol=0)
+
+
 def test_evaluation_changes_no_training_and_rank_0_alone_writes(
     ranks: list[Outcomes], alone: Outcomes, folder: Path
 ) -> None:

@@ -5,6 +5,7 @@ The same on one process (``mull train``) and on several (``torchrun -m mull trai
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -82,6 +83,8 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
             )
             if result.stopped != "finished":
                 return result
+            if result.terminated and not last:
+                return replace(result, stopped="sigterm")
         _export(model, objectives[-1].companion, prepared.tokenizer, recipe.run.out / recipe.run.name)
         return result
 

@@ -165,6 +165,9 @@ class TrainResult:
     precision: Precision
     """Precision of the computation."""
 
+    terminated: bool = False
+    """Whether a process received SIGTERM, if only in the last step of a finished run."""
+
 
 @dataclass
 class _Run:
@@ -305,7 +308,7 @@ def train(
         progress = stack.enter_context(_Progress(run))
         loop = _Loop(run, [log, *(logs if rank() == 0 else ())], progress, evaluation, until)
         stopped = loop.run_to_end(writer, checkpoint.every)
-    return TrainResult(run.step, run.seconds, run.tokens, log.records, stopped, run.precision)
+    return TrainResult(run.step, run.seconds, run.tokens, log.records, stopped, run.precision, run.terminated)
 
 
 @dataclass

@@ -106,6 +106,12 @@ def make_stage(model: "MullForCausalLM", objective: Objective, config: Distribut
             "The model was sharded over ranks together with the companion of an earlier objective. Give this objective the same "
             "companion, or load the model anew."
         )
+    else:
+        # FSDP reads the types of the trained weights when it gathers them first; other weights may be trained from now on.
+        for unit in stage.modules():
+            if isinstance(unit, FSDPModule):
+                unit.unshard()
+                unit.reshard()
     stage.objective = objective
     return stage
 
