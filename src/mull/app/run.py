@@ -66,7 +66,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
         stages = recipe.schedule()
         torch.manual_seed(stages[0].train.seed)
         model = load_model(recipe.model, prepared.tokenizer)
-        nn.Module.to(model, device())  # transformers' own `to` carries no types
+        nn.Module.to(model, device())  # the type of transformers' wrapped `to` does not fit a call
         for stage in stages:
             _check_stage(stage, model)
         objectives = build_objectives(recipe, prepared, model, load_model)

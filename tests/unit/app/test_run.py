@@ -562,3 +562,34 @@ def test_torchrun_does_the_same_training_as_one_process(tmp_path: Path) -> None:
     names = ("loss", "eval_loss", "eval_head1_loss")
     for name in names:
         assert records(tmp_path / "two")[-1][name] == pytest.approx(records(tmp_path / "one")[-1][name], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_torchrun_runs_stages_that_train_different_parts(tmp_path: Path) -> None:
+    """A value head from the second stage on: ranks shard it with the model in the first."""
+    recipe = critic(tmp_path, "one", model__mtp={"num_predict_tokens": 1})
+    shared = recipe["train"]
+    recipe["train"] = {**shared, "steps": 2}
+    del recipe["critic"]
+    recipe["stages"] = [
+        {"name": "heads", "train": {"algo": "baseline-mtp", "trainable": "heads"}},
+        {"name": "value", "train": {"algo": "value-head", "peak_lr": 0.01}, "value_head": {}},
+        {"train": {"trainable": ["model.layers.[23].*", "mtp_heads.*"]}, "critic": {}},
+    ]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    carry_out(recipe)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mull", "train"]
+    overrides = ["--set", "run.name=two", "--set", "distributed.reshard_after_forward=false"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "recipe.yaml"), *overrides], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+    for place in ("heads", "value", ""):
+        for here, there in zip(
+            without_clock(tmp_path / "one" / place), without_clock(tmp_path / "two" / place), strict=True
+        ):
+            assert there == pytest.approx(here, rel=1e-3)
