@@ -105,7 +105,7 @@ def build_objectives(recipe: Recipe, prepared: Prepared, model: MullForCausalLM,
         objectives.append(
             make_objective(train.algo, resources, settings, heads=loss.heads, control=loss.control, seed=train.seed)
         )
-    for objective in objectives:
+    for objective in objectives if value_head is not None else ():
         # Ranks shard the model once, together with the value head, so it belongs to every stage; only those with a gradient
         # for it change it.
         objective.companion = value_head
