@@ -52,7 +52,7 @@ class Weighted(Objective):
 
     def weights(self, model: Any, batch: Batch) -> Tensor:
         assert not torch.is_grad_enabled()
-        (hidden,) = model.early_decoded(batch["input_ids"], think_iterations=1)
+        hidden = model.hidden_states(batch["input_ids"], think_iterations=1)
         return 3 * torch.sigmoid(hidden[:, :-1].mean(-1) * 5) * (batch["labels"][:, 1:] != -100)
 
     def loss(self, model: Any, plan: StepPlan, index: int) -> LossOutput:

@@ -83,7 +83,7 @@ def test_the_gradient_is_that_of_the_weighted_mean() -> None:
     batch = Split(1)(0)
     with torch.no_grad():
         weights = objective.weights(model, batch)
-    hidden = model.early_decoded(batch["input_ids"], think_iterations=3)[0][:, :-1]
+    hidden = model.hidden_states(batch["input_ids"], think_iterations=3)[:, :-1]
     losses = F.cross_entropy(model.lm_head(hidden).mT, batch["labels"][:, 1:], reduction="none")
     regression = (objective.companion(hidden)[..., 0] - 1).square()
     (((losses + regression) * weights).sum() / weights.sum()).backward()

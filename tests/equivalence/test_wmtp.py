@@ -108,7 +108,7 @@ def test_no_gradient_flows_through_weights(algorithm: str, exact: Exact) -> None
     step = run_step(model, objective, batches)
     loss = torch.zeros((), dtype=torch.float64)
     for batch, targets, coefficients in zip(batches, step.targets, step.coefficients, strict=True):
-        (hidden,) = model.early_decoded(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2)
+        hidden = model.hidden_states(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2)
         states = [hidden, *(model.mtp_heads(k, hidden, None, lambda _block, h, _k: h) for k in (1, 2))]
         losses = F.cross_entropy(model.lm_head(torch.stack(states, 2)).movedim(-1, 1), targets, reduction="none")
         loss = loss + (losses * coefficients).sum() / step.total_weight
@@ -423,7 +423,7 @@ def test_the_auxiliary_loss_is_a_mean_squared_error_beside_the_token_loss(coeffi
 
     critic = objective._scorer
     assert isinstance(critic, Critic)
-    (hidden,) = model.early_decoded(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2)
+    hidden = model.hidden_states(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2)
     evidence = critic.evidence(model, batch, hidden, critic.plan_step(model, [batch], 2, [0]))
     values = critic.companion(hidden)
     returns = lambda_returns(critic(evidence).scores, values.detach(), evidence.valid)

@@ -58,7 +58,8 @@ def _choose(model: "MullForCausalLM", choice: str | Sequence[str]) -> dict[str, 
 def _added(model: "MullForCausalLM", choice: str) -> set[int]:
     """Parameters that are not the backbone's; of the extra heads alone, or all. Heads may share weights with the backbone."""
     module: nn.Module | None = model.mtp_heads if choice == "heads" else model
-    backbone = {id(parameter) for part in (model.model, model.lm_head) for parameter in part.parameters()}
+    parts = (model.model.embed_tokens, model.model.layers, model.model.norm, model.lm_head)
+    backbone = {id(parameter) for part in parts for parameter in part.parameters()}
     found = set() if module is None else {id(parameter) for parameter in module.parameters()} - backbone
     if not found:
         raise ValueError(

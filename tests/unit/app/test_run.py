@@ -515,7 +515,7 @@ def test_held_out_losses_are_those_of_every_head() -> None:
     packed = pack_tokens(documents, length=16, pad_id=0)
     sums, counts = [0.0] * 3, [0] * 3
     for document in _rows(packed):
-        (hidden,) = model.early_decoded(document[None], think_iterations=3)
+        hidden = model.hidden_states(document[None], think_iterations=3)
         for k in range(3):
             states = hidden if k == 0 else model.mtp_heads(k, hidden, None, lambda _block, h, _k: h)
             targets = document[1 + k :]

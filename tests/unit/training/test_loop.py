@@ -42,12 +42,12 @@ class Thinker(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)
 
-    def early_decoded(self, input_ids: Tensor, *, think_iterations: int, **_: Any) -> tuple[Tensor, ...]:
+    def hidden_states(self, input_ids: Tensor, *, think_iterations: int, **_: Any) -> Tensor:
         h = self.embed(input_ids)
         h = h + self.conv(h.mT).mT
         for _iteration in range(think_iterations):
             h = h + self.dropout(torch.tanh(self.think(h)))
-        return (self.norm(h),)
+        return self.norm(h)
 
 
 class Remembering(NextToken):
@@ -126,7 +126,7 @@ def test_gradient_does_not_depend_on_micro_batches(split: int) -> None:
     # Reference: one graph over all rows, mean over all targets, written out with autograd.
     whole = rows(0, 8)
     model = Thinker()
-    logits = model.lm_head(model.early_decoded(whole["input_ids"], think_iterations=2)[-1])[:, :-1]
+    logits = model.lm_head(model.hidden_states(whole["input_ids"], think_iterations=2))[:, :-1]
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), whole["labels"][:, 1:].flatten(), ignore_index=-100)
     loss.backward()
     reference = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -144,7 +144,7 @@ def kept(model: MullForCausalLM) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model.train().early_decoded(rows(0)["input_ids"], think_iterations=2)
+        hidden = model.train().hidden_states(rows(0)["input_ids"], think_iterations=2)
     del hidden
     return sum(size for storage, size in storages.items() if storage not in weights)
 

@@ -101,21 +101,20 @@ def batch_states(
     model: "MullForCausalLM", batch: Batch, iterations: int | None = None, backprop_iterations: int | None = None
 ) -> Tensor:
     """Final-normed states of a micro-batch, ``[B, T, D]``. None for `iterations` is the model's own number."""
-    return model.early_decoded(
+    return model.hidden_states(
         batch["input_ids"],
         attention_mask=batch.get("attention_mask"),
         position_ids=batch.get("position_ids"),
         think_iterations=iterations,
         backprop_iterations=backprop_iterations,
-    )[-1]
+    )
 
 
 def batch_states_by_iteration(model: "MullForCausalLM", batch: Batch, iterations: int) -> Sequence[Tensor]:
     """States as in `batch_states`, decoded after each of the iterations."""
-    return model.early_decoded(
+    return model.hidden_states_by_iteration(
         batch["input_ids"],
         attention_mask=batch.get("attention_mask"),
         position_ids=batch.get("position_ids"),
         think_iterations=iterations,
-        every_iteration=True,
     )

@@ -58,7 +58,7 @@ def test_values_follow_the_deciding_token(trained: tuple[MullForCausalLM, ValueH
     model, value_head = trained
     batch = documents(10_000, rows=256)
     with torch.no_grad():
-        values = value_head(model.early_decoded(batch["input_ids"])[0])
+        values = value_head(model.hidden_states(batch["input_ids"]))
     right = batch["rewards"] == 1
     decided = (batch["input_ids"] != OTHER).cumsum(1) > 0
     assert float(values[~decided].mean()) == pytest.approx(0.5, abs=0.1)
@@ -77,7 +77,7 @@ def test_the_deciding_token_has_the_largest_or_smallest_weight(
     batch = documents(10_001, rows=256)
     with torch.no_grad():
         plan = scorer.plan_step(model, [batch], 1, [0])
-        evidence = scorer.evidence(model, batch, model.early_decoded(batch["input_ids"])[0], plan)
+        evidence = scorer.evidence(model, batch, model.hidden_states(batch["input_ids"]), plan)
         weights = scorer.settle(scorer(evidence).scores, evidence.valid, training=True).scores
     credit = weights.log() * torch.where(batch["rewards"] == 1, 1.0, -1.0)
     place = (batch["input_ids"] != OTHER).int().argmax(1)
@@ -137,7 +137,7 @@ def test_documents_without_outcomes_count_as_right() -> None:
     torch.nn.init.normal_(value_head.out.weight)
     scorer = make_scorer("critic-wmtp", model, value_head=value_head)
     batch = documents(0, rows=4)
-    hidden = model.early_decoded(batch["input_ids"])[0]
+    hidden = model.hidden_states(batch["input_ids"])
     unknown = {name: tensor for name, tensor in batch.items() if name != "rewards"}
     right = {**unknown, "rewards": torch.ones(4, TOKENS)}
     plan = scorer.plan_step(model, [unknown, right], 1, [0, 1])

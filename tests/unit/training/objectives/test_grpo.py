@@ -134,7 +134,7 @@ def reinforce(
     divergences = []
     for (prompt, answer, _), advantage in zip(samples, advantages, strict=True):
         ids = torch.tensor([prompt + answer])
-        (hidden,) = model.early_decoded(ids, think_iterations=2)
+        hidden = model.hidden_states(ids, think_iterations=2)
         log_p = (model.lm_head(hidden[0]) / config.temperature).log_softmax(-1)
         worth = {}
         for place in range(len(prompt), ids.shape[1]):
@@ -388,7 +388,7 @@ def test_heads_behind_the_main_one_are_never_pushed_away_from_a_token() -> None:
     plan = objective.plan_step(model, [prompts()])
     (batch,) = plan.batches
     with torch.no_grad():
-        hidden = model.early_decoded(batch["input_ids"])[-1]
+        hidden = model.hidden_states(batch["input_ids"])
         evidence = objective._scorer.evidence(model, batch, hidden, plan.scoring)
         weights = objective._weigh(plan, evidence, training=True).weights
     assert (weights[..., 0] < 0).any()

@@ -32,7 +32,7 @@ def model(exact: Exact) -> MullForCausalLM:
 
 
 def hidden_of(model: MullForCausalLM, batch: dict[str, Tensor]) -> Tensor:
-    return model.early_decoded(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2)[0]
+    return model.hidden_states(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2)
 
 
 def seen(name: str, model: MullForCausalLM) -> tuple[Tensor, Evidence]:
@@ -167,7 +167,7 @@ def gradient_at(law: Callable[[Tensor], Tensor], algorithm: str, **rho1: float) 
     batch = {"input_ids": input_ids, "labels": input_ids}
     with torch.no_grad():
         prior = reference(input_ids[:1]).logits[0, 0].softmax(-1)
-        state = model.early_decoded(input_ids[:1])[0][0, 0]
+        state = model.hidden_states(input_ids[:1])[0, 0]
         model.lm_head.weight.copy_(law(prior).log()[:, None] * state / state.square().sum())
     settings = Rho1Config(mode="weighted", **rho1) if algorithm == "rho1-wmtp" else None
     objective = WeightedMTP(make_scorer(algorithm, model, settings, reference=reference), IterationSampling(maximum=1))
