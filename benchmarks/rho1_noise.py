@@ -32,9 +32,10 @@ from mull.data.noise import plant_noise
 from mull.data.packing import PackedDataset, pack_tokens
 from mull.data.sampler import ShuffledBatches
 from mull.training.loop import TrainConfig, train
-from mull.training.objectives.iterations import IterationSampling
-from mull.training.objectives.weighted_mtp import Control, WeightedMTP
-from mull.training.objectives.weightings import Parts, Rho1Config, make_scorer
+from mull.training.objectives.resources import Resources
+from mull.training.objectives.table import make_objective
+from mull.training.objectives.weighted_mtp import Control
+from mull.training.objectives.weightings import Rho1Config
 
 VOCAB = 32
 PAD = 0
@@ -145,8 +146,9 @@ def fit(
 ) -> tuple[MullForCausalLM, float | None]:
     """Train a new model; return it, and the mean weight of planted targets where the mean over all targets is 1."""
     model = new_model(seed)
-    scorer = make_scorer(arm.algorithm, model, Parts(reference=reference, rho1=arm.rho1))
-    objective = WeightedMTP(scorer, IterationSampling(maximum=1), control=arm.control, seed=seed)
+    settings = arm.rho1 if arm.algorithm == "rho1-wmtp" else None
+    resources = Resources(model=model, reference=reference)
+    objective = make_objective(arm.algorithm, resources, settings, control=arm.control, seed=seed)
     batches = ShuffledBatches(MarkedRows(dataset, planted), BATCH_SIZE, seed)
     config = TrainConfig(
         steps=steps, warmup_steps=20, optimizer="muon", peak_lr=3e-3, muon_lr=0.02, precision="fp32", log_every=1

@@ -34,9 +34,8 @@ from mull.data.sampler import ShuffledBatches
 from mull.data.tokenizer import train_tokenizer
 from mull.evaluation.held_out import held_out_losses
 from mull.training.loop import TrainConfig, train
-from mull.training.objectives.iterations import IterationSampling
-from mull.training.objectives.weighted_mtp import WeightedMTP
-from mull.training.objectives.weightings import make_scorer
+from mull.training.objectives.resources import Resources
+from mull.training.objectives.table import make_objective
 
 N_HEADS = 3
 LENGTH = 256
@@ -159,7 +158,7 @@ def _train(name: str, spec: Spec, folder: Path, seed: int, device: str) -> dict[
     model = wrap_transformer_with_etd(base, None, mtp).to(device)
     n_trunk, n_all = base.num_parameters(), model.num_parameters()
     print(f"{name}: {n_trunk:,} parameters and {n_all - n_trunk:,} in {N_HEADS} heads, {spec.seconds:g} s", flush=True)
-    objective = WeightedMTP(make_scorer("baseline-mtp", model), IterationSampling(maximum=1))
+    objective = make_objective("baseline-mtp", Resources(model=model))
     started = time.perf_counter()
     batches = ShuffledBatches(packed, spec.batch_size, seed)
     run = train(model, objective, batches, training_of(spec, seed))

@@ -25,8 +25,8 @@ from mull.runtime.distributed import (
     session,
     whole,
 )
-from mull.training.loop import TrainConfig, TrainResult, train
-from mull.training.objectives.base import Batch, LossOutput, Objective
+from mull.training.loop import DEFAULT_SHARDING, Evaluation, TrainConfig, TrainResult, train
+from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.step_supervision import StepSupervision
 from mull.training.step import accumulate, make_stage, normalise
@@ -43,37 +43,38 @@ class Weighted(Objective):
         torch.manual_seed(7)
         self.iterations = iterations
         self.companion = nn.Linear(width, 1).double()
-        self._depth = 0
         self._seen = torch.zeros(3, dtype=torch.float64)
 
-    def prepare(self, model: Any, batches: Any) -> list[Batch]:
-        self._depth = same_everywhere(self.iterations.sample())
-        return [{**batch, "weights": self.weights(model, batch)} for batch in batches]
+    def plan_step(self, model: Any, batches: Any) -> StepPlan:
+        depth = same_everywhere(self.iterations.sample())
+        weighted = [{**batch, "weights": self.weights(model, batch)} for batch in batches]
+        return StepPlan(batches=weighted, iterations=depth)
 
     def weights(self, model: Any, batch: Batch) -> Tensor:
         assert not torch.is_grad_enabled()
-        (hidden,) = model.early_decoded(batch["input_ids"], think_iterations=1)
+        hidden = model.hidden_states(batch["input_ids"], think_iterations=1)
         return 3 * torch.sigmoid(hidden[:, :-1].mean(-1) * 5) * (batch["labels"][:, 1:] != -100)
 
-    def __call__(self, model: Any, batch: Batch) -> LossOutput:
-        backprop = self.iterations.backprop(self._depth)
-        (hidden,) = model.early_decoded(batch["input_ids"], think_iterations=self._depth, backprop_iterations=backprop)
+    def loss(self, model: Any, plan: StepPlan, index: int) -> LossOutput:
+        batch, depth = plan.batches[index], plan.iterations
+        hidden = batch_states(model, batch, depth, self.iterations.backprop(depth))
         logits = model.lm_head(hidden[:, :-1])
         losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
         assert self.companion is not None
         regression = (self.companion(hidden)[:, :-1, 0] - 1).square()
         total = ((losses.view_as(regression) + regression) * batch["weights"]).sum() * batch["factor"]
-        return LossOutput(total, batch["weights"].sum(), {"iterations": float(self._depth)})
+        return LossOutput(total, batch["weights"].sum(), {"iterations": float(depth)}, depth)
 
-    def end_step(self) -> dict[str, float]:
+    def end_step(self, plan: StepPlan, seen: Any) -> dict[str, float]:
+        assert seen == [plan.iterations] * len(plan.batches)
         self._seen += torch.arange(3)
         return {"seen": float(self._seen[2])}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": self._seen, "depth": self._depth}
+        return {"seen": self._seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._seen, self._depth = state["seen"], state["depth"]
+        self._seen = state["seen"]
 
 
 class Split:
@@ -105,6 +106,11 @@ CASES: dict[str, tuple[str, dict[str, Any], IterationSampling]] = {
         "qwen3-tied",
         {"clip_norm": 0.05},
         IterationSampling(maximum=3, backprop_iterations=1),
+    ),
+    "a part, checkpointing": (
+        "qwen3-tied",
+        {"trainable": ("model.layers.[12].mlp.*", "model.norm.*"), "gradient_checkpointing": True, "weight_decay": 0.5},
+        UP_TO_THREE,
     ),
     "hybrid with experts": ("qwen3_next-moe", {"optimizer": "muon"}, IterationSampling(maximum=2)),
 }
@@ -149,7 +155,7 @@ def gradient(micro_batches: int) -> dict[str, Tensor]:
     stage = make_stage(model, objective, DistributedConfig()).train()
     n_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     batches = {number: Split(micro_batches)(number) for number in range(rank(), micro_batches, n_ranks)}
-    normalise(list(stage.parameters()), accumulate(stage, batches, "fp32"), None)
+    normalise(list(stage.parameters()), accumulate(stage, batches, "fp32").parts, None)
     return {name: whole(p.grad) for name, p in stage.named_parameters() if p.grad is not None}
 
 
@@ -164,7 +170,8 @@ def everything_on_ranks(folder: Path) -> dict[str, Any]:
         "not a number": not_a_number(),
         "indivisible": refused(lambda: training(plain, 3)),
         "two trainings": two_trainings(),
-        "evaluated": training(plain, 4, folder / "evaluated", evaluate=evaluate, eval_every=1),
+        "two trainings in bf16": two_trainings(DistributedConfig(param_dtype="bf16")),
+        "evaluated": training(plain, 4, folder / "evaluated", evaluation=Evaluation(evaluate, 1)),
         "terminated": training(plain, 4, batches=Terminating()),
         "interrupted": training(plain, 4, folder / "by-ranks", until=second),
         "resumed": training(plain, 4, folder / "by-one", resume=True),
@@ -198,14 +205,14 @@ def not_a_number() -> tuple[str, bool]:
     return message, all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def two_trainings() -> dict[str, Any]:
+def two_trainings(distributed: DistributedConfig = DEFAULT_SHARDING) -> dict[str, Any]:
     """First the companion alone, then everything, with another objective; and an objective with another companion."""
     model, first, second = model_of("qwen3"), Weighted(), Weighted()
     second.companion = first.companion
     model.requires_grad_(False)
-    train(model, first, Split(4), settings(4), evaluate=evaluate)
+    train(model, first, Split(4), settings(4), evaluation=Evaluation(evaluate), distributed=distributed)
     model.requires_grad_(True)
-    result = train(model, second, Split(4), settings(4))
+    result = train(model, second, Split(4), settings(4), distributed=distributed)
     both = outcome(result, model, second)
     if torch.distributed.is_initialized():
         both["refused"] = refused(lambda: train(model, Weighted(), Split(4), settings(4)))

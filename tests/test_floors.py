@@ -28,15 +28,16 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "model": (4, "path configs memory growing_cache fixed_cache families inputs policy executor base_model causal_lm"),
     "retrofit": (5, "native_heads wrap presets"),
     "decoding": (5, "draft_length sample drafting rounds generate"),
-    "training": (6, "optimization objectives step loop"),
+    "training": (6, "optimization objectives trainable step loop"),
     "training.objectives": (
         6,
-        "base iterations next_token step_supervision evidence weight_statistics weightings weighted_mtp critic grpo",
+        "base iterations resources next_token step_supervision evidence weight_statistics weightings weighted_mtp critic grpo "
+        "table",
     ),
     "evaluation": (7, "held_out lossless acceptance rewards cost search"),
     "evaluation.cost": (7, "count training decoding"),
     "evaluation.search": (7, "split"),
-    "app": (8, "recipe build prepare run report demo cli"),
+    "app": (8, "yaml_text recipe prepare build run report demo cli"),
     "app.report": (8, "figures page"),
     "app.demo": (8, "chapter loops weights speculation chain demo"),
 }

@@ -18,8 +18,10 @@ from mull.training.loop import TrainConfig, train
 from mull.training.objectives.base import Batch
 from mull.training.objectives.evidence import Evidence, Scorer
 from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.resources import Resources, Settings
+from mull.training.objectives.table import find_entry
 from mull.training.objectives.weighted_mtp import Control, WeightedMTP
-from mull.training.objectives.weightings import CriticConfig, GradientConfig, Parts, Rho1Config, make_scorer
+from mull.training.objectives.weightings import CriticConfig, GradientConfig, Rho1Config
 
 ALGORITHMS = {
     "baseline": "baseline-mtp",
@@ -32,6 +34,13 @@ ALGORITHMS = {
     "gradient-alignment": "gradient-wmtp",
 }
 """Every way to weigh, and the name of its algorithm."""
+
+SETTINGS: dict[str, Settings] = {
+    "rho1-weighted": Rho1Config(mode="weighted"),
+    "rho1-skip": Rho1Config(mode="token_skip"),
+    "gradient-norm": GradientConfig(mode="norm"),
+    "gradient-alignment": GradientConfig(mode="alignment"),
+}
 
 CONTROLS = ("none", "shuffled", "random")
 ETD = ETDConfig(n_encoder_layers=1, n_think_layers=1, n_decoder_layers=1)
@@ -72,7 +81,17 @@ def split(batch: Batch, n: int) -> list[dict[str, Tensor]]:
     return [{name: tensor[i * size : (i + 1) * size] for name, tensor in batch.items()} for i in range(n)]
 
 
-def parts_of(base: PreTrainedModel, algorithm: str, **critic: Any) -> Parts:
+def make_scorer(name: str, model: MullForCausalLM, settings: Settings | None = None, **resources: Any) -> Scorer:
+    """The weighting of an objective."""
+    entry = find_entry(name)
+    if settings is None and entry.settings is not None:
+        settings = entry.settings()
+    scorer = entry.build(settings, Resources(model=model, **resources))
+    assert isinstance(scorer, Scorer)
+    return scorer
+
+
+def resources_of(base: PreTrainedModel) -> dict[str, Any]:
     """What the algorithms need: a noisy copy as reference, a value head with random weights, held-out rows."""
     reference = wrap_transformer_with_etd(copy.deepcopy(base), None).eval()
     generator = torch.Generator().manual_seed(3)
@@ -84,14 +103,7 @@ def parts_of(base: PreTrainedModel, algorithm: str, **critic: Any) -> Parts:
         value_head = ValueHead(base.config.hidden_size).to(base.dtype)
         torch.nn.init.normal_(value_head.out.weight)
     held_out = split(data(seed=11), 4)
-    return Parts(
-        reference=reference,
-        value_head=value_head,
-        held_out=lambda number: held_out[number % 4],
-        rho1=Rho1Config(mode="weighted" if algorithm == "rho1-weighted" else "token_skip"),
-        gradient=GradientConfig(mode="alignment" if algorithm == "gradient-alignment" else "norm"),
-        critic=CriticConfig(**critic),
-    )
+    return {"reference": reference, "value_head": value_head, "held_out": lambda number: held_out[number % 4]}
 
 
 def objective_of(
@@ -103,7 +115,8 @@ def objective_of(
 ) -> WeightedMTP:
     """The objective, with companions of its own."""
     critic = {name: options.pop(name) for name in tuple(options) if name in CriticConfig.model_fields}
-    scorer = make_scorer(ALGORITHMS[algorithm], model, parts_of(base, algorithm, **critic))
+    settings = CriticConfig(**critic) if algorithm == "critic" else SETTINGS.get(algorithm)
+    scorer = make_scorer(ALGORITHMS[algorithm], model, settings, **resources_of(base))
     return WeightedMTP(scorer, iterations, **options)
 
 
@@ -137,7 +150,7 @@ class Step:
     coefficients: list[Tensor]
     """Likewise."""
 
-    prepared: Sequence[Batch]
+    batches: Sequence[Batch]
 
     def effective(self, head_weights: Sequence[float]) -> list[Tensor]:
         """Weight of each target, ``[B, T, H]`` by micro-batch, that remains of the coefficients when the loop has divided.
@@ -164,10 +177,10 @@ def run_step(model: MullForCausalLM, objective: WeightedMTP, batches: Sequence[B
         module.zero_grad()
     vars(model)["head_losses"] = observed
     with torch.no_grad():
-        prepared = objective.prepare(model, batches)
+        plan = objective.plan_step(model, batches)
     outputs = []
-    for batch in prepared:
-        outputs.append(objective(model, batch))
+    for index in range(len(plan.batches)):
+        outputs.append(objective.loss(model, plan, index))
         outputs[-1].sum.backward()
     del vars(model)["head_losses"]
     weight = math.fsum(float(output.weight) for output in outputs)
@@ -178,7 +191,8 @@ def run_step(model: MullForCausalLM, objective: WeightedMTP, batches: Sequence[B
         if parameter.grad is not None
     }
     loss = math.fsum(float(output.sum.detach()) for output in outputs) / weight
-    return Step(loss, weight, gradients, objective.end_step(), targets, coefficients, prepared)
+    metrics = objective.end_step(plan, [output.seen for output in outputs])
+    return Step(loss, weight, gradients, metrics, targets, coefficients, plan.batches)
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:

@@ -83,7 +83,7 @@ def test_the_gradient_is_that_of_the_weighted_mean() -> None:
     batch = Split(1)(0)
     with torch.no_grad():
         weights = objective.weights(model, batch)
-    hidden = model.early_decoded(batch["input_ids"], think_iterations=3)[0][:, :-1]
+    hidden = model.hidden_states(batch["input_ids"], think_iterations=3)[:, :-1]
     losses = F.cross_entropy(model.lm_head(hidden).mT, batch["labels"][:, 1:], reduction="none")
     regression = (objective.companion(hidden)[..., 0] - 1).square()
     (((losses + regression) * weights).sum() / weights.sum()).backward()
@@ -145,6 +145,14 @@ def test_a_model_trains_twice_with_one_companion(ranks: list[Outcomes]) -> None:
     refused = ranks[0]["two trainings"].pop("refused")
     assert "same companion" in refused
     assert_same_run(ranks[0]["two trainings"], two_trainings())
+
+
+def test_what_is_trained_later_keeps_its_precision(ranks: list[Outcomes]) -> None:
+    """FSDP reads the types of the trained weights once; in the first training there are none among the model's."""
+    exact, rounded = ranks[0]["two trainings"]["weights"], ranks[0]["two trainings in bf16"]["weights"]
+    for name, weight in rounded.items():
+        assert weight.dtype == torch.float64
+        torch.testing.assert_close(weight, exact[name], atol=0.05, rtol=0)
 
 
 def test_evaluation_changes_no_training_and_rank_0_alone_writes(

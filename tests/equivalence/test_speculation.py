@@ -214,7 +214,7 @@ def test_heads_draft_what_their_training_pass_says(
             last = len(tokens) - 2  # the last position whose state the round began with
             targets = torch.full((1, ids.shape[1], 1 + length), -100)
             targets[0, last, 1:] = torch.tensor(drafts)
-            hidden = model.early_decoded(ids, think_iterations=2)[-1]
+            hidden = model.hidden_states(ids, think_iterations=2)
             _, losses = model.head_losses(hidden, ids, targets, torch.ones(targets.shape, dtype=torch.float64))
             law = driver.proposal.law[row].gather(1, driver.proposal.tokens[row][:, None])[:, 0]
             torch.testing.assert_close(-law.log(), losses[0, last, 1:].to(law.dtype), rtol=0, atol=1e-5)

@@ -58,12 +58,12 @@ def test_recomputed_layers_fill_no_cache(ids: Ids) -> None:
 def test_early_decoding_is_a_shorter_path(family: str, exact: Exact, ids: Ids) -> None:
     model = wrap_transformer_with_etd(exact(family), SPLIT)
     tokens = ids(2, 17)
-    states = model.early_decoded(tokens, think_iterations=3, every_iteration=True)
+    states = model.hidden_states_by_iteration(tokens, think_iterations=3)
     assert len(states) == 3
     for iteration, state in enumerate(states, start=1):
         expected = model(tokens, think_iterations=iteration, use_cache=False).logits
         assert torch.equal(model.lm_head(state), expected)
-    assert torch.equal(model.early_decoded(tokens, think_iterations=3)[0], states[-1])
+    assert torch.equal(model.hidden_states(tokens, think_iterations=3), states[-1])
 
 
 @pytest.mark.parametrize("backprop", [1, 2, 3, 9])
@@ -71,7 +71,7 @@ def test_truncated_back_propagation_cuts_the_loop(family: str, backprop: int, ex
     """Reference: the same path with the state detached by hand, run through transformers' layers one visit at a time."""
     model = wrap_transformer_with_etd(exact(family), SPLIT)
     tokens = ids(2, 11)
-    (state,) = model.early_decoded(tokens, think_iterations=3, backprop_iterations=backprop)
+    state = model.hidden_states(tokens, think_iterations=3, backprop_iterations=backprop)
     actual = gradients(model, state.square().sum())
 
     cut = model.config.etd["n_encoder_layers"] + (3 - backprop) * 4 if backprop < 3 else 0

@@ -28,9 +28,10 @@ from weighted_steps import (
     assert_same,
     data,
     given_objective,
+    make_scorer,
     model_of,
     objective_of,
-    parts_of,
+    resources_of,
     run_step,
     split,
     trainings,
@@ -44,7 +45,7 @@ from mull.runtime.checkpoint import CheckpointConfig
 from mull.training.loop import TrainConfig, train
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.weighted_mtp import Control, HeadTraining, WeightedMTP
-from mull.training.objectives.weightings import Critic, Parts, Rho1Config, make_scorer
+from mull.training.objectives.weightings import Critic, Rho1Config
 
 HEAD_TYPES = ("transformer", "mlp", "shared_lm_head", "sequential", "native")
 HEAD_WEIGHTS = (1.0, 0.3 * 2 / 3, 0.3 / 3)
@@ -107,7 +108,7 @@ def test_no_gradient_flows_through_weights(algorithm: str, exact: Exact) -> None
     step = run_step(model, objective, batches)
     loss = torch.zeros((), dtype=torch.float64)
     for batch, targets, coefficients in zip(batches, step.targets, step.coefficients, strict=True):
-        (hidden,) = model.early_decoded(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2)
+        hidden = model.hidden_states(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2)
         states = [hidden, *(model.mtp_heads(k, hidden, None, lambda _block, h, _k: h) for k in (1, 2))]
         losses = F.cross_entropy(model.lm_head(torch.stack(states, 2)).movedim(-1, 1), targets, reduction="none")
         loss = loss + (losses * coefficients).sum() / step.total_weight
@@ -288,10 +289,10 @@ def test_rho1_with_the_model_as_reference_is_the_baseline() -> None:
     model = wrap_transformer_with_etd(base, None, MTPConfig(num_predict_tokens=2, mtp_head_type="mlp")).train()
     reference = wrap_transformer_with_etd(copy.deepcopy(base), None).eval()
     iterations = IterationSampling(maximum=1)
-    parts = Parts(reference=reference, rho1=Rho1Config(mode="weighted"))
+    rho1 = make_scorer("rho1-wmtp", model, Rho1Config(mode="weighted"), reference=reference)
     weighted, plain = (
-        run_step(model, WeightedMTP(make_scorer(name, model, parts), iterations), split(data(), 4))
-        for name in ("rho1-wmtp", "baseline-mtp")
+        run_step(model, WeightedMTP(scorer, iterations), split(data(), 4))
+        for scorer in (rho1, make_scorer("baseline-mtp", model))
     )
     assert weighted.metrics == plain.metrics
     assert weighted.loss == plain.loss
@@ -305,8 +306,8 @@ def test_token_skip_keeps_its_share_of_the_step(skip_share: float, exact: Exact)
     base = exact("qwen3", **DEPTH)
     model = model_of(base)
     for n in (1, 4, 8):
-        parts = Parts(reference=parts_of(base, "rho1-skip").reference, rho1=Rho1Config(skip_share=skip_share))
-        objective = WeightedMTP(make_scorer("rho1-wmtp", model, parts), IterationSampling(maximum=2))
+        scorer = make_scorer("rho1-wmtp", model, Rho1Config(skip_share=skip_share), **resources_of(base))
+        objective = WeightedMTP(scorer, IterationSampling(maximum=2))
         step = run_step(model, objective, split(data(), n))
         kept = [int((coefficients[..., 0] > 0).sum()) for coefficients in step.coefficients]
         n_targets = int((torch.cat(step.targets)[..., 0] >= 0).sum())
@@ -322,8 +323,7 @@ def test_the_excess_is_signed(exact: Exact) -> None:
     model = model_of(base, None)
     objective = objective_of("rho1-weighted", model, base)
     step = run_step(model, objective, [batch])
-    reference = parts_of(base, "rho1-weighted").reference
-    assert reference is not None
+    reference = resources_of(base)["reference"]
     with torch.no_grad():
         ours = model(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2).logits
         theirs = reference(batch["input_ids"], position_ids=batch["position_ids"]).logits
@@ -423,8 +423,8 @@ def test_the_auxiliary_loss_is_a_mean_squared_error_beside_the_token_loss(coeffi
 
     critic = objective._scorer
     assert isinstance(critic, Critic)
-    (hidden,) = model.early_decoded(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2)
-    evidence = critic.evidence(model, batch, hidden)
+    hidden = model.hidden_states(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2)
+    evidence = critic.evidence(model, batch, hidden, critic.plan_step(model, [batch], 2, [0]))
     values = critic.companion(hidden)
     returns = lambda_returns(critic(evidence).scores, values.detach(), evidence.valid)
     model.zero_grad()
@@ -539,9 +539,9 @@ def losses_on_noise(heads: str) -> list[float]:
     train(model, objective, batch, TrainConfig(steps=60, peak_lr=2e-2, weight_decay=0, precision="fp32", log_every=60))
     model.eval()
     with torch.no_grad():
-        for fresh in objective.prepare(model, [batch(0) for _ in range(16)]):
-            objective(model, fresh)
-    metrics = objective.end_step()
+        plan = objective.plan_step(model, [batch(0) for _ in range(16)])
+        seen = [objective.loss(model, plan, index).seen for index in range(16)]
+    metrics = objective.end_step(plan, seen)
     return [metrics[f"head{k}_loss"] for k in range(3)]
 
 

@@ -81,7 +81,7 @@ def rates(model: MullForCausalLM) -> tuple[float, float]:
 
 def reinforced(model: MullForCausalLM, seed: int, control: Control) -> tuple[float, float]:
     config = GRPOConfig(group_size=8, max_new_tokens=TASK.answer_length)
-    scorer = GroupRelative(config, REWARDS["arithmetic"], [TASK.eos_id], TASK.pad_id)
+    scorer = GroupRelative(config, REWARDS["arithmetic"](TASK), [TASK.eos_id], TASK.pad_id)
     train(
         model,
         WeightedMTP(scorer, ONCE, control=control, seed=seed),

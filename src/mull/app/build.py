@@ -2,22 +2,25 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from mull.app.recipe import ModelSection
+from mull.app.prepare import Prepared, arithmetic_task, backbone_config
+from mull.app.recipe import ModelSection, Recipe, Stage
+from mull.evaluation.rewards import REWARDS
+from mull.layers.value_head import ValueHead
 from mull.model.base_model import MullConfig
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.families import require_supported
 from mull.retrofit.wrap import from_pretrained, wrap_transformer_with_etd
+from mull.training.objectives.base import Objective
+from mull.training.objectives.grpo import GRPOSection
+from mull.training.objectives.resources import Resources
+from mull.training.objectives.table import make_objective
+from mull.training.objectives.weightings import ReturnConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -26,28 +29,12 @@ Loader = Callable[[ModelSection, PreTrainedTokenizerBase], MullForCausalLM]
 """`load_model` or `meta_model`."""
 
 
-def backbone_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """Configuration of the checkpoint, or of the backbone with random weights."""
-    if section.checkpoint is not None:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(section.checkpoint)
-        return config
-    assert section.architecture is not None
-    fields = {
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-        **section.architecture,
-    }
-    return CONFIG_MAPPING[fields.pop("model_type")](**fields)
-
-
 def load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> MullForCausalLM:
     """Load the checkpoint, or make a model with random weights for the tokenizer's vocabulary; on the CPU.
 
     Raises:
         OSError: no checkpoint where one is named.
-        ValueError: as in `mull.model.causal_lm.wrap_transformer_with_etd`.
+        ValueError: as in `mull.retrofit.wrap.wrap_transformer_with_etd`.
     """
     dtype = DTYPES[section.dtype]
     if section.checkpoint is not None:
@@ -73,6 +60,7 @@ def meta_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> Mul
     if section.mtp is not None:
         config.mtp = section.mtp.model_dump()
     with torch.device("meta"):
+        # The type of transformers' wrapped `to` does not fit a call.
         model = nn.Module.to(MullForCausalLM(config), DTYPES[section.dtype])
     model.tie_weights()
     return model
@@ -84,3 +72,49 @@ def _check_weights(checkpoint: str | None) -> None:
         return
     if not any(file.suffix in (".safetensors", ".bin") for file in Path(checkpoint).iterdir()):
         raise FileNotFoundError(f"{checkpoint} holds no weights (.safetensors): it is no finished checkpoint.")
+
+
+def build_objectives(recipe: Recipe, prepared: Prepared, model: MullForCausalLM, load: Loader) -> list[Objective]:
+    """The objectives of all stages, with the reference models and the value head that they need on the model's device.
+
+    All stages share one value head. Everything is built before the first stage, so that what cannot work is refused then, and
+    a resumed run draws the same initial weights.
+
+    Raises:
+        OSError: no checkpoint of a reference model where one is named.
+        ValueError: a resource does not fit the model.
+    """
+    value_head: ValueHead | None = None
+    objectives = []
+    for stage, data in zip(recipe.schedule(), prepared.stages, strict=True):
+        settings, reference = stage.settings, None
+        if isinstance(settings, ReturnConfig) and value_head is None:
+            value_head = ValueHead(model.lm_head.in_features).to(model.device, model.dtype)
+        if (name := getattr(settings, "reference", None)) is not None:
+            section = ModelSection(checkpoint=name, dtype=recipe.model.dtype)
+            reference = load(section, prepared.tokenizer).eval().requires_grad_(False).to(model.device)
+        resources = Resources(
+            model=model,
+            iterations=stage.loss.iterations,
+            reference=reference,
+            value_head=value_head,
+            held_out=data.aligned,
+            **_grading(stage),
+        )
+        loss, train = stage.loss, stage.train
+        objectives.append(
+            make_objective(train.algo, resources, settings, heads=loss.heads, control=loss.control, seed=train.seed)
+        )
+    for objective in objectives if value_head is not None else ():
+        # Ranks shard the model once, together with the value head, so it belongs to every stage; only those with a gradient
+        # for it change it.
+        objective.companion = value_head
+    return objectives
+
+
+def _grading(stage: Stage) -> dict[str, Any]:
+    """How sampled answers are graded, if the objective samples any."""
+    if not isinstance(stage.settings, GRPOSection):
+        return {}
+    task = arithmetic_task(stage)
+    return {"reward": REWARDS[stage.settings.reward](task), "end_ids": [task.eos_id], "pad_id": task.pad_id}

@@ -1,4 +1,4 @@
-"""What a recipe needs before anything is trained: its data, packed; its tokenizer; its model, with or without weights."""
+"""Read and pack the data of a recipe, and load or train its tokenizer."""
 
 import logging
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mull.app.build import backbone_config
-from mull.app.recipe import Recipe
+from mull.app.recipe import DataSection, ModelSection, Recipe, Stage
 from mull.data.arithmetic import CHARACTERS, ArithmeticTask, character_tokenizer
 from mull.data.corpus import load_stdlib, subsample
 from mull.data.packing import PackedDataset, pack_examples, pack_texts
@@ -22,9 +22,28 @@ from mull.data.tasks import Example, load_examples, pairs
 from mull.data.tokenizer import train_tokenizer
 from mull.runtime.distributed import rank
 from mull.training.loop import Batches
-from mull.training.objectives.base import Batch
+from mull.training.objectives.critic import ValueSection
+from mull.training.objectives.table import find_entry
+from mull.training.objectives.weightings import GradientSection
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageData:
+    """The data of a stage."""
+
+    batches: Batches
+    """What it is trained on."""
+
+    rows: PackedDataset | None = None
+    """The rows of `batches`; None if they are generated, or are answers for a value head."""
+
+    held_out: PackedDataset | None = None
+    """What the model is evaluated on, if there is any."""
+
+    aligned: Batches | None = None
+    """What gradients are compared with."""
 
 
 @dataclass(frozen=True)
@@ -32,24 +51,12 @@ class Prepared:
     """The data of a run, and its tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
-    batches: Batches
-    """What is trained on."""
-
-    train: PackedDataset | None
-    """The rows of `batches`; None where these are generated."""
-
-    held_out: PackedDataset | None
-    """What the model is evaluated on, where there is any."""
-
-    outcomes: PackedDataset | None
-    """Right and wrong answers, for a value head."""
-
-    aligned: PackedDataset | None
-    """What gradients are compared with."""
+    stages: list[StageData]
+    """In the order of `Recipe.schedule`."""
 
 
 def prepare(recipe: Recipe) -> Prepared:
-    """Read and pack the data of a recipe, and load its tokenizer or train one.
+    """Read and pack the data of a recipe, and load its tokenizer or train one on the data of the first stage.
 
     Raises:
         ValueError: data and tokenizer do not fit the model's vocabulary or positions, or there is nothing to train on.
@@ -57,82 +64,117 @@ def prepare(recipe: Recipe) -> Prepared:
         OSError: no checkpoint where one is named.
         RuntimeError: a package is missing.
     """
-    data = recipe.data
-    if data.arithmetic is not None:
-        return _prepare_arithmetic(recipe)
-    items = _read(recipe, data.paths, data.split)
-    held_out = _read_held_out(recipe)
-    if data.max_bytes is not None:
-        items = subsample([item for item in items if isinstance(item, Document)], data.max_bytes)
+    stages = recipe.schedule()
+    if stages[0].data.arithmetic is not None:
+        return _prepare_arithmetic(recipe.model.checkpoint, stages)
+    sources = {stage.data: _Items.of(stage.data) for stage in stages}
+    first = sources[stages[0].data]
     if recipe.model.checkpoint is not None:
         tokenizer = _load_tokenizer(recipe.model.checkpoint)
     else:
-        tokenizer = train_tokenizer((_text(item) for item in items), data.vocab_size)
+        tokenizer = train_tokenizer((_text(item) for item in first.train), stages[0].data.vocab_size)
     config = backbone_config(recipe.model, tokenizer).get_text_config()
+    return Prepared(tokenizer, [_stage_data(stage, sources[stage.data], tokenizer, config) for stage in stages])
+
+
+@dataclass(frozen=True)
+class _Items:
+    """Texts or tasks, not yet packed."""
+
+    train: Sequence[Document] | Sequence[Example]
+    held_out: Sequence[Document] | Sequence[Example]
+
+    @classmethod
+    def of(cls, data: DataSection) -> "_Items":
+        items = _read(data, data.paths, data.split)
+        held_out = _read_held_out(data)
+        if data.max_bytes is not None:
+            items = subsample([item for item in items if isinstance(item, Document)], data.max_bytes)
+        return cls(items, held_out)
+
+
+def _stage_data(stage: Stage, items: _Items, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> StageData:
+    data, settings, seed = stage.data, stage.settings, stage.train.seed
 
     def pack(chosen: Sequence[Document | Example]) -> PackedDataset:
         return _pack(chosen, tokenizer, data.length, config)
 
-    outcomes, aligned = None, None
-    if recipe.critic is not None:
-        stage = recipe.critic.pretrain
+    def shuffled(packed: PackedDataset) -> Batches:
+        return ShuffledBatches(packed, data.batch_size, seed)
+
+    if isinstance(settings, ValueSection):
         found = pairs(
-            [item for item in items if isinstance(item, Example)],
-            per_problem=stage.per_problem,
-            corrupt=stage.corrupt,
-            seed=recipe.train.seed,
+            [item for item in items.train if isinstance(item, Example)],
+            per_problem=settings.per_problem,
+            corrupt=settings.corrupt,
+            seed=seed,
         )
-        outcomes = pack([answer for pair in found for answer in pair])
-    if recipe.gradient is not None and recipe.gradient.paths is not None:
-        aligned = pack(_right(_read(recipe, recipe.gradient.paths, data.split)))
-    packed = pack(_right(items))
-    batches = ShuffledBatches(packed, data.batch_size, recipe.train.seed)
-    return Prepared(tokenizer, batches, packed, pack(_right(held_out)) if held_out else None, outcomes, aligned)
+        return StageData(shuffled(pack([answer for pair in found for answer in pair])))
+    aligned = None
+    if isinstance(settings, GradientSection) and settings.paths is not None:
+        aligned = shuffled(pack(_right(_read(data, settings.paths, data.split))))
+    rows = pack(_right(items.train))
+    return StageData(shuffled(rows), rows, pack(_right(items.held_out)) if items.held_out else None, aligned)
 
 
-def _prepare_arithmetic(recipe: Recipe) -> Prepared:
-    """Questions in characters; a checkpoint must read them as the task writes them."""
-    task = arithmetic_task(recipe)
+def _prepare_arithmetic(checkpoint: str | None, stages: Sequence[Stage]) -> Prepared:
+    """Questions in characters; the tokenizer of a checkpoint must read them as the task writes them."""
     tokenizer: PreTrainedTokenizerBase = character_tokenizer()
-    if recipe.model.checkpoint is not None:
-        tokenizer = _load_tokenizer(recipe.model.checkpoint)
+    if checkpoint is not None:
+        task = arithmetic_task(stages[0])
+        tokenizer = _load_tokenizer(checkpoint)
         expected = (task.encode(CHARACTERS), task.eos_id, task.pad_id)
         if (tokenizer(CHARACTERS)["input_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id) != expected:
             raise ValueError(
-                f"The tokenizer of {recipe.model.checkpoint} does not read arithmetic character by character: start from a model "
-                "that was trained with data.format=arithmetic."
+                f"The tokenizer of {checkpoint} does not read arithmetic character by character: start from a model that was "
+                "trained with data.format=arithmetic."
             )
-    if recipe.grpo is not None:
-
-        def batches(number: int) -> Batch:
-            return task.prompts(number, recipe.data.batch_size)
-
-        return Prepared(tokenizer, batches, None, None, None, None)
-    assert recipe.data.arithmetic is not None
-    packed = task.demonstrations(recipe.data.arithmetic.questions, recipe.data.length)
-    shuffled = ShuffledBatches(packed, recipe.data.batch_size, recipe.train.seed)
-    return Prepared(tokenizer, shuffled, packed, None, None, None)
+    return Prepared(tokenizer, [_arithmetic_data(stage) for stage in stages])
 
 
-def arithmetic_task(recipe: Recipe) -> ArithmeticTask:
-    """The task of a recipe whose data are arithmetic."""
-    section = recipe.data.arithmetic
+def _arithmetic_data(stage: Stage) -> StageData:
+    data, task = stage.data, arithmetic_task(stage)
+    if find_entry(stage.train.algo).data == "prompts":
+        return StageData(lambda number: task.prompts(number, data.batch_size))
+    assert data.arithmetic is not None
+    packed = task.demonstrations(data.arithmetic.questions, data.length)
+    return StageData(ShuffledBatches(packed, data.batch_size, stage.train.seed), packed)
+
+
+def backbone_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Configuration of the checkpoint, or of the backbone with random weights."""
+    if section.checkpoint is not None:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(section.checkpoint)
+        return config
+    assert section.architecture is not None
+    fields = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        **section.architecture,
+    }
+    return CONFIG_MAPPING[fields.pop("model_type")](**fields)
+
+
+def arithmetic_task(stage: Stage) -> ArithmeticTask:
+    """The task of a stage whose data are arithmetic."""
+    section = stage.data.arithmetic
     assert section is not None
-    return ArithmeticTask(digits=section.digits, operations=section.operations, seed=recipe.train.seed)
+    return ArithmeticTask(digits=section.digits, operations=section.operations, seed=stage.train.seed)
 
 
 def _load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
-    AutoConfig.from_pretrained(checkpoint)  # says more clearly what is wrong with a place that is no checkpoint
+    AutoConfig.from_pretrained(checkpoint)  # its error about a place that is not a checkpoint is clearer
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint)
-    if not tokenizer(CHARACTERS)["input_ids"]:  # transformers makes an empty one where there are no files
+    if not tokenizer(CHARACTERS)["input_ids"]:  # transformers makes an empty one if there are no files
         raise ValueError(
             f"{checkpoint} has no tokenizer: save the model's own beside it, with tokenizer.save_pretrained."
         )
     return tokenizer
 
 
-def _read(recipe: Recipe, paths: Sequence[str] | None, split: str | None) -> list[Document] | list[Example]:
-    data = recipe.data
+def _read(data: DataSection, paths: Sequence[str] | None, split: str | None) -> list[Document] | list[Example]:
     if paths is None:
         return load_stdlib().train
     if data.format == "text":
@@ -141,10 +183,9 @@ def _read(recipe: Recipe, paths: Sequence[str] | None, split: str | None) -> lis
     return [example for path in paths for example in load_examples(path, data.format, split=split, config=data.config)]
 
 
-def _read_held_out(recipe: Recipe) -> list[Document] | list[Example]:
-    data = recipe.data
+def _read_held_out(data: DataSection) -> list[Document] | list[Example]:
     if data.held_out_paths is not None or data.held_out_split is not None:
-        return _read(recipe, data.held_out_paths or data.paths, data.held_out_split)
+        return _read(data, data.held_out_paths or data.paths, data.held_out_split)
     return load_stdlib().held_out if data.paths is None else []
 
 
@@ -153,7 +194,7 @@ def _text(item: Document | Example) -> str:
 
 
 def _right(items: Sequence[Document | Example]) -> list[Document] | list[Example]:
-    """Texts, or the answers that are right as far as is known; nobody should learn to write the others.
+    """Texts, or the answers that are not known to be wrong: the model should not learn to write those.
 
     Raises:
         ValueError: all answers are wrong.
@@ -183,7 +224,7 @@ def check_length(key: str, length: int, config: PreTrainedConfig) -> None:
     """Refuse rows that are longer than the model's positions.
 
     Raises:
-        ValueError: they are.
+        ValueError: `length` exceeds them; names `key`.
     """
     if length > config.max_position_embeddings:
         raise ValueError(

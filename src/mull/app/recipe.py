@@ -1,24 +1,21 @@
-"""A run as one YAML file: which model, which data, which loss, how long; read strictly.
+"""A run as one YAML file: which model, which data, which loss, how long.
 
-Unknown keys are refused with the nearest known one, and ``--set section.key=value`` of the command overrides the file. In values,
-``${NAME}`` stands for an environment variable, ``${NAME:-default}`` has a default for one that is unset or empty, and ``$${`` is
-a plain ``${``. An unquoted value gets its type after the replacement, so ``${LR:-1e-4}`` is a number; inside ``[…]`` and
-``{…}`` YAML itself reads braces, so quote it there.
+Unknown keys are refused with the nearest known one. ``--set section.key=value`` of the command overrides the file. In values,
+``${NAME}`` is replaced by an environment variable, ``${NAME:-default}`` by the default if the variable is unset or empty, and
+``$${`` by a plain ``${``. An unquoted value gets its type after the replacement, so ``${LR:-1e-4}`` is a number. Inside ``[…]``
+and ``{…}`` YAML itself reads braces, so quote it there.
 
 `mull.app.run` carries a recipe out.
 """
 
 import difflib
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
+from mull.app.yaml_text import override, read_yaml
 from mull.data.arithmetic import MAX_DIGITS, OPERATIONS, ArithmeticTask
 from mull.evaluation.rewards import REWARDS
 from mull.model.configs import ETDConfig, MTPConfig
@@ -26,16 +23,15 @@ from mull.model.families import FAMILIES
 from mull.runtime.checkpoint import CheckpointConfig
 from mull.runtime.distributed import DistributedConfig
 from mull.training.loop import TrainConfig
-from mull.training.objectives.grpo import GRPOConfig
+from mull.training.objectives.critic import ValueSection
+from mull.training.objectives.grpo import GRPOSection
 from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.table import NEXT_TOKEN, OBJECTIVES, objective_names
 from mull.training.objectives.weighted_mtp import Control, HeadTraining
-from mull.training.objectives.weightings import CriticConfig, GradientConfig, Rho1Config, algorithm_names
+from mull.training.objectives.weightings import CriticSection, GradientSection
 
-NEXT_TOKEN = "next-token"
-"""The algorithm that weighs nothing and trains the main head only."""
-
-SECTIONS = {"critic": "critic-wmtp", "gradient": "gradient-wmtp", "grpo": "grpo-wmtp", "rho1": "rho1-wmtp"}
-"""Sections of the recipe that belong to one algorithm."""
+SECTIONS = {entry.section[0]: name for name, entry in OBJECTIVES.items() if entry.section is not None}
+"""Sections with the settings of an objective, and the name of the objective."""
 
 
 class _Section(BaseModel):
@@ -181,113 +177,48 @@ class DataSection(_Section):
 
 
 class LossSection(_Section):
-    """What is minimised, whatever the algorithm."""
+    """How the loss is computed, whatever the objective."""
 
     iterations: IterationSampling = IterationSampling(kind="fixed", maximum=1)
     """How many think iterations an optimizer step runs."""
 
     heads: HeadTraining = HeadTraining()
-    """How the heads behind the main one are trained; not read by ``next-token``."""
+    """How the extra heads are trained; not read by ``next-token``."""
 
     control: Control = "none"
-    """Replace an algorithm's weights by ones that know nothing of the tokens, to see what they are worth: ``shuffled`` among the
-    targets, or ``random`` of the same mean and deviation. Not read by ``next-token``."""
+    """Replace an algorithm's weights by ones that do not depend on the tokens, to see what the algorithm is worth: ``shuffled``
+    among the targets, or ``random`` with the same mean and deviation. Not read by ``next-token``."""
 
 
 class TrainSection(TrainConfig):
-    """How long, with which algorithm, optimizer and schedule, and at which precision to train."""
+    """How long, with which objective, optimizer and schedule, and at which precision to train."""
 
     algo: str = NEXT_TOKEN
     """``next-token``, or a weighting of tokens: ``baseline-mtp`` (all weights 1), ``critic-wmtp``, ``dft``, ``entropy``,
-    ``gradient-wmtp``, ``grpo-wmtp``, ``rho1-wmtp``, or one of another package (entry points ``mull.objectives``)."""
+    ``gradient-wmtp``, ``grpo-wmtp``, ``rho1-wmtp``, or one of another package (entry points ``mull.objectives``); or
+    ``value-head``, which trains the value head that ``critic-wmtp`` reads."""
 
     @field_validator("algo")
     @classmethod
     def _check_algo(cls, algo: str) -> str:
-        known = sorted({NEXT_TOKEN, *SECTIONS.values(), *algorithm_names()})
+        known = objective_names()
         if algo not in known:
             raise ValueError(f"{algo!r} is not known. {_hint(algo, known, '')}")
         return algo
 
 
-class PretrainSection(_Section):
-    """First stage of ``critic-wmtp``: the value head learns to tell right from wrong answers; the model stays as it is."""
-
-    steps: int = Field(ge=1)
-    """Optimizer steps."""
-
-    peak_lr: float = Field(default=1e-3, gt=0)
-    """Learning rate of the value head after warm-up; everything else is as in ``train``."""
-
-    per_problem: int | None = Field(default=None, ge=1)
-    """Most pairs of a right and a wrong answer from one problem; without it, as many as there are."""
-
-    corrupt: bool = False
-    """Make synthetic wrong answers for problems that have none, by changing one operator, constant or variable."""
-
-
-class CriticSection(CriticConfig):
-    """Weights by the advantage of a token under a value head."""
-
-    pretrain: PretrainSection
-    """Training of the value head, before that of the model."""
-
-
-class Rho1Section(Rho1Config):
-    """Weights by excess loss over a reference model."""
-
-    reference: str
-    """Directory or hub name of the reference model, which has the model's tokenizer."""
-
-
-class GradientSection(GradientConfig):
-    """Weights by a target's own gradient of the unembedding."""
-
-    paths: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Texts or tasks, as in ``data``, with whose gradient ``alignment`` compares; not those of ``data.held_out_paths``, which
-    would no longer be held out."""
-
-    @model_validator(mode="after")
-    def _check_paths(self) -> Self:
-        if (self.mode == "alignment") != (self.paths is not None):
-            raise ValueError(
-                f"mode={self.mode} with paths={self.paths}: mode alignment needs paths, the other takes none"
-            )
-        return self
-
-
-class GRPOSection(GRPOConfig):
-    """Reinforcement by the relative reward of sampled answers."""
-
-    reward: str
-    """What grades an answer: ``arithmetic``."""
-
-    reference: str | None = None
-    """Directory or hub name of the model that the penalty of ``kl_coef`` keeps close to."""
-
-    @model_validator(mode="after")
-    def _check_parts(self) -> Self:
-        if self.reward not in REWARDS:
-            raise ValueError(f"reward={self.reward!r} is not known. {_hint(self.reward, [*REWARDS], '')}")
-        if (self.kl_coef > 0) != (self.reference is not None):
-            raise ValueError(
-                f"kl_coef={self.kl_coef} with reference={self.reference}: the penalty needs one, and nothing else reads it"
-            )
-        return self
-
-
 class EvalSection(_Section):
-    """Evaluation during training: the loss of every head on held-out rows; of ``arithmetic`` the share of right answers."""
+    """Evaluation during training: the loss of every head on held-out rows; for ``arithmetic``, the share of right answers."""
 
     every: int | None = Field(default=None, ge=1)
-    """Optimizer steps between two evaluations; without it, only behind the last one."""
+    """Optimizer steps between two evaluations; without it, only after the last one."""
 
     rows: int = Field(default=64, ge=1)
-    """Held-out rows or questions to evaluate, the first ones; fewer where there are fewer."""
+    """Held-out rows or questions to evaluate, the first ones; all if there are fewer."""
 
 
 class TrackingSection(_Section):
-    """Where metrics go, beside ``metrics.jsonl`` in the run's folder."""
+    """Where metrics go, besides ``metrics.jsonl`` in the run's folder."""
 
     mlflow: bool = False
     """Send them to MLflow."""
@@ -305,22 +236,31 @@ class TrackingSection(_Section):
         return self
 
 
-class Recipe(_Section):
-    """A whole run of ``mull train``."""
+class Stage(_Section):
+    """One training of the run: its objective, data, trainable parts and length.
 
-    run: RunSection
-    model: ModelSection
+    An objective with settings has a section of its own (`SECTIONS`), such as ``rho1``.
+    """
+
+    name: str | None = Field(default=None, pattern=r"^\w[\w.-]*$")
+    """Name of the stage, and of its folder inside the run's; the last stage lives in the run's folder itself."""
+
     data: DataSection = DataSection()
+    """Data of the stage."""
+
     train: TrainSection
+    """Objective, length, optimizer and schedule of the stage."""
+
     loss: LossSection = LossSection()
-    critic: CriticSection | None = None
-    rho1: Rho1Section | None = None
-    gradient: GradientSection | None = None
-    grpo: GRPOSection | None = None
+    """Iterations, extra heads and control of the stage."""
+
     eval: EvalSection = EvalSection()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    tracking: TrackingSection = TrackingSection()
-    distributed: DistributedConfig = DistributedConfig()
+    """Evaluation during the stage."""
+
+    @property
+    def settings(self) -> Any:
+        """The section of the objective, if it has one."""
+        return next((getattr(self, section) for section, owner in SECTIONS.items() if owner == self.train.algo), None)
 
     @model_validator(mode="after")
     def _check_sections(self) -> Self:
@@ -334,34 +274,141 @@ class Recipe(_Section):
                     f"the section {section} belongs to train.algo={owner}, but train.algo={algo}: remove the section, or choose "
                     "its algorithm"
                 )
-        data = self.data.format
-        if algo == "critic-wmtp" and data in ("text", "arithmetic"):
+        return self
+
+    @model_validator(mode="after")
+    def _check_data(self) -> Self:
+        settings, kind = self.settings, self.data.format
+        if isinstance(settings, CriticSection | ValueSection) and kind in ("text", "arithmetic"):
             raise ValueError(
-                f"train.algo=critic-wmtp needs tasks with right and wrong answers, and data.format={data} has none"
+                f"train.algo={self.train.algo} needs tasks with right and wrong answers, and data.format={kind} has none"
             )
-        if self.grpo is not None and data != self.grpo.reward:
-            raise ValueError(
-                f"grpo.reward={self.grpo.reward} grades answers to data.format={self.grpo.reward}, not {data}"
-            )
-        if self.gradient is not None and self.gradient.paths is not None and data == "arithmetic":
+        if isinstance(settings, GRPOSection):
+            if settings.reward not in REWARDS:
+                raise ValueError(
+                    f"grpo.reward={settings.reward!r} is not known. {_hint(settings.reward, [*REWARDS], '')}"
+                )
+            if kind != settings.reward:
+                raise ValueError(
+                    f"grpo.reward={settings.reward} grades answers to data.format={settings.reward}, not {kind}"
+                )
+        if isinstance(settings, GradientSection) and settings.paths is not None and kind == "arithmetic":
             raise ValueError("gradient.paths is read as data.format says, and arithmetic is not read from files")
         return self
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
-        if self.train.algo != NEXT_TOKEN:
-            return self
-        for key, given in {
-            "model.mtp": self.model.mtp is not None,
-            "loss.heads": "heads" in self.loss.model_fields_set,
-            "loss.control": self.loss.control != "none",
-        }.items():
-            if given:
-                raise ValueError(
-                    f"{key} is not read by train.algo={NEXT_TOKEN}, which trains the main head with equal weights: leave it out, "
-                    "or choose another algorithm, such as baseline-mtp"
-                )
+        if self.train.algo == NEXT_TOKEN:
+            _refuse_unread("loss.heads", "heads" in self.loss.model_fields_set)
+            _refuse_unread("loss.control", self.loss.control != "none")
+            _refuse_unread("train.trainable=heads", self.train.trainable == "heads")
         return self
+
+
+def _refuse_unread(key: str, given: bool) -> None:
+    if given:
+        raise ValueError(
+            f"{key} is not read by train.algo={NEXT_TOKEN}, which trains the main head with equal weights: leave it out, or "
+            "choose another algorithm, such as baseline-mtp"
+        )
+
+
+if TYPE_CHECKING:
+    StageSection = Stage
+else:
+    StageSection = create_model(
+        "StageSection",
+        __base__=Stage,
+        __doc__=Stage.__doc__,
+        **{
+            key: (settings | None, Field(default=None, description=settings.__doc__))
+            for key, settings in (entry.section for entry in OBJECTIVES.values() if entry.section is not None)
+        },
+    )
+SHARED = [name for name in StageSection.model_fields if name != "name"]
+"""Sections that may be at the top of a recipe, where they serve all its stages."""
+
+RESERVED = ("checkpoints", "model", "trunk")
+"""What a run writes into its folder besides its stages."""
+
+
+class Recipe(_Section):
+    """A whole run of ``mull train``."""
+
+    run: RunSection
+    """Name and folder of the run."""
+
+    model: ModelSection
+    """The model and what is added to it."""
+
+    stages: tuple[StageSection, ...]
+    """Trainings that run one after the other. Without it, the sections at the top are the only stage. With it, they are defaults:
+    a stage's own section adds keys to the one at the top, or replaces them."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Where, how often and how the run saves what it needs to continue."""
+
+    tracking: TrackingSection = TrackingSection()
+    """Where metrics go, besides ``metrics.jsonl`` in the run's folder."""
+
+    distributed: DistributedConfig = DistributedConfig()
+    """How several ranks share the weights."""
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        if not self.stages:
+            raise ValueError(
+                "stages is empty: give at least one, or leave it out and train with the sections at the top"
+            )
+        if all(stage.train.algo == NEXT_TOKEN for stage in self.stages):
+            _refuse_unread("model.mtp", self.model.mtp is not None)
+        if len({stage.data.format == "arithmetic" for stage in self.stages}) > 1:
+            raise ValueError(
+                "stages share a tokenizer, and format=arithmetic has its own: use it in all stages or in none"
+            )
+        value_head = False
+        for stage in self.schedule():
+            value_head = value_head or stage.train.algo == "value-head"
+            if isinstance(stage.settings, CriticSection) and not value_head:
+                raise ValueError("the key critic.pretrain is missing")
+        names = [stage.name for stage in self.schedule()]
+        for name in names[:-1]:
+            if name in RESERVED or names.count(name) > 1:
+                raise ValueError(f"the name {name} of a stage is taken: give every stage a name of its own")
+        return self
+
+    def schedule(self) -> list[Stage]:
+        """The stages in the order in which they run, all named; ``critic.pretrain`` is a stage of its own."""
+        found: list[Stage] = []
+        for number, stage in enumerate(self.stages, start=1):
+            if isinstance(stage.settings, CriticSection) and stage.settings.pretrain is not None:
+                found.append(_pretraining(stage, stage.settings))
+            found.append(stage.model_copy(update={"name": stage.name or f"stage-{number}"}))
+        return found
+
+    def parameters(self) -> dict[str, Any]:
+        """All settings as nested JSON values; those of a single stage are at the top, as in the file."""
+        settings = self.model_dump(mode="json")
+        if len(self.stages) > 1:
+            return settings
+        (stage,) = settings.pop("stages")
+        return settings | {name: stage[name] for name in SHARED}
+
+
+def _pretraining(stage: Stage, critic: CriticSection) -> Stage:
+    """The stage that trains the value head of a stage with ``critic-wmtp``."""
+    pretrain = critic.pretrain
+    assert pretrain is not None
+    train = {"algo": "value-head", "steps": pretrain.steps, "max_seconds": None, "peak_lr": pretrain.peak_lr}
+    values = {"gamma": critic.gamma, "gae_lambda": critic.gae_lambda}
+    return StageSection.model_validate(
+        {
+            "name": "critic" if stage.name is None else f"{stage.name}-critic",
+            "data": stage.data,
+            "train": {**stage.train.model_dump(), **train, "trainable": "all"},
+            "value_head": {**values, **pretrain.model_dump(include={"per_problem", "corrupt"})},
+        }
+    )
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -378,11 +425,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe at {path}.")
-    content = _read(path.read_text(encoding="utf-8"), str(path), ())
+    content = read_yaml(path.read_text(encoding="utf-8"), str(path), ())
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold sections such as run, model and train, but holds {type(content).__name__}.")
-    for override in overrides:
-        _override(content, override)
+    for assignment in overrides:
+        override(content, assignment)
     return parse_recipe(content)
 
 
@@ -392,111 +439,77 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: unknown, missing or unfitting keys.
     """
+    shared = {key: value for key, value in content.items() if key in SHARED}
+    stages = [shared] if "stages" not in content else _with_defaults(content["stages"], shared)
+    whole = {key: value for key, value in content.items() if key not in SHARED} | {"stages": stages}
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate(whole)
     except ValidationError as error:
-        raise ValueError("; ".join(_sentence(mistake) for mistake in error.errors())) from None
+        sentences = [_sentence(mistake, _place(mistake["loc"], content)) for mistake in error.errors()]
+        raise ValueError("; ".join(dict.fromkeys(sentences))) from None
+
+
+def _with_defaults(stages: Any, shared: Mapping[str, Any]) -> Any:
+    """Stages with the sections at the top of the recipe as defaults; what is not a list of stages is left to the check."""
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        return stages
+    merged = [{**shared, **{key: _merged(shared.get(key), value) for key, value in stage.items()}} for stage in stages]
+    algorithms = [stage["train"].get("algo") if isinstance(stage.get("train"), dict) else None for stage in merged]
+    for section in SECTIONS.keys() & shared.keys():
+        if SECTIONS[section] not in algorithms:
+            raise ValueError(f"the section {section} belongs to train.algo={SECTIONS[section]}, and no stage has that")
+        for stage, own, algo in zip(merged, stages, algorithms, strict=True):
+            if section not in own and algo != SECTIONS[section]:
+                del stage[section]
+    return merged
+
+
+def _merged(default: Any, own: Any) -> Any:
+    return {**default, **own} if isinstance(default, dict) and isinstance(own, dict) else own
+
+
+def _place(location: Sequence[Any], content: Mapping[str, Any]) -> list[Any]:
+    """Where the user wrote what has this place in the checked recipe: at the top, or in a stage."""
+    found = [*location]
+    if found[:1] != ["stages"] or len(found) < 2:
+        return found
+    inner = found[2:]
+    if "stages" not in content:
+        return inner
+    own = content["stages"][found[1]]
+    return found if not _has(content, inner[:2]) or _has(own, inner[:2]) else inner
+
+
+def _has(content: Any, keys: Sequence[Any]) -> bool:
+    for key in keys:
+        if not isinstance(content, Mapping) or key not in content:
+            return False
+        content = content[key]
+    return bool(keys)
 
 
 def recipe_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors that complete and explain its keys.
 
-    ``${NAME}`` is allowed for every value that is no text, too.
+    ``${NAME}`` is allowed for every value that is not a text, too.
     """
     schema = Recipe.model_json_schema()
+    stage = schema["$defs"]["StageSection"]["properties"]
+    schema["properties"] |= {name: stage[name] for name in SHARED}
+    schema["required"].remove("stages")
+    schema["anyOf"] = [{"required": ["train"]}, {"required": ["stages"]}]
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     variable = {"type": "string", "pattern": r"\$\{"}
-    for section in (schema, *schema["$defs"].values()):
+    for section in schema["$defs"].values():
         for name, value in section.get("properties", {}).items():
-            if section is not schema and (value.get("type") != "string" or "enum" in value):
+            if value.get("type") != "string" or "enum" in value:
                 described = {key: value.pop(key) for key in ("description", "default", "title") if key in value}
                 section["properties"][name] = {**described, "anyOf": [value, variable]}
     return schema
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which ``1e-4`` is a number, as in YAML 1.2; PyYAML reads version 1.1, which wants ``1.0e-4``."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
-)
-
-_VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\})?")
-
-
-def _read(text: str, source: str, place: tuple[str, ...]) -> Any:
-    """Parse YAML, with environment variables put in."""
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        for scalar, key in _scalars(node, place):
-            if "${" in scalar.value:
-                scalar.value = _VARIABLE.sub(partial(_expand, key), scalar.value)
-                if scalar.style is None:  # not quoted
-                    scalar.tag = loader.resolve(yaml.ScalarNode, scalar.value, (True, False))
-        return loader.construct_document(node)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
-
-
-def _scalars(node: yaml.Node, place: tuple[str, ...]) -> Iterator[tuple[yaml.ScalarNode, str]]:
-    """Values of a document and their keys."""
-    found: dict[int, tuple[yaml.ScalarNode, str]] = {}  # an alias is the node that it stands for
-    waiting = [(node, place)]
-    while waiting:
-        current, where = waiting.pop()
-        if isinstance(current, yaml.ScalarNode):
-            found[id(current)] = (current, ".".join(where))
-        elif isinstance(current, yaml.SequenceNode):
-            waiting += [(value, (*where, str(index))) for index, value in enumerate(current.value)]
-        elif isinstance(current, yaml.MappingNode):
-            seen: dict[str, int] = {}
-            for key, value in current.value:
-                line = key.start_mark.line + 1
-                if key.value in seen and isinstance(key, yaml.ScalarNode):
-                    name = ".".join((*where, key.value))
-                    raise ValueError(f"the key {name} is given twice, in lines {seen[key.value]} and {line}")
-                seen[str(key.value)] = line
-                waiting.append((value, (*where, str(key.value))))
-    return iter(found.values())
-
-
-def _expand(key: str, match: re.Match[str]) -> str:
-    name, default = match.groups()
-    if match.group() == "$${":
-        return "${"
-    if name is None:
-        raise ValueError(
-            f"{key}: ${{ must begin ${{NAME}} or ${{NAME:-default}}, with a name of letters, digits and underscores; $${{ is a "
-            "plain ${."
-        )
-    value = os.environ.get(name)
-    if default is not None and not value:
-        return default
-    if value is None:
-        raise ValueError(
-            f"{key} reads the environment variable {name}, which is not set: set it, or write ${{{name}:-default}}."
-        )
-    return value
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
-    if not separator:
-        raise ValueError(f"--set {override} lacks a value: write --set section.key=value.")
-    *sections, last = key.split(".")
-    for section in sections:
-        content = content.setdefault(section, {})
-        if not isinstance(content, dict):
-            raise ValueError(f"--set {key} goes through {section}, which is a value and has no keys.")
-    content[last] = _read(value, f"--set {override}", tuple(key.split(".")))
-
-
-def _sentence(mistake: Any) -> str:
-    location = [str(part) for part in mistake["loc"]]
+def _sentence(mistake: Any, place: Sequence[Any]) -> str:
+    location = [str(part) for part in place]
     key = ".".join(location)
     if mistake["type"] == "extra_forbidden":
         return f"unknown key {key}. {_hint(location[-1], _keys_of(location[:-1]), '.'.join(location[:-1]))}"
@@ -515,18 +528,27 @@ def wrong_value(mistake: Any, key: str) -> str:
 
 
 def _hint(name: str, known: Sequence[str], section: str) -> str:
-    """What a misspelt name may have meant; a key may also have its home in another section."""
+    """What a misspelt name may have meant; a key may also belong to another section."""
     prefix = f"{section}." if section else ""
     near = [prefix + match for match in difflib.get_close_matches(name, known, n=1)]
-    near += [f"{other}.{name}" for other in Recipe.model_fields if section and name in _keys_of([other])]
+    near += [f"{other}.{name}" for other in _keys_of([]) if section and name in _keys_of([other])]
     return f"Did you mean {near[0]}?" if near else f"Known are {', '.join(known)}."
 
 
 def _keys_of(location: Sequence[str]) -> list[str]:
-    """Keys of the schema at a place in the recipe."""
-    model: Any = Recipe
+    """Keys that a recipe may have at a place; none where a value is not a section."""
+    if not location:
+        return [*Recipe.model_fields, *SHARED]
+    models: list[type[BaseModel]] = [Recipe, StageSection]
     for part in location:
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
-    return list(model.model_fields)
+        if not part.isdigit():
+            fields = [model.model_fields[part] for model in models if part in model.model_fields]
+            models = [model for field in fields for model in _models_in(field.annotation)]
+    return [name for model in models for name in model.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Classes of settings that an annotation allows."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]

@@ -1,30 +1,55 @@
-"""What grades an answer."""
+"""Grade sampled answers: as a reward in training, and as an evaluation."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from mull.data.arithmetic import ArithmeticTask
+from mull.decoding.sample import sample
+from mull.model.causal_lm import MullForCausalLM
 from mull.training.objectives.base import Batch
-from mull.training.objectives.grpo import Reward
-
-if TYPE_CHECKING:
-    pass
+from mull.training.objectives.resources import Reward
 
 
-def arithmetic_reward(completions: Tensor, batch: Batch) -> Tensor:
-    """1 for the exact answer and its end, else 0; grades the batches of `mull.data.arithmetic.ArithmeticTask.prompts`.
+def arithmetic_reward(task: ArithmeticTask) -> Reward:
+    """Reward of 1 for the exact answer followed by its end, else 0; for batches of `ArithmeticTask.prompts`."""
 
-    Raises:
-        ValueError: the batch has no answers.
+    def reward(completions: Tensor, batch: Batch) -> Tensor:
+        if "answers" not in batch:
+            raise ValueError(
+                f"The reward 'arithmetic' compares with answers, and the batch has {', '.join(sorted(batch))}: use the prompts "
+                "of an arithmetic task."
+            )
+        return task.reward(completions, batch)
+
+    return reward
+
+
+REWARDS: dict[str, Callable[[ArithmeticTask], Reward]] = {"arithmetic": arithmetic_reward}
+"""Name of a reward in recipes to what makes it for a task."""
+
+
+def right_answers(model: MullForCausalLM, task: ArithmeticTask, *, rows: int, iterations: int | None) -> float:
+    """Share of right answers to held-out questions, sampled with the task's seed.
+
+    With several ranks, all call this alike.
+
+    Args:
+        model: In evaluation mode.
+        task: Which questions.
+        rows: Number of questions, the first ones.
+        iterations: Think iterations; None for a model without a think block.
     """
-    if "answers" not in batch:
-        raise ValueError(
-            f"The reward 'arithmetic' compares with answers, and the batch holds {', '.join(sorted(batch))}: use the prompts of "
-            "an arithmetic task."
-        )
-    return ArithmeticTask().reward(completions, batch)
-
-
-REWARDS: dict[str, Reward] = {"arithmetic": arithmetic_reward}
-"""Name of a reward to its function, for recipes."""
+    batch = {name: tensor.to(model.device) for name, tensor in task.prompts(0, rows, train=False).items()}
+    answers = sample(
+        model,
+        batch["input_ids"],
+        batch["attention_mask"],
+        end_ids=torch.tensor([task.eos_id], device=model.device),
+        pad_id=task.pad_id,
+        max_new_tokens=task.answer_length,
+        iterations=iterations,
+        generator=torch.Generator(model.device).manual_seed(task.seed),
+    )
+    return float(task.reward(answers, batch).mean())

@@ -25,7 +25,7 @@ from mull.model.fixed_cache import StaticCall, StaticSlotCache
 from mull.model.growing_cache import SlotCache
 from mull.model.inputs import LayerInputs
 from mull.ops.cross_entropy import accurate
-from mull.ops.targets import IGNORED, label_positions, targets_of
+from mull.ops.targets import IGNORED, label_positions, require_targets, targets_of
 
 CACHE_IMPLEMENTATIONS = {None: False, "dynamic": False, "offloaded": True}
 """``cache_implementation`` of ``generate`` that a `SlotCache` serves, and whether it offloads."""
@@ -134,8 +134,8 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         logits = self.lm_head(h[:, keep])
         loss, mtp_loss, mtp_step_losses = None, None, None
         if labels is not None:
-            if num_items_in_batch is None:
-                _require_targets(labels)
+            if num_items_in_batch is None and not torch.compiler.is_compiling():
+                require_targets((labels[:, 1:] != IGNORED).sum(), labels)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -168,10 +168,6 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
     def hidden_states_by_iteration(self, input_ids: Tensor, **options: Any) -> list[Tensor]:
         """Final-normed states after each iteration. See `MullModel.hidden_states_by_iteration`."""
         return self.model.hidden_states_by_iteration(input_ids, **options)
-
-    def early_decoded(self, input_ids: Tensor, *, every_iteration: bool = False, **options: Any) -> tuple[Tensor, ...]:
-        """Temporary."""
-        return tuple(self.model._decoded(input_ids, every_iteration=every_iteration, **options))
 
     def decode(self, *args: Any, **kwargs: Any) -> Tensor:
         """Temporary."""
@@ -321,14 +317,6 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         offloading = CACHE_IMPLEMENTATIONS[generation_config.cache_implementation]
         model_kwargs["past_key_values"] = self.new_cache(offloading)
         return None
-
-
-def _require_targets(labels: Tensor) -> None:
-    if not torch.compiler.is_compiling() and bool((labels[:, 1:] == IGNORED).all()):
-        raise ValueError(
-            f"No label of shape {tuple(labels.shape)} is a target: all are {IGNORED} after the first token, which nothing "
-            "predicts. The mean over them is not a number."
-        )
 
 
 def new_heads(config: MTPConfig, base: MullModel) -> MTPHeads:

@@ -1,9 +1,8 @@
 """The training loop: one for every objective, on one device or many.
 
-An optimizer step computes the gradient of the mean loss (`mull.training.step`), clips, updates and logs. Everything that a
-step depends on
-(weights, optimizer, objective, random generators, number of the next batch) is in the checkpoint, so a resumed run continues bit
-for bit.
+An optimizer step computes the gradient of the mean loss (`mull.training.step`), clips, updates and logs. Everything that a step
+depends on is in the checkpoint: weights, optimizer, objective, random generators, number of the next batch. So a resumed run
+continues bit for bit.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -53,6 +52,7 @@ from mull.training.optimization import (
     update,
 )
 from mull.training.step import Stage, WrongStepError, accumulate, make_stage, mean_metrics, normalise, total_weight
+from mull.training.trainable import CHOICES, frozen_except
 
 if TYPE_CHECKING:
     from mull.model.causal_lm import MullForCausalLM
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Batches = Callable[[int], Batch]
-"""Number of a batch, from 0, to the batch: a pure function, so that ranks and a resumed run only need the number."""
+"""From the number of a batch, from 0, to the batch. A pure function: ranks and a resumed run only need the number."""
 
 Record = dict[str, Any]
 """One line of the metrics."""
@@ -76,35 +76,52 @@ PRINT_EVERY_SECONDS = 10.0
 """Pause between the progress lines of a run without a terminal."""
 
 REPORTING = {"log_every"}
-"""Fields of `TrainConfig` that do not influence the weights, and may change between a checkpoint and its resumption."""
+"""Fields of `TrainConfig` that do not influence the weights and may change when a run resumes."""
 
 
 class MetricSink(Protocol):
-    """Where records go beside ``metrics.jsonl``. Whoever opens one closes it."""
+    """Where records go, besides ``metrics.jsonl``. The caller of `train` opens and closes it."""
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Take one record."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Measure the model during training."""
+
+    evaluate: Callable[["MullForCausalLM"], Mapping[str, float]]
+    """Called on every rank, with the model in evaluation mode, without gradient or autocast; its numbers are recorded as
+    ``eval_<name>``. It may draw random numbers without changing the training. All ranks must run equally many layers."""
+
+    every: int | None = None
+    """Steps between two evaluations; None evaluates after the last step only."""
+
+
 class TrainConfig(OptimizationConfig):
-    """How long, with which optimizer and schedule, and at which precision to train."""
+    """What to train, how long, with which optimizer and schedule, and at which precision."""
 
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps of the run. Give either this or `max_seconds`."""
 
     max_seconds: float | None = Field(default=None, gt=0)
-    """Time budget in seconds of training steps: evaluation and saving are not counted. For comparisons at equal time. The
-    schedule then follows the elapsed share of the budget, so such a run is not reproducible bit for bit."""
+    """Time budget in seconds of training steps, for comparisons at equal time; evaluation and saving are not counted. The
+    schedule follows the elapsed share of the budget, so such a run is not reproducible bit for bit."""
+
+    trainable: str | tuple[str, ...] = "all"
+    """Which parameters of the model are trained: ``all`` that require a gradient; ``heads``, the extra heads; ``new``, everything
+    that mull added to the backbone; or a list of patterns of names, such as ``model.layers.2?.*``. The others are frozen: they
+    have no gradient and no optimizer state. What an objective trains beside the model is always trained."""
 
     accumulate: int = Field(default=1, ge=1)
-    """Micro-batches per optimizer step, all ranks together: each rank runs an equal share, and the training is the same on any
-    number of ranks. Step ``s`` (from 0) takes batches ``s · accumulate`` and following, which the ranks take in turns."""
+    """Micro-batches per optimizer step, over all ranks. Each rank runs an equal share, and the training is the same on any number
+    of ranks. Step ``s`` (from 0) starts at batch ``s · accumulate``; ranks take the batches in turns."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
 
     seed: int = 0
-    """Seed of the global random generators of torch, numpy and Python, set at the start of the run; rank r takes ``seed + r``."""
+    """Seed of the global random generators of torch, numpy and Python, set at the start of the run; rank r uses ``seed + r``."""
 
     log_every: int = Field(default=10, ge=1)
     """Steps between two records; the first, the last and evaluated steps are always recorded. A record describes its own step."""
@@ -117,10 +134,19 @@ class TrainConfig(OptimizationConfig):
             )
         return self
 
+    @field_validator("trainable")
+    @classmethod
+    def _check_trainable(cls, trainable: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not trainable or (isinstance(trainable, str) and trainable not in CHOICES):
+            raise ValueError(
+                f"{trainable!r} must be one of {', '.join(CHOICES)}, or a list of patterns of parameter names"
+            )
+        return trainable
+
 
 @dataclass
 class TrainResult:
-    """What a run did, a resumed run including what came before."""
+    """What a run did; of a resumed run, including what came before."""
 
     step: int
     """Optimizer steps done."""
@@ -129,21 +155,24 @@ class TrainResult:
     """Time spent in training steps; evaluation and saving are not counted."""
 
     tokens: int
-    """Input tokens consumed by all ranks, padding not counted where an attention mask ``[B, T]`` marks it."""
+    """Input tokens consumed by all ranks, without padding that an attention mask ``[B, T]`` marks."""
 
     history: list[Record]
-    """The records, as in ``metrics.jsonl``; ranks other than 0 lack those of before a resumption."""
+    """The records, as in ``metrics.jsonl``; ranks other than 0 lack those from before a resumption."""
 
     stopped: Literal["finished", "until", "sigterm"]
-    """Why the run ended: its length was reached, `until` said so, or a process was asked to terminate."""
+    """Why the run ended: it reached its length, `until` returned True, or a process received SIGTERM."""
 
     precision: Precision
-    """Precision that ran."""
+    """Precision of the computation."""
+
+    terminated: bool = False
+    """Whether a process received SIGTERM, if only in the last step of a finished run."""
 
 
 @dataclass
 class _Run:
-    """Everything the steps of one run share."""
+    """What the steps of one run share."""
 
     stage: Stage
     batches: Batches
@@ -159,7 +188,7 @@ class _Run:
     asked_to_terminate: bool = False
     """This process received SIGTERM."""
     terminated: bool = False
-    """Any process has; noted at the end of a step, on all ranks alike."""
+    """Any process has; updated at the end of a step, on all ranks alike."""
 
     @property
     def finished(self) -> bool:
@@ -180,13 +209,13 @@ class _Run:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors that the next step depends on, by name; those of the modules and optimizers are no copies."""
+        """Tensors that the next step depends on, by name; not copies, so they can be loaded into."""
         objective = self.stage.objective.state_dict()
         own = {OWN + name: value for name, value in objective.items() if isinstance(value, Tensor)}
         return {**training_tensors(self.stage, self.optimizers), **own}
 
     def values(self) -> dict[str, Any]:
-        """What else it depends on, as JSON."""
+        """What else the next step depends on, as JSON."""
         objective = self.stage.objective.state_dict()
         return {
             "step": self.step,
@@ -201,7 +230,7 @@ class _Run:
         writer.save(self.step, tensors, self.values(), self.configuration)
 
     def load(self, checkpoint: str) -> None:
-        """Restore `save`, all ranks together. A rank that the checkpoint knows nothing of is seeded by its number and step."""
+        """Restore `save`, all ranks together. A rank without generators in the checkpoint is seeded by its number and step."""
         stored = stored_tensors(checkpoint)
         rng = {name: tensor for name, tensor in rng_tensors(rank()).items() if name in stored}
         tensors = {**self.tensors(), **rng}
@@ -222,8 +251,7 @@ def train(
     config: TrainConfig,
     out_dir: Path | str | None = None,
     *,
-    evaluate: Callable[["MullForCausalLM"], Mapping[str, float]] | None = None,
-    eval_every: int | None = None,
+    evaluation: Evaluation | None = None,
     until: Callable[[Record], bool] | None = None,
     resume: bool = False,
     checkpoint: CheckpointConfig = DEFAULT_CHECKPOINTS,
@@ -234,44 +262,43 @@ def train(
     """Train `model` in place.
 
     SIGTERM finishes the step, saves and returns. The global random generators are seeded, except when resuming. In a
-    `mull.runtime.distributed.session` of several ranks, all call this alike; the model's weights are then shared among them
-    (FSDP2), and
-    stay so: `mull.runtime.distributed.full_state_dict` collects them. Rank 0 alone writes metrics, prints and logs.
+    `mull.runtime.distributed.session` of several ranks, all call this alike. The model's weights are then shared among the ranks
+    (FSDP2) and stay so: `mull.runtime.distributed.full_state_dict` collects them. Only rank 0 writes metrics, prints and logs.
 
     Args:
-        model: Trained where it is, on its device and in its dtype; parameters that require no gradient stay as they are.
+        model: Trained where it is, on its device and in its dtype.
         objective: The loss.
-        batches: Number of a batch to the batch, a pure function; tensors are moved to the model's device.
-        config: Length, optimizer, schedule, precision and reporting.
+        batches: Pure function from the number of a batch to the batch; tensors are moved to the model's device.
+        config: Length, trainable parameters, optimizer, schedule, precision and reporting.
         out_dir: Directory for ``metrics.jsonl`` and the checkpoints; ``None`` writes no metrics.
-        evaluate: Called on every rank, with the model in evaluation mode, without gradient or autocast; its numbers are recorded
-            as ``eval_<name>``. It may draw random numbers without changing the training. All ranks must run equally many layers.
-        eval_every: Steps between two evaluations; None evaluates after the last step only.
+        evaluation: Measures the model during training.
         until: Called with the record of every step; True on rank 0 ends the run.
         resume: Continue from the newest checkpoint, or start when there is none.
         checkpoint: Where and how often to save; without a URL in ``checkpoints`` of `out_dir`, and not at all without `out_dir`.
         distributed: How ranks share the weights.
-        logs: Receive the records beside ``metrics.jsonl``.
-        flops_per_token: FLOPs of training on one token, forward and backward, or what returns them at each step; records then
-            hold ``mfu``, the share of the devices' `mull.training.optimization.peak_flops`.
+        logs: Receive the records, besides ``metrics.jsonl``.
+        flops_per_token: FLOPs of training on one token, forward and backward, or a function that returns them at each step.
+            Records then have ``mfu``, the share of the devices' `mull.training.optimization.peak_flops`.
 
     Returns:
         Steps, seconds, tokens, records, and why the run ended.
 
     Raises:
         ValueError: `out_dir` holds another run and `resume` is False, the checkpoint belongs to another configuration, nothing
-            in the model is trainable, `resume` without a place of checkpoints, or micro-batches that ranks cannot share.
+            is trainable or what is trainable does not influence the loss, `resume` without a place of checkpoints, or
+            micro-batches that ranks cannot share.
         RuntimeError: a loss or gradient is not finite, or no micro-batch of a step has a target (the weights are those of
             the step before, and every rank raises); a checkpoint cannot be written.
     """
     directory = None if out_dir is None else Path(out_dir)
     url = checkpoint.url or (None if directory is None else str(directory / CHECKPOINTS))
     source = on_first_rank(lambda: _checkpoint_to_resume(directory, url, resume))
-    run = _start(model, objective, batches, config, distributed, flops_per_token)
-    if source is not None:
-        run.load(source)
-        _tell("Resuming from %s.", source)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(frozen_except(model, config.trainable if objective.trains_model else ()))
+        run = _start(model, objective, batches, config, distributed, flops_per_token)
+        if source is not None:
+            run.load(source)
+            _tell("Resuming from %s.", source)
         log = stack.enter_context(MetricsLog(_metrics_file(directory), run.step))
         stack.enter_context(_sigterm(run))
         writer = None
@@ -280,9 +307,9 @@ def train(
             stack.callback(writer.close)
         stack.enter_context(_training_mode(run))
         progress = stack.enter_context(_Progress(run))
-        loop = _Loop(run, [log, *(logs if rank() == 0 else ())], progress, evaluate, eval_every, until)
+        loop = _Loop(run, [log, *(logs if rank() == 0 else ())], progress, evaluation, until)
         stopped = loop.run_to_end(writer, checkpoint.every)
-    return TrainResult(run.step, run.seconds, run.tokens, log.records, stopped, run.precision)
+    return TrainResult(run.step, run.seconds, run.tokens, log.records, stopped, run.precision, run.terminated)
 
 
 @dataclass
@@ -292,21 +319,20 @@ class _Loop:
     run: _Run
     logs: Sequence[MetricSink]
     progress: "_Progress"
-    evaluate: Callable[["MullForCausalLM"], Mapping[str, float]] | None
-    eval_every: int | None
+    evaluation: Evaluation | None
     until: Callable[[Record], bool] | None
 
     def run_to_end(
         self, writer: CheckpointWriter | None, save_every: int | None
     ) -> Literal["finished", "until", "sigterm"]:
-        run, config = self.run, self.run.config
+        run, config, evaluation = self.run, self.run.config, self.evaluation
         finished = run.finished
         while not finished:
             record = _optimizer_step(run)
             finished = run.finished
-            evaluated = finished or _is_due(run.step, self.eval_every)
-            if self.evaluate is not None and evaluated:
-                record |= {f"eval_{name}": value for name, value in _evaluate(run, self.evaluate).items()}
+            evaluated = finished or (evaluation is not None and _is_due(run.step, evaluation.every))
+            if evaluation is not None and evaluated:
+                record |= {f"eval_{name}": value for name, value in _evaluate(run, evaluation.evaluate).items()}
             reached = self.until is not None and bool(same_everywhere(int(self.until(record))))
             last = finished or reached or run.terminated
             if last or evaluated or run.step == 1 or _is_due(run.step, config.log_every):
@@ -327,10 +353,10 @@ def _optimizer_step(run: _Run) -> Record:
     started = time.perf_counter()
     config = run.config
     factor = learning_rate_factor(config, run.step, elapsed_share(config, run.step, run.seconds))
-    parts = accumulate(run.stage, run.next_batches(), run.precision)
+    parts, plan, seen = accumulate(run.stage, run.next_batches(), run.precision)
     try:
         weight = total_weight(parts)
-        metrics = mean_metrics(parts) | run.stage.objective.end_step()
+        metrics = mean_metrics(parts) | run.stage.objective.end_step(plan, seen)
         norm = normalise(run.trained, parts, config.clip_norm)
     except WrongStepError as error:
         run.stage.zero_grad()
@@ -364,7 +390,7 @@ def _elapsed(device: torch.device, started: float) -> float:
 
 
 def _agree_on_end(run: _Run, seconds: float) -> float:
-    """Seconds of the step by the clock of rank 0, after noting whether any rank was asked to terminate."""
+    """Seconds of the step by the clock of rank 0. All ranks learn here whether one was asked to terminate."""
     reports = gather_objects((seconds, run.asked_to_terminate))
     run.terminated = any(asked for _, asked in reports)
     return reports[0][0]
@@ -382,7 +408,7 @@ def _is_due(step: int, every: int | None) -> bool:
 
 
 def _evaluate(run: _Run, evaluate: Callable[["MullForCausalLM"], Mapping[str, float]]) -> Mapping[str, float]:
-    """Evaluate without leaving a trace in the training: mode and random generators are restored."""
+    """Evaluate, and restore mode and random generators, so the training does not change."""
     rng = rng_state()
     run.stage.eval()
     with torch.no_grad():
@@ -393,7 +419,7 @@ def _evaluate(run: _Run, evaluate: Callable[["MullForCausalLM"], Mapping[str, fl
 
 
 def elapsed_share(config: TrainConfig, step: int, seconds: float) -> float:
-    """Share of the run that is done, from 0; 1 or more ends it. Counts steps, or seconds where there is a time budget."""
+    """Share of the run that is done, from 0; 1 or more ends it. It counts steps, or seconds if there is a time budget."""
     if config.max_seconds is not None:
         return seconds / config.max_seconds
     assert config.steps is not None
@@ -425,7 +451,7 @@ def _start(
         stage=stage,
         batches=batches,
         config=config,
-        optimizers=build_optimizers(stage.model if objective.trains_model else None, config, stage.companion),
+        optimizers=build_optimizers(stage.model, config, stage.companion),
         device=device,
         precision=precision,
         configuration=configuration,
@@ -446,12 +472,13 @@ def run_configuration(
 ) -> dict[str, Any]:
     """Settings that a checkpoint shares with the run that resumes it, flat: ``train.peak_lr``, ``model.hidden_size``, ….
 
-    The settings of an objective are its public attributes, modules apart; what it remembers is private, and in its `state_dict`.
-    Where the library, and not the user, may have changed a value (version and path of the model's configuration), it is left out,
-    and so is what does not influence the weights.
+    The settings of an objective are its public attributes, except modules. Left out is what does not influence the weights, what
+    only says where something comes from, and what the library may have changed (version and path of the model's configuration).
     """
+    # Checkpoints of versions that always trained everything do not store `trainable`.
+    left_out = REPORTING | ({"trainable"} if config.trainable == "all" else set())
     settings: dict[str, Any] = {
-        "train": config.model_dump(mode="json", exclude=REPORTING),
+        "train": config.model_dump(mode="json", exclude=left_out),
         "distributed": {"param_dtype": distributed.param_dtype},
     }
     public = {
@@ -460,7 +487,10 @@ def run_configuration(
         if not name.startswith("_") and not isinstance(value, nn.Module)
     }
     settings["objective"] = {"name": type(objective).__name__} | {
-        name: value.model_dump(mode="json") if isinstance(value, BaseModel) else value for name, value in public.items()
+        name: value.model_dump(mode="json", exclude=set(getattr(value, "sources", ())))
+        if isinstance(value, BaseModel)
+        else value
+        for name, value in public.items()
     }
     model_config = getattr(model, "config", None)
     if model_config is not None:
@@ -474,7 +504,7 @@ def _checkpoint_to_resume(directory: Path | None, url: str | None, resume: bool)
     if url is None:
         if resume:
             raise ValueError(
-                "resume=True needs out_dir or checkpoint.url: where the run to continue has its checkpoints."
+                "resume=True needs out_dir or checkpoint.url: the place where the run to continue has its checkpoints."
             )
         return None
     checkpoint = latest(url)
@@ -490,7 +520,7 @@ def _checkpoint_to_resume(directory: Path | None, url: str | None, resume: bool)
 
 
 def _metrics_file(directory: Path | None) -> Path | None:
-    """The file of rank 0; other ranks keep their records in memory."""
+    """The file that rank 0 writes; other ranks keep their records in memory."""
     if directory is None or rank() > 0:
         return None
     directory.mkdir(parents=True, exist_ok=True)
@@ -499,7 +529,7 @@ def _metrics_file(directory: Path | None) -> Path | None:
 
 @contextlib.contextmanager
 def _training_mode(run: _Run) -> Iterator[None]:
-    """Training mode, with gradient checkpointing when asked for; both are undone at the end."""
+    """Training mode, with gradient checkpointing if configured; both are undone at the end."""
     model, stage = run.stage.model, run.stage
     was_training = model.training
     enable = run.config.gradient_checkpointing and not model.is_activation_checkpointing
@@ -517,7 +547,7 @@ def _training_mode(run: _Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sigterm(run: _Run) -> Iterator[None]:
-    """Note SIGTERM instead of dying of it. Only the main thread may install a handler; elsewhere nothing changes."""
+    """Remember SIGTERM instead of ending at once. Only the main thread may install a handler; other threads change nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""How a gradient becomes an update: optimizers, learning-rate schedule, clipping, and the precision of the computation."""
+"""How a gradient becomes an update: optimizers, learning-rate schedule, precision, and the peak of a device."""
 
 import functools
 import math
@@ -32,19 +32,19 @@ PEAK_BF16_FLOPS = {
 
 
 class OptimizationConfig(BaseModel):
-    """With which optimizer, schedule and precision to train."""
+    """Optimizer, schedule and precision."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """``muon`` trains the two-dimensional hidden matrices of the model with Muon, and embeddings, unembedding, norms, biases,
-    convolutions, and whatever an objective trains beside the model, with AdamW."""
+    """``muon`` trains the two-dimensional hidden matrices of the model with Muon, and everything else with AdamW: embeddings,
+    unembedding, norms, biases, convolutions, and what an objective trains beside the model."""
 
     peak_lr: float = Field(default=3e-4, gt=0)
     """Learning rate of AdamW after warm-up."""
 
     muon_lr: float = Field(default=0.02, gt=0)
-    """Learning rate of Muon after warm-up, for updates of orthogonal matrices scaled by ``sqrt(max(1, rows / columns))``."""
+    """Learning rate of Muon after warm-up. Its updates are orthogonal matrices times ``sqrt(max(1, rows / columns))``."""
 
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay, per unit of learning rate. Embeddings, norms and biases do not decay."""
@@ -53,7 +53,7 @@ class OptimizationConfig(BaseModel):
     """Decay of AdamW's two moving averages."""
 
     clip_norm: float | None = Field(default=1.0, gt=0)
-    """Largest norm of the whole gradient, in nats per unit of weight of a target; ``None`` does not clip."""
+    """Largest norm of the whole gradient, in nats per unit of target weight; ``None`` does not clip."""
 
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Learning rate after warm-up: half a cosine; warm-up, stable, linear decay; or constant."""
@@ -62,10 +62,10 @@ class OptimizationConfig(BaseModel):
     """Steps over which the learning rate rises linearly from 0. It multiplies the schedule, which starts at step 0."""
 
     decay_share: float = Field(default=0.2, gt=0, le=1)
-    """Share of the run in which ``wsd`` decays; other schedules do not read it."""
+    """Share of the run in which ``wsd`` decays; only ``wsd`` reads it."""
 
     final_lr_fraction: float = Field(default=0.0, ge=0, le=1)
-    """Where ``cosine`` and ``wsd`` end, as a fraction of the peak."""
+    """Final learning rate of ``cosine`` and ``wsd``, as a fraction of the peak."""
 
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     """``bf16`` runs the loss under autocast; the weights keep their type. ``auto`` is bf16 on devices that compute it natively
@@ -73,13 +73,7 @@ class OptimizationConfig(BaseModel):
 
 
 def learning_rate_factor(config: OptimizationConfig, step: int, share: float) -> float:
-    """Fraction of the peak learning rate in a step.
-
-    Args:
-        config: The schedule.
-        step: Optimizer steps done before.
-        share: Share of the run that is done, from 0 to 1.
-    """
+    """Fraction of the peak learning rate after `step` optimizer steps, when this `share` of the run is done."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     decay = {
         "constant": 0.0,
@@ -92,18 +86,15 @@ def learning_rate_factor(config: OptimizationConfig, step: int, share: float) ->
 class Muon(torch.optim.Muon):
     """Muon whose matrices may be sharded over ranks; without shards it is torch's.
 
-    Orthogonalisation needs the whole matrix. So one matrix, its gradient and its momentum are gathered, every rank computes the
-    update as one device would, bit for bit, and keeps its shard; then the next one. The work is not divided.
+    Orthogonalisation needs the whole matrix. So matrices are updated one after the other: the matrix, its gradient and its
+    momentum are gathered, every rank computes the update as one device would, bit for bit, and keeps its shard. The work is not
+    divided.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient.
-
-        Args:
-            closure: Not supported; part of the signature of optimizers.
-        """
-        assert closure is None
+        """Update all parameters that have a gradient."""
+        assert closure is None, "part of the signature of optimizers; not supported"
         groups = self.param_groups
         try:
             for group in groups:
@@ -134,22 +125,18 @@ class Muon(torch.optim.Muon):
 
 
 def build_optimizers(
-    model: nn.Module | None, config: OptimizationConfig, companion: nn.Module | None = None
+    model: nn.Module, config: OptimizationConfig, companion: nn.Module | None = None
 ) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the hidden matrices of the model and AdamW for the rest.
+    """AdamW, or Muon for the hidden matrices of the model and AdamW for the rest, over what requires a gradient.
 
-    Embeddings are the weights of `nn.Embedding` and whatever is tied to them. Weight decay applies to all parameters of two
-    or more dimensions but embeddings. Each group keeps its learning rate after warm-up as ``peak_lr``.
-
-    Args:
-        model: The model; its unembedding is called ``lm_head``. None trains the companion alone.
-        config: Which optimizer, at which learning rate.
-        companion: Module that is trained beside the model.
+    Embeddings are the weights of `nn.Embedding` and whatever is tied to them; the model's unembedding is called ``lm_head``.
+    Weight decay applies to all parameters of two or more dimensions except embeddings. Each group keeps its learning rate after
+    warm-up as ``peak_lr``.
 
     Raises:
         ValueError: no parameter requires a gradient.
     """
-    modules = [module for module in (model, companion) if module is not None]
+    modules = [model] if companion is None else [model, companion]
     everything = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
     if not everything:
         raise ValueError("No parameter of the model requires a gradient: unfreeze some before training.")
@@ -211,9 +198,9 @@ def resolve_precision(precision: Literal["fp32", "bf16", "auto"], device: torch.
 def peak_flops(device: torch.device, precision: Precision) -> float:
     """Peak of a device in FLOP per second, the denominator of the model FLOPs utilisation (MFU).
 
-    For common NVIDIA GPUs in bf16 this is the dense peak of the data sheet. Otherwise it is measured, once per process, as the
-    fastest of several products of large matrices: what the device reaches in practice, so that an MFU against it is higher than
-    one against a data sheet.
+    For common NVIDIA GPUs in bf16 this is the dense peak of the data sheet. Otherwise it is measured once per process, as the
+    best of five products of large matrices. A device reaches this in practice, so an MFU against it is higher than one against
+    a data sheet.
     """
     if device.type == "cuda" and precision == "bf16":
         published = published_peak(torch.cuda.get_device_name(device))
@@ -223,7 +210,7 @@ def peak_flops(device: torch.device, precision: Precision) -> float:
 
 
 def published_peak(name: str) -> float | None:
-    """Dense bf16 peak in FLOP per second of a GPU by its name, None for one that is not listed or a slice of one (MIG)."""
+    """Dense bf16 peak of a GPU in FLOP per second, by its name. None if it is not listed, or is a slice of a GPU (MIG)."""
     if "MIG" in name:
         return None
     return next((peak for pattern, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b(?:{pattern})(?!\S)", name)), None)

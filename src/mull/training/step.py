@@ -1,19 +1,19 @@
-"""The gradient of an optimizer step: the mean loss over the targets of all micro-batches of all ranks.
+"""The gradient of an optimizer step: that of the mean loss over the targets of all micro-batches of all ranks.
 
-Losses are summed, and the sum of their gradients is divided by the total weight once, so that the gradient does not depend on how
+Losses are summed and the sum of their gradients is divided by the total weight once, so the gradient does not depend on how
 targets fall into micro-batches and ranks.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from mull.runtime.distributed import DistributedConfig, gather_objects, shard, world_size
-from mull.training.objectives.base import Batch, LossOutput, Objective
+from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan
 from mull.training.optimization import Precision, gradient_norm
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class MicroBatch(NamedTuple):
     """What a micro-batch contributed, in plain numbers that ranks exchange."""
 
     number: int
-    """Its place in the data."""
+    """Number of the batch in the data."""
 
     loss: float
     """Summed over its targets."""
@@ -38,14 +38,25 @@ class MicroBatch(NamedTuple):
     metrics: dict[str, float]
 
 
+class Accumulated(NamedTuple):
+    """What `accumulate` leaves besides the gradient."""
+
+    parts: list[MicroBatch]
+    """The micro-batches of all ranks, by number."""
+
+    plan: StepPlan
+    seen: list[Any]
+    """`LossOutput.seen` of this rank's micro-batches."""
+
+
 class WrongStepError(Exception):
     """Why the gradient of a step must not reach the weights; the same on every rank."""
 
 
 class Stage(nn.Module):
-    """The model and what its objective trains beside it: everything that uses their weights is a method here.
+    """The model and what its objective trains beside it. Every use of their weights is a method of this class.
 
-    Sharded weights are whole within these methods only.
+    Sharded weights are whole only inside these methods.
 
     Attributes:
         objective: The loss; it may be replaced by one with the same companion.
@@ -57,22 +68,23 @@ class Stage(nn.Module):
         self.companion = objective.companion
         self.objective = objective
 
-    def forward(self, batch: Batch) -> LossOutput:
+    def forward(self, plan: StepPlan, index: int) -> LossOutput:
         """Compute the loss of a micro-batch."""
-        return self.objective(self.model, batch)
+        return self.objective.loss(self.model, plan, index)
 
-    def prepare(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """Let the objective see the micro-batches of this rank."""
-        return self.objective.prepare(self.model, batches)
+    def plan_step(self, batches: Sequence[Batch]) -> StepPlan:
+        """Let the objective decide about the step."""
+        return self.objective.plan_step(self.model, batches)
 
     def evaluate(self, evaluate: Callable[["MullForCausalLM"], Mapping[str, float]]) -> Mapping[str, float]:
         """Call a function with the model."""
         return evaluate(self.model)
 
     def free(self) -> None:
-        """Free weights that were gathered and are kept for a backward pass which does not come."""
-        if isinstance(self, FSDPModule):
-            self.reshard()
+        """Free gathered weights that are kept for a backward pass, if none will come."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def make_stage(model: "MullForCausalLM", objective: Objective, config: DistributedConfig) -> Stage:
@@ -86,45 +98,53 @@ def make_stage(model: "MullForCausalLM", objective: Objective, config: Distribut
     stage: Stage | None = vars(model).get("_stage")
     if stage is None:
         stage = Stage(model, objective)
-        shard(stage, model.model.layers, ["prepare", "evaluate"], config)
-        vars(model)["_stage"] = stage  # not set as an attribute: the model would become a part of its own part
+        shard(stage, model.model.layers, ["plan_step", "evaluate"], config)
+        # Not set as an attribute: the model would become a submodule of its own submodule.
+        vars(model)["_stage"] = stage
     elif stage.companion is not objective.companion:
         raise ValueError(
             "The model was sharded over ranks together with the companion of an earlier objective. Give this objective the same "
             "companion, or load the model anew."
         )
+    else:
+        # FSDP reads the types of the trained weights when it gathers them first; other weights may be trained from now on.
+        for unit in stage.modules():
+            if isinstance(unit, FSDPModule):
+                unit.unshard()
+                unit.reshard()
     stage.objective = objective
     return stage
 
 
-def accumulate(stage: Stage, batches: Mapping[int, Batch], precision: Precision) -> list[MicroBatch]:
+def accumulate(stage: Stage, batches: Mapping[int, Batch], precision: Precision) -> Accumulated:
     """Leave the gradient of the summed loss in the parameters; with several ranks, the mean of the ranks' sums.
 
-    Args:
-        stage: The model and its objective, in training mode.
-        batches: This rank's micro-batches by their number, on the model's device. All ranks have equally many.
-        precision: Of the computation.
-
-    Returns:
-        The micro-batches of all ranks, by number.
+    `stage` is in training mode; `batches` are this rank's micro-batches by number, on the model's device, equally many on
+    every rank.
     """
     device = next(stage.parameters()).device
 
     def autocast() -> torch.autocast:
-        # The cache would keep a copy of every layer's gathered weights until the end of the forward pass.
+        # Caching would keep a copy of every layer's gathered weights until the end of the forward pass.
         enabled, cached = precision == "bf16", world_size() == 1
         return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cached)
 
     with torch.no_grad(), autocast():
-        prepared = stage.prepare(list(batches.values()))
-    parts = []
-    for number, batch in zip(batches, prepared, strict=True):
+        plan = stage.plan_step(list(batches.values()))
+    parts, seen = [], []
+    for index, number in enumerate(batches):
         with autocast():
-            output: LossOutput = stage(batch)
+            output: LossOutput = stage(plan, index)
+        if not output.sum.requires_grad:
+            raise ValueError(
+                "The loss does not depend on any trainable parameter: choose others (train.trainable), or another objective."
+            )
         output.sum.backward()
         loss, weight = float(output.sum.detach()), float(output.weight)
-        parts.append(MicroBatch(number, loss, weight, _count_tokens(batch), output.metrics))
-    return sorted((part for of_rank in gather_objects(parts) for part in of_rank), key=lambda part: part.number)
+        parts.append(MicroBatch(number, loss, weight, _count_tokens(plan.batches[index]), output.metrics))
+        seen.append(output.seen)
+    everywhere = sorted((part for of_rank in gather_objects(parts) for part in of_rank), key=lambda part: part.number)
+    return Accumulated(everywhere, plan, seen)
 
 
 def _count_tokens(batch: Batch) -> int:
@@ -156,10 +176,7 @@ def mean_metrics(parts: Sequence[MicroBatch]) -> dict[str, float]:
 def normalise(parameters: Sequence[nn.Parameter], parts: Sequence[MicroBatch], clip_norm: float | None) -> float:
     """Turn the summed gradient into that of the mean loss, and clip it.
 
-    Args:
-        parameters: The parameters with their gradients from `accumulate`.
-        parts: What `accumulate` returned.
-        clip_norm: Largest norm; None does not clip.
+    `parts` are the micro-batches of all ranks, from `accumulate`.
 
     Returns:
         The norm before clipping, over all ranks' shards.

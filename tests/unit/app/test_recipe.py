@@ -8,7 +8,7 @@ import pytest
 import yaml
 from recipes import changed, content
 
-from mull.app.recipe import Recipe, load_recipe, parse_recipe, recipe_schema
+from mull.app.recipe import SECTIONS, SHARED, Recipe, load_recipe, parse_recipe, recipe_schema
 
 RHO1 = {"reference": "somewhere"}
 CRITIC = {"pretrain": {"steps": 3}}
@@ -80,7 +80,10 @@ def test_a_mistake_is_one_sentence_that_names_the_key(tmp_path: Path, values: di
         ({"rho1": RHO1}, "the section rho1 belongs to train.algo=rho1-wmtp, but train.algo=next-token"),
         ({"train__algo": "rho1-wmtp", "rho1": RHO1, "critic": CRITIC}, "the section critic belongs to"),
         ({"train__algo": "rho1-wmtp", "rho1": {}}, "the key rho1.reference is missing"),
-        ({"train__algo": "critic-wmtp", "critic": {}}, "the key critic.pretrain is missing"),
+        (
+            {"train__algo": "critic-wmtp", "critic": {}, "data__format": "examples"},
+            "the key critic.pretrain is missing",
+        ),
         ({"train__algo": "critic-wmtp", "critic": CRITIC}, "needs tasks with right and wrong answers"),
         ({"train__algo": "gradient-wmtp", "gradient": {"mode": "alignment"}}, "mode alignment needs paths"),
         ({"train__algo": "gradient-wmtp", "gradient": {"paths": ["x"]}}, "mode=norm with paths="),
@@ -96,6 +99,103 @@ def test_an_algorithm_has_its_sections_and_no_others(tmp_path: Path, values: dic
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared below
         parse_recipe(changed(content(tmp_path), **values))
     assert message in str(error.value)
+
+
+def staged(tmp_path: Path, *stages: Any, **values: Any) -> dict[str, Any]:
+    return {**changed(content(tmp_path), **values), "stages": list(stages)}
+
+
+def test_a_stage_adds_keys_to_the_sections_at_the_top_or_replaces_them(tmp_path: Path) -> None:
+    stages = (
+        {"name": "warm", "train": {"trainable": "heads", "steps": 2}, "loss": {"heads": {"detach": True}}},
+        {"train": {"algo": "rho1-wmtp"}, "data": {"length": 16}, "rho1": {"mode": "weighted"}},
+    )
+    recipe = parse_recipe(staged(tmp_path, *stages, train__algo="baseline-mtp", rho1=RHO1))
+    first, second = recipe.schedule()
+    assert (first.name, second.name) == ("warm", "stage-2")
+    assert (first.train.steps, first.train.trainable, first.train.precision) == (2, "heads", "fp32")
+    assert (second.train.steps, second.train.trainable, second.train.algo) == (6, "all", "rho1-wmtp")
+    assert (first.data.length, second.data.length, second.data.batch_size) == (32, 16, 4)
+    assert first.loss.iterations == second.loss.iterations
+    assert (first.loss.heads.detach, second.loss.heads.detach) == (True, False)
+    assert first.settings is None
+    assert (second.settings.mode, second.settings.reference) == ("weighted", "somewhere")
+
+
+def test_one_stage_is_the_recipe_itself(tmp_path: Path) -> None:
+    recipe = parse_recipe(content(tmp_path))
+    assert [stage.name for stage in recipe.schedule()] == ["stage-1"]
+    assert "stages" not in recipe.parameters()
+    assert recipe.parameters()["train"]["steps"] == 6
+
+
+def test_the_critic_is_a_stage_of_its_own(tmp_path: Path) -> None:
+    critic = {"pretrain": {"steps": 3, "corrupt": True}, "gamma": 0.9, "beta": 2.0}
+    settings = {"algo": "critic-wmtp", "max_seconds": 5.0, "steps": None, "trainable": "heads", "seed": 7}
+    recipe = changed(content(tmp_path), critic=critic, data__format="examples")
+    recipe["train"] |= settings
+    first, second = parse_recipe(recipe).schedule()
+    assert (first.name, first.train.algo, first.train.steps, first.train.max_seconds) == (
+        "critic",
+        "value-head",
+        3,
+        None,
+    )
+    assert (first.train.peak_lr, first.train.seed, first.train.trainable) == (1e-3, 7, "all")
+    assert (first.settings.gamma, first.settings.gae_lambda, first.settings.corrupt) == (0.9, 0.95, True)
+    assert (second.train.max_seconds, second.train.trainable) == (5.0, "heads")
+
+
+@pytest.mark.parametrize(
+    ("stages", "values", "message"),
+    [
+        ([], {}, "stages is empty"),
+        ([{"train": {"steps": 2}, "trian": {}}], {}, "unknown key stages.0.trian. Did you mean stages.0.train?"),
+        ([{}, {"train": {"stesp": 2}}], {}, "unknown key stages.1.train.stesp. Did you mean stages.1.train.steps?"),
+        ([{}, {}], {"train__stesp": 2}, "unknown key train.stesp. Did you mean train.steps?"),
+        ([{}, {"train": {"steps": "x"}}], {}, "stages.1.train.steps='x': Input should be a valid integer"),
+        ([{"train": {"max_seconds": 3}}], {}, "stages.0.train: steps=6 and max_seconds=3.0: give exactly one"),
+        ([{"rho1": RHO1}], {}, "stages.0: the section rho1 belongs to train.algo=rho1-wmtp"),
+        ([{"train": {"algo": "rho1-wmtp"}}], {}, "stages.0: train.algo=rho1-wmtp needs the section rho1"),
+        ([{}, {}], {"rho1": RHO1}, "the section rho1 belongs to train.algo=rho1-wmtp, and no stage has that"),
+        ([{"name": "a"}, {"name": "a"}, {}], {}, "the name a of a stage is taken"),
+        ([{"name": "model"}, {}], {}, "the name model of a stage is taken"),
+        ([{"name": "../x"}], {}, "stages.0.name='../x': String should match"),
+        ([{}], {"model__mtp": {}}, "model.mtp is not read by train.algo=next-token"),
+        ([{"train": {"trainable": "heads"}}], {}, "train.trainable=heads is not read by train.algo=next-token"),
+        ([{"train": {"trainable": "trunk"}}], {}, "'trunk' must be one of all, heads, new, or a list of patterns"),
+        ("all", {}, "stages='all': Input should be a valid tuple"),
+        (
+            [{}, {"data": {"format": "arithmetic", "arithmetic": {}, "paths": None}}],
+            {"data": {"length": 16}},
+            "format=arithmetic is generated and reads no paths",
+        ),
+        (
+            [{}, {"data": {"format": "arithmetic", "arithmetic": {}}}],
+            {"data": {"length": 16}},
+            "stages share a tokenizer",
+        ),
+    ],
+)
+def test_a_mistake_in_a_stage_is_named_where_it_is(
+    tmp_path: Path, stages: Any, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared below
+        parse_recipe({**changed(content(tmp_path), **values), "stages": stages})
+    assert message in str(error.value)
+    assert "; " not in str(error.value), "one sentence"
+
+
+def test_overrides_reach_into_stages(tmp_path: Path) -> None:
+    file = written(tmp_path, yaml.safe_dump(staged(tmp_path, {"name": "a"}, {"train": {"steps": 3}})))
+    recipe = load_recipe(file, ["stages.0.train.steps=2", "stages.1.train.peak_lr=1e-2", "train.seed=5"])
+    assert [(s.train.steps, s.train.seed) for s in recipe.stages] == [(2, 5), (3, 5)]
+    assert recipe.stages[1].train.peak_lr == 1e-2
+    for override in ("stages.2.train.steps=2", "stages=3"):
+        with pytest.raises(ValueError, match="stages"):
+            load_recipe(file, [override])
+    with pytest.raises(ValueError, match="ends in a list"):
+        load_recipe(file, ["stages.x=3"])
 
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
@@ -114,9 +214,10 @@ def written(tmp_path: Path, text: str) -> Path:
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     file = written(tmp_path, yaml.safe_dump(content(tmp_path)))
     recipe = load_recipe(file, ["train.peak_lr=1e-4", "data.length=16", "loss.iterations={kind: fixed, maximum: 2}"])
-    assert recipe.train.peak_lr == 1e-4
-    assert recipe.data.length == 16
-    assert recipe.loss.iterations.kind == "fixed"
+    (stage,) = recipe.stages
+    assert stage.train.peak_lr == 1e-4
+    assert stage.data.length == 16
+    assert stage.loss.iterations.kind == "fixed"
     for override, message in {
         "train.steps": "lacks a value",
         "train.steps.more=3": "goes through steps, which is a value",
@@ -171,10 +272,11 @@ checkpoint:
     plain = "${HOME} costs 3 $"
     assert recipe.run.tags == {"plain": plain, "same": plain, "number": "7"}, "a quoted value stays text"
     assert recipe.model.checkpoint == "base"
-    assert (recipe.train.steps, recipe.train.seed, recipe.train.peak_lr) == (3, 3, 1e-4)
-    assert recipe.train.betas == (0.9, 0.99)
+    (stage,) = recipe.stages
+    assert (stage.train.steps, stage.train.seed, stage.train.peak_lr) == (3, 3, 1e-4)
+    assert stage.train.betas == (0.9, 0.99)
     assert recipe.checkpoint.url is None
-    assert recipe.data.length == 64
+    assert stage.data.length == 64
 
 
 def test_a_variable_cannot_smuggle_in_structure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +316,9 @@ def properties(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_the_schema_explains_every_key() -> None:
     schema = recipe_schema()
-    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert set(schema["properties"]) == {*Recipe.model_fields, *SHARED}
+    assert {"train", "loss", "rho1", "critic", "gradient", "grpo"} <= set(SHARED)
+    assert set(SECTIONS) <= set(SHARED)
     assert [name for name, value in properties(schema).items() if not value.get("description")] == []
     assert properties(schema)["TrainSection.peak_lr"]["description"] == "Learning rate of AdamW after warm-up."
     assert "TrainSection.eval_every" not in properties(schema)

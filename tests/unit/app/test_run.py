@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from mull.evaluation.held_out import held_out_loss, held_out_losses
 from mull.model.configs import ETDConfig, MTPConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.tracking import MlflowLog, sqlite_uri
+from mull.training.loop import train
 
 
 def carry_out(recipe: dict[str, Any], resume: bool = False) -> Any:
@@ -197,6 +199,126 @@ def test_a_critic_resumes_in_the_stage_where_it_stopped(tmp_path: Path) -> None:
     assert_same(tmp_path / "straight", tmp_path / "stopped")
 
 
+def staged(tmp_path: Path, name: str, **values: Any) -> dict[str, Any]:
+    """Heads first, then everything on other text, with a sampled number of iterations and dropout."""
+    recipe = named(tmp_path, name, train__seed=3, model__mtp={"num_predict_tokens": 2}, **values)
+    recipe["model"]["architecture"]["attention_dropout"] = 0.2
+    recipe["train"] |= {"algo": "baseline-mtp", "accumulate": 2}
+    recipe["stages"] = [
+        {"name": "heads", "train": {"steps": 4, "trainable": "heads", "peak_lr": 1e-2}, "eval": {"every": 2}},
+        {
+            "train": {"algo": "entropy"},
+            "data": {"paths": [str(tmp_path / "text" / "b.py")]},
+            "loss": {"heads": {"warmup_steps": 3}, "control": "shuffled"},
+        },
+    ]
+    return changed(recipe, data__batch_size=2)
+
+
+def interrupted(recipe: dict[str, Any], place: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Carry a recipe out until SIGTERM in one step of a stage."""
+
+    def terminating(*arguments: Any, **options: Any) -> Any:
+        model, objective, batches, config, folder = arguments
+
+        def until_then(number: int) -> Any:
+            if folder.name == place and number == (step - 1) * config.accumulate:
+                signal.raise_signal(signal.SIGTERM)
+            return batches(number)
+
+        return train(model, objective, until_then, config, folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mull.app.run.train", terminating)
+        assert carry_out(recipe).stopped == "sigterm"
+
+
+def without_clock(folder: Path) -> list[dict[str, Any]]:
+    clock = {"seconds", "tokens_per_second", "mfu"}
+    return [{key: value for key, value in record.items() if key not in clock} for record in records(folder)]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run in stages that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("staged")
+    carry_out(staged(folder, "straight"))
+    return folder / "straight"
+
+
+def test_stages_run_one_after_the_other_in_one_folder(tmp_path: Path) -> None:
+    recipe = staged(tmp_path, "one")
+    carry_out(changed(json.loads(json.dumps(recipe)), stages=recipe["stages"][:1], run__name="first"))
+    carry_out(recipe)
+    folder = tmp_path / "one"
+    assert [record["step"] for record in records(folder / "heads")] == [1, 2, 3, 4]
+    assert ["eval_loss" in record for record in records(folder / "heads")] == [False, True, False, True]
+    assert [record["step"] for record in records(folder)] == [1, 2, 3, 4, 5, 6]
+    assert without_clock(folder / "heads") == without_clock(tmp_path / "first"), "the only stage is in the run's folder"
+    assert (folder / "trunk").is_dir()
+    assert not (folder / "heads" / "model").exists()
+    first, last = weights(tmp_path / "first"), weights(folder)
+    assert not torch.equal(first["model.layers.0.mlp.up_proj.weight"], last["model.layers.0.mlp.up_proj.weight"])
+    assert records(folder)[0]["weights/ess"] < 1, "the last stage has its own objective"
+
+
+@pytest.mark.parametrize(
+    ("place", "step"), [("heads", 2), ("heads", 4), ("stopped", 1), ("stopped", 5)], ids=["1", "border", "2", "2 late"]
+)
+def test_an_interrupted_stage_resumes_bit_for_bit(
+    straight: Path, tmp_path: Path, place: str, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = staged(tmp_path, "stopped")
+    interrupted(stopped, place, step, monkeypatch)
+    folders = [tmp_path / "stopped" / name for name in ("heads", "")]
+    done = [len(records(folder)) for folder in folders if (folder / "metrics.jsonl").exists()]
+    assert done == ([step] if place == "heads" else [4, step])
+    carry_out(stopped, resume=True)
+    assert_same(straight, tmp_path / "stopped")
+    for name in ("heads", ""):
+        assert without_clock(tmp_path / "stopped" / name) == without_clock(straight / name)
+
+
+def test_a_stage_that_was_killed_at_the_border_is_not_repeated(straight: Path, tmp_path: Path) -> None:
+    """After the last checkpoint of the first stage nothing of the second exists."""
+    carry_out(staged(tmp_path, "stopped"))
+    first = (tmp_path / "stopped" / "heads" / "metrics.jsonl").read_text()
+    for left_over in ("checkpoints", "model", "trunk"):
+        shutil.rmtree(tmp_path / "stopped" / left_over)
+    (tmp_path / "stopped" / "metrics.jsonl").unlink()
+    carry_out(staged(tmp_path, "stopped"), resume=True)
+    assert_same(straight, tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "heads" / "metrics.jsonl").read_text() == first
+
+
+def test_a_value_head_of_one_stage_serves_another(tmp_path: Path) -> None:
+    """Written out with a stage between, and with the same first stage as `critic.pretrain` makes."""
+    short = critic(tmp_path, "short")
+    carry_out(short)
+    written = json.loads(json.dumps(short))
+    train = written.pop("train")
+    del written["critic"]
+    written["stages"] = [
+        {"name": "critic", "train": {**train, "algo": "value-head", "steps": 4, "peak_lr": 0.01}, "value_head": {}},
+        {"name": "between", "train": {**train, "algo": "baseline-mtp", "steps": 2}},
+        {"train": train, "critic": {}},
+    ]
+    carry_out(changed(written, run__name="written"))
+    assert without_clock(tmp_path / "written" / "critic") == without_clock(tmp_path / "short" / "critic")
+    head = load_file(tmp_path / "written" / "model" / "value_head.safetensors")
+    assert head["out.weight"].abs().sum() > 0
+    assert all(record["weights/ess"] < 1 for record in records(tmp_path / "written"))
+
+
+def test_a_dry_run_prints_every_stage_and_what_it_trains(tmp_path: Path) -> None:
+    lines = [line.split() for line in estimate_recipe(parse_recipe(staged(tmp_path, "one"))).splitlines()]
+    assert [line[1:] for line in lines if line[0] == "stage"] == [["heads,", "baseline-mtp"], ["stage-2,", "entropy"]]
+    first, second = [int(line[1].replace(",", "")) for line in lines if line[0] == "trainable"]
+    listed = {line[1]: int(line[2].replace(",", "")) for line in lines if line[0] == "trains"}
+    assert sum(listed.values()) == first < second
+    assert all(name.startswith("mtp_heads.heads.*.") for name in listed)
+
+
 def test_wrong_answers_are_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = named(tmp_path, "tiny", train__algo="baseline-mtp", train__steps=1)
     recipe["data"] = {"paths": [str(answers(tmp_path))], "format": "examples", "vocab_size": 280, "length": 32}
@@ -316,8 +438,8 @@ def test_what_a_user_may_not_expect_is_said_in_a_line(
     said = [record.getMessage() for record in caplog.records if record.name == "mull.app.run"]
     assert said == [
         "cpu emulates bf16, slower than it computes fp32: train.precision=auto would choose fp32.",
-        "The model's 4 heads are kept and not trained: train.algo=next-token.",
-        "The model has no heads behind the main one (model.mtp), so baseline-mtp is next-token prediction.",
+        "The model's 4 extra heads are kept and not trained: train.algo=next-token.",
+        "The model has no extra heads (model.mtp), so baseline-mtp is next-token prediction.",
     ]
 
 
@@ -393,7 +515,7 @@ def test_held_out_losses_are_those_of_every_head() -> None:
     packed = pack_tokens(documents, length=16, pad_id=0)
     sums, counts = [0.0] * 3, [0] * 3
     for document in _rows(packed):
-        (hidden,) = model.early_decoded(document[None], think_iterations=3)
+        hidden = model.hidden_states(document[None], think_iterations=3)
         for k in range(3):
             states = hidden if k == 0 else model.mtp_heads(k, hidden, None, lambda _block, h, _k: h)
             targets = document[1 + k :]
@@ -440,3 +562,34 @@ def test_torchrun_does_the_same_training_as_one_process(tmp_path: Path) -> None:
     names = ("loss", "eval_loss", "eval_head1_loss")
     for name in names:
         assert records(tmp_path / "two")[-1][name] == pytest.approx(records(tmp_path / "one")[-1][name], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_torchrun_runs_stages_that_train_different_parts(tmp_path: Path) -> None:
+    """A value head from the second stage on: ranks shard it with the model in the first."""
+    recipe = critic(tmp_path, "one", model__mtp={"num_predict_tokens": 1})
+    shared = recipe["train"]
+    recipe["train"] = {**shared, "steps": 2}
+    del recipe["critic"]
+    recipe["stages"] = [
+        {"name": "heads", "train": {"algo": "baseline-mtp", "trainable": "heads"}},
+        {"name": "value", "train": {"algo": "value-head", "peak_lr": 0.01}, "value_head": {}},
+        {"train": {"trainable": ["model.layers.[23].*", "mtp_heads.*"]}, "critic": {}},
+    ]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    carry_out(recipe)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mull", "train"]
+    overrides = ["--set", "run.name=two", "--set", "distributed.reshard_after_forward=false"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "recipe.yaml"), *overrides], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+    for place in ("heads", "value", ""):
+        for here, there in zip(
+            without_clock(tmp_path / "one" / place), without_clock(tmp_path / "two" / place), strict=True
+        ):
+            assert there == pytest.approx(here, rel=1e-3)

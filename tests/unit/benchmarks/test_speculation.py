@@ -112,7 +112,7 @@ def test_the_heads_of_transformers_predict_what_ours_predict(dense: Any, models:
     model = dense.model.to(torch.float64)
     theirs = MtpModel.from_pretrained(stock).double()
     ids = text(1, 30)
-    (hidden,) = model.early_decoded(ids)
+    hidden = model.hidden_states(ids)
     targets = targets_of(ids, None, 1 + models.N_HEADS)
     _, ours = model.head_losses(hidden, ids, targets, (targets >= 0).double())
     model.float()
@@ -164,7 +164,7 @@ def test_random_heads_share_the_trunk_and_predict_something_else(written: Any, m
     subject = models.load_subject(written.name, written.folder, "fp32", "cpu")
     assert subject.useless.model is subject.mull.model
     ids = text(1, 20)
-    (hidden,) = subject.mull.early_decoded(ids)
+    hidden = subject.mull.hidden_states(ids)
     targets = targets_of(ids, None, 1 + models.N_HEADS)
     losses = [
         model.head_losses(hidden, ids, targets, (targets >= 0).float())[1] for model in (subject.mull, subject.useless)

@@ -105,7 +105,7 @@ def test_a_static_cache_is_refused(model: MullForCausalLM, ids: Ids) -> None:
 
 def test_nothing_is_trained_without_an_iteration_to_go_back_through(model: MullForCausalLM, ids: Ids) -> None:
     with pytest.raises(ValueError, match="backprop_iterations=0 must be at least 1"):
-        model.early_decoded(ids(1, 5), backprop_iterations=0)
+        model.hidden_states(ids(1, 5), backprop_iterations=0)
 
 
 def test_hidden_states_follow_the_path(model: MullForCausalLM, ids: Ids) -> None:

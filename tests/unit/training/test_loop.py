@@ -7,6 +7,7 @@ one bit for bit. A step that cannot be right stops the run before it touches the
 import math
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.checkpoint import CheckpointConfig, checkpoints, latest
 from mull.runtime.tracking import read_metrics
-from mull.training.loop import TrainConfig, train
-from mull.training.objectives.base import Batch, LossOutput, Objective
+from mull.training.loop import Evaluation, TrainConfig, train
+from mull.training.objectives.base import LossOutput, Objective, StepPlan
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.next_token import NextToken
 
@@ -41,12 +42,12 @@ class Thinker(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)
 
-    def early_decoded(self, input_ids: Tensor, *, think_iterations: int, **_: Any) -> tuple[Tensor, ...]:
+    def hidden_states(self, input_ids: Tensor, *, think_iterations: int, **_: Any) -> Tensor:
         h = self.embed(input_ids)
         h = h + self.conv(h.mT).mT
         for _iteration in range(think_iterations):
             h = h + self.dropout(torch.tanh(self.think(h)))
-        return (self.norm(h),)
+        return self.norm(h)
 
 
 class Remembering(NextToken):
@@ -57,12 +58,18 @@ class Remembering(NextToken):
         self.companion = nn.Linear(WIDTH, 1)
         self._seen, self._trace = 0, torch.zeros(2)
 
-    def __call__(self, model: Any, batch: Batch) -> LossOutput:
-        self._seen += 1
-        self._trace = 0.5 * self._trace + torch.rand(2)
-        total, weight, metrics = super().__call__(model, batch)
-        beside = self.companion(model.embed(batch["input_ids"])).square().sum()
-        return LossOutput((total + beside) * (1 + 0.1 * self._seen + self._trace.sum()), weight, metrics)
+    def loss(self, model: Any, plan: StepPlan, index: int) -> LossOutput:
+        noise = torch.rand(2)
+        total, weight, metrics, _ = super().loss(model, plan, index)
+        beside = self.companion(model.embed(plan.batches[index]["input_ids"])).square().sum()
+        factor = 1 + 0.1 * self._seen + self._trace.sum() + noise.sum()
+        return LossOutput((total + beside) * factor, weight, metrics, noise)
+
+    def end_step(self, plan: StepPlan, seen: Any) -> dict[str, float]:
+        for noise in seen:
+            self._seen += 1
+            self._trace = 0.5 * self._trace + noise
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self._seen, "trace": self._trace}
@@ -119,7 +126,7 @@ def test_gradient_does_not_depend_on_micro_batches(split: int) -> None:
     # Reference: one graph over all rows, mean over all targets, written out with autograd.
     whole = rows(0, 8)
     model = Thinker()
-    logits = model.lm_head(model.early_decoded(whole["input_ids"], think_iterations=2)[-1])[:, :-1]
+    logits = model.lm_head(model.hidden_states(whole["input_ids"], think_iterations=2))[:, :-1]
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), whole["labels"][:, 1:].flatten(), ignore_index=-100)
     loss.backward()
     reference = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -147,14 +154,14 @@ def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resumed_equals_uninterrupted(tmp_path: Path, optimizer: str) -> None:
     settings = config(optimizer=optimizer, steps=8, accumulate=2, warmup_steps=3)
-    saving = {"checkpoint": CheckpointConfig(every=3), "eval_every": 2}
     sampled = IterationSampling(kind="poisson_lognormal", mean=2, maximum=5)
 
     def evaluate(_model: Any) -> dict[str, float]:
         return {"noise": float(torch.rand(()))}
 
+    saving = {"checkpoint": CheckpointConfig(every=3), "evaluation": Evaluation(evaluate, 2)}
     straight = Thinker(dropout=0.3)
-    expected = train(straight, Remembering(sampled), rows, settings, tmp_path / "straight", evaluate=evaluate, **saving)
+    expected = train(straight, Remembering(sampled), rows, settings, tmp_path / "straight", **saving)
 
     def killed(index: int) -> dict[str, Tensor]:
         if index == 10:  # first micro-batch of step 6; the checkpoint is of step 3
@@ -168,7 +175,6 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, optimizer: str) -> None:
             killed,
             settings,
             tmp_path / "killed",
-            evaluate=evaluate,
             **saving,
         )
     assert newest(tmp_path / "killed") == "step-000003"
@@ -176,8 +182,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, optimizer: str) -> None:
 
     resumed = Thinker(dropout=0.3, seed=9)
     torch.manual_seed(123)
-    options = {"evaluate": evaluate, "resume": True, **saving}
-    actual = train(resumed, Remembering(sampled), rows, settings, tmp_path / "killed", **options)
+    actual = train(resumed, Remembering(sampled), rows, settings, tmp_path / "killed", resume=True, **saving)
     assert same(weights(straight), weights(resumed))
     without_clock = [
         [{k: v for k, v in r.items() if k not in CLOCK} for r in run.history] for run in (expected, actual)
@@ -195,7 +200,7 @@ def test_evaluation_leaves_no_trace_in_training() -> None:
         return {"noise": float(torch.rand(()))}
 
     with_evaluation, without = Thinker(dropout=0.5), Thinker(dropout=0.5)
-    result = train(with_evaluation, fixed(), rows, config(), evaluate=evaluate, eval_every=1)
+    result = train(with_evaluation, fixed(), rows, config(), evaluation=Evaluation(evaluate, 1))
     train(without, fixed(), rows, config())
     assert same(weights(with_evaluation), weights(without))
     assert modes == [(False, False)] * 6
@@ -226,8 +231,8 @@ class Scaled(Objective):
     def __init__(self, factors: list[float], weight: float | None = None, gradient_only: bool = False) -> None:
         self._factors, self._weight, self._gradient_only = iter(factors), weight, gradient_only
 
-    def __call__(self, model: Any, batch: Batch) -> LossOutput:
-        total, weight, metrics = fixed()(model, batch)
+    def loss(self, model: Any, plan: StepPlan, index: int) -> LossOutput:
+        total, weight, metrics, _ = fixed()(model, plan.batches[index])
         factor = next(self._factors)
         if self._gradient_only:
             total.register_hook(lambda gradient: gradient * factor)
@@ -311,7 +316,7 @@ def test_a_time_budget_ends_the_run_and_excludes_evaluation(monkeypatch: pytest.
         now[0] += 100.0
         return {"x": 0.0}
 
-    result = train(Thinker(), fixed(), slow, config(steps=None, max_seconds=4.5), evaluate=evaluate, eval_every=1)
+    result = train(Thinker(), fixed(), slow, config(steps=None, max_seconds=4.5), evaluation=Evaluation(evaluate, 1))
     assert (result.step, result.seconds) == (5, 5.0)
     lr = [record["lr"] for record in result.history]
     assert lr == pytest.approx([1e-2 * (1 + math.cos(math.pi * s / 4.5)) / 2 for s in range(5)])
@@ -402,20 +407,22 @@ def test_a_real_model_resumes_bit_for_bit(tmp_path: Path, family: str) -> None:
     assert not same(weights(straight), weights(first))
 
 
-def test_a_step_is_prepare_calls_and_end(tmp_path: Path) -> None:
+def test_a_step_is_a_plan_losses_and_an_end() -> None:
     seen: list[Any] = []
 
     class Telling(NextToken):
-        def prepare(self, model: Any, batches: Any) -> Any:
+        def plan_step(self, model: Any, batches: Any) -> StepPlan:
             seen.append((len(batches), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), model.training))
-            return [{**batch, "extra": torch.tensor(float(n))} for n, batch in enumerate(batches)]
+            extended = [{**batch, "extra": torch.tensor(float(n))} for n, batch in enumerate(batches)]
+            return replace(super().plan_step(model, batches), batches=extended)
 
-        def __call__(self, model: Any, batch: Batch) -> LossOutput:
-            seen.append(float(batch["extra"]))
-            return super().__call__(model, batch)
+        def loss(self, model: Any, plan: StepPlan, index: int) -> LossOutput:
+            seen.append(float(plan.batches[index]["extra"]))
+            return super().loss(model, plan, index)._replace(seen=index)
 
-        def end_step(self) -> dict[str, float]:
+        def end_step(self, plan: StepPlan, shown: Any) -> dict[str, float]:
             seen.append(float(model.think.weight.detach().sum()))
+            assert shown == [0, 1]
             return {"whole_step": 7.0, "iterations": 9.0}
 
     model = Thinker()

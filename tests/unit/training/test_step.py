@@ -28,9 +28,8 @@ def test_calls_outside_a_step_draw_for_themselves() -> None:
     tokens = torch.arange(3, 13)[None]
     batch = {"input_ids": tokens, "labels": tokens}
     objective = NextToken(IterationSampling(kind="uniform", maximum=4))
-    objective.prepare(model, [batch])
-    inside = {objective(model, batch).metrics["iterations"] for _ in range(20)}
-    objective.end_step()
+    plan = objective.plan_step(model, [batch])
+    inside = {objective.loss(model, plan, 0).metrics["iterations"] for _ in range(20)}
     outside = {objective(model, batch).metrics["iterations"] for _ in range(20)}
     assert len(inside) == 1
     assert len(outside) > 1

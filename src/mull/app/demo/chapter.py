@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from mull.app.report.page import Report
 from mull.model.causal_lm import MullForCausalLM
-from mull.training.loop import Batches, TrainConfig, TrainResult, train
+from mull.training.loop import Batches, Evaluation, TrainConfig, TrainResult, train
 from mull.training.objectives.base import Objective
 
 
@@ -85,7 +85,8 @@ class Bench:
         if folder.is_dir():
             shutil.rmtree(folder)
         config = TrainConfig(optimizer="muon", log_every=1, seed=self.seed, **settings)
-        result = train(model, objective, batches, config, folder, evaluate=evaluate, eval_every=eval_every)
+        evaluation = None if evaluate is None else Evaluation(evaluate, eval_every)
+        result = train(model, objective, batches, config, folder, evaluation=evaluation)
         if result.stopped == "sigterm":
             raise SystemExit(128 + signal.SIGTERM)
         model.eval()

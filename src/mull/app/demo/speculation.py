@@ -27,8 +27,8 @@ from mull.model.configs import MTPConfig
 from mull.retrofit.wrap import from_pretrained
 from mull.training.loop import TrainResult
 from mull.training.objectives.iterations import IterationSampling
-from mull.training.objectives.weighted_mtp import WeightedMTP
-from mull.training.objectives.weightings import Parts, make_scorer
+from mull.training.objectives.resources import Resources
+from mull.training.objectives.table import make_objective
 
 LONGEST = 3
 HEADS = MTPConfig(num_predict_tokens=LONGEST, mtp_head_type="sequential", speculation_lookahead=LONGEST)
@@ -88,7 +88,7 @@ class Speculation:
         own = output.sequences
         dataset = PackedDataset(own, own, torch.arange(own.shape[1]).expand_as(own).contiguous())
         fixed = IterationSampling(kind="fixed", maximum=iterations)
-        objective = WeightedMTP(make_scorer("baseline-mtp", model, Parts()), fixed)
+        objective = make_objective("baseline-mtp", Resources(model=model, iterations=fixed))
         batches = ShuffledBatches(dataset, size.batch_size, bench.seed)
         run = bench.train("drafting", model, objective, batches, steps=size.drafting_steps, muon_lr=0.02, peak_lr=3e-3)
         model.save_pretrained(bench.out / "drafting" / "model")

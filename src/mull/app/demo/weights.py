@@ -23,9 +23,9 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import MTPConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.training.loop import TrainResult
-from mull.training.objectives.iterations import IterationSampling
-from mull.training.objectives.weighted_mtp import Control, HeadTraining, WeightedMTP
-from mull.training.objectives.weightings import Parts, make_scorer
+from mull.training.objectives.resources import Resources
+from mull.training.objectives.table import make_objective
+from mull.training.objectives.weighted_mtp import Control, HeadTraining
 
 NOISE = 0.25
 """Share of the labels that are replaced."""
@@ -98,13 +98,9 @@ class Weights:
             torch.manual_seed(bench.seed)
             heads = MTPConfig(num_predict_tokens=N_HEADS, mtp_head_type="mlp")
             model = wrap_transformer_with_etd(copy.deepcopy(base), None, heads)
-            objective = WeightedMTP(
-                make_scorer(algorithm, model, Parts(reference=reference)),
-                IterationSampling(kind="fixed", maximum=1),
-                HeadTraining(warmup_steps=steps // 2),
-                control,
-                bench.seed,
-            )
+            resources = Resources(model=model, reference=reference)
+            head_training = HeadTraining(warmup_steps=steps // 2)
+            objective = make_objective(algorithm, resources, heads=head_training, control=control, seed=bench.seed)
             runs[name] = bench.train(
                 f"weights/{name}",
                 model,

@@ -9,6 +9,7 @@ Shapes: B rows of a micro-batch, T tokens of a row, D model width, V vocabulary.
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any, NamedTuple
 
 import torch
@@ -368,14 +369,20 @@ def _activations(model: MullForCausalLM, schedule: Schedule) -> int:
     tracer = _Tracer(model, schedule)
     times = _visits(model, schedule.max_iterations, schedule.backprop_iterations)
     visits = [layer for count, part in zip(times, _parts(model), strict=True) for layer in [*part] * int(count)]
+    if not model.model.embed_tokens.weight.requires_grad:  # frozen layers below the first trainable one keep nothing
+        visits = list(dropwhile(lambda number: _is_frozen(model.model.layers[number]), visits))
     saved = {layer: tracer.layer(layer) for layer in set(visits)}
     outside = tracer.norm() + tracer.heads()
     if schedule.checkpointing:
-        largest = max(kept.of(schedule.rows) for kept in saved.values())
+        largest = max((kept.of(schedule.rows) for kept in saved.values()), default=0)
         return len(visits) * tracer.stream_size + largest + outside
     casts = visits if schedule.world_size > 1 else saved  # a single process keeps its cast weights for the next visit
     rows = sum(saved[layer].per_row for layer in visits) * schedule.rows
     return rows + sum(saved[layer].copies for layer in casts) + outside
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 class _Saved(NamedTuple):
@@ -417,7 +424,7 @@ class _Tracer:
     def layer(self, number: int) -> _Saved:
         """What a visit of a layer keeps; measured once for layers of the same kind and shapes."""
         layer, kind = self._model.model.layers[number], self._kinds[number]
-        signature = (kind, tuple((name, tensor.shape) for name, tensor in layer.named_parameters()))
+        signature = (kind, tuple((name, p.shape, p.requires_grad) for name, p in layer.named_parameters()))
         if signature not in self._found:
             self._found[signature] = self._measure(lambda h: self._run(layer, kind, h))
         return self._found[signature]

@@ -1,7 +1,8 @@
-"""What a training stage is: a loss."""
+"""What an objective is: a loss, planned once per optimizer step."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -10,8 +11,19 @@ if TYPE_CHECKING:
     from mull.model.causal_lm import MullForCausalLM
 
 Batch = Mapping[str, Tensor]
-"""``input_ids [B, T]`` and ``labels [B, T]`` (unshifted, -100 ignored); where a task has them ``position_ids [B, T]`` (a restart
-begins a new document) and ``attention_mask`` (``[B, T]``, or ``[B, 1, T, T]`` boolean)."""
+"""``input_ids [B, T]`` and ``labels [B, T]`` (unshifted, -100 ignored). Some tasks add ``position_ids [B, T]`` (a restart begins
+a new document) and ``attention_mask`` (``[B, T]``, or ``[B, 1, T, T]`` boolean)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepPlan:
+    """What an objective decides about an optimizer step before the first loss of the step."""
+
+    batches: Sequence[Batch]
+    """This rank's micro-batches: those of the data, or those that the objective made from them."""
+
+    iterations: int = 1
+    """Think iterations of every micro-batch."""
 
 
 class LossOutput(NamedTuple):
@@ -26,54 +38,83 @@ class LossOutput(NamedTuple):
     metrics: dict[str, float]
     """Numbers to log, averaged over the micro-batches of a step."""
 
+    seen: Any = None
+    """What `Objective.end_step` needs to know about this micro-batch."""
+
 
 class Objective(ABC):
-    """A training stage: ``loss(model, batch) -> (sum, weight, metrics)``.
+    """A loss ``(sum, weight, metrics)``, and what it decides once per optimizer step.
 
-    A step is `prepare`, one call per micro-batch, `end_step`. With several ranks each sees its own micro-batches of the step;
-    what an objective decides for all of them, it decides equally on every rank (`mull.runtime.distributed` has the sums and
-    broadcasts).
+    A step is `plan_step`, `loss` for each micro-batch, `end_step`. Only `end_step` changes the objective. With several ranks,
+    each rank sees its own micro-batches; a decision about all of them must be equal on every rank (`mull.runtime.distributed`
+    has the sums and broadcasts).
+
+    Public attributes are settings: a run resumes only if they equal those in its checkpoint.
     """
 
     companion: nn.Module | None = None
     """Module that is trained and saved beside the model, such as a value head."""
 
     trains_model = True
-    """Whether the loss reaches the model's weights. Otherwise the companion alone is trained, and no optimizer state is kept for
-    the model."""
+    """Whether the loss reaches the model's weights. If not, the model is frozen and only the companion is trained."""
 
-    def prepare(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> Sequence[Batch]:
-        """See all micro-batches of a step before the first loss, without gradient.
+    def plan_step(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> StepPlan:
+        """Decide what the micro-batches of a step share, without gradient. Called on every rank.
 
-        Here is the place to draw what they share and to compute what depends on all of them.
-
-        Args:
-            model: The model that is trained.
-            batches: This rank's micro-batches, on the model's device.
-
-        Returns:
-            The batches to call the objective with, where it needs them with further entries.
+        `batches` are this rank's micro-batches, on the model's device.
         """
-        return batches
+        return StepPlan(batches=batches)
 
     @abstractmethod
-    def __call__(self, model: "MullForCausalLM", batch: Batch) -> LossOutput:
-        """Compute the loss of one micro-batch. Randomness comes from torch's global generator, which resuming restores."""
+    def loss(self, model: "MullForCausalLM", plan: StepPlan, index: int) -> LossOutput:
+        """Compute the loss of ``plan.batches[index]``.
 
-    def end_step(self) -> dict[str, float]:
-        """Note what the step has shown, on all ranks alike; called behind its last micro-batch, before the weights change.
+        Randomness comes from torch's global generator, which a resumed run restores.
+        """
+
+    def end_step(self, plan: StepPlan, seen: Sequence[Any]) -> dict[str, float]:
+        """Update running statistics. Called on every rank after the last micro-batch and before the optimizer step.
+
+        `seen` are the `LossOutput.seen` of this rank's micro-batches.
 
         Returns:
-            Numbers to log, of the whole step and equal on every rank.
+            Numbers to log about the whole step, equal on every rank.
         """
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the objective remembers between steps and a resumed run needs: tensors and JSON values, by name.
+    def __call__(self, model: "MullForCausalLM", batch: Batch) -> LossOutput:
+        """Compute the loss of one micro-batch outside a training step. The objective stays as it is."""
+        return self.loss(model, self.plan_step(model, [batch]), 0)
 
-        A tensor is there from the start, with its final shape: checkpoints are loaded in place.
+    def state_dict(self) -> dict[str, Any]:
+        """What the objective remembers between steps, for resuming: tensors and JSON values by name.
+
+        Tensors must exist from the start with their final shape, because checkpoints are loaded in place.
         """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`."""
+
+
+def batch_states(
+    model: "MullForCausalLM", batch: Batch, iterations: int | None = None, backprop_iterations: int | None = None
+) -> Tensor:
+    """Final-normed states of a micro-batch, ``[B, T, D]``. None for `iterations` is the model's own number."""
+    return model.hidden_states(
+        batch["input_ids"],
+        attention_mask=batch.get("attention_mask"),
+        position_ids=batch.get("position_ids"),
+        think_iterations=iterations,
+        backprop_iterations=backprop_iterations,
+    )
+
+
+def batch_states_by_iteration(model: "MullForCausalLM", batch: Batch, iterations: int) -> Sequence[Tensor]:
+    """States as in `batch_states`, decoded after each of the iterations."""
+    return model.hidden_states_by_iteration(
+        batch["input_ids"],
+        attention_mask=batch.get("attention_mask"),
+        position_ids=batch.get("position_ids"),
+        think_iterations=iterations,
+    )

@@ -1,21 +1,37 @@
-"""First stage of critic-wmtp: train a value head on solutions of known outcome."""
+"""Train a value head on solutions of known outcome, before ``critic-wmtp`` weighs tokens with it."""
 
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import Field
 
 from mull.layers.value_head import ValueHead
-from mull.training.objectives.base import Batch, LossOutput, Objective
-from mull.training.objectives.weightings import Critic, CriticConfig
+from mull.ops.targets import require_targets
+from mull.training.objectives.base import LossOutput, Objective, StepPlan, batch_states
+from mull.training.objectives.evidence import Evidence
+from mull.training.objectives.resources import Resources
+from mull.training.objectives.weightings import ReturnConfig, value_error
 
 if TYPE_CHECKING:
     from mull.model.causal_lm import MullForCausalLM
 
 
+class ValueSection(ReturnConfig):
+    """Training of a value head, which learns to tell right from wrong answers; the model stays as it is."""
+
+    sources = frozenset({"per_problem", "corrupt"})
+
+    per_problem: int | None = Field(default=None, ge=1)
+    """Most pairs of a right and a wrong answer per problem; without it, all pairs."""
+
+    corrupt: bool = False
+    """For problems without a wrong answer, make one by changing one operator, constant or variable."""
+
+
 class ValueTraining(Objective):
     """Squared error of a value head against lambda-returns; the model only provides states.
 
-    The batch holds ``rewards [B, T]``, the outcome of the document that each token belongs to.
+    Batches have ``rewards [B, T]``, the outcome of the document that each token belongs to.
 
     Args:
         config: Discounts.
@@ -24,12 +40,12 @@ class ValueTraining(Objective):
 
     trains_model = False
 
-    def __init__(self, config: CriticConfig, value_head: ValueHead) -> None:
+    def __init__(self, config: ReturnConfig, value_head: ValueHead) -> None:
         self.gamma, self.gae_lambda = config.gamma, config.gae_lambda
         self.companion = self._value_head = value_head
-        self._critic = Critic(config, value_head)
+        self._config = config
 
-    def __call__(self, model: "MullForCausalLM", batch: Batch) -> LossOutput:
+    def loss(self, model: "MullForCausalLM", plan: StepPlan, index: int) -> LossOutput:
         """Sum the squared error over the valid targets.
 
         Returns:
@@ -38,20 +54,16 @@ class ValueTraining(Objective):
         Raises:
             ValueError: the batch has no rewards, or no target.
         """
+        batch = plan.batches[index]
         if "rewards" not in batch:
             raise ValueError(
                 "A value head learns from outcomes, and this batch has no rewards: use data with correct and incorrect solutions."
             )
         with torch.no_grad():
-            (hidden,) = model.early_decoded(
-                batch["input_ids"],
-                attention_mask=batch.get("attention_mask"),
-                position_ids=batch.get("position_ids"),
-            )
-        evidence = self._critic.evidence(model, batch, hidden)
-        total, count = self._critic.value_error(hidden, evidence)
-        if count == 0:
-            raise ValueError("No label of this batch is a target: drop such rows from the data.")
+            hidden = batch_states(model, batch)
+        evidence = Evidence(model, batch, hidden)
+        total, count = value_error(self._value_head, hidden, evidence, self._config)
+        require_targets(count, batch["labels"])
         with torch.no_grad():
             values = self._value_head(hidden)[:, :-1][evidence.valid[:, 1:]]
         outcome = batch["rewards"][evidence.valid]
@@ -60,3 +72,10 @@ class ValueTraining(Objective):
             count,
             {"value": float(values.mean()), "outcome": float(outcome.mean()), "mse": float(total.detach() / count)},
         )
+
+
+def value_training(config: ReturnConfig, resources: Resources) -> ValueTraining:
+    """Build the objective ``value-head``."""
+    if resources.value_head is None:
+        raise ValueError("value-head trains a value head, and none was given.")
+    return ValueTraining(config, resources.value_head)

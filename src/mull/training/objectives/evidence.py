@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mull.ops.cross_entropy import TokenStatistics, token_statistics
 from mull.ops.targets import label_positions, valid_tokens
-from mull.training.objectives.base import Batch
+from mull.training.objectives.base import Batch, StepPlan, batch_states
 
 if TYPE_CHECKING:
     from mull.model.causal_lm import MullForCausalLM
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Evidence:
     """What an algorithm may look at: one micro-batch, the model's states on it, and what follows from them.
 
-    What is computed from the predictions is computed when it is first asked for. Nothing here carries a gradient.
+    Properties are computed at first access. Nothing here carries a gradient.
     """
 
     model: "MullForCausalLM"
@@ -33,20 +33,20 @@ class Evidence:
     """Final-normed states ``[B, T, D]``, detached."""
 
     reference: "MullForCausalLM | None" = None
-    """Frozen model to compare with, where the algorithm has one."""
+    """Frozen model to compare with, if the algorithm has one."""
 
     direction: Tensor | None = None
-    """Gradient of the unembedding ``[V, D]`` that `statistics` aligns each target's own with."""
+    """Gradient of the unembedding ``[V, D]`` with which `statistics` compares each target's own gradient."""
 
     reference_iterations: int | None = None
-    """Think iterations of the reference; None is its own number."""
+    """Think iterations of the reference; None is the number in its configuration."""
 
     temperature: float = 1.0
     """Divides the logits of the predictions that `statistics` and `reference_loss` describe."""
 
     @cached_property
     def positions(self) -> Tensor | None:
-        """Position of each token in its document ``[B, T]``; None where every row is one document without padding."""
+        """Position of each token in its document ``[B, T]``; None if every row is one document without padding."""
         return label_positions(self.batch.get("attention_mask"), self.batch.get("position_ids"))
 
     @cached_property
@@ -64,12 +64,7 @@ class Evidence:
         """Loss of each valid target under the reference model in nats ``[B, T]``, 0 elsewhere."""
         assert self.reference is not None, "the algorithm was made with a reference"
         with torch.no_grad():
-            (hidden,) = self.reference.early_decoded(
-                self.batch["input_ids"],
-                attention_mask=self.batch.get("attention_mask"),
-                position_ids=self.batch.get("position_ids"),
-                think_iterations=self.reference_iterations,
-            )
+            hidden = batch_states(self.reference, self.batch, self.reference_iterations)
         return self._statistics(self.reference, hidden).loss
 
     @cached_property
@@ -89,10 +84,10 @@ class Evidence:
 
 
 def check_reference(model: "MullForCausalLM", reference: "MullForCausalLM") -> None:
-    """Refuse a reference model of another vocabulary.
+    """Refuse a reference model with another vocabulary.
 
     Raises:
-        ValueError: names both sizes.
+        ValueError: the sizes differ.
     """
     ours, theirs = model.lm_head.out_features, reference.lm_head.out_features
     if ours != theirs:
@@ -102,9 +97,9 @@ def check_reference(model: "MullForCausalLM", reference: "MullForCausalLM") -> N
         )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Scored:
-    """Scores of a micro-batch, from `Scorer.__call__`."""
+    """Scores of a micro-batch, or of a whole step."""
 
     scores: Tensor
     """``[B, T]``, not negative unless the scorer is `Scorer.signed`; read at valid targets only."""
@@ -112,9 +107,14 @@ class Scored:
     clipped: Tensor | None = None
     """``[B, T]``: where the algorithm's limits changed a score."""
 
+    seen: Tensor | None = None
+    """Sums from which `Scorer.end_step` updates running statistics."""
+
 
 class Scorer:
-    """Scores targets by a function of the evidence, and keeps what an algorithm remembers.
+    """Scores targets by a function of the evidence, and keeps what an algorithm remembers between steps.
+
+    Only `end_step` changes a scorer.
 
     Args:
         score: The algorithm.
@@ -122,21 +122,20 @@ class Scorer:
     """
 
     whole_step = False
-    """Whether `settle` must see all targets of an optimizer step before the first of them can be weighed."""
+    """Whether `settle` must see all targets of an optimizer step before the first of them can be weighted."""
 
     signed = False
-    """Whether scores may be negative and stand for themselves. They are then not divided by their mean, and heads behind the main
-    one take the positive ones only: the cross-entropy of a head that is pushed away from a token has no lower bound, and unlike
-    the main one it drew no sample that could show the harm."""
+    """Whether scores may be negative and are used as they are, not divided by their mean. Pushing an extra head away from a token
+    lowers its loss without bound, and extra heads never sample, so nothing would correct them: they use positive scores only."""
 
     temperature = 1.0
-    """Divides the main head's logits in the loss and in the evidence: the law that is trained."""
+    """Divides the main head's logits in the loss and in the evidence: the distribution that is trained."""
 
     companion: nn.Module | None = None
     """Module that is trained beside the model."""
 
     config: Any = None
-    """Settings of the algorithm, where it has some."""
+    """Settings of the algorithm, if it has any."""
 
     def __init__(
         self, score: Callable[[Evidence], Tensor | Scored], reference: "MullForCausalLM | None" = None
@@ -146,45 +145,45 @@ class Scorer:
 
     @property
     def name(self) -> str:
-        """Name of the function, or of the class of an algorithm that has its own."""
+        """Name of the function, or of the class if an algorithm has its own."""
         return getattr(self.score, "__name__", "") if type(self) is Scorer else type(self).__name__
 
-    def rollout(
+    def plan_step(
         self, model: "MullForCausalLM", batches: Sequence[Batch], iterations: int, seeds: Sequence[int]
-    ) -> Sequence[Batch]:
-        """The micro-batches to train on, given those of the data: an algorithm that learns from its own samples draws them here.
+    ) -> StepPlan:
+        """Decide what the scores of a step share; called without gradient, on every rank.
 
-        Args:
-            model: The model that is trained.
-            batches: This rank's micro-batches of the step.
-            iterations: Think iterations of the step.
-            seeds: A seed per micro-batch, which depends on its place in the step and not on the rank.
+        An algorithm that learns from its own samples draws them here and returns them as the plan's batches. There is a seed
+        per micro-batch of this rank, which depends on the micro-batch's place in the step and not on the rank.
         """
-        return batches
+        return StepPlan(batches=batches, iterations=iterations)
 
-    def begin_step(self, model: "MullForCausalLM") -> None:
-        """Renew what the scores of a step refer to."""
-
-    def evidence(self, model: "MullForCausalLM", batch: Batch, hidden: Tensor) -> Evidence:
-        """Collect what the algorithm looks at."""
+    def evidence(self, model: "MullForCausalLM", batch: Batch, hidden: Tensor, plan: StepPlan) -> Evidence:
+        """Collect what the algorithm looks at; `plan` is from `plan_step`."""
         return Evidence(model, batch, hidden.detach(), self.reference, temperature=self.temperature)
 
     @torch.no_grad()
     def __call__(self, evidence: Evidence) -> Scored:
         """Score a micro-batch."""
         scored = self.score(evidence)
-        return scored if isinstance(scored, Scored) else Scored(scored)
+        return scored if isinstance(scored, Scored) else Scored(scores=scored)
 
     def settle(self, scores: Tensor, valid: Tensor, training: bool) -> Scored:
         """Turn the scores of a whole step, ``[rows, T]`` of all micro-batches and ranks, into final ones."""
-        return Scored(scores)
+        return Scored(scores=scores)
 
     def auxiliary_loss(self, hidden: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor] | None:
-        """Loss of the companion: its sum over targets with its coefficient, and the number of targets."""
+        """Loss of the companion: its sum over targets times its coefficient, and the number of targets."""
         return None
 
-    def end_step(self) -> dict[str, float]:
-        """Note what the step has shown, on all ranks alike."""
+    def end_step(self, plan: StepPlan, seen: Sequence[Tensor]) -> dict[str, float]:
+        """Update running statistics, on every rank.
+
+        `seen` are the `Scored.seen` of this rank's micro-batches, and that of the whole step if `settle` returned one.
+
+        Returns:
+            Numbers to log.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:

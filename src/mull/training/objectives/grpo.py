@@ -1,56 +1,50 @@
 """Group-relative policy optimisation: the model learns from the rewards of its own samples (GRPO, arXiv:2402.03300).
 
-Each prompt is answered several times, and an answer is worth its reward relative to the others of its prompt. Samples serve
-one update, so the ratio of the new to the old policy is 1, nothing is clipped, and the gradient of a step is exactly
+Each prompt is answered several times, and an answer is worth its reward relative to the other answers to its prompt. Samples
+serve one update, so the ratio of the new to the old policy is 1, nothing is clipped, and the gradient of a step is exactly
 
     -1/N Σ_t (A_t - β (1 - e^{δ_t})) ∇ ln p(x_t | x_{<t}),        δ = ln p_ref - ln p
 
-over the N generated tokens of the step, on all ranks: weighted cross-entropy with signed weights, which is what
-`mull.training.objectives.weighted_mtp.WeightedMTP` computes. The second part is the penalty ``β k3``, ``k3 = e^δ - δ - 1``:
-its derivative with
-respect to ``ln p`` is ``β (1 - e^δ)``.
+over the N generated tokens of the step, on all ranks. That is weighted cross-entropy with signed weights, which is what
+`mull.training.objectives.weighted_mtp.WeightedMTP` computes. The second part is the penalty ``β k3`` with ``k3 = e^δ - δ - 1``,
+whose derivative with respect to ``ln p`` is ``β (1 - e^δ)``.
 
 Shapes: B prompts, G samples of each, N = B·G rows, P prompt tokens, L completion tokens, T = P + L.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mull.decoding.sample import sample
 from mull.ops.targets import IGNORED
 from mull.ops.token_weights import MAX_EXPONENT, group_advantages
 from mull.runtime.distributed import global_sum
-from mull.training.objectives.base import Batch
-from mull.training.objectives.evidence import Evidence, Scorer, check_reference
+from mull.training.objectives.base import Batch, StepPlan
+from mull.training.objectives.evidence import Evidence, Scored, Scorer, check_reference
+from mull.training.objectives.resources import Resources, Reward, Settings
 
 if TYPE_CHECKING:
     from mull.model.causal_lm import MullForCausalLM
 
-Reward = Callable[[Tensor, Batch], Tensor]
-"""``(completions [N, L], batch) -> rewards [N]``. Completions hold the end token and padding behind it. The batch is that of the
-data with every row repeated for its samples, so whatever grading needs travels in it: answers, or numbers of problems that the
-callable looks up. A reward that reads text owns the tokenizer to decode with."""
 
-
-class GRPOConfig(BaseModel):
+class GRPOConfig(Settings):
     """How answers are sampled and compared."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     group_size: int = Field(default=8, ge=2)
     """Answers per prompt. A micro-batch of B prompts trains on ``B * group_size`` rows."""
 
     max_new_tokens: int = Field(default=256, ge=1)
-    """Longest answer in tokens, its end included. An answer that is cut off is graded and trained on as it is."""
+    """Longest answer in tokens, its end included. A truncated answer is graded and trained on as it is."""
 
     temperature: float = Field(default=1.0, gt=0)
-    """Divides the logits when sampling, in the loss of the main head and in the penalty: the law that is trained is the one that
-    was sampled from. Heads behind the main one learn the samples at temperature 1."""
+    """Divides the logits when sampling, in the loss of the main head and in the penalty, so the trained distribution is the one
+    sampled from. Extra heads learn the samples at temperature 1."""
 
     normalise_std: bool = True
     """Divide advantages by the standard deviation of the group's rewards. ``False`` is Dr. GRPO's choice (arXiv:2503.20783)."""
@@ -59,18 +53,46 @@ class GRPOConfig(BaseModel):
     """β: weight of the penalty for leaving the reference, in reward per nat; 0 needs no reference."""
 
 
+class GRPOSection(GRPOConfig):
+    """Reinforcement by the relative reward of sampled answers."""
+
+    sources = frozenset({"reward", "reference"})
+
+    reward: str
+    """What grades an answer: ``arithmetic``."""
+
+    reference: str | None = None
+    """Directory or hub name of the model that the penalty of ``kl_coef`` keeps close to."""
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> Self:
+        if (self.kl_coef > 0) != (self.reference is not None):
+            raise ValueError(
+                f"kl_coef={self.kl_coef} with reference={self.reference}: the penalty needs one, and nothing else reads it"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RolloutPlan(StepPlan):
+    """A step of `GroupRelative`; its batches hold sampled answers."""
+
+    counts: Tensor
+    """``[6]`` fp64 over this rank's answers: groups of equal rewards, groups, sum of rewards, answers without an end, tokens,
+    answers."""
+
+
 class GroupRelative(Scorer):
     """Scores the tokens of sampled answers by their advantage within the group.
 
     Batches hold prompts: ``input_ids [B, P]``, padded on the left, ``attention_mask [B, P]`` where there is padding, and what
-    the reward reads. Answers are drawn with a generator of the step's seeds, hence alike on any number of ranks and after
-    resuming.
+    the reward reads. Answers are drawn with the seeds of the step, hence alike on any number of ranks and after resuming.
 
     Args:
         config: Sampling, normalisation, penalty.
         reward: Grades answers.
         end_ids: Tokens that end an answer; what follows is not trained on.
-        pad_id: Fills rows behind their end.
+        pad_id: Fills rows after their end.
         reference: Frozen model that the penalty keeps close to, with the same vocabulary. If it loops, it runs the iterations of
             the step.
 
@@ -78,10 +100,11 @@ class GroupRelative(Scorer):
         ValueError: a penalty without a reference, or no token that ends an answer.
 
     Source:
-        GRPO (arXiv:2402.03300). Differences: the mean is over all generated tokens of the step (DAPO, arXiv:2503.14476) and not
-        per answer first, which would make the tokens of long answers count less; one update per sample instead of several with
-        a clipped ratio. As in the paper, k3 is differentiated as it stands; on samples of the model itself the expectation of
-        that gradient is the one of ``KL(reference ‖ model)`` per token, not of ``KL(model ‖ reference)``, which k3 estimates.
+        GRPO (arXiv:2402.03300). Two differences: the mean is over all generated tokens of the step (DAPO, arXiv:2503.14476)
+        and not per answer first, which would make the tokens of long answers count less; and there is one update per sample
+        instead of several with a clipped ratio. As in the paper, the gradient goes through k3 itself. On the model's own samples
+        its expectation is the gradient of ``KL(reference ‖ model)`` per token, not of ``KL(model ‖ reference)``, which k3
+        estimates.
     """
 
     signed = True
@@ -107,37 +130,36 @@ class GroupRelative(Scorer):
         self._reward = reward
         self._end_ids = torch.tensor(list(end_ids))
         self._pad_id = pad_id
-        self._iterations: int | None = None
-        self._seen = torch.zeros(0)
-        self._divergence = torch.zeros(0)
 
     @torch.no_grad()
-    def rollout(
+    def plan_step(
         self, model: "MullForCausalLM", batches: Sequence[Batch], iterations: int, seeds: Sequence[int]
-    ) -> Sequence[Batch]:
+    ) -> StepPlan:
         """Sample answers, grade them, and make batches to train on.
 
         Returns:
-            ``input_ids``, ``labels`` (-100 in the prompt and behind the end) and ``attention_mask``, each ``[N, T]``, and
-            ``advantages [N]``.
+            Batches of ``input_ids``, ``labels`` (-100 in the prompt and after the end) and ``attention_mask``, each ``[N, T]``,
+            and ``advantages [N]``.
 
         Raises:
-            ValueError: prompts that are not padded on the left, too long a row for the model, a reference of another vocabulary,
-                or rewards of a wrong shape or value.
+            ValueError: prompts that are not padded on the left, too long a row for the model, a reference with another
+                vocabulary, or rewards of a wrong shape or value.
         """
         if self.reference is not None:
             check_reference(model, self.reference)
-        self._iterations = iterations
-        self._seen = torch.zeros(6, dtype=torch.float64, device=model.device)
-        self._divergence = torch.zeros(2, dtype=torch.float64, device=model.device)
         training = model.training
         model.eval()
         try:
-            return [self._answered(model, batch, iterations, seed) for batch, seed in zip(batches, seeds, strict=True)]
+            answered = [
+                self._answered(model, batch, iterations, seed) for batch, seed in zip(batches, seeds, strict=True)
+            ]
         finally:
             model.train(training)
+        counts = functools.reduce(torch.add, [count for _, count in answered])
+        return RolloutPlan(batches=[batch for batch, _ in answered], iterations=iterations, counts=counts)
 
-    def _answered(self, model: "MullForCausalLM", batch: Batch, iterations: int, seed: int) -> Batch:
+    def _answered(self, model: "MullForCausalLM", batch: Batch, iterations: int, seed: int) -> tuple[Batch, Tensor]:
+        """A batch to train on, and what it counts for `RolloutPlan.counts`."""
         config = self.config
         prompts = {name: entry.repeat_interleave(config.group_size, 0) for name, entry in batch.items()}
         mask = prompts.get("attention_mask", torch.ones_like(prompts["input_ids"]))
@@ -157,18 +179,18 @@ class GroupRelative(Scorer):
         advantages = group_advantages(rewards, normalise_std=config.normalise_std).flatten()
         ends = torch.isin(completions, self._end_ids.to(model.device))
         written = ends.cumsum(1) - ends.long() == 0  # up to the first end, itself included
-        self._note(rewards, written, ends)
-        return {
+        trained = {
             "input_ids": torch.cat([prompts["input_ids"], completions], 1),
             "labels": torch.cat([torch.full_like(mask, IGNORED), torch.where(written, completions, IGNORED)], 1),
             "attention_mask": torch.cat([mask, written.to(mask.dtype)], 1),
             "advantages": advantages,
         }
+        return trained, _count(rewards, written, ends)
 
     def _check_prompts(self, model: "MullForCausalLM", mask: Tensor) -> None:
         if bool((mask.diff(dim=1) < 0).any()) or not bool(mask[:, -1].all()):
             raise ValueError(
-                "A prompt is padded behind its tokens, where its answer shall begin: pad prompts on the left."
+                "A prompt is padded after its tokens, where its answer must begin: pad prompts on the left."
             )
         length = mask.shape[1] + self.config.max_new_tokens
         limit = model.config.get_text_config().max_position_embeddings
@@ -183,41 +205,37 @@ class GroupRelative(Scorer):
         rewards = self._reward(completions, prompts).detach()
         if rewards.shape != completions.shape[:1] or not bool(rewards.isfinite().all()):
             raise ValueError(
-                f"The reward gave {rewards} for {len(completions)} answers: it has to give one finite number for each."
+                f"The reward gave {rewards} for {len(completions)} answers: it must give one finite number for each."
             )
         return rewards.to(completions.device, torch.float32).view(-1, self.config.group_size)
 
-    def evidence(self, model: "MullForCausalLM", batch: Batch, hidden: Tensor) -> Evidence:
-        """Let the reference think as long as the model."""
-        evidence = super().evidence(model, batch, hidden)
+    def evidence(self, model: "MullForCausalLM", batch: Batch, hidden: Tensor, plan: StepPlan) -> Evidence:
+        """Let the reference run the iterations of the step."""
+        evidence = super().evidence(model, batch, hidden, plan)
         if self.reference is None or self.reference.etd_config is None:
             return evidence
-        return replace(evidence, reference_iterations=self._iterations)
+        return replace(evidence, reference_iterations=plan.iterations)
 
-    def _note(self, rewards: Tensor, written: Tensor, ends: Tensor) -> None:
-        equal = rewards.amax(1) == rewards.amin(1)
-        counted = [equal.sum(), rewards.shape[0], rewards.sum(), (~ends.any(1)).sum(), written.sum(), rewards.numel()]
-        self._seen += torch.stack([torch.as_tensor(count, device=rewards.device).double() for count in counted])
-
-    def _signed_scores(self, evidence: Evidence) -> Tensor:
+    def _signed_scores(self, evidence: Evidence) -> Scored:
         advantages = evidence.batch["advantages"][:, None].expand(evidence.valid.shape)
         if self.config.kl_coef == 0:
-            return advantages
+            return Scored(scores=advantages)
         delta = (evidence.statistics.loss - evidence.reference_loss).clamp(max=MAX_EXPONENT)
         k3 = torch.where(evidence.valid, torch.expm1(delta) - delta, 0)
-        self._divergence += torch.stack([k3.sum(dtype=torch.float64), evidence.valid.sum().double()])
-        return advantages + self.config.kl_coef * torch.expm1(delta)
+        seen = torch.stack([k3.sum(dtype=torch.float64), evidence.valid.sum().double()])
+        return Scored(scores=advantages + self.config.kl_coef * torch.expm1(delta), seen=seen)
 
-    def end_step(self) -> dict[str, float]:
+    def end_step(self, plan: StepPlan, seen: Sequence[Tensor]) -> dict[str, float]:
         """Numbers of the step's answers.
 
         * ``reward``: mean reward;
         * ``equal_groups``: share of prompts whose answers all have the same reward, and hence teach nothing;
         * ``completion_length``: mean tokens of an answer, its end included;
         * ``truncated``: share of answers without an end;
-        * ``kl``: mean k3 per token, in nats; with a penalty only.
+        * ``kl``: mean k3 per token in nats, only with a penalty.
         """
-        equal, groups, reward, truncated, tokens, answers = global_sum(self._seen).tolist()
+        assert isinstance(plan, RolloutPlan)
+        equal, groups, reward, truncated, tokens, answers = global_sum(plan.counts).tolist()
         metrics = {
             "reward": reward / answers,
             "equal_groups": equal / groups,
@@ -225,6 +243,19 @@ class GroupRelative(Scorer):
             "truncated": truncated / answers,
         }
         if self.config.kl_coef > 0:
-            divergence, targets = global_sum(self._divergence).tolist()
+            divergence, targets = global_sum(functools.reduce(torch.add, seen)).tolist()
             metrics["kl"] = divergence / targets
         return metrics
+
+
+def _count(rewards: Tensor, written: Tensor, ends: Tensor) -> Tensor:
+    equal = rewards.amax(1) == rewards.amin(1)
+    counted = [equal.sum(), rewards.shape[0], rewards.sum(), (~ends.any(1)).sum(), written.sum(), rewards.numel()]
+    return torch.stack([torch.as_tensor(count, device=rewards.device).double() for count in counted])
+
+
+def group_relative(config: GRPOConfig, resources: Resources) -> GroupRelative:
+    """Build the scorer of ``grpo-wmtp``."""
+    if resources.reward is None:
+        raise ValueError("grpo-wmtp grades sampled answers with a reward, and none was given.")
+    return GroupRelative(config, resources.reward, resources.end_ids, resources.pad_id, resources.reference)

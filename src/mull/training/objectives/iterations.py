@@ -7,13 +7,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SIGMA = 0.5
-"""Spread of the log-normal rate in Huginn's sampler."""
+"""Sigma of the log-normal rate in Huginn's sampler."""
 
 
 class IterationSampling(BaseModel):
     """Fixed or sampled number of think iterations, and how many of them back-propagate.
 
-    `sample` is called once per optimizer step: all of its micro-batches run equally deep.
+    `sample` is called once per optimizer step, so all micro-batches of a step run equally deep.
 
     Source:
         ``poisson_lognormal`` is the sampler of Huginn (arXiv:2502.05171). Huginn does not bound the draw; we clamp it to
@@ -36,8 +36,8 @@ class IterationSampling(BaseModel):
     """Expected rate of ``poisson_lognormal``. Draws average ``mean + 1`` before they are clamped to `maximum`."""
 
     backprop_iterations: int | None = Field(default=None, ge=1)
-    """Back-propagate through the last so many iterations only; the ones before run without gradient. ``None``: through all.
-    A draw below this number back-propagates through all of its iterations."""
+    """Back-propagate through this many last iterations; the ones before run without gradient. ``None``: through all. A draw
+    below this number back-propagates through all of its iterations."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -59,22 +59,26 @@ class IterationSampling(BaseModel):
         return self
 
     def sample(self) -> int:
-        """Draw a number of iterations from torch's global generator (``fixed`` draws nothing)."""
-        return {"fixed": self._fixed, "uniform": self._uniform, "poisson_lognormal": self._poisson_lognormal}[
-            self.kind
-        ]()
-
-    def backprop(self, iterations: int) -> int | None:
-        """Iterations that back-propagate when `iterations` run; ``None`` for all."""
-        return None if self.backprop_iterations is None else min(self.backprop_iterations, iterations)
-
-    def _fixed(self) -> int:
-        return self.maximum
-
-    def _uniform(self) -> int:
-        return int(torch.randint(self.minimum or 1, self.maximum + 1, ()))
-
-    def _poisson_lognormal(self) -> int:
+        """Draw a number of iterations from torch's global generator; ``fixed`` draws nothing."""
+        if self.kind == "fixed":
+            return self.maximum
+        if self.kind == "uniform":
+            return int(torch.randint(self.minimum or 1, self.maximum + 1, ()))
         assert self.mean is not None
         rate = torch.empty(()).log_normal_(math.log(self.mean) - SIGMA**2 / 2, SIGMA)
         return min(int(torch.poisson(rate)) + 1, self.maximum)
+
+    def backprop(self, iterations: int) -> int | None:
+        """How many of `iterations` back-propagate; ``None`` for all."""
+        return None if self.backprop_iterations is None else min(self.backprop_iterations, iterations)
+
+    def average(self) -> float:
+        """Mean number of iterations; of ``poisson_lognormal``, the mean of 1000 draws that leave the generator as it was."""
+        if self.kind == "fixed":
+            return self.maximum
+        if self.kind == "uniform":
+            return ((self.minimum or 1) + self.maximum) / 2
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            draws = [self.sample() for _ in range(1000)]
+        return sum(draws) / len(draws)

@@ -12,38 +12,38 @@ from torch.nn import functional as F
 
 from mull.ops.targets import IGNORED
 from mull.runtime.distributed import global_sum, same_everywhere
-from mull.training.objectives.base import Batch, LossOutput, Objective
+from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states_by_iteration
 from mull.training.objectives.iterations import IterationSampling
 
 if TYPE_CHECKING:
     from mull.model.causal_lm import MullForCausalLM
 
 EMA_DECAY = 0.9
-"""Share of the running first-step accuracy that an optimizer step leaves in place: a window of about ten steps."""
+"""Decay of the running first-step accuracy: a window of about ten optimizer steps."""
 
 
 class StepSupervision(Objective):
     """Cross-entropy of every iteration's early-decoded output against the label of its step.
 
-    A curriculum starts with one iteration: only when the first step is mastered do batches run more, because a later step
-    cannot be learnt on top of a wrong first one. That phase is the objective's state, and advances once per optimizer step.
+    A curriculum starts with one iteration. Batches run more only once the first step is mastered, because a later step cannot
+    be learnt on top of a wrong first one. The phase is the objective's state and advances once per optimizer step.
 
-    The batch holds ``step_labels [B, T, K]``: entry ``[b, t, j]`` is what iteration ``j + 1`` shall output *at* position
-    ``t`` (not shifted), -100 to ignore.
+    Batches have ``step_labels [B, T, K]``: entry ``[b, t, j]`` is the target of iteration ``j + 1`` *at* position ``t`` (not
+    shifted), -100 to ignore.
 
     Args:
         iterations: Iterations of the second phase, e.g. ``IterationSampling(kind="uniform", minimum=2, maximum=5)``.
         threshold: Running accuracy of the first step that ends the first phase.
 
     Raises:
-        ValueError: truncated back-propagation was asked for, or `threshold` lies outside ``(0, 1)``.
+        ValueError: `iterations` truncates back-propagation, or `threshold` lies outside ``(0, 1)``.
     """
 
     def __init__(self, iterations: IterationSampling, threshold: float = 0.93) -> None:
         if iterations.backprop_iterations is not None:
             raise ValueError(
-                f"backprop_iterations={iterations.backprop_iterations} would cut losses off: step supervision has one at "
-                "every iteration. Leave it out."
+                f"backprop_iterations={iterations.backprop_iterations} would cut off losses, because step supervision has one "
+                "at every iteration: leave it out."
             )
         if not 0 < threshold < 1:
             raise ValueError(f"threshold={threshold} is an accuracy and must lie between 0 and 1.")
@@ -51,33 +51,13 @@ class StepSupervision(Objective):
         self.threshold = threshold
         self._first_step_accuracy = 0.0
         self._mastered = False
-        self._drawn: int | None = None
-        self._counts: list[Tensor] = []
 
-    def prepare(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> Sequence[Batch]:
-        """Draw the number of iterations, one for the whole step."""
-        self._drawn = same_everywhere(self._draw())
-        self._counts = []
-        return batches
+    def plan_step(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> StepPlan:
+        """Draw the number of iterations; it is 1 in the first phase."""
+        return StepPlan(batches=batches, iterations=same_everywhere(self.iterations.sample() if self._mastered else 1))
 
-    def end_step(self) -> dict[str, float]:
-        """Advance the curriculum by the first-step accuracy over all targets of the step.
-
-        Returns:
-            That accuracy, ``first_step_accuracy``.
-        """
-        hits, targets = global_sum(torch.stack(self._counts).sum(0)).tolist()
-        accuracy = hits / targets
-        self._first_step_accuracy = EMA_DECAY * self._first_step_accuracy + (1 - EMA_DECAY) * accuracy
-        self._mastered = self._mastered or self._first_step_accuracy > self.threshold
-        self._drawn = None
-        return {"first_step_accuracy": accuracy}
-
-    def _draw(self) -> int:
-        return self.iterations.sample() if self._mastered else 1
-
-    def __call__(self, model: "MullForCausalLM", batch: Batch) -> LossOutput:
-        """Sum the cross-entropy over positions and iterations. Outside a training step each call draws its own iterations.
+    def loss(self, model: "MullForCausalLM", plan: StepPlan, index: int) -> LossOutput:
+        """Sum the cross-entropy over positions and iterations.
 
         Returns:
             Loss in nats summed over the targets, their number, and the metrics ``loss`` (nats per target), ``iterations``,
@@ -87,30 +67,30 @@ class StepSupervision(Objective):
         Raises:
             ValueError: the batch labels fewer steps than `iterations` may run, or no target is valid.
         """
+        batch, iterations = plan.batches[index], plan.iterations
         step_labels = batch["step_labels"]
         self._check_labels(step_labels)
-        iterations = self._draw() if self._drawn is None else self._drawn
-        states = model.early_decoded(
-            batch["input_ids"],
-            attention_mask=batch.get("attention_mask"),
-            position_ids=batch.get("position_ids"),
-            think_iterations=iterations,
-            every_iteration=True,
-        )
+        states = batch_states_by_iteration(model, batch, iterations)
         labelled = (step_labels[..., :iterations] != IGNORED).any(-1)  # (B, T)
         targets = step_labels[labelled][:, :iterations].T  # (k, N)
         logits = model.lm_head(torch.stack([state[labelled] for state in states])).float()  # (k, N, V)
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         weight = (targets != IGNORED).sum()
         first, last = (_hits_and_targets(logits[step], targets[step]) for step in (0, -1))
-        if self._drawn is not None:
-            self._counts.append(first)
         metrics = {
             "iterations": float(iterations),
             "first_step_accuracy": _accuracy(first),
             "last_step_accuracy": _accuracy(last),
         }
-        return LossOutput(total, weight, {"loss": float(total.detach() / weight), **metrics})
+        return LossOutput(total, weight, {"loss": float(total.detach() / weight), **metrics}, first)
+
+    def end_step(self, plan: StepPlan, seen: Sequence[Tensor]) -> dict[str, float]:
+        """Advance the curriculum by the first-step accuracy over all targets of the step, logged as ``first_step_accuracy``."""
+        hits, targets = global_sum(torch.stack(list(seen)).sum(0)).tolist()
+        accuracy = hits / targets
+        self._first_step_accuracy = EMA_DECAY * self._first_step_accuracy + (1 - EMA_DECAY) * accuracy
+        self._mastered = self._mastered or self._first_step_accuracy > self.threshold
+        return {"first_step_accuracy": accuracy}
 
     def state_dict(self) -> dict[str, Any]:
         """Running accuracy of the first step, and whether the first phase is over."""
@@ -126,7 +106,7 @@ class StepSupervision(Objective):
         if n_steps < self.iterations.maximum:
             raise ValueError(
                 f"step_labels label {n_steps} steps, but up to {self.iterations.maximum} iterations may run and each "
-                f"needs its label. Label more steps or set maximum={n_steps}."
+                f"needs a label: label more steps, or set maximum={n_steps}."
             )
         if (step_labels[..., 0] == IGNORED).all():
             raise ValueError(

@@ -2,25 +2,28 @@
 
     L = Σ_k (c_k / N_k) Σ_t w_{t,k} · CE(P_k(x_{t+1+k} | x_{≤t}), x_{t+1+k})
 
-``w_{t,k} = s_{t+1+k}`` is the score of the *target* token, without gradient, 0 where there is no target, and divided by its mean
-over all valid targets of the optimizer step, on all ranks: algorithms differ in emphasis and not in learning rate. Signed scores,
-such as advantages, are not divided; see `Scorer.signed`.
-Shapes: B batch, T tokens, D model width, H heads, the main one included; M micro-batches of a rank, R ranks.
+``w_{t,k} = s_{t+1+k}`` is the score of the *target* token, without gradient, and 0 where there is no target. Scores are divided
+by their mean over all valid targets of the optimizer step, on all ranks, so algorithms differ in emphasis and not in learning
+rate. Signed scores, such as advantages, are not divided; see `Scorer.signed`.
+
+Shapes: B batch, T tokens, D model width, H active heads, main head included; M micro-batches of a rank, R ranks.
 """
 
 import hashlib
 from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from operator import add
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from mull.ops.targets import align, label_positions, targets_of
+from mull.ops.targets import IGNORED, align, label_positions, require_targets, targets_of
 from mull.runtime.distributed import gather, global_sum, rank, same_everywhere, world_size
-from mull.training.objectives.base import Batch, LossOutput, Objective
+from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states
 from mull.training.objectives.evidence import Evidence, Scored, Scorer
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.weight_statistics import WeightStatistics, matched_random, shuffle
@@ -32,53 +35,100 @@ Control = Literal["none", "shuffled", "random"]
 
 
 class HeadTraining(BaseModel):
-    """How the heads behind the main one are trained along with the model."""
+    """How the extra heads, which predict further tokens, are trained along with the model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     weights: Literal["decay", "uniform"] = "decay"
-    """Weight of each head. ``decay``: 1 for the main head, and what `MTPConfig` says for the others. ``uniform``: every target of
-    every head counts the same (arXiv:2404.19737)."""
+    """Weight of each head. ``decay``: 1 for the main head, and what `MTPConfig` says for the extra ones. ``uniform``: every
+    target of every head counts the same (arXiv:2404.19737)."""
 
     detach: bool = False
-    """Keep the gradient of the heads behind the main one out of the trunk."""
+    """Keep the gradient of the extra heads out of the trunk."""
 
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which that gradient rises linearly from 0; the heads themselves learn from the first step."""
+    """Steps over which the extra heads' gradient into the trunk rises linearly from 0. The heads learn from the first step."""
 
     curriculum_steps: int = Field(default=0, ge=0)
-    """Steps over which the number of trained heads grows from one behind the main one to all (forward curriculum); 0 trains all
-    from the start."""
+    """Steps over which the number of trained extra heads grows from one to all (forward curriculum); 0 trains all from the
+    start."""
 
     def n_active(self, n_heads: int, step: int) -> int:
-        """Heads behind the main one that are trained in a step, counted from 0."""
+        """Extra heads that are trained in a step; steps count from 0."""
         if not n_heads or step >= self.curriculum_steps:
             return n_heads
         return min(1 + step * n_heads // self.curriculum_steps, n_heads)
 
     def trunk_gradient(self, step: int) -> float:
-        """Factor of the heads' gradient into the trunk in a step, counted from 0."""
+        """Factor of the extra heads' gradient into the trunk in a step; steps count from 0."""
         if self.detach:
             return 0.0
         return 1.0 if step >= self.warmup_steps else step / self.warmup_steps
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenWeights:
+    """Weights of one micro-batch."""
+
+    weights: Tensor
+    """``[B, T, H]`` for the active heads, 0 where there is no target; not normalised."""
+
+    clipped: Tensor | None = None
+    """``[B, T, H]``: where the algorithm's limits changed a weight."""
+
+    mean: Tensor | None = None
+    """Mean weight over the targets of the whole step, if the step was weighted at once."""
+
+    seen: Sequence[Tensor] = ()
+    """`Scored.seen` for `Scorer.end_step`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightedPlan(StepPlan):
+    """A step of `WeightedMTP`."""
+
+    scoring: StepPlan
+    """The scorer's own plan."""
+
+    n_targets: Tensor
+    """``[H]``: targets of each active head in the whole step."""
+
+    head_scale: Tensor
+    """``[H]``: head weight per target."""
+
+    weights: Sequence[TokenWeights] | None
+    """By micro-batch; None leaves the weighting to `WeightedMTP.loss`."""
+
+
+class _Seen(NamedTuple):
+    """What a micro-batch tells `WeightedMTP.end_step`."""
+
+    statistics: WeightStatistics
+    losses: Tensor
+    """``[2, H]`` fp64: sum of the losses, and number of computed targets."""
+
+    marked: Tensor | None
+    """``[2]`` fp64: sum of the absolute weights of marked targets, and their number."""
+
+    scores: Sequence[Tensor]
+
+
 class WeightedMTP(Objective):
     """Cross-entropy of all heads, weighted by token.
 
-    A batch may mark some of its tokens, ``marked [B, T]``: their mean weight is logged as ``weights/marked``, and no algorithm
-    sees the mark.
+    A batch may mark some of its tokens, ``marked [B, T]``: their mean weight is logged as ``weights/marked``. No algorithm sees
+    the mark.
 
-    A model without heads trains its main head only. Algorithms that rank the targets of a step against each other, and
-    controls, need the scores of all its micro-batches first: that is a further forward pass without gradient, unless the step is
-    one micro-batch.
+    A model without heads trains its main head only. Controls, and algorithms that rank the targets of a step against each other,
+    need the scores of all its micro-batches first. That costs another forward pass without gradient, unless the step is a single
+    micro-batch.
 
     Args:
-        scorer: The weighting, from `mull.training.objectives.weightings.make_scorer`.
+        scorer: The weighting.
         iterations: Think iterations of a step.
         heads: Weights and schedule of the heads.
-        control: ``shuffled``: the algorithm's weights at random targets of the same head; ``random``: log-normal weights of the
-            same mean and deviation. Neither knows what a token is.
+        control: ``shuffled``: the algorithm's weights at random targets of the same head; ``random``: log-normal weights with the
+            same mean and deviation. Neither depends on the tokens.
         seed: Seed of the controls, and of what the algorithm samples.
     """
 
@@ -99,78 +149,79 @@ class WeightedMTP(Objective):
         self.companion = scorer.companion
         self._scorer = scorer
         self._step = 0
-        self._drawn: int | None = None
-        self._head_scale = torch.zeros(0)
-        self._n_targets = torch.zeros(0)
-        self._statistics: WeightStatistics | None = None
-        self._losses: Tensor | None = None
-        self._marked: Tensor | None = None
 
-    def prepare(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> Sequence[Batch]:
-        """Draw the iterations, count the step's targets, and weigh them where that takes all of them."""
-        self._drawn = same_everywhere(self.iterations.sample())
+    def plan_step(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> WeightedPlan:
+        """Draw the iterations, count the step's targets, and weight them if that takes all of them.
+
+        Raises:
+            ValueError: no label of the step is a target.
+        """
+        iterations = same_everywhere(self.iterations.sample())
         places = range(rank(), len(batches) * world_size(), world_size())
         seeds = [_mixed(self.seed, self._step, place) for place in places]
-        batches = self._scorer.rollout(model, batches, self._drawn, seeds)
-        self._count(model, batches)
-        self._scorer.begin_step(model)
-        if not self._settles or len(batches) * world_size() == 1:
-            return batches
-        evidence = [self._scorer.evidence(model, batch, self._hidden(model, batch)) for batch in batches]
-        weighed = self._settle(model, evidence)
-        return [{**batch, **weights} for batch, weights in zip(batches, weighed, strict=True)]
+        scoring = self._scorer.plan_step(model, batches, iterations, seeds)
+        n_targets = self._count(model, scoring.batches)
+        require_targets(n_targets[0], scoring.batches[0]["labels"])
+        plan = WeightedPlan(
+            batches=scoring.batches,
+            iterations=iterations,
+            scoring=scoring,
+            n_targets=n_targets,
+            head_scale=self._head_scale(model, n_targets),
+            weights=None,
+        )
+        if not self.needs_whole_step or len(batches) * world_size() == 1:
+            return plan
+        evidence = [
+            self._scorer.evidence(model, batch, self._hidden(model, plan, batch), scoring) for batch in plan.batches
+        ]
+        return replace(plan, weights=self._settle(plan, evidence, model.training))
 
-    def __call__(self, model: "MullForCausalLM", batch: Batch) -> LossOutput:
+    def loss(self, model: "MullForCausalLM", plan: StepPlan, index: int) -> LossOutput:
         """Sum the weighted loss over the targets of all heads.
 
         Returns:
-            The loss in nats (per target of the step, before the weights are normalised), the weight, and the metric
-            ``iterations``. The weight is that of these targets over the number of the step's: the loop's division by the sum
-            over the step normalises the weights. For signed scores it is these targets' share, and the loop divides by 1.
-
-        Raises:
-            ValueError: no label of the batch is a target.
+            The loss in nats, with weights that are not yet normalised; the weight; and the metric ``iterations``. ``weight`` is
+            the sum of this batch's weights divided by the targets in the step. Summed over the step it is the mean weight, so
+            the loop's division makes the mean 1. With signed scores it is this batch's share of the targets; shares sum to 1,
+            so the division changes nothing.
         """
-        outside_step = self._drawn is None
-        if outside_step:
-            (batch,) = self.prepare(model, [batch])
-        iterations = self._drawn
-        assert iterations is not None
-        hidden = self._hidden(model, batch)
-        evidence = self._scorer.evidence(model, batch, hidden)
-        self._check_targets(evidence)
-        weights, clipped = self._weights(model, batch, evidence)  # (B, T, H) of the active heads
-        targets = targets_of(batch["labels"], evidence.positions, weights.shape[-1])
-        coefficients = weights * self._head_scale
+        assert isinstance(plan, WeightedPlan)
+        batch = plan.batches[index]
+        hidden = self._hidden(model, plan, batch)
+        evidence = self._scorer.evidence(model, batch, hidden, plan.scoring)
+        token = plan.weights[index] if plan.weights is not None else self._weigh(plan, evidence, model.training)
+        targets = targets_of(batch["labels"], evidence.positions, token.weights.shape[-1])
+        valid = targets != IGNORED
+        coefficients = token.weights * plan.head_scale
         total, losses = self._head_losses(model, batch, hidden, targets, coefficients)
-        weight = ((targets >= 0) if self._scorer.signed else weights).sum() / self._n_targets.sum()
+        weight = (valid if self._scorer.signed else token.weights).sum() / plan.n_targets.sum()
         auxiliary = self._scorer.auxiliary_loss(hidden, evidence)
         if auxiliary is not None:
-            # The loop divides by the mean weight of the step, which is the weights' business alone.
-            total = total + auxiliary[0] / self._n_targets[0] * batch.get("mean_weight", weight)
-        if outside_step:
-            self._drawn = None
-        else:
-            self._note(weights, targets >= 0, clipped)
-            self._note_marked(weights, targets >= 0, batch.get("marked"))
-            self._note_losses(losses, (targets >= 0) & (coefficients != 0))
-        return LossOutput(total, weight, {"iterations": float(iterations)})
+            # The loop divides by the step's mean weight, which must not scale the companion's loss.
+            total = total + auxiliary[0] / plan.n_targets[0] * (weight if token.mean is None else token.mean)
+        computed = valid & (coefficients != 0)
+        seen = _Seen(
+            WeightStatistics.measure(token.weights, valid, token.clipped),
+            torch.stack([losses.double().sum((0, 1)), computed.sum((0, 1)).double()]),
+            _marked(token.weights, valid, batch.get("marked")),
+            token.seen,
+        )
+        return LossOutput(total, weight, {"iterations": float(plan.iterations)}, seen)
 
-    def end_step(self) -> dict[str, float]:
+    def end_step(self, plan: StepPlan, seen: Sequence[_Seen]) -> dict[str, float]:
         """Statistics of the step's weights, mean loss of each head over the targets it computed, and the active heads."""
-        metrics = self._scorer.end_step()
-        if self._statistics is not None:
-            metrics |= self._statistics.over_ranks().report()
-        if self._marked is not None:
-            weight, count = global_sum(self._marked).tolist()
+        assert isinstance(plan, WeightedPlan)
+        metrics = self._scorer.end_step(plan.scoring, [sums for one in seen for sums in one.scores])
+        metrics |= reduce(add, [one.statistics for one in seen]).over_ranks().report()
+        if marked := [one.marked for one in seen if one.marked is not None]:
+            weight, count = global_sum(reduce(add, marked)).tolist()
             if count:
                 metrics["weights/marked"] = weight / count / metrics["weights/mean"]
-        if self._losses is not None:
-            sums, counts = global_sum(self._losses)
-            means = (sums / counts.clamp(min=1)).tolist()
-            metrics |= {f"head{k}_loss": mean for k, mean in enumerate(means) if counts[k]}
-            metrics["active_heads"] = float(len(means) - 1)
-        self._statistics, self._losses, self._marked, self._drawn = None, None, None, None
+        sums, counts = global_sum(reduce(add, [one.losses for one in seen]))
+        means = (sums / counts.clamp(min=1)).tolist()
+        metrics |= {f"head{k}_loss": mean for k, mean in enumerate(means) if counts[k]}
+        metrics["active_heads"] = float(len(means) - 1)
         self._step += 1
         return metrics
 
@@ -186,37 +237,34 @@ class WeightedMTP(Objective):
         self._scorer.load_state_dict(scorer)
 
     @property
-    def _settles(self) -> bool:
+    def scorer(self) -> Scorer:
+        """The weighting."""
+        return self._scorer
+
+    @property
+    def needs_whole_step(self) -> bool:
+        """Whether no target can be weighted before all targets of the step are scored."""
         return self._scorer.whole_step or self.control != "none"
 
-    def _hidden(self, model: "MullForCausalLM", batch: Batch) -> Tensor:
-        assert self._drawn is not None
-        return model.early_decoded(
-            batch["input_ids"],
-            attention_mask=batch.get("attention_mask"),
-            position_ids=batch.get("position_ids"),
-            think_iterations=self._drawn,
-            backprop_iterations=self.iterations.backprop(self._drawn),
-        )[-1]
+    def _hidden(self, model: "MullForCausalLM", plan: StepPlan, batch: Batch) -> Tensor:
+        return batch_states(model, batch, plan.iterations, self.iterations.backprop(plan.iterations))
 
-    def _n_active(self, model: "MullForCausalLM") -> int:
+    def _count(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> Tensor:
+        """Targets of each active head in the whole step, ``[H]``."""
         n_heads = 0 if model.mtp_config is None else model.mtp_config.num_predict_tokens
-        return 1 + self.heads.n_active(n_heads, self._step)
-
-    def _count(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> None:
-        """Count the targets of each head in the whole step, and derive what a head's target counts."""
-        n_active = self._n_active(model)
+        n_active = 1 + self.heads.n_active(n_heads, self._step)
         counts = torch.zeros(n_active, dtype=torch.int64, device=model.device)
         for batch in batches:
             positions = label_positions(batch.get("attention_mask"), batch.get("position_ids"))
-            counts += (targets_of(batch["labels"], positions, n_active) >= 0).sum((0, 1))
-        counts = global_sum(counts)
+            counts += (targets_of(batch["labels"], positions, n_active) != IGNORED).sum((0, 1))
+        return global_sum(counts)
+
+    def _head_scale(self, model: "MullForCausalLM", n_targets: Tensor) -> Tensor:
+        """``c_k / N_k`` for each active head."""
         if self.heads.weights == "uniform" or model.mtp_config is None:
-            self._head_scale = (1 / counts.sum().clamp(min=1)).expand(n_active)
-        else:
-            weights = torch.tensor(model.mtp_config.head_weights[:n_active], device=counts.device)
-            self._head_scale = weights / counts.clamp(min=1)
-        self._n_targets = counts
+            return (1 / n_targets.sum().clamp(min=1)).expand(len(n_targets))
+        weights = torch.tensor(model.mtp_config.head_weights[: len(n_targets)], device=n_targets.device)
+        return weights / n_targets.clamp(min=1)
 
     def _head_losses(
         self, model: "MullForCausalLM", batch: Batch, hidden: Tensor, targets: Tensor, coefficients: Tensor
@@ -234,87 +282,76 @@ class WeightedMTP(Objective):
         total, losses = compute(hidden / temperature, ids, targets[..., :1], coefficients[..., :1])
         if targets.shape[-1] == 1:
             return total, losses
-        further = coefficients.clone()
-        further[..., 0] = 0
-        total_further, losses_further = compute(hidden, ids, targets, further)
-        return total + total_further, torch.cat([losses, losses_further[..., 1:]], -1)
+        extra = coefficients.clone()
+        extra[..., 0] = 0
+        total_extra, losses_extra = compute(hidden, ids, targets, extra)
+        return total + total_extra, torch.cat([losses, losses_extra[..., 1:]], -1)
 
-    def _weights(self, model: "MullForCausalLM", batch: Batch, evidence: Evidence) -> tuple[Tensor, Tensor | None]:
-        if "weights" in batch:
-            return batch["weights"], batch.get("clipped")
-        if self._settles:
-            (settled,) = self._settle(model, [evidence])
-            return settled["weights"], settled.get("clipped")
-        return self._aligned(model, evidence, self._scorer(evidence))
+    def _weigh(self, plan: WeightedPlan, evidence: Evidence, training: bool) -> TokenWeights:
+        """Weights of one micro-batch on its own."""
+        if self.needs_whole_step:
+            return self._settle(plan, [evidence], training)[0]
+        return self._aligned(plan, evidence, self._scorer(evidence))
 
-    def _aligned(self, model: "MullForCausalLM", evidence: Evidence, scored: Scored) -> tuple[Tensor, Tensor | None]:
-        """Bring scores of targets to the positions and heads that predict them, ``[B, T, H]``."""
-        n_active = self._n_active(model)
-        valid = targets_of(evidence.batch["labels"], evidence.positions, n_active) >= 0
+    def _aligned(self, plan: WeightedPlan, evidence: Evidence, scored: Scored) -> TokenWeights:
+        """Bring scores of targets to the positions and heads that predict them."""
+        n_active = len(plan.n_targets)
+        valid = _valid(evidence, n_active)
         clipped = None if scored.clipped is None else align(scored.clipped, n_active) & valid
         weights = torch.where(valid, align(scored.scores, n_active), 0)
         if self._scorer.signed:
             weights[..., 1:].clamp_(min=0)
-        return weights, clipped
+        return TokenWeights(weights=weights, clipped=clipped, seen=() if scored.seen is None else (scored.seen,))
 
     @torch.no_grad()
-    def _settle(self, model: "MullForCausalLM", evidence: Sequence[Evidence]) -> list[dict[str, Tensor]]:
-        """Weigh micro-batches with the whole step in sight."""
-        scores = _Step([self._scorer(one).scores for one in evidence])
+    def _settle(self, plan: WeightedPlan, evidence: Sequence[Evidence], training: bool) -> list[TokenWeights]:
+        """Weight this rank's micro-batches, with the scores of the whole step known."""
+        scored = [self._scorer(one) for one in evidence]
+        scores = _Step([one.scores for one in scored])
         valid = _Step([one.valid for one in evidence])
-        settled = self._scorer.settle(scores.everything, valid.everything, model.training)
+        settled = self._scorer.settle(scores.everything, valid.everything, training)
         final = scores.own(settled.scores)
         clipped = [None] * len(final) if settled.clipped is None else scores.own(settled.clipped)
         aligned = [
-            self._aligned(model, one, Scored(score, mark))
-            for one, score, mark in zip(evidence, final, clipped, strict=True)
+            self._aligned(plan, one, Scored(scores=score, clipped=mark, seen=own.seen))
+            for one, own, score, mark in zip(evidence, scored, final, clipped, strict=True)
         ]
-        weights = [weight for weight, _ in aligned]
         if self.control != "none":
-            weights, aligned = self._controlled(model, evidence, weights), [(weight, None) for weight in weights]
-        mean = global_sum(torch.stack([weight.sum() for weight in weights]).sum()) / self._n_targets.sum()
-        return [
-            {"weights": weight, "mean_weight": mean} | ({} if mark is None else {"clipped": mark})
-            for weight, (_, mark) in zip(weights, aligned, strict=True)
-        ]
+            aligned = [
+                replace(one, weights=weights, clipped=None)
+                for one, weights in zip(aligned, self._controlled(evidence, aligned), strict=True)
+            ]
+        total = global_sum(torch.stack([one.weights.sum() for one in aligned]).sum())
+        aligned = [replace(one, mean=total / plan.n_targets.sum()) for one in aligned]
+        if settled.seen is not None:
+            aligned[0] = replace(aligned[0], seen=(*aligned[0].seen, settled.seen))
+        return aligned
 
-    def _controlled(
-        self, model: "MullForCausalLM", evidence: Sequence[Evidence], weights: Sequence[Tensor]
-    ) -> list[Tensor]:
-        n_active = self._n_active(model)
-        everything = _Step(weights)
-        targets = _Step([targets_of(one.batch["labels"], one.positions, n_active) >= 0 for one in evidence])
+    def _controlled(self, evidence: Sequence[Evidence], treated: Sequence[TokenWeights]) -> list[Tensor]:
+        everything = _Step([one.weights for one in treated])
+        targets = _Step([_valid(one, everything.everything.shape[-1]) for one in evidence])
         generator = torch.Generator().manual_seed(_mixed(self.seed, self._step))
         function = shuffle if self.control == "shuffled" else matched_random
         return everything.own(function(everything.everything, targets.everything, generator))
 
-    def _check_targets(self, evidence: Evidence) -> None:
-        if self._n_targets[0] == 0:
-            raise ValueError(
-                f"No label of this batch of shape {tuple(evidence.batch['labels'].shape)} is a target: all are -100 after the "
-                "shift by one (the first token of a row or document has no prediction). Drop such rows from the data."
-            )
 
-    def _note(self, weights: Tensor, valid: Tensor, clipped: Tensor | None) -> None:
-        measured = WeightStatistics.measure(weights, valid, clipped)
-        self._statistics = measured if self._statistics is None else self._statistics + measured
+def _valid(evidence: Evidence, n_heads: int) -> Tensor:
+    """Where each head has a target, ``[B, T, H]``."""
+    return targets_of(evidence.batch["labels"], evidence.positions, n_heads) != IGNORED
 
-    def _note_marked(self, weights: Tensor, valid: Tensor, marked: Tensor | None) -> None:
-        if marked is None:
-            return
-        chosen = align(marked, weights.shape[-1]) & valid
-        sums = torch.stack([weights[chosen].abs().double().sum(), chosen.sum().double()])
-        self._marked = sums if self._marked is None else self._marked + sums
 
-    def _note_losses(self, losses: Tensor, computed: Tensor) -> None:
-        sums = torch.stack([losses.double().sum((0, 1)), computed.sum((0, 1)).double()])
-        self._losses = sums if self._losses is None else self._losses + sums
+def _marked(weights: Tensor, valid: Tensor, marked: Tensor | None) -> Tensor | None:
+    """Sum of the absolute weights of marked targets, and their number."""
+    if marked is None:
+        return None
+    chosen = align(marked, weights.shape[-1]) & valid
+    return torch.stack([weights[chosen].abs().double().sum(), chosen.sum().double()])
 
 
 class _Step:
-    """One tensor ``[B, T, ...]`` per micro-batch, and all of the step's in the order of their numbers.
+    """One tensor ``[B, T, ...]`` per micro-batch of this rank; `everything` is those of all ranks in the order of their numbers.
 
-    Rows may differ in length; shorter ones are padded with 0 on the right.
+    Shorter rows are padded with 0 on the right.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
@@ -332,5 +369,5 @@ class _Step:
 
 
 def _mixed(*numbers: int) -> int:
-    """A seed that differs wherever one of the numbers does."""
+    """A seed that changes when any of the numbers does."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big")

@@ -1,12 +1,11 @@
 """Weighting algorithms: what each token of a training text is worth.
 
-A new algorithm is one function of `Evidence` and one row of `FUNCTIONS`; another package adds one by an entry point of the group
-``mull.objectives`` whose name is the algorithm's and whose value is such a function.
+An algorithm without settings or memory is a function of `Evidence`; `mull.training.objectives.table` has the names.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -26,21 +25,16 @@ from mull.ops.token_weights import (
     rho1_weights,
 )
 from mull.runtime.distributed import global_sum
-from mull.training.objectives.base import Batch
+from mull.training.objectives.base import Batch, StepPlan, batch_states
 from mull.training.objectives.evidence import Evidence, Scored, Scorer, check_reference
+from mull.training.objectives.resources import Resources, Settings
 from mull.training.objectives.weight_statistics import RunningMoments
 
 if TYPE_CHECKING:
     from mull.model.causal_lm import MullForCausalLM
 
-ENTRY_POINTS = "mull.objectives"
 
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Rho1Config(_Settings):
+class Rho1Config(Settings):
     """Weights by excess loss over a reference model (Rho-1, arXiv:2404.07965).
 
     The excess is signed: a token that the reference finds harder than the model counts less, not more.
@@ -56,8 +50,17 @@ class Rho1Config(_Settings):
     """Share of a step's targets that ``token_skip`` drops."""
 
 
-class CriticConfig(_Settings):
-    """Weights by the advantage of a token under a value head: ``exp(A / β)``, whitened and clipped (arXiv:1910.00177)."""
+class Rho1Section(Rho1Config):
+    """Weights by excess loss over a reference model."""
+
+    sources = frozenset({"reference"})
+
+    reference: str
+    """Directory or hub name of the reference model, which has the model's tokenizer."""
+
+
+class ReturnConfig(Settings):
+    """How the value of a token follows from the outcome of its document."""
 
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount per token."""
@@ -65,20 +68,24 @@ class CriticConfig(_Settings):
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """Trade of bias against variance: 0 is the one-step TD error, 1 the outcome minus the value."""
 
+
+class CriticConfig(ReturnConfig):
+    """Weights by the advantage of a token under a value head: ``exp(A / β)``, whitened and clipped (arXiv:1910.00177)."""
+
     beta: float = Field(default=1.0, gt=0)
     """Standard deviations of advantage that multiply a weight by e."""
 
     min_weight: float = Field(default=0.1, ge=0)
-    """Weights below are raised to it, before they are normalised."""
+    """Lower limit of a weight, before normalisation."""
 
     max_weight: float = Field(default=3.0, gt=0)
-    """Weights above are lowered to it, before they are normalised."""
+    """Upper limit of a weight, before normalisation."""
 
     momentum: float = Field(default=0.1, gt=0, le=1)
-    """Share of the newest step in the running mean and deviation that advantages are whitened with."""
+    """Share of the newest step in the running mean and deviation that whiten the advantages."""
 
     auxiliary_loss_coef: float = Field(default=0.1, ge=0)
-    """Weight of the value head's squared error beside the token loss; its gradient reaches the trunk as well."""
+    """Weight of the value head's squared error, which is added to the token loss. Its gradient reaches the trunk as well."""
 
     @model_validator(mode="after")
     def _check_limits(self) -> Self:
@@ -87,17 +94,62 @@ class CriticConfig(_Settings):
         return self
 
 
-class GradientConfig(_Settings):
+class PretrainSection(BaseModel):
+    """Training of the value head before ``critic-wmtp``: it learns to tell right from wrong answers; the model stays as it is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+
+    peak_lr: float = Field(default=1e-3, gt=0)
+    """Learning rate of the value head after warm-up; everything else is as in ``train``."""
+
+    per_problem: int | None = Field(default=None, ge=1)
+    """Most pairs of a right and a wrong answer per problem; without it, all pairs."""
+
+    corrupt: bool = False
+    """For problems without a wrong answer, make one by changing one operator, constant or variable."""
+
+
+class CriticSection(CriticConfig):
+    """Weights by the advantage of a token under a value head."""
+
+    sources = frozenset({"pretrain"})
+
+    pretrain: PretrainSection | None = None
+    """A stage before this one that trains the value head. Leave it out if another stage with ``value-head`` does."""
+
+
+class GradientConfig(Settings):
     """Weights by a target's own gradient of the unembedding, which is an outer product and needs no backward pass."""
 
     mode: Literal["norm", "alignment"] = "norm"
     """``norm``: ``‖p - e_y‖ · ‖h‖``. ``alignment``: its inner product with the gradient on held-out text, negative ones 0."""
 
     momentum: float = Field(default=0.1, gt=0, le=1)
-    """Share of the newest step in the running mean that scores are divided by, and in the held-out gradient."""
+    """Share of the newest step in the running mean that divides the scores, and in the held-out gradient."""
 
     max_weight: float = Field(default=5.0, gt=0)
-    """Weights above are lowered to it, before they are normalised."""
+    """Upper limit of a weight, before normalisation."""
+
+
+class GradientSection(GradientConfig):
+    """Weights by a target's own gradient of the unembedding."""
+
+    sources = frozenset({"paths"})
+
+    paths: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """For ``alignment``: texts or tasks, as in ``data``, whose gradient targets are compared with. Do not give those of
+    ``data.held_out_paths``, which would no longer be held out."""
+
+    @model_validator(mode="after")
+    def _check_paths(self) -> Self:
+        if (self.mode == "alignment") != (self.paths is not None):
+            raise ValueError(
+                f"mode={self.mode} with paths={self.paths}: mode alignment needs paths, the other takes none"
+            )
+        return self
 
 
 def baseline(evidence: Evidence) -> Tensor:
@@ -106,12 +158,12 @@ def baseline(evidence: Evidence) -> Tensor:
 
 
 def entropy(evidence: Evidence) -> Tensor:
-    """What the model is uncertain of counts more (EAFT, arXiv:2601.02151)."""
+    """Targets count more where the model is uncertain (EAFT, arXiv:2601.02151)."""
     return entropy_weights(evidence.statistics.entropy, evidence.model.lm_head.out_features)
 
 
 def dft(evidence: Evidence) -> Tensor:
-    """What the model finds unlikely counts less (dynamic fine-tuning, arXiv:2508.05629)."""
+    """Targets count less where the model finds them unlikely (dynamic fine-tuning, arXiv:2508.05629)."""
     return dft_weights(evidence.statistics.loss)
 
 
@@ -137,7 +189,7 @@ class Rho1TokenSkip(Scorer):
 
     def settle(self, scores: Tensor, valid: Tensor, training: bool) -> Scored:
         """Rank all targets of the step against each other."""
-        return Scored(keep_highest(scores, valid, 1 - self.config.skip_share).to(scores.dtype))
+        return Scored(scores=keep_highest(scores, valid, 1 - self.config.skip_share).to(scores.dtype))
 
 
 class Critic(Scorer):
@@ -156,52 +208,37 @@ class Critic(Scorer):
     def __init__(self, config: CriticConfig, value_head: ValueHead) -> None:
         super().__init__(self._advantages)
         self.config = config
-        self.companion = value_head
+        self.companion: ValueHead = value_head
         self._moments = RunningMoments(config.momentum)
 
     def _advantages(self, evidence: Evidence) -> Tensor:
-        return self._advantages_of(self._values(evidence.hidden), evidence)
-
-    def _values(self, hidden: Tensor) -> Tensor:
-        assert self.companion is not None
-        return self.companion(hidden)
-
-    def _advantages_of(self, values: Tensor, evidence: Evidence) -> Tensor:
-        rewards = evidence.batch.get("rewards")
-        rewards = torch.ones_like(values) if rewards is None else rewards.to(values.dtype)
-        return advantages(
-            values.detach(), rewards, evidence.valid, evidence.positions, self.config.gamma, self.config.gae_lambda
-        )
+        return _advantages_of(self.companion(evidence.hidden), evidence, self.config)
 
     def settle(self, scores: Tensor, valid: Tensor, training: bool) -> Scored:
         """Whiten with running moments, this step's included, and clip."""
         among = scores[valid].double()
-        sums = float(among.sum()), float(among.square().sum()), float(valid.sum())
-        moments = self._moments
-        if not training:
-            moments = RunningMoments(self.config.momentum)
-            moments.load_state_dict(self._moments.state_dict())
+        sums = torch.stack([among.sum(), among.square().sum(), valid.sum().double()])
+        moments = copy.copy(self._moments)
         if training or not moments.ready:
-            moments.update(*sums)
+            moments.update(*sums.tolist())
         config = self.config
         weights, clipped = advantage_weights(
             scores, moments.mean, moments.std, config.beta, config.min_weight, config.max_weight
         )
-        return Scored(weights, clipped)
+        return Scored(scores=weights, clipped=clipped, seen=sums)
 
     def auxiliary_loss(self, hidden: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor] | None:
         """Squared error of the values against lambda-returns."""
         if self.config.auxiliary_loss_coef == 0:
             return None
-        total, count = self.value_error(hidden, evidence)
+        total, count = value_error(self.companion, hidden, evidence, self.config)
         return self.config.auxiliary_loss_coef * total, count
 
-    def value_error(self, hidden: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor]:
-        """Squared error summed over the valid targets, and their number. The gradient reaches `hidden`."""
-        values = self._values(hidden)
-        returns = lambda_returns(self._advantages_of(values, evidence), values.detach(), evidence.valid)
-        count = evidence.valid.sum()
-        return value_loss(values, returns, evidence.valid), count
+    def end_step(self, plan: StepPlan, seen: Sequence[Tensor]) -> dict[str, float]:
+        """Update the running moments."""
+        for sums in seen:
+            self._moments.update(*sums.tolist())
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Running moments of the advantage."""
@@ -212,42 +249,49 @@ class Critic(Scorer):
         self._moments.load_state_dict(state["moments"])
 
 
-class GradientNorm(Scorer):
-    """Norm of each target's gradient of the unembedding, over its running mean.
+def value_error(
+    value_head: ValueHead, hidden: Tensor, evidence: Evidence, config: ReturnConfig
+) -> tuple[Tensor, Tensor]:
+    """Squared error of the values against lambda-returns, summed over the valid targets, and the number of targets.
 
-    The running mean is that of the steps before: in the first step all targets count the same.
+    The gradient reaches `hidden`.
+    """
+    values: Tensor = value_head(hidden)
+    returns = lambda_returns(_advantages_of(values, evidence, config), values.detach(), evidence.valid)
+    return value_loss(values, returns, evidence.valid), evidence.valid.sum()
+
+
+def _advantages_of(values: Tensor, evidence: Evidence, config: ReturnConfig) -> Tensor:
+    rewards = evidence.batch.get("rewards")
+    rewards = torch.ones_like(values) if rewards is None else rewards.to(values.dtype)
+    return advantages(values.detach(), rewards, evidence.valid, evidence.positions, config.gamma, config.gae_lambda)
+
+
+class _GradientScores(Scorer):
+    """A score of each target's own gradient, over its running mean.
+
+    The running mean is that of the steps before; in the first step all targets count the same.
     """
 
-    def __init__(self, config: GradientConfig) -> None:
+    def __init__(self, config: GradientConfig, raw: Callable[[Evidence], Tensor]) -> None:
         super().__init__(self._relative)
         self.config = config
+        self._raw = raw
         self._moments = RunningMoments(config.momentum)
-        self._seen: list[Tensor] = []
-
-    def begin_step(self, model: "MullForCausalLM") -> None:
-        """Forget what calls outside a step have shown."""
-        self._seen = []
-
-    def _raw(self, evidence: Evidence) -> Tensor:
-        statistics = evidence.statistics
-        return gradient_norm(statistics.loss, statistics.sum_of_squares, evidence.hidden_norm)
 
     def _relative(self, evidence: Evidence) -> Scored:
         raw = self._raw(evidence)
-        if evidence.model.training:
-            among = raw[evidence.valid].double()
-            self._seen.append(torch.stack([among.sum(), among.square().sum(), evidence.valid.sum().double()]))
+        among = raw[evidence.valid].double()
+        seen = torch.stack([among.sum(), among.square().sum(), evidence.valid.sum().double()])
         if not self._moments.ready:
-            return Scored(torch.ones_like(raw))
+            return Scored(scores=torch.ones_like(raw), seen=seen)
         relative = raw / max(self._moments.mean, torch.finfo(raw.dtype).tiny)
-        return Scored(relative.clamp(max=self.config.max_weight), relative > self.config.max_weight)
+        limit = self.config.max_weight
+        return Scored(scores=relative.clamp(max=limit), clipped=relative > limit, seen=seen)
 
-    def end_step(self) -> dict[str, float]:
-        """Advance the running mean by the step's scores."""
-        if not self._seen:
-            return {}
-        total, squares, count = global_sum(torch.stack(self._seen).sum(0)).tolist()
-        self._seen = []
+    def end_step(self, plan: StepPlan, seen: Sequence[Tensor]) -> dict[str, float]:
+        """Update the running mean by the step's scores."""
+        total, squares, count = global_sum(torch.stack(list(seen)).sum(0)).tolist()
         self._moments.update(total, squares, count)
         return {"gradient_score": self._moments.mean}
 
@@ -260,43 +304,62 @@ class GradientNorm(Scorer):
         self._moments.load_state_dict(state["moments"])
 
 
-class GradientAlignment(GradientNorm):
+class GradientNorm(_GradientScores):
+    """Norm of each target's gradient of the unembedding, over its running mean."""
+
+    def __init__(self, config: GradientConfig) -> None:
+        super().__init__(config, _norm)
+
+
+def _norm(evidence: Evidence) -> Tensor:
+    statistics = evidence.statistics
+    return gradient_norm(statistics.loss, statistics.sum_of_squares, evidence.hidden_norm)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AlignmentPlan(StepPlan):
+    """A step of `GradientAlignment`."""
+
+    direction: Tensor
+    """Held-out gradient of the unembedding ``[V, D]``, averaged over the steps so far."""
+
+
+class GradientAlignment(_GradientScores):
     """How far a step on a target alone would lower the held-out loss, to first order and through the unembedding only.
 
-    The inner product of a target's gradient with that of a held-out batch, the latter averaged over steps; negative ones
+    The inner product of a target's gradient with that of a held-out batch, the latter averaged over steps. Negative products
     count 0. Each step runs one held-out batch forward.
 
     Args:
         config: Limits and momentum.
-        held_out: Number of a batch to the batch, a pure function; all ranks read the same ones.
+        held_out: Pure function from the number of a batch to the batch; all ranks read the same ones.
         vocabulary: V and D, the shape of the unembedding.
     """
 
     def __init__(self, config: GradientConfig, held_out: Callable[[int], Batch], vocabulary: tuple[int, int]) -> None:
-        super().__init__(config)
+        super().__init__(config, _alignment)
         self._held_out = held_out
         self._direction = torch.zeros(vocabulary)
         self._step = 0
 
-    def begin_step(self, model: "MullForCausalLM") -> None:
-        """Bring the held-out gradient up to date, in training."""
-        super().begin_step(model)
-        if not model.training:
-            return
-        gradient = self._gradient(model)
-        newest = 1.0 if self._step == 0 else self.config.momentum
-        self._direction = self._direction.to(gradient).lerp(gradient, newest)
-        self._step += 1
+    def plan_step(
+        self, model: "MullForCausalLM", batches: Sequence[Batch], iterations: int, seeds: Sequence[int]
+    ) -> StepPlan:
+        """Compute the held-out gradient to compare with; in evaluation mode, that of the last training step."""
+        direction = self._direction.to(model.device)
+        if model.training:
+            gradient = self._gradient(model)
+            newest = 1.0 if self._step == 0 else self.config.momentum
+            direction = self._direction.to(gradient).lerp(gradient, newest)
+        elif self._step == 0:
+            direction = self._gradient(model)
+        return AlignmentPlan(batches=batches, iterations=iterations, direction=direction)
 
     def _gradient(self, model: "MullForCausalLM") -> Tensor:
         """Mean gradient of the unembedding on the next held-out batch ``[V, D]``."""
         batch = {name: tensor.to(model.device) for name, tensor in self._held_out(self._step).items()}
         with torch.no_grad():
-            (hidden,) = model.early_decoded(
-                batch["input_ids"],
-                attention_mask=batch.get("attention_mask"),
-                position_ids=batch.get("position_ids"),
-            )
+            hidden = batch_states(model, batch)
             evidence = Evidence(model, batch, hidden)
             rows, targets = hidden[:, :-1][evidence.valid[:, 1:]], batch["labels"][evidence.valid]
             gradient = torch.zeros_like(model.lm_head.weight, dtype=torch.float32)
@@ -304,15 +367,17 @@ class GradientAlignment(GradientNorm):
             cross_entropy_gradients(rows, model.lm_head.weight, targets, share, gradient)
         return gradient
 
-    def evidence(self, model: "MullForCausalLM", batch: Batch, hidden: Tensor) -> Evidence:
+    def evidence(self, model: "MullForCausalLM", batch: Batch, hidden: Tensor, plan: StepPlan) -> Evidence:
         """Add the held-out gradient."""
-        direction = self._direction.to(hidden.device) if self._step else self._gradient(model)
-        return Evidence(model, batch, hidden.detach(), direction=direction)
+        assert isinstance(plan, AlignmentPlan)
+        return Evidence(model, batch, hidden.detach(), direction=plan.direction)
 
-    def _raw(self, evidence: Evidence) -> Tensor:
-        alignment = evidence.statistics.alignment
-        assert alignment is not None
-        return alignment.clamp(min=0)
+    def end_step(self, plan: StepPlan, seen: Sequence[Tensor]) -> dict[str, float]:
+        """Keep the held-out gradient as well."""
+        assert isinstance(plan, AlignmentPlan)
+        self._direction = plan.direction
+        self._step += 1
+        return super().end_step(plan, seen)
 
     def state_dict(self) -> dict[str, Any]:
         """Running mean of the score, the held-out gradient, and the number of the next held-out batch."""
@@ -324,86 +389,37 @@ class GradientAlignment(GradientNorm):
         self._step, self._direction = state["step"], state["direction"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What the algorithms are made of; each row of `SCORERS` takes what it needs."""
-
-    rho1: Rho1Config = field(default_factory=Rho1Config)
-    critic: CriticConfig = field(default_factory=CriticConfig)
-    gradient: GradientConfig = field(default_factory=GradientConfig)
-    reference: "MullForCausalLM | None" = None
-    """For ``rho1-wmtp``: frozen, in evaluation mode, on the model's device, with the model's vocabulary."""
-
-    value_head: ValueHead | None = None
-    """For ``critic-wmtp``: trained beforehand with `mull.training.objectives.critic.ValueTraining`."""
-
-    held_out: Callable[[int], Batch] | None = None
-    """For ``gradient-wmtp`` by alignment: number of a held-out batch to the batch."""
+def _alignment(evidence: Evidence) -> Tensor:
+    alignment = evidence.statistics.alignment
+    assert alignment is not None, "the evidence has a direction"
+    return alignment.clamp(min=0)
 
 
-def _rho1(model: "MullForCausalLM", parts: Parts) -> Scorer:
-    if parts.reference is None:
+def rho1(config: Rho1Config, resources: Resources) -> Scorer:
+    """Build the scorer of ``rho1-wmtp``."""
+    if resources.reference is None:
         raise ValueError("rho1-wmtp compares with a reference model, and none was given.")
-    check_reference(model, parts.reference)
-    kind = Rho1Weighted if parts.rho1.mode == "weighted" else Rho1TokenSkip
-    return kind(parts.rho1, parts.reference)
+    check_reference(resources.model, resources.reference)
+    kind = Rho1Weighted if config.mode == "weighted" else Rho1TokenSkip
+    return kind(config, resources.reference)
 
 
-def _critic(_model: "MullForCausalLM", parts: Parts) -> Scorer:
-    if parts.value_head is None:
+def critic(config: CriticConfig, resources: Resources) -> Scorer:
+    """Build the scorer of ``critic-wmtp``."""
+    if resources.value_head is None:
         raise ValueError(
             "critic-wmtp reads a value head, and none was given: train one first, or let a recipe do both."
         )
-    return Critic(parts.critic, parts.value_head)
+    return Critic(config, resources.value_head)
 
 
-def _gradient(model: "MullForCausalLM", parts: Parts) -> Scorer:
-    if parts.gradient.mode == "norm":
-        return GradientNorm(parts.gradient)
-    if parts.held_out is None:
+def gradient(config: GradientConfig, resources: Resources) -> Scorer:
+    """Build the scorer of ``gradient-wmtp``."""
+    if config.mode == "norm":
+        return GradientNorm(config)
+    if resources.held_out is None:
         raise ValueError(
             "gradient-wmtp with mode alignment compares with the gradient on held-out text, and none was given."
         )
-    return GradientAlignment(parts.gradient, parts.held_out, (model.lm_head.out_features, model.lm_head.in_features))
-
-
-FUNCTIONS: dict[str, Callable[[Evidence], Tensor | Scored]] = {
-    "baseline-mtp": baseline,
-    "dft": dft,
-    "entropy": entropy,
-}
-"""Name of an algorithm to its function, for those that need nothing but the evidence."""
-
-SCORERS: dict[str, Callable[["MullForCausalLM", Parts], Scorer]] = {
-    "critic-wmtp": _critic,
-    "gradient-wmtp": _gradient,
-    "rho1-wmtp": _rho1,
-}
-"""Name of an algorithm to what makes its scorer, for those with settings, a memory or a second model."""
-
-
-def algorithm_names() -> list[str]:
-    """Names of all algorithms, those of other packages included."""
-    return sorted({*FUNCTIONS, *SCORERS, *(point.name for point in entry_points(group=ENTRY_POINTS))})
-
-
-def make_scorer(name: str, model: "MullForCausalLM", parts: Parts | None = None) -> Scorer:
-    """Make the scorer of an algorithm for a model.
-
-    Args:
-        name: A row of `FUNCTIONS` or `SCORERS`, or an entry point of the group ``mull.objectives``, whose value is a function
-            from `Evidence` to scores ``[B, T]``. Names of mull's own come first.
-        model: The model that will be trained.
-        parts: Settings and further models; the defaults serve the algorithms that need none.
-
-    Raises:
-        ValueError: unknown name, or a part that the algorithm needs is missing or does not fit.
-    """
-    if name in FUNCTIONS:
-        return Scorer(FUNCTIONS[name])
-    if name in SCORERS:
-        return SCORERS[name](model, parts or Parts())
-    for point in entry_points(group=ENTRY_POINTS):
-        if point.name == name:
-            return Scorer(point.load())
-    raise ValueError(f"The algorithm {name!r} is not known. Known are {', '.join(algorithm_names())}.")
+    head = resources.model.lm_head
+    return GradientAlignment(config, resources.held_out, (head.out_features, head.in_features))

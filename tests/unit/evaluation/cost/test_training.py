@@ -114,7 +114,7 @@ def test_every_head_counts_itself_and_its_unembedding(kind: Any, share: bool) ->
 
     def run() -> None:
         with torch.no_grad():
-            (hidden,) = real.early_decoded(tokens(), think_iterations=2)
+            hidden = real.hidden_states(tokens(), think_iterations=2)
             real.head_losses(hidden, tokens(), targets, (targets >= 0).float())
 
     # The last positions of a row have no target.
@@ -127,7 +127,7 @@ def test_training_costs_three_forward_passes_and_one_where_no_gradient_flows(bac
     real = model()
 
     def run() -> None:
-        (hidden,) = real.early_decoded(tokens(), think_iterations=3, backprop_iterations=backprop)
+        hidden = real.hidden_states(tokens(), think_iterations=3, backprop_iterations=backprop)
         real.lm_head(hidden).sum().backward()
 
     expected = counted(run)
@@ -182,7 +182,7 @@ def kept(call: Any, parameters: Any) -> int:
 def test_activations_are_what_autograd_keeps(family: str, precision: str) -> None:
     real = model(family)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        expected = kept(lambda: real.early_decoded(tokens(), think_iterations=3), real.parameters())
+        expected = kept(lambda: real.hidden_states(tokens(), think_iterations=3), real.parameters())
     schedule = Schedule(rows=ROWS, length=LENGTH, max_iterations=3, precision=precision, packed=False)
     found = estimate(meta(real), ADAMW, schedule).memory.activations
     # Beinputs, positions and token ids are kept, once.
@@ -192,14 +192,14 @@ def test_activations_are_what_autograd_keeps(family: str, precision: str) -> Non
 def test_activations_of_packed_rows_hold_their_masks() -> None:
     real = model()
     positions = torch.arange(LENGTH).remainder(40).expand(ROWS, LENGTH)
-    expected = kept(lambda: real.early_decoded(tokens(), position_ids=positions, think_iterations=2), real.parameters())
+    expected = kept(lambda: real.hidden_states(tokens(), position_ids=positions, think_iterations=2), real.parameters())
     found = estimate(meta(real), ADAMW, Schedule(rows=ROWS, length=LENGTH, max_iterations=2)).memory.activations
     assert found == pytest.approx(expected, rel=0.02)
 
 
 def test_truncated_backpropagation_keeps_the_last_iterations_only() -> None:
     real = model()
-    expected = kept(lambda: real.early_decoded(tokens(), think_iterations=4, backprop_iterations=2), real.parameters())
+    expected = kept(lambda: real.hidden_states(tokens(), think_iterations=4, backprop_iterations=2), real.parameters())
     schedule = Schedule(rows=ROWS, length=LENGTH, max_iterations=4, backprop_iterations=2, packed=False)
     found = estimate(meta(real), ADAMW, schedule).memory.activations
     assert found == pytest.approx(expected, rel=0.01)
@@ -209,7 +209,7 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_computes_them_once_more() 
     real = model()
     ids = tokens()
     real.activation_checkpointing_enable({"use_reentrant": False})
-    expected = kept(lambda: real.early_decoded(ids, think_iterations=3), real.parameters())
+    expected = kept(lambda: real.hidden_states(ids, think_iterations=3), real.parameters())
     real.activation_checkpointing_disable()
     meta(real)
     schedules = [

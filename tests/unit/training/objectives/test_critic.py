@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny
 from torch import Tensor
-from weighted_steps import DEPTH, data, split
+from weighted_steps import DEPTH, data, make_scorer, split
 
 from mull import MullForCausalLM, wrap_transformer_with_etd
 from mull.layers.value_head import ValueHead
@@ -15,7 +15,7 @@ from mull.training.loop import TrainConfig, train
 from mull.training.objectives.critic import ValueTraining
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.weighted_mtp import WeightedMTP
-from mull.training.objectives.weightings import Critic, CriticConfig, Parts, make_scorer
+from mull.training.objectives.weightings import Critic, CriticConfig
 
 OTHER, RIGHT, WRONG = 3, 4, 5
 TOKENS = 7
@@ -58,7 +58,7 @@ def test_values_follow_the_deciding_token(trained: tuple[MullForCausalLM, ValueH
     model, value_head = trained
     batch = documents(10_000, rows=256)
     with torch.no_grad():
-        values = value_head(model.early_decoded(batch["input_ids"])[0])
+        values = value_head(model.hidden_states(batch["input_ids"]))
     right = batch["rewards"] == 1
     decided = (batch["input_ids"] != OTHER).cumsum(1) > 0
     assert float(values[~decided].mean()) == pytest.approx(0.5, abs=0.1)
@@ -73,10 +73,11 @@ def test_the_deciding_token_has_the_largest_or_smallest_weight(
     """Of its document, in nearly all of them. What follows it has none of its credit; what precedes it has λ per token."""
     model, value_head = trained
     config = CriticConfig(gae_lambda=gae_lambda, max_weight=100, min_weight=0)
-    scorer = make_scorer("critic-wmtp", model, Parts(value_head=value_head, critic=config))
+    scorer = make_scorer("critic-wmtp", model, config, value_head=value_head)
     batch = documents(10_001, rows=256)
     with torch.no_grad():
-        evidence = scorer.evidence(model, batch, model.early_decoded(batch["input_ids"])[0])
+        plan = scorer.plan_step(model, [batch], 1, [0])
+        evidence = scorer.evidence(model, batch, model.hidden_states(batch["input_ids"]), plan)
         weights = scorer.settle(scorer(evidence).scores, evidence.valid, training=True).scores
     credit = weights.log() * torch.where(batch["rewards"] == 1, 1.0, -1.0)
     place = (batch["input_ids"] != OTHER).int().argmax(1)
@@ -113,14 +114,14 @@ def test_stage_1_asks_for_outcomes_and_targets() -> None:
     batch = documents(0, rows=2)
     with pytest.raises(ValueError, match="no rewards"):
         objective(model, {name: tensor for name, tensor in batch.items() if name != "rewards"})
-    with pytest.raises(ValueError, match="No label of this batch is a target"):
+    with pytest.raises(ValueError, match="No label of this batch of shape .* is a target"):
         objective(model, {**batch, "labels": torch.full_like(batch["labels"], -100)})
 
 
 def test_stage_2_trains_the_value_head_along_and_remembers_the_spread_of_advantages() -> None:
     model = new_model()
     value_head = ValueHead(32)
-    scorer = make_scorer("critic-wmtp", model, Parts(value_head=value_head))
+    scorer = make_scorer("critic-wmtp", model, value_head=value_head)
     assert isinstance(scorer, Critic)
     objective = WeightedMTP(scorer, IterationSampling(maximum=1))
     assert objective.companion is value_head
@@ -134,10 +135,11 @@ def test_documents_without_outcomes_count_as_right() -> None:
     """As in training on solutions that are all correct."""
     model, value_head = new_model(), ValueHead(32)
     torch.nn.init.normal_(value_head.out.weight)
-    scorer = make_scorer("critic-wmtp", model, Parts(value_head=value_head))
+    scorer = make_scorer("critic-wmtp", model, value_head=value_head)
     batch = documents(0, rows=4)
-    hidden = model.early_decoded(batch["input_ids"])[0]
+    hidden = model.hidden_states(batch["input_ids"])
     unknown = {name: tensor for name, tensor in batch.items() if name != "rewards"}
     right = {**unknown, "rewards": torch.ones(4, TOKENS)}
-    scores = [scorer(scorer.evidence(model, one, hidden)).scores for one in (unknown, right)]
+    plan = scorer.plan_step(model, [unknown, right], 1, [0, 1])
+    scores = [scorer(scorer.evidence(model, one, hidden, plan)).scores for one in plan.batches]
     assert torch.equal(*scores)

@@ -23,8 +23,8 @@ from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.distributed import DistributedConfig, full_state_dict, rank, whole
 from mull.training.loop import TrainConfig, train
 from mull.training.objectives import grpo
-from mull.training.objectives.base import Batch
-from mull.training.objectives.grpo import GroupRelative, GRPOConfig
+from mull.training.objectives.base import Batch, StepPlan
+from mull.training.objectives.grpo import GroupRelative, GRPOConfig, RolloutPlan
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.weighted_mtp import HeadTraining, WeightedMTP
 from mull.training.step import accumulate, make_stage, normalise, total_weight
@@ -79,14 +79,17 @@ def make_objective(
     return WeightedMTP(GroupRelative(config, reward, ENDS, PAD, reference), iterations, **own)
 
 
-def step_gradient(model: MullForCausalLM, objective: WeightedMTP, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """Gradient of a training step as the loop takes it."""
+def step(
+    model: MullForCausalLM, objective: WeightedMTP, batches: Sequence[Batch]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Gradient and metrics of a training step as the loop takes it."""
     stage = make_stage(model, objective, DistributedConfig()).train()
     stage.zero_grad()
-    parts = accumulate(stage, dict(enumerate(batches)), "fp32")
+    parts, plan, seen = accumulate(stage, dict(enumerate(batches)), "fp32")
     assert total_weight(parts) == pytest.approx(1, rel=1e-6), "signed weights are not normalised"
     normalise(list(model.parameters()), parts, None)
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return gradient, objective.end_step(plan, seen)
 
 
 def until_end(completion: Tensor) -> list[int]:
@@ -131,7 +134,7 @@ def reinforce(
     divergences = []
     for (prompt, answer, _), advantage in zip(samples, advantages, strict=True):
         ids = torch.tensor([prompt + answer])
-        (hidden,) = model.early_decoded(ids, think_iterations=2)
+        hidden = model.hidden_states(ids, think_iterations=2)
         log_p = (model.lm_head(hidden[0]) / config.temperature).log_softmax(-1)
         worth = {}
         for place in range(len(prompt), ids.shape[1]):
@@ -183,8 +186,7 @@ def test_a_step_has_the_gradient_of_reinforce(case: str) -> None:
     model, reward = make_model(family, heads), Graded()
     reference = make_model(family, seed=5).eval() if "kl_coef" in options else None
     objective = make_objective(reward, reference, **options)
-    actual = step_gradient(model, objective, [prompts()])
-    metrics = objective.end_step()
+    actual, metrics = step(model, objective, [prompts()])
     expected, kl = reinforce(model, reward, objective.settings, reference)
     samples = answers_of(reward)
     for first in range(0, len(samples), GROUP):
@@ -201,18 +203,16 @@ def test_a_step_has_the_gradient_of_reinforce(case: str) -> None:
 def test_the_penalty_of_the_reference_itself_is_nothing() -> None:
     model, reward = make_model(), Graded()
     penalised = make_objective(reward, make_model().eval(), kl_coef=10.0)
-    assert_same_gradient(
-        step_gradient(model, penalised, [prompts()]),
-        step_gradient(model, make_objective(Graded()), [prompts()]),
-    )
-    assert penalised.end_step()["kl"] == pytest.approx(0, abs=1e-12)
+    gradient, metrics = step(model, penalised, [prompts()])
+    assert_same_gradient(gradient, step(model, make_objective(Graded()), [prompts()])[0])
+    assert metrics["kl"] == pytest.approx(0, abs=1e-12)
 
 
 class Given(GroupRelative):
     """Answers of an earlier rollout."""
 
-    def rollout(self, _model: Any, batches: Sequence[Batch], _iterations: int, _seeds: Any) -> Sequence[Batch]:
-        return batches
+    def plan_step(self, _model: Any, batches: Sequence[Batch], iterations: int, _seeds: Any) -> StepPlan:
+        return RolloutPlan(batches=batches, iterations=iterations, counts=torch.ones(6))
 
 
 @pytest.mark.parametrize("heads", [0, 2])
@@ -220,8 +220,7 @@ def test_the_gradient_does_not_depend_on_how_answers_fall_into_micro_batches(hea
     model = make_model(heads=heads)
     reward = Graded(lambda completions: (completions[:, 0] % 2 == 0).float() * (completions[:, 0] > 40))
     objective = make_objective(reward)
-    (everything,) = objective.prepare(model, [prompts(4)])
-    objective.end_step()
+    (everything,) = objective.plan_step(model, [prompts(4)]).batches
     assert (everything["advantages"].view(4, GROUP) == 0).all(1).any(), "a group teaches nothing"
     assert everything["advantages"].any()
 
@@ -230,7 +229,7 @@ def test_the_gradient_does_not_depend_on_how_answers_fall_into_micro_batches(hea
             {name: entry[rows] for name, entry in everything.items()} for rows in torch.arange(4 * GROUP).chunk(parts)
         ]
         given = Given(objective.settings, reward, ENDS, PAD)
-        return step_gradient(model, WeightedMTP(given, TWICE), batches)
+        return step(model, WeightedMTP(given, TWICE), batches)[0]
 
     whole_step = gradient(1)
     assert_same_gradient(gradient(2), whole_step)
@@ -257,7 +256,7 @@ def test_equal_rewards_teach_nothing_and_do_not_stop_the_training(heads: int, va
 
 def test_what_follows_the_end_is_no_target_and_is_not_seen() -> None:
     model, reward = make_model(), Graded()
-    (batch,) = make_objective(reward).prepare(model, [prompts()])
+    (batch,) = make_objective(reward).plan_step(model, [prompts()]).batches
     width = prompts()["input_ids"].shape[1]
     assert batch["input_ids"][:, width:].equal(reward.completions[0])
     assert (batch["labels"][:, :width] == -100).all()
@@ -311,9 +310,8 @@ def test_samples_are_drawn_at_the_iterations_that_the_step_trains(monkeypatch: p
     model = make_model()
     objective = make_objective(Graded(), iterations=IterationSampling(kind="uniform", maximum=4))
     for _ in range(8):
-        (batch,) = objective.prepare(model, [prompts()])
-        assert objective(model, batch).metrics["iterations"] == drawn[-1]
-        objective.end_step()
+        plan = objective.plan_step(model, [prompts()])
+        assert objective.loss(model, plan, 0).metrics["iterations"] == drawn[-1]
     assert len(set(drawn)) > 1
 
 
@@ -326,19 +324,20 @@ def test_dropout_rests_while_sampling_and_the_mode_returns_even_after_an_error()
         raise KeyError("a grader fails")
 
     with pytest.raises(KeyError):
-        make_objective(reward).prepare(model, [prompts()])
+        make_objective(reward).plan_step(model, [prompts()])
     assert modes == [False]
     assert model.training
     model.eval()
-    make_objective(Graded()).prepare(model, [prompts()])
+    make_objective(Graded()).plan_step(model, [prompts()])
     assert not model.training
 
 
 def sampled(objective: WeightedMTP, reward: Graded, model: MullForCausalLM) -> list[Tensor]:
     """Answers of one step of two equal micro-batches."""
     reward.completions.clear()
-    objective.prepare(model, [prompts(), prompts()])
-    objective.end_step()
+    with torch.no_grad():
+        plan = objective.plan_step(model, [prompts(), prompts()])
+        objective.end_step(plan, [objective.loss(model, plan, index).seen for index in range(2)])
     return list(reward.completions)
 
 
@@ -386,10 +385,12 @@ def test_two_ranks_sample_and_train_as_one(tmp_path: Path) -> None:
 def test_heads_behind_the_main_one_are_never_pushed_away_from_a_token() -> None:
     model, reward = make_model(heads=2), Graded()
     objective = make_objective(reward, heads=HeadTraining(weights="uniform"))
-    (batch,) = objective.prepare(model, [prompts()])
+    plan = objective.plan_step(model, [prompts()])
+    (batch,) = plan.batches
     with torch.no_grad():
-        evidence = objective._scorer.evidence(model, batch, model.early_decoded(batch["input_ids"])[-1])
-        weights, _ = objective._weights(model, batch, evidence)
+        hidden = model.hidden_states(batch["input_ids"])
+        evidence = objective._scorer.evidence(model, batch, hidden, plan.scoring)
+        weights = objective._weigh(plan, evidence, training=True).weights
     assert (weights[..., 0] < 0).any()
     assert (weights[..., 1:] >= 0).all()
     assert (weights[..., 1:] > 0).any()
@@ -398,16 +399,13 @@ def test_heads_behind_the_main_one_are_never_pushed_away_from_a_token() -> None:
 def test_the_shuffled_control_keeps_the_weights_and_the_random_one_is_refused() -> None:
     model, reward = make_model(heads=1), Graded()
     treated, shuffled = make_objective(reward), make_objective(reward, control="shuffled")
-    records = []
-    for objective in (treated, shuffled):
-        step_gradient(model, objective, [prompts(), prompts(seed=1)])
-        records.append(objective.end_step())
+    records = [step(model, objective, [prompts(), prompts(seed=1)])[1] for objective in (treated, shuffled)]
     same = [name for name in records[0] if name.startswith("weights/")]
     assert len(same) > 10
     for name in same:
         assert records[1][name] == pytest.approx(records[0][name], rel=1e-6), name
     with pytest.raises(ValueError, match="shuffled control"):
-        make_objective(reward, control="random").prepare(model, [prompts(), prompts()])
+        make_objective(reward, control="random").plan_step(model, [prompts(), prompts()])
 
 
 def test_the_arithmetic_reward_grades_exact_answers() -> None:
@@ -415,10 +413,11 @@ def test_the_arithmetic_reward_grades_exact_answers() -> None:
     batch = task.prompts(0, 6)
     wrong = batch["answers"].clone()
     wrong[1, 0] = (wrong[1, 0] + 1) % 10
-    assert REWARDS["arithmetic"](batch["answers"], batch).tolist() == [1.0] * 6
-    assert REWARDS["arithmetic"](wrong, batch).tolist() == [1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    reward = REWARDS["arithmetic"](task)
+    assert reward(batch["answers"], batch).tolist() == [1.0] * 6
+    assert reward(wrong, batch).tolist() == [1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
     with pytest.raises(ValueError, match="prompts of an arithmetic task"):
-        REWARDS["arithmetic"](wrong, prompts())
+        reward(wrong, prompts())
 
 
 def test_what_cannot_work_is_refused_in_one_sentence() -> None:
@@ -428,11 +427,11 @@ def test_what_cannot_work_is_refused_in_one_sentence() -> None:
     with pytest.raises(ValueError, match="end_ids is empty"):
         GroupRelative(GRPOConfig(), reward, (), PAD)
     with pytest.raises(ValueError, match="pad prompts on the left"):
-        make_objective(reward).prepare(model, [{n: t.flip(1) for n, t in prompts().items()}])
+        make_objective(reward).plan_step(model, [{n: t.flip(1) for n, t in prompts().items()}])
     with pytest.raises(ValueError, match=r"rows of 1005, but the model has 256 positions"):
-        make_objective(reward, max_new_tokens=1000).prepare(model, [prompts()])
+        make_objective(reward, max_new_tokens=1000).plan_step(model, [prompts()])
     for grade in (lambda c: torch.ones(len(c), 1), lambda c: torch.full((len(c),), math.nan), lambda _: torch.ones(1)):
         with pytest.raises(ValueError, match="one finite number for each"):
-            make_objective(Graded(grade)).prepare(model, [prompts()])
+            make_objective(Graded(grade)).plan_step(model, [prompts()])
     with pytest.raises(ValueError, match="greater than or equal to 2"):
         GRPOConfig(group_size=1)

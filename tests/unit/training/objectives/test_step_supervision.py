@@ -38,9 +38,10 @@ def mastered() -> StepSupervision:
 
 def step(objective: StepSupervision, model: MullForCausalLM, *batches: dict[str, Tensor]) -> tuple[list[int], float]:
     """One optimizer step: iterations of each micro-batch, and the first-step accuracy of all together."""
-    prepared = objective.prepare(model, batches)
-    iterations = [int(objective(model, part).metrics["iterations"]) for part in prepared]
-    return iterations, objective.end_step()["first_step_accuracy"]
+    plan = objective.plan_step(model, batches)
+    outputs = [objective.loss(model, plan, index) for index in range(len(batches))]
+    iterations = [int(output.metrics["iterations"]) for output in outputs]
+    return iterations, objective.end_step(plan, [output.seen for output in outputs])["first_step_accuracy"]
 
 
 def test_every_iteration_meets_the_label_of_its_own_step(model: MullForCausalLM, ids: Ids) -> None:

@@ -12,22 +12,18 @@ from conftest import EXACT, VOCAB, tiny
 from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
-from weighted_steps import DEPTH, Exact, data, model_of, objective_of, parts_of, run_step, split
+from weighted_steps import DEPTH, Exact, data, make_scorer, model_of, objective_of, resources_of, run_step, split
 
 from mull import MullForCausalLM, wrap_transformer_with_etd
 from mull.training.loop import TrainConfig, train
-from mull.training.objectives import weightings as algorithms
-from mull.training.objectives.evidence import Evidence
+from mull.training.objectives import table
+from mull.training.objectives.base import StepPlan
+from mull.training.objectives.evidence import Evidence, Scorer
 from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.resources import Resources, Settings
+from mull.training.objectives.table import make_objective, objective_names
 from mull.training.objectives.weighted_mtp import WeightedMTP
-from mull.training.objectives.weightings import (
-    CriticConfig,
-    GradientConfig,
-    Parts,
-    Rho1Config,
-    algorithm_names,
-    make_scorer,
-)
+from mull.training.objectives.weightings import CriticConfig, GradientConfig, Rho1Config
 
 
 @pytest.fixture
@@ -36,15 +32,20 @@ def model(exact: Exact) -> MullForCausalLM:
 
 
 def hidden_of(model: MullForCausalLM, batch: dict[str, Tensor]) -> Tensor:
-    return model.early_decoded(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2)[0]
+    return model.hidden_states(batch["input_ids"], position_ids=batch["position_ids"], think_iterations=2)
 
 
-def seen(name: str, model: MullForCausalLM, parts: Parts | None = None) -> tuple[Tensor, Evidence]:
+def seen(name: str, model: MullForCausalLM) -> tuple[Tensor, Evidence]:
     """Scores of the valid targets, and the evidence."""
-    scorer = make_scorer(name, model, parts)
-    scorer.begin_step(model)
-    evidence = scorer.evidence(model, data(), hidden_of(model, data()))
+    scorer = make_scorer(name, model)
+    _, evidence = planned(scorer, model)
     return scorer(evidence).scores[evidence.valid], evidence
+
+
+def planned(scorer: Scorer, model: MullForCausalLM) -> tuple[StepPlan, Evidence]:
+    """A step of one micro-batch, and its evidence."""
+    plan = scorer.plan_step(model, [data()], 2, [0])
+    return plan, scorer.evidence(model, data(), hidden_of(model, data()), plan)
 
 
 def rows_of(evidence: Evidence) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,12 +81,12 @@ def test_entropy_is_that_of_the_prediction_over_its_largest_value(model: MullFor
 
 def test_the_gradient_score_is_the_norm_of_the_targets_own_gradient(model: MullForCausalLM) -> None:
     """Relative to the mean of the step before, which is the same step here."""
-    scorer = make_scorer("gradient-wmtp", model, Parts(gradient=GradientConfig(max_weight=1e9)))
-    evidence = scorer.evidence(model, data(), hidden_of(model, data()))
-    first = scorer(evidence).scores
-    assert torch.equal(first, torch.ones_like(first)), "there is no mean before the first step"
+    scorer = make_scorer("gradient-wmtp", model, GradientConfig(max_weight=1e9))
+    plan, evidence = planned(scorer, model)
+    first = scorer(evidence)
+    assert torch.equal(first.scores, torch.ones_like(first.scores)), "there is no mean before the first step"
     norms = torch.stack([gradient.norm() for gradient in own_gradients(evidence)])
-    assert scorer.end_step() == {"gradient_score": pytest.approx(float(norms.mean()), rel=EXACT)}
+    assert scorer.end_step(plan, [first.seen]) == {"gradient_score": pytest.approx(float(norms.mean()), rel=EXACT)}
     torch.testing.assert_close(scorer(evidence).scores[evidence.valid], norms / norms.mean(), atol=EXACT, rtol=0)
 
 
@@ -93,8 +94,7 @@ def test_alignment_is_what_a_step_on_the_target_would_gain_on_held_out_text(mode
     """The inner product of the two gradients of the unembedding; where it is negative, the target counts 0."""
     held_out = {name: tensor[:5] for name, tensor in data(seed=3).items()}
     config = GradientConfig(mode="alignment", max_weight=1e9)
-    scorer = make_scorer("gradient-wmtp", model, Parts(gradient=config, held_out=lambda _: held_out))
-    scorer.begin_step(model)
+    scorer = make_scorer("gradient-wmtp", model, config, held_out=lambda _: held_out)
     weight = model.lm_head.weight.detach().clone().requires_grad_()
     # The held-out loss is that of the model as it is called by default.
     states = model(
@@ -104,11 +104,10 @@ def test_alignment_is_what_a_step_on_the_target_would_gain_on_held_out_text(mode
     loss = F.cross_entropy(states.hidden_states[-1][:, :-1][valid] @ weight.T, held_out["labels"][:, 1:][valid])
     (direction,) = torch.autograd.grad(loss, weight)
 
-    evidence = scorer.evidence(model, data(), hidden_of(model, data()))
+    plan, evidence = planned(scorer, model)
     inner = torch.stack([(gradient * direction).sum() for gradient in own_gradients(evidence)])
     assert (inner < 0).any()
-    scorer(evidence)
-    scorer.end_step()
+    scorer.end_step(plan, [scorer(evidence).seen])
     expected = inner.clamp(min=0) / inner.clamp(min=0).mean()
     torch.testing.assert_close(scorer(evidence).scores[evidence.valid], expected, atol=1e-5, rtol=0)
 
@@ -123,10 +122,11 @@ def test_the_held_out_gradient_is_averaged_over_steps(model: MullForCausalLM) ->
 
     def directions(momentum: float) -> list[Tensor]:
         config = GradientConfig(mode="alignment", momentum=momentum)
-        scorer = make_scorer("gradient-wmtp", model, Parts(gradient=config, held_out=held_out))
+        scorer = make_scorer("gradient-wmtp", model, config, held_out=held_out)
         found = []
         for _ in range(2):
-            scorer.begin_step(model)
+            plan, evidence = planned(scorer, model)
+            scorer.end_step(plan, [scorer(evidence).seen])
             found.append(scorer.state_dict()["direction"])
         return found
 
@@ -137,8 +137,8 @@ def test_the_held_out_gradient_is_averaged_over_steps(model: MullForCausalLM) ->
 
 
 def test_gradient_scores_are_limited_and_the_limit_is_reported(model: MullForCausalLM) -> None:
-    parts = Parts(gradient=GradientConfig(max_weight=1.0))
-    objective = WeightedMTP(make_scorer("gradient-wmtp", model, parts), IterationSampling(maximum=2))
+    scorer = make_scorer("gradient-wmtp", model, GradientConfig(max_weight=1.0))
+    objective = WeightedMTP(scorer, IterationSampling(maximum=2))
     run_step(model, objective, [data()])
     step = run_step(model, objective, [data()])
     count = int((step.targets[0] >= 0).sum())
@@ -167,10 +167,10 @@ def gradient_at(law: Callable[[Tensor], Tensor], algorithm: str, **rho1: float) 
     batch = {"input_ids": input_ids, "labels": input_ids}
     with torch.no_grad():
         prior = reference(input_ids[:1]).logits[0, 0].softmax(-1)
-        state = model.early_decoded(input_ids[:1])[0][0, 0]
+        state = model.hidden_states(input_ids[:1])[0, 0]
         model.lm_head.weight.copy_(law(prior).log()[:, None] * state / state.square().sum())
-    parts = Parts(reference=reference, rho1=Rho1Config(mode="weighted", **rho1))
-    objective = WeightedMTP(make_scorer(algorithm, model, parts), IterationSampling(maximum=1))
+    settings = Rho1Config(mode="weighted", **rho1) if algorithm == "rho1-wmtp" else None
+    objective = WeightedMTP(make_scorer(algorithm, model, settings, reference=reference), IterationSampling(maximum=1))
     run_step(model, objective, [batch])
     gradient = run_step(model, objective, [batch]).gradients["lm_head.weight"]
     return gradient @ state / state.square().sum()
@@ -225,14 +225,15 @@ def third_party(monkeypatch: pytest.MonkeyPatch) -> None:
         return 1.0 + evidence.positions
 
     points = [Point("later", later_counts_more), Point("dft", later_counts_more)]
-    monkeypatch.setattr(algorithms, "entry_points", lambda group: points if group == "mull.objectives" else [])
+    monkeypatch.setattr(table, "entry_points", lambda group: points if group == "mull.objectives" else [])
 
 
 @pytest.mark.usefixtures("third_party")
 def test_an_algorithm_of_another_package_trains() -> None:
     model = model_of(tiny("qwen3", **DEPTH))
     before = model.lm_head.weight.detach().clone()
-    objective = WeightedMTP(make_scorer("later", model), IterationSampling(maximum=2))
+    objective = make_objective("later", Resources(model=model, iterations=IterationSampling(maximum=2)))
+    assert isinstance(objective, WeightedMTP)
     assert objective.algorithm == "later_counts_more"
     step = run_step(model, objective, split(data(), 2))
     assert float(step.effective((1.0, 0.2, 0.1))[0][0, 14, 0]) > float(step.effective((1.0, 0.2, 0.1))[0][0, 4, 0])
@@ -246,37 +247,36 @@ def test_an_algorithm_of_another_package_trains() -> None:
 def test_names_of_mull_itself_come_first() -> None:
     model = model_of(tiny("qwen3", **DEPTH))
     assert make_scorer("dft", model).name == "dft"
-    assert "later" in algorithm_names()
+    assert "later" in objective_names()
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
     model = model_of(tiny("qwen3", **DEPTH))
     with pytest.raises(ValueError, match=r"'rho2' is not known\. Known are baseline-mtp, .*critic-wmtp.*rho1-wmtp"):
-        make_scorer("rho2", model)
+        make_objective("rho2", Resources(model=model))
 
 
 @pytest.mark.parametrize(
-    ("name", "parts", "missing"),
+    ("name", "settings", "missing"),
     [
-        ("rho1-wmtp", Parts(), "reference model"),
-        ("critic-wmtp", Parts(), "value head"),
-        ("gradient-wmtp", Parts(gradient=GradientConfig(mode="alignment")), "held-out"),
+        ("rho1-wmtp", None, "reference model"),
+        ("critic-wmtp", None, "value head"),
+        ("value-head", None, "value head"),
+        ("gradient-wmtp", GradientConfig(mode="alignment"), "held-out"),
+        ("grpo-wmtp", None, "reward"),
     ],
 )
-def test_a_missing_part_is_named(name: str, parts: Parts, missing: str) -> None:
+def test_a_missing_resource_is_named(name: str, settings: Settings | None, missing: str) -> None:
     model = model_of(tiny("qwen3", **DEPTH))
     with pytest.raises(ValueError, match=rf"^{name}.*{missing}"):
-        make_scorer(name, model, parts)
-    if name != "gradient-wmtp":
-        with pytest.raises(ValueError, match=missing):
-            make_scorer(name, model)
+        make_objective(name, Resources(model=model), settings)
 
 
 def test_a_reference_with_another_vocabulary_is_refused() -> None:
     model = model_of(tiny("qwen3", **DEPTH))
     reference = wrap_transformer_with_etd(tiny("qwen3", vocab_size=VOCAB + 1, **DEPTH), None)
     with pytest.raises(ValueError, match=rf"vocabulary of {VOCAB + 1} tokens, the model one of {VOCAB}"):
-        make_scorer("rho1-wmtp", model, Parts(reference=reference))
+        make_scorer("rho1-wmtp", model, reference=reference)
 
 
 def test_a_step_without_targets_is_refused() -> None:
@@ -306,10 +306,10 @@ def test_settings_out_of_range_or_unknown_are_refused(config: type, field: str, 
 
 def test_the_reference_is_only_read() -> None:
     base = tiny("qwen3", **DEPTH)
-    model, parts = model_of(base), parts_of(base, "rho1-weighted")
-    assert parts.reference is not None
-    before = {name: tensor.clone() for name, tensor in parts.reference.state_dict().items()}
-    objective = WeightedMTP(make_scorer("rho1-wmtp", model, parts), IterationSampling(maximum=1))
+    model, reference = model_of(base), resources_of(base)["reference"]
+    before = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    settings = Rho1Config(mode="weighted")
+    objective = make_objective("rho1-wmtp", Resources(model=model, reference=reference), settings)
     train(model, objective, lambda _: data(), TrainConfig(steps=2, precision="fp32"))
-    assert all(torch.equal(before[name], tensor) for name, tensor in parts.reference.state_dict().items())
-    assert all(parameter.grad is None for parameter in parts.reference.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in reference.state_dict().items())
+    assert all(parameter.grad is None for parameter in reference.parameters())
