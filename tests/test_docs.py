@@ -69,7 +69,7 @@ def qwen3(_: pytest.MonkeyPatch) -> Names:
 
 def split(_: pytest.MonkeyPatch) -> Names:
     save_checkpoint("Qwen/Qwen3-0.6B")
-    save_texts("my-texts", 4_000)
+    save_texts("my-texts", 3_000)
     return {}
 
 
