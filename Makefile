@@ -23,14 +23,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
 .PHONY: help setup check test test-all demo docs bench clean
 
 help:
-	@echo "make setup     environment for development in $(VENV)"
-	@echo "make check     ruff, formatting, types"
-	@echo "make test      every test that takes seconds"
-	@echo "make test-all  every test"
-	@echo "make demo      the demo on this machine's CPU; report in out/demo"
-	@echo "make docs      the documentation, in site/"
-	@echo "make bench     decoding overhead of the path loop; multi-token loss; self-speculative decoding (hours)"
-	@echo "make clean     remove caches and built files; $(VENV) and out/ stay"
+	@echo "make setup     create the development environment in $(VENV)"
+	@echo "make check     run ruff, the formatter and mypy"
+	@echo "make test      run the tests that take seconds"
+	@echo "make test-all  run all tests"
+	@echo "make demo      run the demo on the CPU; writes out/demo/report.html"
+	@echo "make docs      build the documentation into site/"
+	@echo "make bench     measure decoding overhead, multi-token loss and speculative decoding (hours)"
+	@echo "make clean     remove caches and built files; keeps $(VENV) and out/"
 
 # torch comes first and alone, so that a CPU-only wheel that lies on the index is not replaced by a later resolution.
 $(VENV)/core.stamp: pyproject.toml constraints.txt

@@ -1,8 +1,8 @@
 """Paths: which decoder layers a forward pass visits, in which order, and how often.
 
 A path is an ordered tuple of visits ``(layer, occurrence)``. Recursion, skipping, repeating, a route found by search and a
-fixed-depth export only *produce* paths; one loop in `mull.model.causal_lm` executes them. The pair is the identity of a visit for
-everything that is remembered between calls (keys and values, recurrent state, convolution state): see `mull.model.growing_cache`.
+fixed-depth export only *produce* paths; `mull.model.executor.run` executes them. The pair is the identity of a visit for
+everything that is remembered between calls (keys and values, recurrent state, convolution state): see `mull.model.memory`.
 """
 
 from collections import Counter
@@ -21,6 +21,7 @@ class Visit(NamedTuple):
 
 
 Path = tuple[Visit, ...]
+"""Visits in the order in which they run."""
 
 
 def from_layers(layers: Sequence[int]) -> Path:
