@@ -1,7 +1,7 @@
 """Processes that write and read checkpoints, for tests: ``python checkpoint_worker.py <task> <rank> <ranks> <store> <url>``.
 
-The state is a small model under FSDP2 with AdamW and Muon, every tensor filled with numbers that follow from its name. Its
-sizes divide by no number of ranks, and one parameter has fewer rows than there are ranks.
+The state is a small model under FSDP2 with AdamW and Muon, every tensor filled with numbers that follow from its name. No
+number of ranks divides its sizes, and one parameter has fewer rows than there are ranks.
 """
 
 import sys
@@ -51,7 +51,7 @@ def build(sharded: bool) -> dict[str, Tensor]:
 
 
 def content(name: str, like: Tensor) -> Tensor:
-    """What a tensor of this name holds, whole."""
+    """The whole tensor of this name."""
     numbers = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return torch.randint(-(10**6), 10**6, like.shape, generator=numbers).to(like.dtype)
 
@@ -64,7 +64,7 @@ def fill(tensors: dict[str, Tensor]) -> None:
 
 
 def wrong(tensors: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold something else than they should."""
+    """Names of the tensors with another content than they should have."""
     return [
         name
         for name, tensor in tensors.items()
@@ -73,20 +73,22 @@ def wrong(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def save(rank: int, ranks: int, url: str) -> None:
-    """Write while the training communicates, with a writer that is slow on rank 0."""
+    """Write while the training communicates, slowly on rank 0."""
     tensors = build(ranks > 1)
-    fill(tensors)
     expected = rng_tensors(rank)
     writer = CheckpointWriter(url, keep_last=2, asynchronous=True)
-    real = module._SavePlanner.write
+    real = module._Writer.write_data
 
-    def slow(self: module._SavePlanner, folder: str) -> object:
+    def slow(self: module._Writer, *arguments: object) -> object:
         time.sleep(0.5 if rank == 0 else 0)
-        return real(self, folder)
+        return real(self, *arguments)
 
-    module._SavePlanner.write = slow
+    module._Writer.write_data = slow
     for step in (1, 2):
+        fill(tensors)
         writer.save(step, tensors | expected, {"step": step, "ranks": ranks}, CONFIGURATION)
+        for tensor in tensors.values():
+            tensor.zero_()  # what is written is a copy
         for number in range(50):
             writer.poll()
             if ranks > 1:
@@ -111,7 +113,7 @@ def load(rank: int, ranks: int, url: str) -> None:
 
 
 def fail(rank: int, ranks: int, url: str) -> None:
-    """The last rank's disk is full: every rank hears of it, in the same step, and the previous checkpoint stays."""
+    """The last rank's disk is full: every rank raises, in the same step, and the previous checkpoint stays."""
     tensors = build(ranks > 1)
     fill(tensors)
     writer = CheckpointWriter(url, keep_last=1, asynchronous=True)
@@ -124,7 +126,7 @@ def fail(rank: int, ranks: int, url: str) -> None:
             time.sleep(0.3)
             raise OSError(28, "No space left on device")
 
-        module._SavePlanner.write = full
+        module._Writer.write_data = full
     writer.save(2, tensors, {}, CONFIGURATION)
     failure, steps = "", 0
     while not failure:
@@ -144,21 +146,21 @@ def fail(rank: int, ranks: int, url: str) -> None:
 
 def interrupted(_rank: int, _ranks: int, url: str) -> None:
     """Stop for ever in the middle of the second checkpoint, and say so: the test kills this process."""
+
+    def half(self: module._Writer, *arguments: object) -> object:
+        result = super(module._Writer, self).write_data(*arguments)
+        if self.path.endswith("step-000002"):
+            print("half-written", flush=True)
+            threading.Event().wait()
+        return result
+
+    module._Writer.write_data = half
     tensors = build(sharded=False)
     fill(tensors)
     writer = CheckpointWriter(url, keep_last=1, asynchronous=True)
     writer.save(1, tensors, {"step": 1}, CONFIGURATION)
     for name in tensors:
         tensors[name].zero_()
-    real = module._SavePlanner.write
-
-    def half(self: module._SavePlanner, folder: str) -> None:
-        real(self, folder)
-        print("half-written", flush=True)
-        threading.Event().wait()
-
-    writer._wait()
-    module._SavePlanner.write = half
     writer.save(2, tensors, {"step": 2}, CONFIGURATION)
 
 

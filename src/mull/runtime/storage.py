@@ -1,29 +1,32 @@
-"""Files on a local disk or in an object store, by one name: a path, ``file://…``, ``s3://…`` or any other URL of fsspec.
+"""Files on a local disk or in an object store, named by a path, ``file://…``, ``s3://…`` or any other URL of fsspec.
 
 Credentials, region and endpoint of S3 come from the usual environment (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
-``AWS_PROFILE``, ``AWS_ENDPOINT_URL``). Every function raises `OSError`, or `FileNotFoundError` where a file is missing, with a
-sentence that names the URL; `ValueError` where the URL itself is wrong; `RuntimeError` where a package is missing.
+``AWS_PROFILE``, ``AWS_ENDPOINT_URL``). Errors are `OSError` (`FileNotFoundError` for a missing file) with a sentence that names
+the URL, `ValueError` for a URL that cannot work, and `RuntimeError` for a missing package.
+
+fsspec is used directly. ``universal-pathlib`` would replace one-line functions only: it writes no file atomically, makes missing
+buckets, and passes on the errors of S3's client.
 """
 
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 from fsspec import AbstractFileSystem
 
-OPTIONS: dict[str, Any] = {"use_listings_cache": False}
-"""How to open a file system of fsspec: without a cached listing, because other processes write, too."""
-
 PARTIAL = ".partial"
 """Suffix of a local file that is being written."""
 
+# Large files are read tensor by tensor. Blocks are kept, because torch reads the end of a tensor's archive before its start:
+# fsspec's default read-ahead would fetch a new block (50 MB in S3) for each such jump.
+_READING: dict[str, Any] = {"cache_type": "blockcache", "cache_options": {"maxblocks": 4}}
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _PATTERN = frozenset("*?[]")
+_MISSING = (FileNotFoundError, NotADirectoryError)
 
 
 def join(url: str, *names: str) -> str:
@@ -37,7 +40,7 @@ def is_local(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """Path behind a local URL; ``~`` is the home folder."""
+    """Path of a local URL; ``~`` is the home folder."""
     return Path(url.removeprefix("file://")).expanduser()
 
 
@@ -45,7 +48,7 @@ def check_url(url: str) -> None:
     """Refuse a URL that no file system understands, before anything is read or written.
 
     Raises:
-        ValueError: the URL is empty, its protocol is unknown, or a remote name holds one of ``* ? [ ]``, which fsspec expands.
+        ValueError: the URL is empty, its protocol is unknown, or a remote name contains one of ``* ? [ ]``, which fsspec expands.
     """
     if not url.strip():
         raise ValueError("The URL is empty: give a path, file://… or s3://bucket/folder.")
@@ -57,19 +60,20 @@ def check_url(url: str) -> None:
             f"{url}: the protocol {protocol}:// is not known. Give a path, file://… or s3://bucket/folder."
         )
     if _PATTERN & set(url):
-        raise ValueError(f"{url} holds one of * ? [ ], which stand for patterns. Choose another name for the folder.")
+        raise ValueError(f"{url} contains one of * ? [ ], which are read as patterns. Choose another folder name.")
 
 
 def filesystem(url: str) -> AbstractFileSystem:
-    """The file system of fsspec that serves a URL.
+    """The fsspec file system that serves a URL.
 
     Raises:
-        RuntimeError: the package behind the protocol is missing; names the extra that installs it.
+        RuntimeError: the package for the protocol is missing; names the extra that installs it.
     """
     check_url(url)
     protocol = "file" if is_local(url) else url.split("://", 1)[0]
     try:
-        return fsspec.filesystem(protocol, **OPTIONS)
+        # Other processes write too, so a cached listing could be out of date.
+        return fsspec.filesystem(protocol, use_listings_cache=False)
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         remedy = f"pip install 'mull[{extra}]'" if extra else f"{error}"
@@ -78,50 +82,46 @@ def filesystem(url: str) -> AbstractFileSystem:
 
 def exists(url: str) -> bool:
     """Whether there is a file or folder. A store that does not answer is an error, never a no."""
-    if is_local(url):
-        return local_path(url).exists()
     files = filesystem(url)
-    with os_errors(url):
-        try:
-            files.info(url)
-        except FileNotFoundError:
-            return False
-    return True
+    with os_errors(url), contextlib.suppress(*_MISSING):
+        files.info(url)
+        return True
+    return False
 
 
 def list_names(folder: str) -> list[str]:
-    """Names of the files and folders in a folder, sorted; none when there is no such folder."""
-    if is_local(folder):
-        path = local_path(folder)
-        return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    """Sorted names of the files and folders in a folder; none if there is no such folder."""
     files = filesystem(folder)
-    with os_errors(folder):
-        try:
-            entries = files.ls(folder, detail=False)
-        except FileNotFoundError:
-            return []
-    return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries})
+    with os_errors(folder), contextlib.suppress(*_MISSING):
+        return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in files.ls(folder, detail=False)})
+    return []
 
 
 def read_bytes(url: str) -> bytes:
-    """Read a file whole."""
-    if is_local(url):
-        return local_path(url).read_bytes()
+    """Read a whole file, in one request."""
     files = filesystem(url)
     with os_errors(url):
         return bytes(files.cat_file(url))
 
 
 def read_text(url: str) -> str:
-    """Read a file of UTF-8 text whole."""
+    """Read a whole file of UTF-8 text."""
     return read_bytes(url).decode("utf-8")
 
 
-def write_text_atomic(url: str, text: str) -> None:
-    """Write a file of UTF-8 text so that readers and crashes see either none of it or all of it.
+@contextlib.contextmanager
+def open_stream(url: str, mode: str) -> Iterator[IO[bytes]]:
+    """Open a file to be read (``rb``) or written (``wb``) piece by piece."""
+    files = filesystem(url)
+    with os_errors(url), files.open(url, mode, **(_READING if mode == "rb" else {})) as stream:
+        yield stream
 
-    On a local disk the text goes to another name, is flushed and renamed, and the rename is flushed; the folder must exist.
-    An object store takes it in one request.
+
+def write_text_atomic(url: str, text: str) -> None:
+    """Write a file of UTF-8 text so that after a crash it has all of the new content or is unchanged.
+
+    A local file is written under another name, flushed and renamed, and the rename is flushed; its folder must exist. An object
+    store receives it in one request.
     """
     if not is_local(url):
         files = filesystem(url)
@@ -141,14 +141,11 @@ def write_text_atomic(url: str, text: str) -> None:
 
 
 def make_folder(url: str) -> None:
-    """Make a folder and those above it. In S3 folders come with their files: only the bucket is looked for.
+    """Make a folder and its parents. S3 has no folders: there, only the bucket is looked for.
 
     Raises:
-        FileNotFoundError: the bucket does not exist. It is not made, the name may be a slip.
+        FileNotFoundError: the bucket does not exist. It is not made, because the name may be a typing error.
     """
-    if is_local(url):
-        local_path(url).mkdir(parents=True, exist_ok=True)
-        return
     files = filesystem(url)
     with os_errors(url):
         if "s3" not in files.protocol:
@@ -164,14 +161,7 @@ def make_folder(url: str) -> None:
 
 
 def remove_tree(url: str) -> None:
-    """Remove a folder and all it holds, or a file; nothing happens when there is none."""
-    if is_local(url):
-        path = local_path(url)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        return
+    """Remove a file, or a folder with its content, if there is one."""
     files = filesystem(url)
     with os_errors(url), contextlib.suppress(FileNotFoundError):
         files.rm(url, recursive=True)
@@ -180,7 +170,7 @@ def remove_tree(url: str) -> None:
 def flush_folder(url: str) -> None:
     """Make the files of a local folder, their names and the folder's own name survive a power failure.
 
-    Object stores answer a write when it is durable, so there is nothing to do.
+    An object store confirms a write once it is durable, so nothing is left to do.
     """
     if not is_local(url):
         return
@@ -193,9 +183,9 @@ def flush_folder(url: str) -> None:
 
 @contextlib.contextmanager
 def os_errors(url: str) -> Iterator[None]:
-    """Give errors of remote storage the URL, and those that S3's client raises beside `OSError` that type, too.
+    """Add the URL to errors of remote storage, and turn those of S3's client that are no `OSError` into one.
 
-    Errors of a local disk name their path themselves.
+    Errors of a local disk name their path already.
     """
     if is_local(url):
         yield
@@ -211,7 +201,7 @@ def os_errors(url: str) -> Iterator[None]:
 
 
 def _client_errors() -> tuple[type[Exception], ...]:
-    """`OSError`, and what botocore raises for missing credentials and lost connections, where it is loaded."""
+    # botocore raises errors of its own for missing credentials and lost connections. Where it is not loaded, it raised none.
     module = sys.modules.get("botocore.exceptions")
     return (OSError,) if module is None else (OSError, module.BotoCoreError, module.ClientError)
 

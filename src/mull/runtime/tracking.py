@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object per line of a file, always; and in MLflow, where asked for."""
+"""Metrics of a run: always in a file, one JSON object per line; on request also in MLflow."""
 
 import contextlib
 import json
@@ -9,9 +9,10 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlsplit
+
+from mull.runtime import storage
 
 logger = logging.getLogger(__name__)
 
@@ -24,30 +25,26 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-"""Settings of MLflow while mull calls it, where the user has set none: a server that is away must not hold up the training for
-minutes, nothing but mull prints, and no usage is reported to anybody."""
+"""Settings of MLflow while mull calls it, unless the user has set them. By default, MLflow would hold up the training for minutes
+when its server does not answer, print, and report usage."""
 
 PAUSE_AFTER_FAILURE_SECONDS = 60.0
-"""How long records are only collected after MLflow refused some."""
-
-MAX_ENTRIES_PER_CALL = 100
-MAX_METRICS_PER_CALL = 1000
-"""MLflow accepts so many parameters or tags, and metrics, at once."""
+"""How long records are collected, but not sent, after MLflow failed."""
 
 
 class MetricsLog:
-    """Appends records to a JSONL file, and drops what a resumed run is about to repeat.
+    """Appends records to a JSONL file, and drops those that a resumed run is about to repeat.
 
-    Every line is flushed, so that a killed run loses at most the line it was writing. Numbers that JSON cannot hold (NaN,
-    infinities) are written as null.
+    Every line is flushed, so a killed run loses at most the line it was writing. NaN and infinities, which JSON does not have,
+    become null.
 
     Args:
-        path: The file; its directory must exist. ``None`` keeps the records in memory only.
-        last_step: Step the run continues from: records of later steps and a half-written last line are removed. 0 starts
-            a new file.
+        path: The file, in an existing folder. ``None`` keeps the records in memory only.
+        last_step: Step the run continues from. Records of later steps and an unfinished last line are removed; 0 starts a new
+            file.
 
     Attributes:
-        records: Every record of the run, those of before a resume included.
+        records: Every record of the run, including those from before a resume.
     """
 
     def __init__(self, path: Path | None, last_step: int = 0) -> None:
@@ -57,11 +54,11 @@ class MetricsLog:
             return
         if path.exists():
             self.records = [record for record in read_metrics(path) if record["step"] <= last_step]
-            _replace(path, self.records)
+            storage.write_text_atomic(str(path), "".join(map(_line, self.records)))
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one record; it must hold ``step``."""
+        """Append one record, which must have a ``step``."""
         self.records.append(dict(record))
         if self._file is not None:
             self._file.write(_line(record))
@@ -72,19 +69,9 @@ class MetricsLog:
         if self._file is not None:
             self._file.close()
 
-    def __enter__(self) -> Self:
-        """Return the log."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the file."""
-        self.close()
-
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings by dotted names, ``train.peak_lr``; an empty mapping stays as it is."""
+    """Nested settings by dotted names, such as ``train.peak_lr``. An empty mapping is kept as a value."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         inner = {f"{name}.{key}": entry for key, entry in flat(value).items()} if isinstance(value, dict) else {}
@@ -93,7 +80,7 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics file; a last line that a killed run left unfinished is skipped.
+    """Read a metrics file, except for a last line that a killed run left unfinished.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -111,16 +98,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _replace(path: Path, records: list[dict[str, Any]]) -> None:
-    """Rewrite the file so that a crash leaves either the old or the new content."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(_line(record) for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _line(record: Mapping[str, Any]) -> str:
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
@@ -131,23 +108,26 @@ def _line(record: Mapping[str, Any]) -> str:
 class MlflowLog:
     """Sends the numbers of each record to MLflow, as one MLflow run that a resumed run continues.
 
-    A resumed run repeats the steps behind its checkpoint bit for bit, so what MLflow already holds of them stays and is not sent
-    again. When the server is away during training, a warning says so once, and records are collected until it is back.
+    A resumed run repeats the steps after its checkpoint bit for bit, so what MLflow already has of them is not sent again. When
+    the server fails during training, mull warns once and collects records until it is back.
+
+    MLflow's own asynchronous logging is not used. When the server is gone, it prints an error and drops the numbers of each call
+    or, with its default retries, keeps the process from ending (mlflow 3.17: more than two minutes for one record).
 
     Args:
-        uri: A database, such as ``sqlite:///out/mlflow.db`` (made where it does not exist, artifacts beside it), or a server.
-        experiment: Name of the experiment; made where it does not exist.
+        uri: A server, or a database such as ``sqlite:///out/mlflow.db``, which is made if missing, with artifacts beside it.
+        experiment: Name of the experiment, which is made if missing.
         run_name: Name of the run.
-        run_id_file: Keeps the identifier of the MLflow run; where the file exists, that run is continued.
-        parameters: Settings of the run, flat. MLflow does not change a parameter: one that differs in a resumed run becomes a
-            tag ``resumed.<name>``.
+        run_id_file: Stores the identifier of the MLflow run. If the file exists, that run is continued.
+        parameters: Settings of the run, flat. MLflow cannot change a parameter: one that differs in a resumed run becomes a tag
+            ``resumed.<name>``.
         tags: Labels of the run.
 
     Attributes:
         run_id: Identifier of the MLflow run.
 
     Raises:
-        ValueError: `uri` is neither a database nor a server, or holds no such run as `run_id_file` names.
+        ValueError: `uri` is neither a database nor a server, or has no such run as `run_id_file` names.
         RuntimeError: MLflow is not installed, or the database or server cannot be used.
     """
 
@@ -193,8 +173,8 @@ class MlflowLog:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             raise ValueError(
-                f"MLflow at {self._uri} has no run {run_id}, as which {run_id_file} says this run is logged: give the uri it "
-                "was logged to, or remove the file to log to a new one."
+                f"MLflow at {self._uri} has no run {run_id}, which {run_id_file} names: give the uri where that run was logged, "
+                "or remove the file to log to a new run."
             ) from None
         return run_id
 
@@ -204,15 +184,14 @@ class MlflowLog:
         new = [self._mlflow.entities.Param(name, value) for name, value in given.items() if name not in stored]
         changed = {f"resumed.{name}": value for name, value in given.items() if stored.get(name, value) != value}
         labels = {_clean(name): value for name, value in {**tags, **changed}.items()}
-        for part in _parts(new, MAX_ENTRIES_PER_CALL):
-            self._client.log_batch(self.run_id, params=part)
-        for part in _parts([self._mlflow.entities.RunTag(*label) for label in labels.items()], MAX_ENTRIES_PER_CALL):
-            self._client.log_batch(self.run_id, tags=part)
+        self._client.log_batch(
+            self.run_id, params=new, tags=[self._mlflow.entities.RunTag(*label) for label in labels.items()]
+        )
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Send the numbers of a record, which must hold ``step``; other values are left out.
+        """Send the numbers of a record, which must have a ``step``; other values are ignored.
 
-        MLflow restricts the characters of a name: ``pass@1`` becomes ``pass_at_1``, and any other forbidden one an underscore.
+        MLflow restricts the characters of a name: ``@`` becomes ``_at_``, and any other forbidden one an underscore.
         """
         now, step = time.time_ns() // 1_000_000, int(record["step"])
         for name, value in record.items():
@@ -222,7 +201,7 @@ class MlflowLog:
             self._send("records are collected until it is back")
 
     def close(self, status: str = "FINISHED") -> None:
-        """Send what is collected and end the MLflow run; a second call does nothing.
+        """Send what is left and end the MLflow run. A second call does nothing.
 
         Args:
             status: ``FINISHED``, ``FAILED`` or ``KILLED``.
@@ -231,21 +210,20 @@ class MlflowLog:
             return
         self._open = False
         self._failed_at = -math.inf
-        self._send("its picture of this run is incomplete; metrics.jsonl has every record")
+        self._send("its copy of this run is incomplete; metrics.jsonl has every record")
         if not self._pending:
-            with self._tolerating("the end of the run is not noted"):
+            with self._tolerating("the end of the run is not recorded there"):
                 self._client.set_terminated(self.run_id, status=status)
 
     def _send(self, consequence: str) -> None:
         with self._tolerating(consequence):
             fresh = [metric for metric in self._pending if metric.step > self._last_step(metric.key)]
-            for part in _parts(fresh, MAX_METRICS_PER_CALL):
-                self._client.log_batch(self.run_id, metrics=part)
+            self._client.log_batch(self.run_id, metrics=fresh)
             self._pending.clear()
             self._failed_at = -math.inf
 
     def _last_step(self, name: str) -> int:
-        """Last step of a metric that MLflow held when this process began to log it."""
+        """Last step of a metric that MLflow had before this process logged it."""
         if self._last_steps is None:
             return -1
         if name not in self._last_steps:
@@ -255,7 +233,7 @@ class MlflowLog:
 
     @contextlib.contextmanager
     def _tolerating(self, consequence: str) -> Iterator[None]:
-        """Turn a failure of MLflow into one warning per outage: a picture of the training must not end it."""
+        """Turn a failure of MLflow into one warning per outage, because it must not end the training."""
         try:
             with _mlflow_settings():
                 yield
@@ -266,14 +244,14 @@ class MlflowLog:
 
 
 def sqlite_uri(folder: Path) -> str:
-    """Address of the MLflow database ``mlflow.db`` in a folder."""
+    """URI of the MLflow database ``mlflow.db`` in a folder."""
     return f"sqlite:///{folder.absolute() / 'mlflow.db'}"
 
 
 def _import_mlflow() -> tuple[Any, tuple[type[Exception], ...]]:
-    """MLflow, and what its calls raise where a database, a server or a driver of either is not as it should be."""
+    """MLflow, and what its calls raise when a database, a server or a driver does not work."""
     try:
-        import mlflow  # 1.5 s
+        import mlflow  # here, because it takes 1.5 s
         from sqlalchemy.exc import SQLAlchemyError
     except ModuleNotFoundError as error:
         raise RuntimeError(
@@ -287,7 +265,7 @@ def _import_mlflow() -> tuple[Any, tuple[type[Exception], ...]]:
 
 @contextlib.contextmanager
 def _mlflow_settings() -> Iterator[None]:
-    """MLflow reads its settings from the environment, at each call."""
+    """Apply `MLFLOW_ENVIRONMENT`. MLflow reads its settings from the environment, at each call."""
     unset = {name: value for name, value in MLFLOW_ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(unset)
     try:
@@ -311,7 +289,7 @@ def _check_uri(uri: str) -> None:
 
 
 def _artifacts(uri: str) -> str | None:
-    """Artifacts of an experiment: beside an SQLite database; a server decides for itself."""
+    """Folder for an experiment's artifacts, beside an SQLite database. A server chooses its own."""
     if not uri.startswith("sqlite:///"):
         return None
     return str(Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts")
@@ -323,8 +301,3 @@ def _clean(name: str) -> str:
 
 def _brief(error: Exception) -> str:
     return " ".join(str(error).split())[:500]
-
-
-def _parts(entries: list[Any], size: int) -> Iterator[list[Any]]:
-    for first in range(0, len(entries), size):
-        yield entries[first : first + size]

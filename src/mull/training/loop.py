@@ -299,7 +299,7 @@ def train(
         if source is not None:
             run.load(source)
             _tell("Resuming from %s.", source)
-        log = stack.enter_context(MetricsLog(_metrics_file(directory), run.step))
+        log = stack.enter_context(contextlib.closing(MetricsLog(_metrics_file(directory), run.step)))
         stack.enter_context(_sigterm(run))
         writer = None
         if url is not None:

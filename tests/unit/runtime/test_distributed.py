@@ -3,6 +3,8 @@
 What several ranks do is tested in equivalence/test_one_gradient.py.
 """
 
+from datetime import timedelta
+
 import pytest
 import torch
 from torch import nn
@@ -23,6 +25,8 @@ def test_one_process_agrees_with_itself(monkeypatch: pytest.MonkeyPatch) -> None
         assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
         assert distributed.same_everywhere(3) == 3
         assert distributed.on_first_rank(lambda: "result") == "result"
+        with distributed.side_group(timedelta(seconds=1)) as group:
+            assert group is None
     with pytest.raises(ValueError, match="as it is"):
         distributed.on_first_rank(fails)
 
@@ -65,7 +69,7 @@ def test_weights_of_several_types_are_not_shared() -> None:
         distributed.shard(root, [], [], distributed.DistributedConfig())
 
 
-def test_a_state_is_whole_already() -> None:
+def test_the_state_of_one_process_is_unchanged() -> None:
     module = nn.Linear(2, 3)
     state = distributed.full_state_dict(module)
     assert state.keys() == module.state_dict().keys()

@@ -35,6 +35,9 @@ def test_what_is_written_is_read_listed_and_removed(folder):
     assert storage.exists(storage.join(folder, "inner"))
     assert storage.read_text(name) == "zweite 🙂"
     assert storage.read_bytes(name) == "zweite 🙂".encode()
+    with storage.open_stream(name, "rb") as stream:
+        assert (stream.seek(-4, 2), stream.read().decode()) == (7, "🙂")
+        assert (stream.seek(0), stream.read(6)) == (0, b"zweite")
     assert storage.list_names(folder) == ["größe-🙂.json", "inner"]
     storage.remove_tree(name)
     assert storage.list_names(folder) == ["inner"]

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def test_resuming_drops_later_steps_and_a_half_written_line(tmp_path: Path) -> N
     path.write_text(
         "".join(json.dumps({"step": step, "run": "old"}) + "\n" for step in (1, 2, 3, 4)) + '{"step": 5, "r'
     )
-    with MetricsLog(path, last_step=2) as log:
+    with closing(MetricsLog(path, last_step=2)) as log:
         assert [record["step"] for record in log.records] == [1, 2]
         log.log({"step": 3, "run": "new"})
     assert [(record["step"], record["run"]) for record in read_metrics(path)] == [(1, "old"), (2, "old"), (3, "new")]
@@ -38,7 +39,7 @@ def test_resuming_drops_later_steps_and_a_half_written_line(tmp_path: Path) -> N
 
 def test_values_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path) as log:
+    with closing(MetricsLog(path)) as log:
         log.log({"step": 1, "a": math.nan, "b": -math.inf, "c": 1})
 
     def refuse(name: str) -> None:
@@ -56,7 +57,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 def test_without_a_path_records_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with MetricsLog(None) as log:
+    with closing(MetricsLog(None)) as log:
         log.log({"step": 1})
     assert log.records == [{"step": 1}]
     assert not list(tmp_path.iterdir())
@@ -136,9 +137,7 @@ def test_another_run_of_the_experiment_is_another_mlflow_run(database: str, tmp_
     assert len({client.get_run(run.run_id).info.experiment_id for run in runs}) == 1
 
 
-def test_hundreds_of_parameters_and_metrics_are_split_into_the_calls_that_mlflow_allows(
-    database: str, tmp_path: Path
-) -> None:
+def test_more_parameters_and_metrics_than_mlflow_takes_in_one_call_all_arrive(database: str, tmp_path: Path) -> None:
     log = begin(database, tmp_path, **{f"p{number}": number for number in range(205)})
     log.log({"step": 1} | {f"m{number}": 1.0 for number in range(2001)})
     run = mlflow.MlflowClient(tracking_uri=database).get_run(log.run_id)
@@ -172,7 +171,7 @@ def test_an_outage_is_one_warning_and_loses_no_record(
     assert "metrics.jsonl has every record" in caplog.records[-1].getMessage()
 
 
-def test_behind_a_failure_mlflow_is_left_alone_for_a_while(
+def test_after_a_failure_mlflow_is_left_alone_for_a_while(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, calls = begin(database, tmp_path), []
@@ -205,7 +204,7 @@ def test_an_address_that_cannot_be_used_is_one_sentence(database: str, tmp_path:
     with pytest.raises(ValueError, match=r"tracking.uri='s3://b/x' is neither a database nor a server \(sqlite:, "):
         begin("s3://b/x", tmp_path)
     (tmp_path / "mlflow-run-id").write_text("0123456789abcdef0123456789abcdef\n")
-    with pytest.raises(ValueError, match="has no run 0123456789abcdef0123456789abcdef, as which"):
+    with pytest.raises(ValueError, match="has no run 0123456789abcdef0123456789abcdef, which"):
         begin(database, tmp_path)
 
 
