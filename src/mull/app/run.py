@@ -212,9 +212,9 @@ def _export(
     if rank() > 0:
         return
     text_config = model.config.get_text_config()
-    trunk = {name: tensor for name, tensor in state.items() if not name.startswith("mtp_heads.")}
     with torch.device("meta"):
         whole, backbone = MullForCausalLM(model.config), AutoModelForCausalLM.from_config(text_config)
+    trunk = {name: state[name] for name in backbone.state_dict()}
     for name, skeleton, weights in (("model", whole, state), ("trunk", backbone, trunk)):
         skeleton.load_state_dict(weights, assign=True)
         skeleton.tie_weights()

@@ -78,15 +78,15 @@ def test_a_recipe_trains_and_its_model_loads_everywhere(tmp_path: Path) -> None:
     assert (reloaded.etd_config, reloaded.mtp_config) == (model.etd_config, model.mtp_config)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tied", "heads"), [(False, "mlp"), (True, "mlp"), (False, "native")])
 def test_the_trunk_is_a_checkpoint_of_transformers_alone(
-    tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tied: bool, heads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As from several ranks, where tied tensors are gathered one by one.
     monkeypatch.setattr(
         "mull.app.run.full_state_dict", lambda m: {name: t.clone() for name, t in m.state_dict().items()}
     )
-    recipe = changed(content(tmp_path), train__algo="baseline-mtp", model__mtp={"mtp_head_type": "mlp"})
+    recipe = changed(content(tmp_path), train__algo="baseline-mtp", model__mtp={"mtp_head_type": heads})
     carry_out(changed(recipe, model__architecture__tie_word_embeddings=tied, train__steps=2))
     folder = tmp_path / "tiny"
     assert "mull" not in (folder / "trunk" / "config.json").read_text()
