@@ -13,7 +13,7 @@ import torch
 from conftest import SPLIT, tiny
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import mull
 from mull import ETDConfig, MullForCausalLM, wrap_transformer_with_etd
@@ -22,7 +22,7 @@ Ids = Callable[..., Tensor]
 
 FRESH = """
 import sys, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 import mull
 torch.set_num_threads(1)  # as the parent: the order of summation depends on it
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -60,6 +60,41 @@ def test_saved_and_loaded(family: str, tmp_path: Path, ids: Ids) -> None:
         assert torch.equal(logits(loaded, ids(2, 12)), expected)
         if "tied" in family:
             assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_saved_weights_are_those_of_the_base_checkpoint(family: str, tmp_path: Path) -> None:
+    """By name and value: transformers splits stacks of experts, for instance, and ours are saved as theirs."""
+    base = tiny(family)
+    base.save_pretrained(tmp_path / "base")
+    expected = load_file(tmp_path / "base" / "model.safetensors")
+    model = wrap_transformer_with_etd(base, SPLIT)
+    for saved, prefix in ((model, ""), (model.model, "model.")):
+        saved.save_pretrained(tmp_path / "saved")
+        actual = load_file(tmp_path / "saved" / "model.safetensors")
+        assert {prefix + name for name in actual} == {name for name in expected if name.startswith(prefix)}
+        assert all(torch.equal(tensor, expected[prefix + name]) for name, tensor in actual.items())
+
+
+def test_what_calls_the_base_model_and_the_head_by_itself_sees_the_loops(ids: Ids) -> None:
+    """As trainers that compute their own loss do."""
+    model = wrap_transformer_with_etd(tiny("qwen3"), SPLIT)
+    assert isinstance(model.model, mull.MullModel)
+    assert model.base_model is model.get_decoder() is model.model
+    with torch.no_grad():
+        states = model.base_model(ids(2, 12), think_iterations=3).last_hidden_state
+    assert torch.equal(model.lm_head(states), logits(model, ids(2, 12)))
+    assert not torch.equal(model.lm_head(states), model(ids(2, 12), think_iterations=1).logits)
+
+
+def test_the_base_model_loads_alone(tmp_path: Path, ids: Ids) -> None:
+    model = wrap_transformer_with_etd(tiny("qwen3_5"), SPLIT)
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(base, mull.MullModel)
+    with torch.no_grad():
+        assert torch.equal(
+            model.lm_head(base(ids(2, 12), think_iterations=3).last_hidden_state), logits(model, ids(2, 12))
+        )
 
 
 def test_a_base_checkpoint_loads_without_renaming(family: str, tmp_path: Path, ids: Ids) -> None:
