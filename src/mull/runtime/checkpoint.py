@@ -172,7 +172,7 @@ class CheckpointWriter:
 
     def _failure(self, step: int, folder: str, reason: str) -> str:
         """Remove as much as possible of what was written, and say what is left."""
-        intact = "Earlier checkpoints were not touched"
+        intact = "Earlier checkpoints were not touched"  # all that is known when the storage is lost
         with contextlib.suppress(OSError):
             if distributed.rank() == 0:
                 _remove(folder)
@@ -219,8 +219,8 @@ def load_checkpoint(url: str, tensors: Mapping[str, Tensor], configuration: Mapp
 
     Args:
         url: One checkpoint, e.g. from `latest`.
-        tensors: Tensors to overwrite in place, by name on any device. A `DTensor` may be
-            sharded over another number of ranks than when it was stored.
+        tensors: Tensors to overwrite in place, by name, on any device. A `DTensor` may be sharded over another number of ranks
+            than when it was stored.
         configuration: Settings of the run that resumes.
 
     Returns:
@@ -238,7 +238,7 @@ def load_checkpoint(url: str, tensors: Mapping[str, Tensor], configuration: Mapp
     reader = _Reader(url)
     metadata = _read_metadata(url, reader)
     _check_tensors(url, tensors, metadata)
-    # Not `dcp.load`: it reads the metadata again, and turns each error into a `CheckpointException`, which is no `Exception`.
+    # Not DCP's `load`: it reads the metadata again, and turns each error into a `CheckpointException`, which is no `Exception`.
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), metadata, is_coordinator=True)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -370,7 +370,7 @@ def _is_complete(folder: str) -> bool:
 
 def _read_marker(url: str) -> dict[str, Any]:
     try:
-        text = storage.read_text(storage.join(url, MARKER))
+        text = storage.read_bytes(storage.join(url, MARKER)).decode()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{url} is not a complete checkpoint: it has no {MARKER}, which is written last."
@@ -391,7 +391,7 @@ def _read_metadata(url: str, reader: _Reader) -> Metadata:
 @contextlib.contextmanager
 def _damage(url: str) -> Iterator[None]:
     """Name the checkpoint when torch cannot read one of its files."""
-    advice = "Remove the folder to resume from the checkpoint before it"
+    advice = "Remove the folder to resume from the previous checkpoint"
     try:
         yield
     except FileNotFoundError as error:
@@ -401,7 +401,7 @@ def _damage(url: str) -> Iterator[None]:
 
 
 def _check_configuration(url: str, stored: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
-    given = json.loads(json.dumps(configuration))
+    given = json.loads(json.dumps(configuration))  # tuples become lists, as in the stored one
     differing = sorted(name for name in stored.keys() | given.keys() if stored.get(name) != given.get(name))
     if differing:
         listed = "; ".join(f"{name}: {stored.get(name)!r} stored, {given.get(name)!r} given" for name in differing)
