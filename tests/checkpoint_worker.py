@@ -17,14 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mull.runtime import checkpoint as module
-from mull.runtime.checkpoint import (
-    CheckpointWriter,
-    checkpoints,
-    load_checkpoint,
-    rng_tensors,
-    stored_tensors,
-    training_tensors,
-)
+from mull.runtime.checkpoint import CheckpointWriter, checkpoints, load_checkpoint, stored_tensors
+from mull.training.state import rng_tensors, training_tensors
 
 CONFIGURATION = {"train.peak_lr": 1e-3}
 

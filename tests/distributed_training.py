@@ -16,20 +16,12 @@ from torch.nn import functional as F
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
-from mull.runtime.distributed import (
-    DistributedConfig,
-    full_state_dict,
-    on_first_rank,
-    rank,
-    same_everywhere,
-    session,
-    whole,
-)
+from mull.runtime.distributed import full_state_dict, on_first_rank, rank, same_everywhere, session, whole
 from mull.training.loop import DEFAULT_SHARDING, Evaluation, TrainConfig, TrainResult, train
 from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.step_supervision import StepSupervision
-from mull.training.step import accumulate, make_stage, normalise
+from mull.training.step import DistributedConfig, accumulate, make_stage, normalise
 
 VOCAB = 97
 ROWS, STEPS = 8, 3

@@ -21,7 +21,6 @@ from mull.evaluation.rewards import REWARDS
 from mull.model.configs import ETDConfig, MTPConfig
 from mull.model.families import FAMILIES
 from mull.runtime.checkpoint import CheckpointConfig
-from mull.runtime.distributed import DistributedConfig
 from mull.training.loop import TrainConfig
 from mull.training.objectives.critic import ValueSection
 from mull.training.objectives.grpo import GRPOSection
@@ -29,6 +28,7 @@ from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.table import NEXT_TOKEN, OBJECTIVES, objective_names
 from mull.training.objectives.weighted_mtp import Control, HeadTraining
 from mull.training.objectives.weightings import CriticSection, GradientSection
+from mull.training.step import DistributedConfig
 
 SECTIONS = {entry.section[0]: name for name, entry in OBJECTIVES.items() if entry.section is not None}
 """Sections with the settings of an objective, and the name of the objective."""

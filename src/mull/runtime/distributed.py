@@ -1,39 +1,20 @@
-"""Ranks: how many there are, what they agree on, and how they share a model. With one process every function is the identity.
+"""Ranks: how many there are, and what they exchange. With one process every function is the identity.
 
 Every process group is made here, by `session` and `side_group`, and nothing else in mull asks how many devices there are.
 """
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
-
-
-class DistributedConfig(BaseModel):
-    """How several ranks share the weights. Has no effect with one process."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    reshard_after_forward: bool = True
-    """Free a decoder layer's gathered weights after each visit and gather them again for the next one and for the backward pass.
-    ``False`` keeps them until the backward pass: faster, since a layer that is visited k times is gathered once instead of k
-    times, but the whole model is in memory."""
-
-    param_dtype: Literal["fp32", "bf16"] = "fp32"
-    """``bf16`` gathers the weights in bf16, which halves the traffic, and computes in it. Each rank keeps its shard and the
-    optimizer's state in the weights' own type, and gradients are summed over ranks in fp32. ``fp32`` gathers the weights in the
-    type they have; ``train.precision`` sets the precision of the computation, as on one device."""
 
 
 @contextlib.contextmanager
@@ -52,6 +33,7 @@ def session() -> Iterator[None]:
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
+    # With gloo beside NCCL, numbers on the CPU can be exchanged, too.
     dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo")
     yield
     dist.destroy_process_group()
@@ -128,15 +110,6 @@ def gather_objects(value: T) -> list[T]:
     return gathered
 
 
-def same_everywhere(value: int) -> int:
-    """The value of rank 0, on every rank."""
-    if world_size() == 1:
-        return value
-    shared = torch.tensor(value)
-    dist.broadcast(shared, src=0)
-    return int(shared)
-
-
 def on_first_rank(call: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Call a function on rank 0 only; every rank returns its result, which must be picklable, or raises its error."""
     if world_size() == 1:
@@ -153,41 +126,13 @@ def on_first_rank(call: Callable[[], T], group: dist.ProcessGroup | None = None)
     return outcome[0]
 
 
-def shard(root: nn.Module, units: Iterable[nn.Module], methods: Sequence[str], config: DistributedConfig) -> None:
-    """Share the weights of a module among the ranks, in place (FSDP2), starting from the values of rank 0.
-
-    Afterwards parameters are `DTensor`, sharded along their first dimension. Inside ``forward`` and `methods` of `root` they are
-    whole; those of a unit, while the unit runs.
-
-    Args:
-        root: Its parameters outside of `units`, including tied ones, are gathered for the whole of a call.
-        units: Submodules that are gathered one by one, such as decoder layers. A unit may run several times in a call.
-        methods: Names of the methods of `root`, other than ``forward``, that use its parameters.
-        config: When units are freed, and the type they are gathered in.
-
-    Raises:
-        ValueError: the trained weights have several types.
-    """
-    parameters = list(root.parameters())
-    dtypes = {parameter.dtype for parameter in parameters if parameter.requires_grad}
-    if len(dtypes) > 1:
-        raise ValueError(
-            f"The weights to train have the types {', '.join(sorted(map(str, dtypes)))}, but ranks can share weights of "
-            "one type only: convert the model, for instance with model.float()."
-        )
-    for tensor in (*parameters, *root.buffers()):
-        dist.broadcast(tensor.detach(), src=0)
-    mesh = init_device_mesh(parameters[0].device.type, (world_size(),))
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if config.param_dtype == "bf16" else None,
-        reduce_dtype=torch.promote_types(parameters[0].dtype, torch.float32),
-        cast_forward_inputs=False,  # rewards and other inputs that are numbers keep their precision
-    )
-    for unit in units:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=config.reshard_after_forward, mp_policy=policy)
-    fully_shard(root, mesh=mesh, mp_policy=policy)
-    for method in methods:
-        register_fsdp_forward_method(root, method)
+def same_everywhere(value: int) -> int:
+    """The value of rank 0, on every rank."""
+    if world_size() == 1:
+        return value
+    shared = torch.tensor(value)
+    dist.broadcast(shared, src=0)
+    return int(shared)
 
 
 def whole(tensor: Tensor) -> Tensor:

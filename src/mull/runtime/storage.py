@@ -18,13 +18,9 @@ from typing import IO, Any
 import fsspec
 from fsspec import AbstractFileSystem
 
-PARTIAL = ".partial"
-"""Suffix of a local file that is being written."""
-
 # Large files are read tensor by tensor. Blocks are kept, because torch reads the end of a tensor's archive before its start:
 # fsspec's default read-ahead would fetch a new block (50 MB in S3) for each such jump.
 _READING: dict[str, Any] = {"cache_type": "blockcache", "cache_options": {"maxblocks": 4}}
-_EXTRAS = {"s3": "s3", "s3a": "s3"}
 _PATTERN = frozenset("*?[]")
 _MISSING = (FileNotFoundError, NotADirectoryError)
 
@@ -75,8 +71,7 @@ def filesystem(url: str) -> AbstractFileSystem:
         # Other processes write too, so a cached listing could be out of date.
         return fsspec.filesystem(protocol, use_listings_cache=False)
     except ImportError as error:
-        extra = _EXTRAS.get(protocol)
-        remedy = f"pip install 'mull[{extra}]'" if extra else f"{error}"
+        remedy = "pip install 'mull[s3]'" if protocol in ("s3", "s3a") else f"{error}"
         raise RuntimeError(f"{url} needs a package that is not installed: {remedy}.") from None
 
 
@@ -104,11 +99,6 @@ def read_bytes(url: str) -> bytes:
         return bytes(files.cat_file(url))
 
 
-def read_text(url: str) -> str:
-    """Read a whole file of UTF-8 text."""
-    return read_bytes(url).decode("utf-8")
-
-
 @contextlib.contextmanager
 def open_stream(url: str, mode: str) -> Iterator[IO[bytes]]:
     """Open a file to be read (``rb``) or written (``wb``) piece by piece."""
@@ -129,7 +119,7 @@ def write_text_atomic(url: str, text: str) -> None:
             files.pipe_file(url, text.encode("utf-8"))
         return
     path = local_path(url)
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8")
         _flush(partial)
@@ -207,7 +197,7 @@ def _client_errors() -> tuple[type[Exception], ...]:
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)  # `Path.open` refuses folders
     try:
         os.fsync(descriptor)
     finally:

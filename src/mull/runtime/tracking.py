@@ -49,25 +49,20 @@ class MetricsLog:
 
     def __init__(self, path: Path | None, last_step: int = 0) -> None:
         self.records: list[dict[str, Any]] = []
-        self._file = None
-        if path is None:
-            return
-        if path.exists():
+        if path is not None and path.exists():
             self.records = [record for record in read_metrics(path) if record["step"] <= last_step]
             storage.write_text_atomic(str(path), "".join(map(_line, self.records)))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = (path or Path(os.devnull)).open("a", encoding="utf-8")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record, which must have a ``step``."""
         self.records.append(dict(record))
-        if self._file is not None:
-            self._file.write(_line(record))
-            self._file.flush()
+        self._file.write(_line(record))
+        self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,6 +138,7 @@ class MlflowLog:
     ) -> None:
         _check_uri(uri)
         self._uri = uri
+        # None: a new run repeats nothing.
         self._last_steps: dict[str, int] | None = {} if run_id_file.exists() else None
         self._pending: list[Any] = []
         self._failed_at = -math.inf
@@ -159,10 +155,8 @@ class MlflowLog:
 
     def _begin(self, experiment: str, run_name: str) -> str:
         found = self._client.get_experiment_by_name(experiment)
-        if found is None:
-            identifier = self._client.create_experiment(experiment, artifact_location=_artifacts(self._uri))
-        else:
-            identifier = found.experiment_id
+        create = self._client.create_experiment
+        identifier = found.experiment_id if found else create(experiment, artifact_location=_artifacts(self._uri))
         return str(self._client.create_run(identifier, run_name=run_name).info.run_id)
 
     def _continue(self, run_id_file: Path) -> str:
@@ -209,7 +203,7 @@ class MlflowLog:
         if not self._open:
             return
         self._open = False
-        self._failed_at = -math.inf
+        self._failed_at = -math.inf  # one last attempt, and one last warning, even during an outage
         self._send("its copy of this run is incomplete; metrics.jsonl has every record")
         if not self._pending:
             with self._tolerating("the end of the run is not recorded there"):
@@ -258,6 +252,7 @@ def _import_mlflow() -> tuple[Any, tuple[type[Exception], ...]]:
             f"tracking.mlflow needs a package that is missing ({error.name}): pip install 'mull[mlflow]', or set "
             "tracking.mlflow to false."
         ) from None
+    # Both report at level INFO each table of a database that they make.
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     return mlflow, (mlflow.MlflowException, SQLAlchemyError, ImportError)

@@ -26,19 +26,8 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mull.runtime.checkpoint import (
-    CheckpointConfig,
-    CheckpointWriter,
-    latest,
-    load_checkpoint,
-    rng_state,
-    rng_tensors,
-    set_rng_state,
-    set_rng_tensors,
-    stored_tensors,
-    training_tensors,
-)
-from mull.runtime.distributed import DistributedConfig, gather_objects, on_first_rank, rank, same_everywhere, world_size
+from mull.runtime.checkpoint import CheckpointConfig, CheckpointWriter, latest, load_checkpoint, stored_tensors
+from mull.runtime.distributed import gather_objects, on_first_rank, rank, same_everywhere, world_size
 from mull.runtime.timing import synchronize
 from mull.runtime.tracking import MetricsLog, flat
 from mull.training.objectives.base import Batch, Objective
@@ -51,7 +40,17 @@ from mull.training.optimization import (
     resolve_precision,
     update,
 )
-from mull.training.step import Stage, WrongStepError, accumulate, make_stage, mean_metrics, normalise, total_weight
+from mull.training.state import rng_state, rng_tensors, set_rng_state, set_rng_tensors, training_tensors
+from mull.training.step import (
+    DistributedConfig,
+    Stage,
+    WrongStepError,
+    accumulate,
+    make_stage,
+    mean_metrics,
+    normalise,
+    total_weight,
+)
 from mull.training.trainable import CHOICES, frozen_except
 
 if TYPE_CHECKING:

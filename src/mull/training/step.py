@@ -5,19 +5,38 @@ targets fall into micro-batches and ranks.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict
+from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from mull.runtime.distributed import DistributedConfig, gather_objects, shard, world_size
+from mull.runtime.distributed import gather_objects, world_size
 from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan
 from mull.training.optimization import Precision, gradient_norm
 
 if TYPE_CHECKING:
     from mull.model.causal_lm import MullForCausalLM
+
+
+class DistributedConfig(BaseModel):
+    """How several ranks share the weights. Has no effect with one process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    reshard_after_forward: bool = True
+    """Free a decoder layer's gathered weights after each visit and gather them again for the next one and for the backward pass.
+    ``False`` keeps them until the backward pass: faster, since a layer that is visited k times is gathered once instead of k
+    times, but the whole model is in memory."""
+
+    param_dtype: Literal["fp32", "bf16"] = "fp32"
+    """``bf16`` gathers the weights in bf16, which halves the traffic, and computes in it. Each rank keeps its shard and the
+    optimizer's state in the weights' own type, and gradients are summed over ranks in fp32. ``fp32`` gathers the weights in the
+    type they have; ``train.precision`` sets the precision of the computation, as on one device."""
 
 
 class MicroBatch(NamedTuple):
@@ -114,6 +133,43 @@ def make_stage(model: "MullForCausalLM", objective: Objective, config: Distribut
                 unit.reshard()
     stage.objective = objective
     return stage
+
+
+def shard(root: nn.Module, units: Iterable[nn.Module], methods: Sequence[str], config: DistributedConfig) -> None:
+    """Share the weights of a module among the ranks, in place (FSDP2), starting from the values of rank 0.
+
+    Afterwards parameters are `DTensor`, sharded along their first dimension. Inside ``forward`` and `methods` of `root` they are
+    whole; those of a unit, while the unit runs.
+
+    Args:
+        root: Its parameters outside of `units`, including tied ones, are gathered for the whole of a call.
+        units: Submodules that are gathered one by one, such as decoder layers. A unit may run several times in a call.
+        methods: Names of the methods of `root`, other than ``forward``, that use its parameters.
+        config: When units are freed, and the type they are gathered in.
+
+    Raises:
+        ValueError: the trained weights have several types.
+    """
+    parameters = list(root.parameters())
+    dtypes = {parameter.dtype for parameter in parameters if parameter.requires_grad}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"The weights to train have the types {', '.join(sorted(map(str, dtypes)))}, but ranks can share weights of "
+            "one type only: convert the model, for instance with model.float()."
+        )
+    for tensor in (*parameters, *root.buffers()):
+        dist.broadcast(tensor.detach(), src=0)
+    mesh = init_device_mesh(parameters[0].device.type, (world_size(),))
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if config.param_dtype == "bf16" else None,
+        reduce_dtype=torch.promote_types(parameters[0].dtype, torch.float32),
+        cast_forward_inputs=False,  # rewards and other inputs that are numbers keep their precision
+    )
+    for unit in units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=config.reshard_after_forward, mp_policy=policy)
+    fully_shard(root, mesh=mesh, mp_policy=policy)
+    for method in methods:
+        register_fsdp_forward_method(root, method)
 
 
 def accumulate(stage: Stage, batches: Mapping[int, Batch], precision: Precision) -> Accumulated:

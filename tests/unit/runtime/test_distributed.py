@@ -63,12 +63,6 @@ def test_each_rank_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyP
     assert distributed.device() == torch.device("cpu")
 
 
-def test_weights_of_several_types_are_not_shared() -> None:
-    root = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2).double()])
-    with pytest.raises(ValueError, match=r"torch.float32, torch.float64.* one type only"):
-        distributed.shard(root, [], [], distributed.DistributedConfig())
-
-
 def test_the_state_of_one_process_is_unchanged() -> None:
     module = nn.Linear(2, 3)
     state = distributed.full_state_dict(module)

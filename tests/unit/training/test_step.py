@@ -1,12 +1,15 @@
 """Claim: all micro-batches of an optimizer step run equally deep; outside a step, each call draws for itself."""
 
+import pytest
 import torch
 from conftest import SPLIT, tiny
+from torch import nn
 
 from mull import wrap_transformer_with_etd
 from mull.training.loop import TrainConfig, train
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.next_token import NextToken
+from mull.training.step import DistributedConfig, shard
 
 
 def test_one_draw_serves_a_step() -> None:
@@ -33,3 +36,9 @@ def test_calls_outside_a_step_draw_for_themselves() -> None:
     outside = {objective(model, batch).metrics["iterations"] for _ in range(20)}
     assert len(inside) == 1
     assert len(outside) > 1
+
+
+def test_weights_of_several_types_are_not_shared() -> None:
+    root = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2).double()])
+    with pytest.raises(ValueError, match=r"torch.float32, torch.float64.* one type only"):
+        shard(root, [], [], DistributedConfig())

@@ -26,8 +26,8 @@ from mull.model.configs import layer_kinds
 from mull.model.executor import run_layer
 from mull.model.inputs import LayerInputs
 from mull.ops.cross_entropy import CHUNK_LOGITS, MIN_CHUNK_ROWS
-from mull.runtime.distributed import DistributedConfig
 from mull.training.optimization import OptimizationConfig, build_optimizers
+from mull.training.step import DistributedConfig
 
 OPTIMIZER_COPIES = {"Muon": 1, "AdamW": 2}
 """Tensors of a parameter's size that its optimizer keeps: a momentum; two moving averages."""

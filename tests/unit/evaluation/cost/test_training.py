@@ -23,8 +23,8 @@ from mull.model.configs import ETDConfig, MTPConfig
 from mull.ops.targets import targets_of
 from mull.retrofit.presets import TransformerConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
-from mull.runtime.distributed import DistributedConfig
 from mull.training.optimization import OptimizationConfig, build_optimizers
+from mull.training.step import DistributedConfig
 
 ADAMW, MUON = OptimizationConfig(), OptimizationConfig(optimizer="muon")
 ROWS, LENGTH = 3, 64

@@ -20,14 +20,14 @@ from mull.evaluation.rewards import REWARDS
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig, MTPConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
-from mull.runtime.distributed import DistributedConfig, full_state_dict, rank, whole
+from mull.runtime.distributed import full_state_dict, rank, whole
 from mull.training.loop import TrainConfig, train
 from mull.training.objectives import grpo
 from mull.training.objectives.base import Batch, StepPlan
 from mull.training.objectives.grpo import GroupRelative, GRPOConfig, RolloutPlan
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.weighted_mtp import HeadTraining, WeightedMTP
-from mull.training.step import accumulate, make_stage, normalise, total_weight
+from mull.training.step import DistributedConfig, accumulate, make_stage, normalise, total_weight
 
 PAD, ENDS = 0, tuple(range(2, 12))
 """A tenth of the vocabulary ends an answer, so that answers have all lengths and some are cut off."""
