@@ -1,4 +1,4 @@
-"""mull retrofits pretrained decoder language models: recursive depth, routing, multi-token heads, hybrid attention."""
+"""mull retrofits pretrained decoder language models: recursive depth, multi-token heads, token-weighted training."""
 
 from mull.decoding.generate import GenerateOutput, GenerationStats, generate
 from mull.model.base_model import MullConfig, MullModel
@@ -6,6 +6,7 @@ from mull.model.causal_lm import MullForCausalLM, MullOutput
 from mull.model.configs import ETDConfig, MTPConfig
 from mull.model.growing_cache import SlotCache
 from mull.model.path import Path, Visit, from_actions, from_layers, recursion
+from mull.model.policy import GivenTokens, Policy
 from mull.ops.sampling import Sampling
 from mull.retrofit.native_heads import export_native_heads
 from mull.retrofit.presets import TransformerConfig
@@ -15,12 +16,14 @@ __all__ = [
     "ETDConfig",
     "GenerateOutput",
     "GenerationStats",
+    "GivenTokens",
     "MTPConfig",
     "MullConfig",
     "MullForCausalLM",
     "MullModel",
     "MullOutput",
     "Path",
+    "Policy",
     "Sampling",
     "SlotCache",
     "TransformerConfig",

@@ -91,6 +91,9 @@ def run_layer(
     Returns:
         States ``[B, T, D]``; those of tokens that do not run are what they were.
     """
+    if isinstance(slot, CallSlot):
+        # Gradient checkpointing would otherwise drop the slot; this one may be read again.
+        layer._can_checkpoint_with_cache = True  # type: ignore[assignment]
     if kind == "linear_attention":
         return _run_recurrent(layer, h, inputs, slot, active)
     if active is None:
@@ -98,9 +101,6 @@ def run_layer(
         # Positional: reentrant checkpointing only follows positional inputs.
         return layer(h, **options)
     assert slot is not None
-    if isinstance(slot, CallSlot):
-        # Gradient checkpointing would otherwise drop the slot; this one may be read again.
-        layer._can_checkpoint_with_cache = True  # type: ignore[assignment]
     mask = inputs.mask_of(kind, slot.n_keys, slot.known, active)
     options = _options(slot, mask, active.gather(inputs.position_ids), inputs.rotary_of(kind, active))
     return active.scatter(h, layer(active.gather(h), **options))
@@ -120,8 +120,6 @@ def _run_recurrent(
     layer: nn.Module, h: Tensor, inputs: LayerInputs, slot: LayerMemory | None, active: ActiveTokens | None
 ) -> Tensor:
     """Run a recurrent layer on the sequence of the tokens that run, of each document by itself."""
-    if isinstance(slot, CallSlot):
-        slot = None  # A call without a past leaves no state.
     documents = inputs.documents
     padding = inputs.masks["linear_attention"]
     options = _options(slot, padding, inputs.position_ids, inputs.rotary["linear_attention"])
