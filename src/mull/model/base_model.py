@@ -5,7 +5,7 @@ Its weights keep their Hugging Face names, so a base checkpoint loads without re
 Shapes: B batch, T tokens, D model width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -182,6 +182,16 @@ class MullModel(MullPreTrainedModel):
         super().init_parallel_plans()
         for name in ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan"):
             setattr(self, name, {key.removeprefix("rules."): value for key, value in getattr(self, name).items()})
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As in torch, with `rules` under the name of this model."""
+        # By this name transformers finds how checkpoints name the weights: routed experts one by one, for example.
+        yield prefix, self.rules
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if module is not self.rules:
+                yield name, module
 
     def _init_weights(self, module: nn.Module) -> None:
         self.rules._init_weights(module)
