@@ -166,17 +166,6 @@ class MullModel(MullPreTrainedModel):
         rules._modules = {}
         self.rules = rules
 
-    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
-        """All modules by name, `rules` by that of this model, whose parts it rules.
-
-        transformers converts the weights of an architecture, such as those of experts, below the name of its model.
-        """
-        memo = set() if memo is None else memo
-        if self.rules not in memo:
-            memo.add(self.rules)
-            yield prefix, self.rules
-        yield from super().named_modules(memo, prefix, remove_duplicate)
-
     def init_parallel_plans(self) -> None:
         """The plans of the backbone, for layers that are parts of this model now."""
         super().init_parallel_plans()
