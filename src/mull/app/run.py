@@ -4,8 +4,9 @@ The same on one process (``mull train``) and on several (``torchrun -m mull trai
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from mull.runtime import storage
 from mull.runtime.checkpoint import CheckpointConfig
 from mull.runtime.distributed import device, full_state_dict, on_first_rank, rank, session, world_size
 from mull.runtime.tracking import MlflowLog, flat, sqlite_uri
-from mull.training.loop import METRICS, Evaluation, TrainConfig, TrainResult, train
+from mull.training.loop import CHECKPOINTS, Evaluation, TrainConfig, TrainResult, checkpoint_to_resume, train
 from mull.training.objectives.base import Objective
 from mull.training.objectives.grpo import GRPOSection
 from mull.training.objectives.table import NEXT_TOKEN, find_entry
@@ -62,31 +63,35 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
         RuntimeError: as in `mull.training.loop.train`; a package is missing; or MLflow cannot be reached.
     """
     with session():
-        prepared = prepare(recipe)
         stages = recipe.schedule()
+        places = [*(str(stage.name) for stage in stages[:-1]), ""]
+        if not resume:
+            _check_unused(recipe, places)  # before the first stage has run for hours
+        prepared = prepare(recipe)
         torch.manual_seed(stages[0].train.seed)
         model = load_model(recipe.model, prepared.tokenizer)
         nn.Module.to(model, device())  # the type of transformers' wrapped `to` does not fit a call
         for stage in stages:
             _check_stage(stage, model)
         objectives = build_objectives(recipe, prepared, model, load_model)
-        for number, stage in enumerate(stages):
-            last = number == len(stages) - 1
+        for number, place in enumerate(places):
             result = _run_stage(
-                recipe,
-                stage,
-                prepared.stages[number],
-                model,
-                objectives[number],
-                "" if last else str(stage.name),
-                resume,
+                recipe, stages[number], prepared.stages[number], model, objectives[number], place, resume
             )
             if result.stopped != "finished":
                 return result
-            if result.terminated and not last:
+            if result.terminated and place:
                 return replace(result, stopped="sigterm")
         _export(model, objectives[-1].companion, prepared.tokenizer, recipe.run.out / recipe.run.name)
         return result
+
+
+def _check_unused(recipe: Recipe, places: Sequence[str]) -> None:
+    """Refuse to start where another run is."""
+    for place in places:
+        folder = recipe.run.out / recipe.run.name / place
+        url = _checkpoints(recipe.checkpoint, place).url or str(folder / CHECKPOINTS)
+        on_first_rank(partial(checkpoint_to_resume, folder, url, resume=False))
 
 
 def _check_stage(stage: Stage, model: MullForCausalLM) -> None:
@@ -117,9 +122,7 @@ def _run_stage(
     flops = None
     if find_entry(stage.train.algo).data == "rows":  # others sample as well, or do not back-propagate through the model
         flops = training_flops_per_token(model, stage.data.length, sampling.average(), sampling.backprop_iterations)
-    # `train` refuses a folder that holds a run, and a refused start must not reopen that run's MLflow run.
-    refused = not resume and (folder / METRICS).exists()
-    tracker = None if refused else _open_mlflow(recipe, folder, place)
+    tracker = _open_mlflow(recipe, folder, place)
     status = "FAILED"
     try:
         result = train(

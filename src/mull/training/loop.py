@@ -291,7 +291,7 @@ def train(
     """
     directory = None if out_dir is None else Path(out_dir)
     url = checkpoint.url or (None if directory is None else str(directory / CHECKPOINTS))
-    source = on_first_rank(lambda: _checkpoint_to_resume(directory, url, resume))
+    source = on_first_rank(lambda: checkpoint_to_resume(directory, url, resume))
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen_except(model, config.trainable if objective.trains_model else ()))
         run = _start(model, objective, batches, config, distributed, flops_per_token)
@@ -499,7 +499,12 @@ def run_configuration(
     return flat(settings)
 
 
-def _checkpoint_to_resume(directory: Path | None, url: str | None, resume: bool) -> str | None:
+def checkpoint_to_resume(directory: Path | None, url: str | None, resume: bool) -> str | None:
+    """The checkpoint that a run in these places continues from; None starts from the beginning.
+
+    Raises:
+        ValueError: the places hold a run and `resume` is False, or `resume` without a place of checkpoints.
+    """
     if url is None:
         if resume:
             raise ValueError(

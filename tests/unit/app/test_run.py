@@ -291,6 +291,13 @@ def test_a_stage_that_was_killed_at_the_border_is_not_repeated(straight: Path, t
     assert (tmp_path / "stopped" / "heads" / "metrics.jsonl").read_text() == first
 
 
+def test_a_folder_with_another_run_is_refused_before_the_first_stage(tmp_path: Path) -> None:
+    carry_out(named(tmp_path, "one", train__steps=1))
+    with pytest.raises(ValueError, match="one already holds a run"):
+        carry_out(staged(tmp_path, "one"))
+    assert not (tmp_path / "one" / "heads").exists()
+
+
 def test_a_value_head_of_one_stage_serves_another(tmp_path: Path) -> None:
     """Written out with a stage between, and with the same first stage as `critic.pretrain` makes."""
     short = critic(tmp_path, "short")
@@ -358,7 +365,7 @@ def test_arithmetic_is_learned_from_answers_and_then_from_rewards(tmp_path: Path
     assert re.search(rf"^tokens per step +{4 * 2 * (4 + 3)}$", table, re.MULTILINE)
 
     carry_out(named(tmp_path, "text", train__steps=1))
-    wrong = changed(recipe, model={"checkpoint": str(tmp_path / "text" / "model")}, grpo={"reward": "arithmetic"})
+    wrong = changed(recipe, run__name="wrong", model={"checkpoint": str(tmp_path / "text" / "model")}, grpo={"reward": "arithmetic"})
     with pytest.raises(ValueError, match="does not read arithmetic character by character"):
         carry_out(wrong)
 

@@ -171,6 +171,9 @@ def test_the_estimate_counts_what_is_trained() -> None:
         assert found[choice].parameters.trainable * 4 == size
     everything, last_layer, heads = (estimate.memory.activations for estimate in found.values())
     assert heads < last_layer < everything
+    with frozen_except(model, "heads"):
+        deeper = estimate(model, OptimizationConfig(), Schedule(rows=2, length=12, max_iterations=5))
+    assert deeper.memory.activations == heads, "a frozen trunk keeps nothing, however deep"
 
 
 def test_only_the_trained_have_optimizer_state_and_a_run_resumes(tmp_path: Path) -> None:
