@@ -365,9 +365,8 @@ def test_arithmetic_is_learned_from_answers_and_then_from_rewards(tmp_path: Path
     assert re.search(rf"^tokens per step +{4 * 2 * (4 + 3)}$", table, re.MULTILINE)
 
     carry_out(named(tmp_path, "text", train__steps=1))
-    wrong = changed(
-        recipe, run__name="wrong", model={"checkpoint": str(tmp_path / "text" / "model")}, grpo={"reward": "arithmetic"}
-    )
+    changed(recipe, run__name="wrong", model={"checkpoint": str(tmp_path / "text" / "model")})
+    wrong = changed(recipe, grpo={"reward": "arithmetic"})
     with pytest.raises(ValueError, match="does not read arithmetic character by character"):
         carry_out(wrong)
 
