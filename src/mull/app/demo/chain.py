@@ -6,9 +6,8 @@ from typing import Any, Self
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from mull.app.demo.chapter import Bench
+from mull.app.demo.chapter import Bench, table_by_iterations
 from mull.app.report.figures import accuracy_against_iterations
-from mull.app.report.page import Report
 from mull.data.chain import ChainTask, accuracy_by_hops
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig
@@ -44,7 +43,6 @@ class Chain:
         )
         settings: dict[str, Any] = {
             "steps": bench.size.chain_steps,
-            "muon_lr": 0.02,
             "peak_lr": 2e-3,
             "weight_decay": 0.0,
             "schedule": "wsd",
@@ -67,40 +65,22 @@ class Chain:
         single_pass, _ = chain_accuracy(control, TASK, n_prompts, bench.seed)
         return cls(model.num_parameters(), n_prompts, overall, by_hops, single_pass[1])
 
-    def tell(self, report: Report) -> None:
+    def tell(self) -> dict[str, Any]:
         """Accuracy against iterations."""
-        section = report.section("A task that needs depth: chain to root")
-        section.prose(f"""
-            A prompt lists 16 shuffled edges of two chains. The model is asked for the root of each node's chain, up to
-            {TASK.max_hops} hops away. It has {self.n_parameters:,} parameters in one encoder layer and one think layer, and was
-            trained on questions of at most {TASK.max_train_hops} hops with a loss after every iteration; questions of more hops
-            were never supervised. With fewer iterations than a question needs, the model names a node on the way, so accuracy is
-            0 and not the 50% of guessing between the two roots.
-        """)
-        section.figure(
-            accuracy_against_iterations(
-                {f"questions of 1 to {TASK.max_hops} hops": self.overall},
+        all_hops = f"1 to {TASK.max_hops}"
+        rows = {all_hops: self.overall, **{str(hops): row for hops, row in self.by_hops.items()}}
+        percent = {name: {k: 100 * share for k, share in row.items()} for name, row in rows.items()}
+        return {
+            "task": TASK,
+            "accuracy": accuracy_against_iterations(
+                {f"questions of {all_hops} hops": self.overall},
                 self.by_hops,
-                held_out_hops=[hops for hops in self.by_hops if hops > TASK.max_train_hops],
+                held_out_hops=range(TASK.max_train_hops + 1, TASK.max_hops + 1),
                 trained_iterations=TASK.max_train_hops,
             ),
-            f"Share of right answers on {self.n_prompts} fresh prompts.",
-        )
-        rows = {f"1 to {TASK.max_hops}": self.overall, **{str(hops): row for hops, row in self.by_hops.items()}}
-        section.table(
-            ["hops", *(f"k={k}" for k in self.overall)],
-            [[hops, *(100 * share for share in row.values())] for hops, row in rows.items()],
-            caption="Right answers in per cent.",
-        )
-
-    def verdict(self) -> list[str]:
-        """Compare with one pass."""
-        best = max(self.overall, key=lambda k: self.overall[k])
-        return [
-            f"With {best} iterations the model is right in {self.overall[best]:.1%} of all questions.",
-            "The control has the same parameters and was trained in a single pass, on the answers alone. "
-            f"It is right in {self.single_pass:.1%}.",
-        ]
+            "shares": table_by_iterations("hops", percent),
+            "best": max(self.overall, key=lambda k: self.overall[k]),
+        }
 
 
 def _model(seed: int) -> MullForCausalLM:

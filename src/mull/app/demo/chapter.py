@@ -7,20 +7,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from mull.app.report.page import Report
+from mull.app.report.page import Table
 from mull.model.causal_lm import MullForCausalLM
 from mull.training.loop import Batches, Evaluation, TrainConfig, TrainResult, train
 from mull.training.objectives.base import Objective
 
 
 class Chapter(Protocol):
-    """One capability: what was measured, which the class method ``train`` of each chapter returns, and how the page tells it."""
+    """One capability: what was measured, which the class method ``train`` of each chapter returns.
 
-    def tell(self, report: Report) -> None:
-        """Add sections to the page."""
+    Its words are a template in the folder ``words``, which reads the chapter's fields and what it tells.
+    """
 
-    def verdict(self) -> list[str]:
-        """Sentences on what the numbers say, whichever way they fall. They end the chapter."""
+    def tell(self) -> dict[str, Any]:
+        """The figures and tables that the words place, and what else they mention."""
+
+
+def table_by_iterations(heading: str, rows: Mapping[str, Mapping[int, float]]) -> Table:
+    """Values by name of the row and number of think iterations."""
+    counts = sorted({k for row in rows.values() for k in row})
+    cells = [[name, *(row.get(k) for k in counts)] for name, row in rows.items()]
+    return Table([heading, *(f"k={k}" for k in counts)], cells)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +82,8 @@ class Bench:
         *,
         evaluate: Callable[[MullForCausalLM], Mapping[str, float]] | None = None,
         eval_every: int | None = None,
+        muon_lr: float = 0.02,
+        peak_lr: float = 3e-3,
         **settings: Any,
     ) -> TrainResult:
         """Train from scratch in an emptied folder `name`, with `settings` of `TrainConfig`.
@@ -84,7 +93,9 @@ class Bench:
         folder = self.out / name
         if folder.is_dir():
             shutil.rmtree(folder)
-        config = TrainConfig(optimizer="muon", log_every=1, seed=self.seed, **settings)
+        config = TrainConfig(
+            optimizer="muon", muon_lr=muon_lr, peak_lr=peak_lr, log_every=1, seed=self.seed, **settings
+        )
         evaluation = None if evaluate is None else Evaluation(evaluate, eval_every)
         result = train(model, objective, batches, config, folder, evaluation=evaluation)
         if result.stopped == "sigterm":

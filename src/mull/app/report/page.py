@@ -7,17 +7,17 @@ produced them.
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import resources
 from math import floor, isfinite, log10
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
-from jinja2 import Environment
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
@@ -39,6 +39,14 @@ class Block:
 
     columns: tuple[tuple[str, bool], ...] = ()
     """A table's columns: heading, and whether the column holds numbers."""
+
+
+class Table(NamedTuple):
+    """Content of a table, as `Section.table` formats it."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | int | float | None]]
+    digits: int = 4
 
 
 @dataclass(slots=True)
@@ -89,6 +97,16 @@ class Section:
         self.blocks.append(Block(kind="table", body=list(cells), caption=caption, columns=heads))
         return self
 
+    def place(self, piece: Figure | Table | str, caption: str) -> "Section":
+        """Add a figure, a table or a sample of text."""
+        match piece:
+            case Table(columns, rows, digits):
+                return self.table(columns, rows, caption, digits)
+            case str():
+                return self.sample(caption, piece)
+            case _:
+                return self.figure(piece, caption)
+
     def sample(self, caption: str, text: str) -> "Section":
         """Add text that keeps its line breaks, such as a sample of a model or the output of a command."""
         self.blocks.append(Block(kind="sample", body=text, caption=caption))
@@ -121,6 +139,23 @@ class Report:
         """Begin a section; add to the one returned."""
         self.sections.append(Section(heading))
         return self.sections[-1]
+
+    def add(self, template: str, facts: Mapping[str, Any]) -> None:
+        """Add the sections of a Jinja template of Markdown, filled with `facts`.
+
+        Blank lines separate its parts: ``## heading`` begins a section, ``![caption](name)`` places the figure, `Table` or
+        sample of text that `facts` has under this name, and everything else is prose.
+        """
+        # Nothing is escaped here because the page escapes all text.
+        environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+        for part in re.split(r"\n\s*\n", environment.from_string(template).render(facts).strip()):
+            placed = re.fullmatch(r"!\[(.*)\]\((\w+)\)", part, re.DOTALL)
+            if part.startswith("## "):
+                self.section(part.removeprefix("## "))
+            elif placed is None:
+                self.sections[-1].prose(part)
+            else:
+                self.sections[-1].place(facts[placed[2]], " ".join(placed[1].split()))
 
     def html(self) -> str:
         """The page as text."""
