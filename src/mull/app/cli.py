@@ -10,6 +10,7 @@ import typer
 from pydantic import ValidationError
 from transformers import AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
+from typer import Argument, Option
 
 from mull.app.demo.demo import run_demo
 from mull.app.recipe import load_recipe, recipe_schema, wrong_value
@@ -38,13 +39,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ModelArgument = Annotated[str, typer.Argument(help="Directory or hub name of a checkpoint.", metavar="MODEL")]
+ModelArgument = Annotated[str, Argument(help="Directory or hub name of a checkpoint.", metavar="MODEL")]
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the report and the models.")] = Path("out/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of weights, data order and sampled iterations.")] = 0,
+    out: Annotated[Path, Option(help="Folder for the report and the models.")] = Path("out/demo"),
+    seed: Annotated[int, Option(help="Seed of weights, data order and sampled iterations.")] = 0,
 ) -> None:
     """Train a small model on real text, teach it to think in loops, and write a report: minutes on one CPU, no downloads."""
     report = run_demo(out, seed)
@@ -53,15 +54,10 @@ def demo(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file that describes the run.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; overrides the recipe.")] = None,
-    resume: Annotated[bool, typer.Option(help="Continue from the run's newest checkpoint.")] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Check the recipe, data and model without training, and print what training will cost."
-        ),
-    ] = False,
+    recipe: Annotated[Path, Argument(help="YAML file that describes the run.")],
+    set_: Annotated[list[str] | None, Option("--set", help="section.key=value; overrides the recipe.")] = None,
+    resume: Annotated[bool, Option(help="Continue from the run's newest checkpoint.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check everything and print the cost; train nothing.")] = False,
 ) -> None:
     """Train a model as a recipe describes. On several devices: torchrun --nproc-per-node N -m mull train RECIPE."""
     loaded = load_recipe(recipe, set_ or [])
@@ -89,14 +85,11 @@ def _print_once(text: str) -> None:
 @app.command()
 def split(
     model: ModelArgument,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="Text to measure on: files, folders, s3://… or hf:…; default: Python's standard library."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for split.json and split.html.")] = Path("out/split"),
-    length: Annotated[int, typer.Option(help="Tokens per row.")] = 256,
-    batches: Annotated[int, typer.Option(help="Number of batches to measure on.")] = 8,
-    batch_size: Annotated[int, typer.Option(help="Rows per batch.")] = 8,
+    data: Annotated[list[str] | None, Option(help="Files, folders, s3://… or hf:…; default: Python's library.")] = None,
+    out: Annotated[Path, Option(help="Folder for split.json and split.html.")] = Path("out/split"),
+    length: Annotated[int, Option(help="Tokens per row.")] = 256,
+    batches: Annotated[int, Option(help="Number of batches to measure on.")] = 8,
+    batch_size: Annotated[int, Option(help="Rows per batch.")] = 8,
 ) -> None:
     """Measure which layers of MODEL encode, think and decode, and propose an ETDConfig."""
     documents = load_stdlib().held_out if data is None else load_documents(data)
@@ -137,40 +130,21 @@ def _describe(report: SplitReport) -> str:
 @app.command()
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Option(help="Text to continue; - reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens to generate.")] = 100,
-    think_iterations: Annotated[int | None, typer.Option(help="Passes through the think block.")] = None,
-    etd: Annotated[
-        str | None, typer.Option(help="Numbers of encoder, think and decoder layers for a base checkpoint, e.g. 7,4,5.")
-    ] = None,
-    mtp: Annotated[
-        Literal["native"] | None,
-        typer.Option(help="Use the heads that a base checkpoint has under mtp.* (Qwen3-Next and Qwen3.5)."),
-    ] = None,
-    draft: Annotated[
-        Literal["mtp"] | None, typer.Option(help="Draft with the model's heads; the text stays the same.")
-    ] = None,
-    draft_length: Annotated[
-        int | None, typer.Option(help="Tokens to draft per round; default: chosen by measured cost and acceptance.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample from the most likely tokens that together have this probability.")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Smallest probability, relative to that of the most likely token.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Divides the logits of tokens that have occurred; 1 is off.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
-    compile_: Annotated[
-        bool, typer.Option("--compile", help="Compile the decoder: takes minutes at first, then decodes faster.")
-    ] = False,
-    stats: Annotated[
-        bool, typer.Option("--stats", help="Print time, tokens and acceptance to standard error.")
-    ] = False,
+    prompt: Annotated[str, Option(help="Text to continue; - reads standard input.")],
+    max_new_tokens: Annotated[int, Option(help="Largest number of tokens to generate.")] = 100,
+    think_iterations: Annotated[int | None, Option(help="Passes through the think block.")] = None,
+    etd: Annotated[str | None, Option(help="Encoder, think and decoder layers of a base checkpoint: 7,4,5.")] = None,
+    mtp: Annotated[Literal["native"] | None, Option(help="Use the heads that Qwen3-Next and Qwen3.5 have.")] = None,
+    draft: Annotated[Literal["mtp"] | None, Option(help="Draft with the model's heads; same text.")] = None,
+    draft_length: Annotated[int | None, Option(help="Tokens to draft per round; default: adaptive.")] = None,
+    temperature: Annotated[float, Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, Option(help="Sample from the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, Option(help="Sample from the likeliest tokens of this total probability.")] = None,
+    min_p: Annotated[float | None, Option(help="Least probability, relative to the likeliest token's.")] = None,
+    repetition_penalty: Annotated[float, Option(help="Divides the logits of used tokens; 1 is off.")] = 1.0,
+    seed: Annotated[int, Option(help="Seed for sampling.")] = 0,
+    compile_: Annotated[bool, Option("--compile", help="Takes minutes at first, then decodes faster.")] = False,
+    stats: Annotated[bool, Option("--stats", help="Print time and acceptance to standard error.")] = False,
 ) -> None:
     """Continue a prompt, printing tokens as they come."""
     text = sys.stdin.read() if prompt == "-" else prompt

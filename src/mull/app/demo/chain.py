@@ -93,10 +93,6 @@ def _model(seed: int) -> MullForCausalLM:
         num_key_value_heads=4,
         head_dim=16,
         max_position_embeddings=TASK.length,
-        tie_word_embeddings=False,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=None,
     )
     torch.manual_seed(seed)
     etd = ETDConfig(n_encoder_layers=1, n_think_layers=1, n_decoder_layers=0, max_think_iterations=TASK.max_train_hops)

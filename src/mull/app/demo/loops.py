@@ -178,5 +178,4 @@ def _architecture(tokenizer: PreTrainedTokenizerBase, size: DemoSize) -> Qwen3Co
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
     )

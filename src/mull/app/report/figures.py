@@ -3,7 +3,7 @@
 import io
 from collections.abc import Collection, Mapping, Sequence
 from itertools import cycle
-from typing import Any
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -23,28 +23,7 @@ GREY = "#5B6470"
 SMOOTHING = 21
 """Points of the moving average over a training loss."""
 
-STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.labelcolor": "#222222",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
-    "figure.constrained_layout.h_pad": 0.08,
-    "font.family": ["sans-serif"],
-    "font.size": 10,
-    "grid.color": "#E3E6EA",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5.5,
-    "svg.fonttype": "none",  # text stays text: it can be selected, searched and read aloud
-    "svg.hashsalt": "mull",  # the same numbers give the same file
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-}
+STYLE = mpl.rc_params_from_file(Path(__file__).with_name("report.mplstyle"), use_default_template=False)
 
 Line = Mapping[int, float]
 """x to y, in the order of drawing."""
@@ -53,7 +32,8 @@ Line = Mapping[int, float]
 @mpl.rc_context(STYLE)
 def loss_curves(runs: Mapping[str, Line]) -> Figure:
     """Training loss of several runs against tokens: a smoothed line over the faint raw one."""
-    figure, axes = _empty()
+    figure = Figure()
+    axes = figure.subplots()
     for colour, (name, line) in zip(cycle(PALETTE), runs.items(), strict=False):
         axes.plot([*line], [*line.values()], color=colour, alpha=0.3, linewidth=0.7)
         axes.plot([*line], _smooth([*line.values()]), color=colour, label=f"{name}, training")
@@ -68,7 +48,8 @@ def held_out_curves(runs: Mapping[str, Line], controls: Mapping[str, tuple[str, 
         runs: By name of the run.
         controls: Name of a run to the name and the losses of its control, which is dashed in the same colour.
     """
-    figure, axes = _empty()
+    figure = Figure()
+    axes = figure.subplots()
     for colour, marker, (name, line) in zip(cycle(PALETTE), cycle(MARKERS), runs.items(), strict=False):
         axes.plot([*line], [*line.values()], color=colour, marker=marker, label=name)
         if name in controls:
@@ -80,7 +61,8 @@ def held_out_curves(runs: Mapping[str, Line], controls: Mapping[str, tuple[str, 
 @mpl.rc_context(STYLE)
 def loss_against_iterations(models: Mapping[str, Line], controls: Mapping[str, float]) -> Figure:
     """Held-out loss at each number of think iterations, with models of fixed depth as horizontal lines."""
-    figure, axes = _empty()
+    figure = Figure()
+    axes = figure.subplots()
     _iteration_lines(axes, models)
     for dash, (name, loss) in zip(cycle(DASHES), controls.items(), strict=False):
         axes.axhline(loss, color="#333333", linestyle=dash, linewidth=1.4, label=name)
@@ -106,7 +88,7 @@ def accuracy_against_iterations(
         held_out_hops: Numbers of hops that training never showed; their rows are marked.
         trained_iterations: Most iterations seen in training; more are shaded.
     """
-    figure = Figure(figsize=(8.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.4, 4.2))
     axes, table = figure.subplots(1, 2, width_ratios=[1, 1.1])
     _iteration_lines(axes, overall)
     most = max(iterations for line in overall.values() for iterations in line)
@@ -131,7 +113,7 @@ def acceptance_figure(
         cumulative: Share of accepted drafts of all that were drafted there.
         speeds: Tokens per second of each measurement, by way of decoding. Each is drawn, and their median.
     """
-    figure = Figure(figsize=(8.4, 3.9), layout="constrained")
+    figure = Figure(figsize=(8.4, 3.9))
     axes, speed = figure.subplots(1, 2)
     places = range(1, len(conditional) + 1)
     label = "of those whose predecessors were accepted"
@@ -149,7 +131,7 @@ def acceptance_figure(
 def angular_distance_figure(split: SplitReport) -> Figure:
     """The distance curve with the proposed blocks shaded, and the loop probe below it if there was one."""
     n_panels = 2 if split.probe else 1
-    figure = Figure(figsize=(7.4, 5.6 if split.probe else 3.6), layout="constrained")
+    figure = Figure(figsize=(7.4, 5.6 if split.probe else 3.6))
     panels = figure.subplots(n_panels, 1, squeeze=False, sharex=True, height_ratios=[3, 2][:n_panels])[:, 0]
     panels[0].errorbar(
         range(split.n_layers), split.distances, yerr=split.standard_errors, color=PALETTE[0], marker="o", capsize=3,
@@ -163,11 +145,6 @@ def angular_distance_figure(split: SplitReport) -> Figure:
     panels[-1].set(xlabel="decoder layer", xlim=(-0.6, split.n_layers - 0.4))
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=18))
     return figure
-
-
-def _empty() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.4, 3.9), layout="constrained")
-    return figure, figure.subplots()
 
 
 def _finish_losses(figure: Figure, axes: Axes, label: str) -> Figure:
