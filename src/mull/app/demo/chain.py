@@ -121,6 +121,6 @@ def chain_accuracy(
         counts = accuracy_by_hops(model.lm_head(state).argmax(-1), batch)
         for hops, results in by_hops.items():
             results[iterations] = counts[hops][0] / counts[hops][1]
-        asked = [counts[hops] for hops in by_hops]
-        overall[iterations] = sum(right for right, _ in asked) / sum(total for _, total in asked)
+        right, total = (sum(counts[hops][part] for hops in by_hops) for part in (0, 1))
+        overall[iterations] = right / total
     return overall, by_hops

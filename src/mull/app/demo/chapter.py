@@ -2,7 +2,7 @@
 
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,23 +80,18 @@ class Bench:
         objective: Objective,
         batches: Batches,
         *,
-        evaluate: Callable[[MullForCausalLM], Mapping[str, float]] | None = None,
-        eval_every: int | None = None,
-        muon_lr: float = 0.02,
-        peak_lr: float = 3e-3,
+        evaluation: Evaluation | None = None,
         **settings: Any,
     ) -> TrainResult:
-        """Train from scratch in an emptied folder `name`, with `settings` of `TrainConfig`.
+        """Train from scratch in an emptied folder `name`, with `settings` of `TrainConfig`; Muon is the optimizer.
 
         SIGTERM ends the whole demo, not only this run.
         """
         folder = self.out / name
         if folder.is_dir():
             shutil.rmtree(folder)
-        config = TrainConfig(
-            optimizer="muon", muon_lr=muon_lr, peak_lr=peak_lr, log_every=1, seed=self.seed, **settings
-        )
-        evaluation = None if evaluate is None else Evaluation(evaluate, eval_every)
+        rates = {"muon_lr": 0.02, "peak_lr": 3e-3}
+        config = TrainConfig(optimizer="muon", log_every=1, seed=self.seed, **{**rates, **settings})
         result = train(model, objective, batches, config, folder, evaluation=evaluation)
         if result.stopped == "sigterm":
             raise SystemExit(128 + signal.SIGTERM)

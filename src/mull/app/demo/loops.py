@@ -115,7 +115,6 @@ class Loops:
                 [[name, parameters, r.step, r.tokens, r.seconds, r.precision] for name, r in self.runs.items()],
             ),
             "training": loss_curves(curves),
-            "etd": self.split.etd,
             "distances": angular_distance_figure(self.split),
             "iterations": loss_against_iterations(models, {CONTROL: control}),
             "losses": table_by_iterations("model", {**self.losses, "layers run per token, relative to k=1": costs}),

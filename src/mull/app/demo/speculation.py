@@ -6,7 +6,6 @@ decoding alternate on every prompt, and each is compared with plain decoding of 
 drifts.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Self
@@ -20,7 +19,7 @@ from mull.app.report.figures import acceptance_figure
 from mull.app.report.page import Table
 from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches
-from mull.decoding.generate import GenerationStats, generate
+from mull.decoding.generate import GenerateOutput, GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import MTPConfig
@@ -63,7 +62,7 @@ class Speculation:
     """Statistics by way of decoding, one call per prompt."""
 
     n_same: dict[str, int]
-    """Calls whose tokens were those of plain decoding."""
+    """Calls by way whose tokens were those of plain decoding."""
 
     sample: str
     """One prompt and its continuation."""
@@ -94,26 +93,24 @@ class Speculation:
         model.save_pretrained(bench.out / "drafting" / "model")
         loops.text.tokenizer.save_pretrained(bench.out / "drafting" / "model")
 
-        calls, n_same, last = _decode_in_turn(
-            model, _beginnings(loops.text.held_out, size.drafting_prompts), size.drafting_tokens
-        )
+        prompts = _beginnings(loops.text.held_out, size.drafting_prompts)
+        outputs = _decode_in_turn(model, prompts, size.drafting_tokens)
+        calls = {name: [output.stats for output in of_way] for name, of_way in outputs.items()}
+        tokens = {name: torch.stack([output.sequences[0] for output in of_way]) for name, of_way in outputs.items()}
+        n_same = {name: int((ids == tokens[PLAIN]).all(-1).sum()) for name, ids in tokens.items()}
         n_parameters = sum(parameter.numel() for parameter in heads.parameters())
-        sample = str(loops.text.tokenizer.decode(last))
+        sample = str(loops.text.tokenizer.decode(tokens[PLAIN][-1]))
         return cls(iterations, output.stats, run, n_parameters, calls, n_same, sample)
 
     def tell(self) -> dict[str, Any]:
         """Heads, acceptance, and speed."""
         losses = [format(self.run.history[-1][f"head{k}_loss"], ".2f") for k in range(LONGEST + 1)]
         counts = acceptance_by_position(self.calls[FIXED])
-        drafted = {
-            name: sum((Counter(call.draft_lengths) for call in calls), Counter()) for name, calls in self.calls.items()
-        }
+        lengths = range(LONGEST + 1)
         return {
             "longest": LONGEST,
-            "written": self.written,
             "own_loss": losses[0],
             "head_losses": losses[1:],
-            "plain": self.calls[PLAIN],
             "acceptance": acceptance_figure(
                 [count.conditional for count in counts],
                 [count.cumulative for count in counts],
@@ -124,8 +121,11 @@ class Speculation:
                 [self._row(name) for name in WAYS],
             ),
             "lengths": Table(
-                ["way", *(f"{length} drafted" for length in range(LONGEST + 1))],
-                [[name, *(drafted[name][length] for length in range(LONGEST + 1))] for name in WAYS],
+                ["way", *(f"{length} drafted" for length in lengths)],
+                [
+                    [name, *(sum(call.draft_lengths.get(length, 0) for call in calls) for length in lengths)]
+                    for name, calls in self.calls.items()
+                ],
             ),
             "positions": Table(
                 ["position", "drafted", "tested", "accepted", "share of tested", "share of drafted"],
@@ -152,26 +152,15 @@ class Speculation:
         ]
 
 
-def _decode_in_turn(
-    model: MullForCausalLM, prompts: Tensor, new_tokens: int
-) -> tuple[dict[str, list[GenerationStats]], dict[str, int], Tensor]:
-    """Decode every prompt in every way.
-
-    Returns:
-        Statistics by way; number of calls by way whose tokens were those of plain decoding; tokens of the last plain call.
-    """
+def _decode_in_turn(model: MullForCausalLM, prompts: Tensor, new_tokens: int) -> dict[str, list[GenerateOutput]]:
+    """Decode every prompt in every way; the outputs by way."""
     for options in WAYS.values():  # the first call of a process is slower than all others
         generate(model, prompts[:1], max_new_tokens=8, eos_token_id=[], **options)
-    calls: dict[str, list[GenerationStats]] = {name: [] for name in WAYS}
-    n_same = dict.fromkeys(WAYS, 0)
-    plain = prompts[0]
+    outputs: dict[str, list[GenerateOutput]] = {name: [] for name in WAYS}
     for prompt in prompts.split(1):
         for name, options in WAYS.items():
-            output = generate(model, prompt, max_new_tokens=new_tokens, eos_token_id=[], **options)
-            plain = output.sequences[0] if name == PLAIN else plain
-            calls[name].append(output.stats)
-            n_same[name] += torch.equal(output.sequences[0], plain)
-    return calls, n_same, plain
+            outputs[name].append(generate(model, prompt, max_new_tokens=new_tokens, eos_token_id=[], **options))
+    return outputs
 
 
 def _beginnings(dataset: PackedDataset, n_rows: int) -> Tensor:

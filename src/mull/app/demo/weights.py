@@ -22,7 +22,7 @@ from mull.evaluation.held_out import held_out_loss
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import MTPConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
-from mull.training.loop import TrainResult
+from mull.training.loop import Evaluation, TrainResult
 from mull.training.objectives.resources import Resources
 from mull.training.objectives.table import make_objective
 from mull.training.objectives.weighted_mtp import Control, HeadTraining
@@ -106,8 +106,7 @@ class Weights:
                 model,
                 objective,
                 batches,
-                evaluate=clean_loss,
-                eval_every=max(steps // EVALUATIONS, 1),
+                evaluation=Evaluation(clean_loss, every=max(steps // EVALUATIONS, 1)),
                 steps=steps,
                 muon_lr=0.01,
                 peak_lr=1e-3,
@@ -135,8 +134,7 @@ class Weights:
                 ["run", "weight of noise", "effective sample", "entropy", "zero"],
                 [[name, *(_mean(run, metric) for metric in metrics)] for name, run in self.runs.items()],
             ),
-            "clean": clean,
-            "baseline": BASELINE,
+            "gains": {name: clean[BASELINE] - loss for name, loss in clean.items()},
             "controls": CONTROLS,
         }
 

@@ -68,17 +68,12 @@ def loss_against_iterations(models: Mapping[str, Line], controls: Mapping[str, f
         axes.axhline(loss, color="#333333", linestyle=dash, linewidth=1.4, label=name)
     axes.set(ylabel="held-out loss (nats per token)")
     axes.margins(y=0.12)
-    _legend(figure, columns=2)
-    return figure
+    return _with_legend(figure, columns=2)
 
 
 @mpl.rc_context(STYLE)
 def accuracy_against_iterations(
-    overall: Mapping[str, Line],
-    by_hops: Mapping[int, Line],
-    *,
-    held_out_hops: Collection[int],
-    trained_iterations: int,
+    overall: Mapping[str, Line], by_hops: Mapping[int, Line], *, held_out_hops: Collection[int], trained_iterations: int
 ) -> Figure:
     """Accuracy on a task that needs depth: over all questions, and as a table of colours by the number of hops.
 
@@ -95,11 +90,9 @@ def accuracy_against_iterations(
     if most > trained_iterations:
         axes.axvspan(trained_iterations + 0.5, most + 0.5, color="#EEF0F3", zorder=0, label="more than in training")
         axes.set_xlim(right=most + 0.5)
-    axes.set(ylabel="accuracy (%)", ylim=(-0.03, 1.03), title="All questions")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    _percent(axes, ylabel="accuracy (%)", title="All questions")
     _hops_map(table, by_hops, held_out_hops)
-    _legend(figure, columns=3)
-    return figure
+    return _with_legend(figure, columns=3)
 
 
 @mpl.rc_context(STYLE)
@@ -119,12 +112,10 @@ def acceptance_figure(
     label = "of those whose predecessors were accepted"
     axes.plot(places, conditional, color=PALETTE[0], marker=MARKERS[0], label=label)
     axes.plot(places, cumulative, color=PALETTE[1], marker=MARKERS[1], label="of all drafted")
-    axes.set(xlabel="position of the draft", ylabel="accepted (%)", ylim=(-0.03, 1.03), title="Drafts")
+    _percent(axes, xlabel="position of the draft", ylabel="accepted (%)", title="Drafts")
     axes.set(xlim=(0.6, len(conditional) + 0.4), xticks=places)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     _speed_points(speed, speeds)
-    _legend(figure, columns=2)
-    return figure
+    return _with_legend(figure, columns=2)
 
 
 @mpl.rc_context(STYLE)
@@ -150,8 +141,7 @@ def angular_distance_figure(split: SplitReport) -> Figure:
 def _finish_losses(figure: Figure, axes: Axes, label: str) -> Figure:
     axes.set(xlabel="tokens", ylabel=label)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    _legend(figure, columns=2)
-    return figure
+    return _with_legend(figure, columns=2)
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
@@ -177,19 +167,22 @@ def _speed_points(axes: Axes, speeds: Mapping[str, Sequence[float]]) -> None:
         axes.annotate(f"{middle:.3g}", (column + 0.28, middle), (4, 0), textcoords="offset points", va="center")
     axes.set_xticks(range(len(speeds)), labels=list(speeds))
     axes.grid(visible=False, axis="x")
-    axes.set(
-        xlim=(-0.5, len(speeds) - 0.25),
-        ylim=(0, 1.12 * max(max(measured) for measured in speeds.values())),
-        xlabel="way of decoding",
-        ylabel="tokens per second",
-        title="Speed",
-    )
+    axes.set(xlabel="way of decoding", ylabel="tokens per second", title="Speed")
+    fastest = max(max(measured) for measured in speeds.values())
+    axes.set(xlim=(-0.5, len(speeds) - 0.25), ylim=(0, 1.12 * fastest))
 
 
-def _legend(figure: Figure, columns: int) -> None:
-    """A legend above the axes, where it covers no data."""
+def _with_legend(figure: Figure, columns: int) -> Figure:
+    """Add a legend above the axes, where it covers no data."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(handles)))
+    return figure
+
+
+def _percent(axes: Axes, **labels: str) -> None:
+    """Let the y axis show shares of 0 to 1 in per cent."""
+    axes.set(ylim=(-0.03, 1.03), **labels)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
 
 
 def _hops_map(axes: Axes, by_hops: Mapping[int, Line], held_out_hops: Collection[int]) -> None:
@@ -202,10 +195,8 @@ def _hops_map(axes: Axes, by_hops: Mapping[int, Line], held_out_hops: Collection
         if not np.isnan(value):
             shade = "white" if value > 0.7 else "#1B1F24"
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=shade, fontsize=9)
-    axes.set_xticks(range(len(iterations)), labels=[str(iteration) for iteration in iterations])
-    axes.set_yticks(
-        range(len(hops)), labels=[f"{hop} (held out)" if hop in held_out_hops else str(hop) for hop in hops]
-    )
+    axes.set_xticks(range(len(iterations)), labels=list(map(str, iterations)))
+    axes.set_yticks(range(len(hops)), labels=[f"{hop}{' (held out)' * (hop in held_out_hops)}" for hop in hops])
     for label, hop in zip(axes.get_yticklabels(), hops, strict=True):
         label.set_color(PALETTE[1] if hop in held_out_hops else GREY)
     axes.grid(visible=False)
@@ -230,22 +221,18 @@ def _shade_blocks(axes: Axes, split: SplitReport) -> None:
 
 def _probe_bars(axes: Axes, split: SplitReport) -> None:
     """Extra loss of looping each window, one bar per window of the proposal's width, at the window's centre."""
-    first, width = split.etd.n_encoder_layers, split.etd.n_think_layers
+    proposal = range(split.etd.n_encoder_layers, split.etd.n_encoder_layers + split.etd.n_think_layers)
+    width = len(proposal)
     if all(window.stop - window.start != width for window in split.probe):
         width = split.probe[0].stop - split.probe[0].start  # the probe left out the proposal's width
     windows = [window for window in split.probe if window.stop - window.start == width]
-    proposal = (first, first + split.etd.n_think_layers)
-    axes.bar(
-        [(window.start + window.stop - 1) / 2 for window in windows],
-        [window.extra_loss for window in windows],
-        width=0.7,
-        color=[PALETTE[1] if (window.start, window.stop) == proposal else "#9AA5B1" for window in windows],
-    )
+    for window in windows:
+        is_proposal = range(window.start, window.stop) == proposal
+        colour = PALETTE[1] if is_proposal else "#9AA5B1"
+        axes.bar((window.start + window.stop - 1) / 2, window.extra_loss, width=0.7, color=colour)
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.set(
-        ylabel="extra loss (nats)",
-        title=f"Loop probe: {width} layers around each bar run twice, untrained (orange: the proposal)",
-    )
+    axes.set(ylabel="extra loss (nats)")
+    axes.set(title=f"Loop probe: {width} layers around each bar run twice, untrained (orange: the proposal)")
 
 
 @mpl.rc_context(STYLE)

@@ -41,11 +41,15 @@ class Block:
     """A table's columns: heading, and whether the column holds numbers."""
 
 
+Rows = Sequence[Sequence[str | int | float | None]]
+"""Cells of a table, row by row."""
+
+
 class Table(NamedTuple):
     """Content of a table, as `Section.table` formats it."""
 
     columns: Sequence[str]
-    rows: Sequence[Sequence[str | int | float | None]]
+    rows: Rows
     digits: int = 4
 
 
@@ -67,13 +71,7 @@ class Section:
         self.blocks.append(Block(kind="figure", body=svg(figure), caption=caption))
         return self
 
-    def table(
-        self,
-        columns: Sequence[str],
-        rows: Sequence[Sequence[str | int | float | None]],
-        caption: str = "",
-        digits: int = 4,
-    ) -> "Section":
+    def table(self, columns: Sequence[str], rows: Rows, caption: str = "", digits: int = 4) -> "Section":
         """Add a table. Columns of numbers are right-aligned.
 
         Args:
@@ -89,10 +87,8 @@ class Section:
             if len(row) != len(columns):
                 raise ValueError(f"A table of {len(columns)} columns got a row of {len(row)} cells: {list(row)}.")
         values = [[row[index] for row in rows] for index in range(len(columns))]
-        heads = tuple(
-            (head, not any(isinstance(value, str) for value in column))
-            for head, column in zip(columns, values, strict=True)
-        )
+        numeric = [not any(isinstance(value, str) for value in column) for column in values]
+        heads = tuple(zip(columns, numeric, strict=True))
         cells = zip(*(_cells(column, digits) for column in values), strict=True)
         self.blocks.append(Block(kind="table", body=list(cells), caption=caption, columns=heads))
         return self
