@@ -20,8 +20,7 @@ from mull.app.run import estimate_recipe, run_recipe
 from mull.data.corpus import load_stdlib
 from mull.data.packing import pack_texts
 from mull.data.sources import load_documents
-from mull.decoding.generate import GenerationStats
-from mull.decoding.generate import generate as continue_rows
+from mull.decoding.generate import GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position, describe_call
 from mull.evaluation.search.split import SplitReport, find_split
 from mull.model.configs import ETDConfig, MTPConfig
@@ -95,16 +94,12 @@ def split(
     documents = load_stdlib().held_out if data is None else load_documents(data)
     loaded = from_pretrained(model)
     text_config = loaded.config.get_text_config()
-    if length > text_config.max_position_embeddings:
-        raise ValueError(
-            f"--length {length} exceeds the model's {text_config.max_position_embeddings} positions: measure shorter rows."
-        )
-    dataset = pack_texts(
-        (document.text for document in documents),
-        AutoTokenizer.from_pretrained(model),
-        length=length,
-        vocab_size=text_config.vocab_size,
-    )
+    longest = text_config.max_position_embeddings
+    if length > longest:
+        raise ValueError(f"--length {length} exceeds the model's {longest} positions: measure shorter rows.")
+    texts = (document.text for document in documents)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    dataset = pack_texts(texts, tokenizer, length=length, vocab_size=text_config.vocab_size)
     measured = list(dataset.in_order(batch_size))[:batches]
     report = find_split(loaded, measured.__getitem__, n_batches=len(measured), n_probe_batches=min(4, len(measured)))
     out.mkdir(parents=True, exist_ok=True)
@@ -127,8 +122,8 @@ def _describe(report: SplitReport) -> str:
     ).strip()
 
 
-@app.command()
-def generate(
+@app.command("generate")
+def continue_prompt(
     model: ModelArgument,
     prompt: Annotated[str, Option(help="Text to continue; - reads standard input.")],
     max_new_tokens: Annotated[int, Option(help="Largest number of tokens to generate.")] = 100,
@@ -143,7 +138,7 @@ def generate(
     min_p: Annotated[float | None, Option(help="Least probability, relative to the likeliest token's.")] = None,
     repetition_penalty: Annotated[float, Option(help="Divides the logits of used tokens; 1 is off.")] = 1.0,
     seed: Annotated[int, Option(help="Seed for sampling.")] = 0,
-    compile_: Annotated[bool, Option("--compile", help="Takes minutes at first, then decodes faster.")] = False,
+    compile_: Annotated[bool, Option("--compile", help="Compile: minutes at first, then faster.")] = False,
     stats: Annotated[bool, Option("--stats", help="Print time and acceptance to standard error.")] = False,
 ) -> None:
     """Continue a prompt, printing tokens as they come."""
@@ -154,11 +149,10 @@ def generate(
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].numel() == 0:
         raise ValueError("The prompt is empty: give at least one token to continue.")
-    if len(tokenizer) > loaded.lm_head.out_features:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model {loaded.lm_head.out_features}: it belongs to another model."
-        )
-    output = continue_rows(
+    known = loaded.lm_head.out_features
+    if len(tokenizer) > known:
+        raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, the model {known}: it belongs to another model.")
+    output = generate(
         loaded.to(device()),
         inputs["input_ids"],
         max_new_tokens=max_new_tokens,

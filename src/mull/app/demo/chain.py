@@ -38,9 +38,7 @@ class Chain:
     def train(cls, bench: Bench) -> Self:
         """Supervise the looped model after every iteration, and the control on the answers alone."""
         model, control = (_model(bench.seed) for _ in range(2))
-        print(
-            f"chain task: {model.num_parameters():,} parameters, {bench.size.chain_steps} steps; then the control in one pass"
-        )
+        print(f"chain task: {model.num_parameters():,} parameters, {bench.size.chain_steps} steps, then the control")
         settings: dict[str, Any] = {
             "steps": bench.size.chain_steps,
             "peak_lr": 2e-3,
@@ -109,12 +107,8 @@ def chain_accuracy(
         By number of iterations, over all questions of at least one hop; and by number of hops and of iterations.
     """
     batch = task.batches(n_prompts, seed, train=False)(0)
-    states = model.hidden_states_by_iteration(
-        batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        think_iterations=9,
-    )
+    ids, mask, positions = (batch[name] for name in ("input_ids", "attention_mask", "position_ids"))
+    states = model.hidden_states_by_iteration(ids, attention_mask=mask, position_ids=positions, think_iterations=9)
     overall: dict[int, float] = {}
     by_hops: dict[int, dict[int, float]] = {hops: {} for hops in range(1, task.max_hops + 1)}
     for iterations, state in enumerate(states, start=1):

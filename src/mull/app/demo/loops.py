@@ -90,9 +90,7 @@ class Loops:
         control = wrap_transformer_with_etd(copy.deepcopy(base), None)
         losses = {"base, loops untrained": _losses(looped, text, size)}
 
-        print(
-            f"loops: {size.continued_steps} steps of 1 to {size.max_iterations} iterations, and the control for the same time"
-        )
+        print(f"loops: {size.continued_steps} steps of 1 to {size.max_iterations} iterations, then the control")
         unseen = lambda index: batches(index + size.base_steps)  # noqa: E731 - data that the base model has not seen
         runs["looped"] = bench.train("looped", looped, sampled, unseen, steps=size.continued_steps)
         runs["control"] = bench.train("control", control, once, unseen, max_seconds=runs["looped"].seconds)

@@ -71,9 +71,7 @@ class Speculation:
     def train(cls, bench: Bench, loops: Loops) -> Self:
         """Train heads on the frozen model, save it with them, and decode held-out prompts in every way in turn."""
         size = bench.size
-        print(
-            f"drafting: {size.own_rows} rows of the looped model's own text, {size.drafting_steps} steps for its heads"
-        )
+        print(f"drafting: {size.own_rows} rows of the model's own text, {size.drafting_steps} steps for its heads")
         torch.manual_seed(bench.seed)
         model = from_pretrained(str(bench.out / "model"), mtp=HEADS)
         heads = model.mtp_heads
@@ -109,8 +107,7 @@ class Speculation:
         lengths = range(LONGEST + 1)
         return {
             "longest": LONGEST,
-            "own_loss": losses[0],
-            "head_losses": losses[1:],
+            "losses": losses,
             "acceptance": acceptance_figure(
                 [count.conditional for count in counts],
                 [count.cumulative for count in counts],

@@ -93,6 +93,8 @@ class Weights:
             rows = bench.size.held_out_rows // 3
             return {"clean_loss": held_out_loss(model, loops.text.held_out, None, max_rows=rows)}
 
+        evaluation = Evaluation(clean_loss, every=max(steps // EVALUATIONS, 1))
+        settings = {"steps": steps, "muon_lr": 0.01, "peak_lr": 1e-3}
         runs = {}
         for name, (algorithm, control) in ARMS.items():
             torch.manual_seed(bench.seed)
@@ -101,16 +103,8 @@ class Weights:
             resources = Resources(model=model, reference=reference)
             head_training = HeadTraining(warmup_steps=steps // 2)
             objective = make_objective(algorithm, resources, heads=head_training, control=control, seed=bench.seed)
-            runs[name] = bench.train(
-                f"weights/{name}",
-                model,
-                objective,
-                batches,
-                evaluation=Evaluation(clean_loss, every=max(steps // EVALUATIONS, 1)),
-                steps=steps,
-                muon_lr=0.01,
-                peak_lr=1e-3,
-            )
+            folder = f"weights/{name}"
+            runs[name] = bench.train(folder, model, objective, batches, evaluation=evaluation, **settings)
         return cls(clean_loss(reference)["clean_loss"], runs)
 
     def tell(self) -> dict[str, Any]:

@@ -196,7 +196,8 @@ def _hops_map(axes: Axes, by_hops: Mapping[int, Line], held_out_hops: Collection
             shade = "white" if value > 0.7 else "#1B1F24"
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=shade, fontsize=9)
     axes.set_xticks(range(len(iterations)), labels=list(map(str, iterations)))
-    axes.set_yticks(range(len(hops)), labels=[f"{hop}{' (held out)' * (hop in held_out_hops)}" for hop in hops])
+    names = [f"{hop} (held out)" if hop in held_out_hops else str(hop) for hop in hops]
+    axes.set_yticks(range(len(hops)), labels=names)
     for label, hop in zip(axes.get_yticklabels(), hops, strict=True):
         label.set_color(PALETTE[1] if hop in held_out_hops else GREY)
     axes.grid(visible=False)
@@ -227,8 +228,7 @@ def _probe_bars(axes: Axes, split: SplitReport) -> None:
         width = split.probe[0].stop - split.probe[0].start  # the probe left out the proposal's width
     windows = [window for window in split.probe if window.stop - window.start == width]
     for window in windows:
-        is_proposal = range(window.start, window.stop) == proposal
-        colour = PALETTE[1] if is_proposal else "#9AA5B1"
+        colour = PALETTE[1] if range(window.start, window.stop) == proposal else "#9AA5B1"
         axes.bar((window.start + window.stop - 1) / 2, window.extra_loss, width=0.7, color=colour)
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set(ylabel="extra loss (nats)")

@@ -95,13 +95,9 @@ class Section:
 
     def place(self, piece: Figure | Table | str, caption: str) -> "Section":
         """Add a figure, a table or a sample of text."""
-        match piece:
-            case Table(columns, rows, digits):
-                return self.table(columns, rows, caption, digits)
-            case str():
-                return self.sample(caption, piece)
-            case _:
-                return self.figure(piece, caption)
+        if isinstance(piece, Table):
+            return self.table(piece.columns, piece.rows, caption, piece.digits)
+        return self.sample(caption, piece) if isinstance(piece, str) else self.figure(piece, caption)
 
     def sample(self, caption: str, text: str) -> "Section":
         """Add text that keeps its line breaks, such as a sample of a model or the output of a command."""
@@ -158,9 +154,7 @@ class Report:
         environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         environment.filters["code"] = _code_spans
         environment.filters["inline_svg"] = _inline_svg
-        template = environment.from_string(
-            resources.files("mull.app.report").joinpath("page.html.j2").read_text("utf-8")
-        )
+        template = resources.files("mull.app.report").joinpath("page.html.j2").read_text("utf-8")
         facts = {
             "Command": self.command,
             "Seeds": ", ".join(map(str, self.seeds)),
@@ -168,7 +162,8 @@ class Report:
             **machine(),
             "Date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         }
-        return template.render(report=self, facts={name: fact for name, fact in facts.items() if fact})
+        known = {name: fact for name, fact in facts.items() if fact}
+        return environment.from_string(template).render(report=self, facts=known)
 
     def write(self, path: str | Path) -> Path:
         """Write the page; missing folders are made."""
@@ -184,9 +179,8 @@ def machine() -> dict[str, str]:
     facts = {"Processor": _processor_name(), "Threads": f"{torch.get_num_threads()} of {cores} cores"}
     if torch.cuda.is_available():
         facts["Accelerator"] = torch.cuda.get_device_name()
-    facts["Versions"] = (
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
+    python = platform.python_version()
+    facts["Versions"] = f"Python {python}, torch {torch.__version__}, transformers {transformers.__version__}"
     return facts
 
 
