@@ -10,6 +10,7 @@ import typer
 from pydantic import ValidationError
 from transformers import AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
+from typer import Argument, Option
 
 from mull.app.demo.demo import run_demo
 from mull.app.recipe import load_recipe, recipe_schema, wrong_value
@@ -19,8 +20,7 @@ from mull.app.run import estimate_recipe, run_recipe
 from mull.data.corpus import load_stdlib
 from mull.data.packing import pack_texts
 from mull.data.sources import load_documents
-from mull.decoding.generate import GenerationStats
-from mull.decoding.generate import generate as continue_rows
+from mull.decoding.generate import GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position, describe_call
 from mull.evaluation.search.split import SplitReport, find_split
 from mull.model.configs import ETDConfig, MTPConfig
@@ -38,13 +38,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ModelArgument = Annotated[str, typer.Argument(help="Directory or hub name of a checkpoint.", metavar="MODEL")]
+ModelArgument = Annotated[str, Argument(help="Directory or hub name of a checkpoint.", metavar="MODEL")]
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the report and the models.")] = Path("out/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of weights, data order and sampled iterations.")] = 0,
+    out: Annotated[Path, Option(help="Folder for the report and the models.")] = Path("out/demo"),
+    seed: Annotated[int, Option(help="Seed of weights, data order and sampled iterations.")] = 0,
 ) -> None:
     """Train a small model on real text, teach it to think in loops, and write a report: minutes on one CPU, no downloads."""
     report = run_demo(out, seed)
@@ -53,15 +53,10 @@ def demo(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file that describes the run.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; overrides the recipe.")] = None,
-    resume: Annotated[bool, typer.Option(help="Continue from the run's newest checkpoint.")] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Check the recipe, data and model without training, and print what training will cost."
-        ),
-    ] = False,
+    recipe: Annotated[Path, Argument(help="YAML file that describes the run.")],
+    set_: Annotated[list[str] | None, Option("--set", help="section.key=value; overrides the recipe.")] = None,
+    resume: Annotated[bool, Option(help="Continue from the run's newest checkpoint.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check everything and print the cost; train nothing.")] = False,
 ) -> None:
     """Train a model as a recipe describes. On several devices: torchrun --nproc-per-node N -m mull train RECIPE."""
     loaded = load_recipe(recipe, set_ or [])
@@ -89,29 +84,22 @@ def _print_once(text: str) -> None:
 @app.command()
 def split(
     model: ModelArgument,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="Text to measure on: files, folders, s3://… or hf:…; default: Python's standard library."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for split.json and split.html.")] = Path("out/split"),
-    length: Annotated[int, typer.Option(help="Tokens per row.")] = 256,
-    batches: Annotated[int, typer.Option(help="Number of batches to measure on.")] = 8,
-    batch_size: Annotated[int, typer.Option(help="Rows per batch.")] = 8,
+    data: Annotated[list[str] | None, Option(help="Files, folders, s3://… or hf:…; default: Python's library.")] = None,
+    out: Annotated[Path, Option(help="Folder for split.json and split.html.")] = Path("out/split"),
+    length: Annotated[int, Option(help="Tokens per row.")] = 256,
+    batches: Annotated[int, Option(help="Number of batches to measure on.")] = 8,
+    batch_size: Annotated[int, Option(help="Rows per batch.")] = 8,
 ) -> None:
     """Measure which layers of MODEL encode, think and decode, and propose an ETDConfig."""
     documents = load_stdlib().held_out if data is None else load_documents(data)
     loaded = from_pretrained(model)
     text_config = loaded.config.get_text_config()
-    if length > text_config.max_position_embeddings:
-        raise ValueError(
-            f"--length {length} exceeds the model's {text_config.max_position_embeddings} positions: measure shorter rows."
-        )
-    dataset = pack_texts(
-        (document.text for document in documents),
-        AutoTokenizer.from_pretrained(model),
-        length=length,
-        vocab_size=text_config.vocab_size,
-    )
+    longest = text_config.max_position_embeddings
+    if length > longest:
+        raise ValueError(f"--length {length} exceeds the model's {longest} positions: measure shorter rows.")
+    texts = (document.text for document in documents)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    dataset = pack_texts(texts, tokenizer, length=length, vocab_size=text_config.vocab_size)
     measured = list(dataset.in_order(batch_size))[:batches]
     report = find_split(loaded, measured.__getitem__, n_batches=len(measured), n_probe_batches=min(4, len(measured)))
     out.mkdir(parents=True, exist_ok=True)
@@ -134,43 +122,24 @@ def _describe(report: SplitReport) -> str:
     ).strip()
 
 
-@app.command()
-def generate(
+@app.command("generate")
+def continue_prompt(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Option(help="Text to continue; - reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens to generate.")] = 100,
-    think_iterations: Annotated[int | None, typer.Option(help="Passes through the think block.")] = None,
-    etd: Annotated[
-        str | None, typer.Option(help="Numbers of encoder, think and decoder layers for a base checkpoint, e.g. 7,4,5.")
-    ] = None,
-    mtp: Annotated[
-        Literal["native"] | None,
-        typer.Option(help="Use the heads that a base checkpoint has under mtp.* (Qwen3-Next and Qwen3.5)."),
-    ] = None,
-    draft: Annotated[
-        Literal["mtp"] | None, typer.Option(help="Draft with the model's heads; the text stays the same.")
-    ] = None,
-    draft_length: Annotated[
-        int | None, typer.Option(help="Tokens to draft per round; default: chosen by measured cost and acceptance.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample from the most likely tokens that together have this probability.")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Smallest probability, relative to that of the most likely token.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Divides the logits of tokens that have occurred; 1 is off.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
-    compile_: Annotated[
-        bool, typer.Option("--compile", help="Compile the decoder: takes minutes at first, then decodes faster.")
-    ] = False,
-    stats: Annotated[
-        bool, typer.Option("--stats", help="Print time, tokens and acceptance to standard error.")
-    ] = False,
+    prompt: Annotated[str, Option(help="Text to continue; - reads standard input.")],
+    max_new_tokens: Annotated[int, Option(help="Largest number of tokens to generate.")] = 100,
+    think_iterations: Annotated[int | None, Option(help="Passes through the think block.")] = None,
+    etd: Annotated[str | None, Option(help="Encoder, think and decoder layers of a base checkpoint: 7,4,5.")] = None,
+    mtp: Annotated[Literal["native"] | None, Option(help="Use the heads that Qwen3-Next and Qwen3.5 have.")] = None,
+    draft: Annotated[Literal["mtp"] | None, Option(help="Draft with the model's heads; same text.")] = None,
+    draft_length: Annotated[int | None, Option(help="Tokens to draft per round; default: adaptive.")] = None,
+    temperature: Annotated[float, Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, Option(help="Sample from the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, Option(help="Sample from the likeliest tokens of this total probability.")] = None,
+    min_p: Annotated[float | None, Option(help="Least probability, relative to the likeliest token's.")] = None,
+    repetition_penalty: Annotated[float, Option(help="Divides the logits of used tokens; 1 is off.")] = 1.0,
+    seed: Annotated[int, Option(help="Seed for sampling.")] = 0,
+    compile_: Annotated[bool, Option("--compile", help="Compile: minutes at first, then faster.")] = False,
+    stats: Annotated[bool, Option("--stats", help="Print time and acceptance to standard error.")] = False,
 ) -> None:
     """Continue a prompt, printing tokens as they come."""
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -180,11 +149,10 @@ def generate(
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].numel() == 0:
         raise ValueError("The prompt is empty: give at least one token to continue.")
-    if len(tokenizer) > loaded.lm_head.out_features:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model {loaded.lm_head.out_features}: it belongs to another model."
-        )
-    output = continue_rows(
+    known = loaded.lm_head.out_features
+    if len(tokenizer) > known:
+        raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, the model {known}: it belongs to another model.")
+    output = generate(
         loaded.to(device()),
         inputs["input_ids"],
         max_new_tokens=max_new_tokens,

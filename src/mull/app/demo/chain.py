@@ -6,9 +6,8 @@ from typing import Any, Self
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from mull.app.demo.chapter import Bench
+from mull.app.demo.chapter import Bench, table_by_iterations
 from mull.app.report.figures import accuracy_against_iterations
-from mull.app.report.page import Report
 from mull.data.chain import ChainTask, accuracy_by_hops
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig
@@ -39,12 +38,9 @@ class Chain:
     def train(cls, bench: Bench) -> Self:
         """Supervise the looped model after every iteration, and the control on the answers alone."""
         model, control = (_model(bench.seed) for _ in range(2))
-        print(
-            f"chain task: {model.num_parameters():,} parameters, {bench.size.chain_steps} steps; then the control in one pass"
-        )
+        print(f"chain task: {model.num_parameters():,} parameters, {bench.size.chain_steps} steps, then the control")
         settings: dict[str, Any] = {
             "steps": bench.size.chain_steps,
-            "muon_lr": 0.02,
             "peak_lr": 2e-3,
             "weight_decay": 0.0,
             "schedule": "wsd",
@@ -67,40 +63,22 @@ class Chain:
         single_pass, _ = chain_accuracy(control, TASK, n_prompts, bench.seed)
         return cls(model.num_parameters(), n_prompts, overall, by_hops, single_pass[1])
 
-    def tell(self, report: Report) -> None:
+    def tell(self) -> dict[str, Any]:
         """Accuracy against iterations."""
-        section = report.section("A task that needs depth: chain to root")
-        section.prose(f"""
-            A prompt lists 16 shuffled edges of two chains. The model is asked for the root of each node's chain, up to
-            {TASK.max_hops} hops away. It has {self.n_parameters:,} parameters in one encoder layer and one think layer, and was
-            trained on questions of at most {TASK.max_train_hops} hops with a loss after every iteration; questions of more hops
-            were never supervised. With fewer iterations than a question needs, the model names a node on the way, so accuracy is
-            0 and not the 50% of guessing between the two roots.
-        """)
-        section.figure(
-            accuracy_against_iterations(
-                {f"questions of 1 to {TASK.max_hops} hops": self.overall},
+        all_hops = f"1 to {TASK.max_hops}"
+        rows = {all_hops: self.overall, **{str(hops): row for hops, row in self.by_hops.items()}}
+        percent = {name: {k: 100 * share for k, share in row.items()} for name, row in rows.items()}
+        return {
+            "task": TASK,
+            "accuracy": accuracy_against_iterations(
+                {f"questions of {all_hops} hops": self.overall},
                 self.by_hops,
-                held_out_hops=[hops for hops in self.by_hops if hops > TASK.max_train_hops],
+                held_out_hops=range(TASK.max_train_hops + 1, TASK.max_hops + 1),
                 trained_iterations=TASK.max_train_hops,
             ),
-            f"Share of right answers on {self.n_prompts} fresh prompts.",
-        )
-        rows = {f"1 to {TASK.max_hops}": self.overall, **{str(hops): row for hops, row in self.by_hops.items()}}
-        section.table(
-            ["hops", *(f"k={k}" for k in self.overall)],
-            [[hops, *(100 * share for share in row.values())] for hops, row in rows.items()],
-            caption="Right answers in per cent.",
-        )
-
-    def verdict(self) -> list[str]:
-        """Compare with one pass."""
-        best = max(self.overall, key=lambda k: self.overall[k])
-        return [
-            f"With {best} iterations the model is right in {self.overall[best]:.1%} of all questions.",
-            "The control has the same parameters and was trained in a single pass, on the answers alone. "
-            f"It is right in {self.single_pass:.1%}.",
-        ]
+            "shares": table_by_iterations("hops", percent),
+            "best": max(self.overall, key=lambda k: self.overall[k]),
+        }
 
 
 def _model(seed: int) -> MullForCausalLM:
@@ -113,10 +91,6 @@ def _model(seed: int) -> MullForCausalLM:
         num_key_value_heads=4,
         head_dim=16,
         max_position_embeddings=TASK.length,
-        tie_word_embeddings=False,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=None,
     )
     torch.manual_seed(seed)
     etd = ETDConfig(n_encoder_layers=1, n_think_layers=1, n_decoder_layers=0, max_think_iterations=TASK.max_train_hops)
@@ -133,18 +107,14 @@ def chain_accuracy(
         By number of iterations, over all questions of at least one hop; and by number of hops and of iterations.
     """
     batch = task.batches(n_prompts, seed, train=False)(0)
-    states = model.hidden_states_by_iteration(
-        batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        think_iterations=9,
-    )
+    ids, mask, positions = (batch[name] for name in ("input_ids", "attention_mask", "position_ids"))
+    states = model.hidden_states_by_iteration(ids, attention_mask=mask, position_ids=positions, think_iterations=9)
     overall: dict[int, float] = {}
     by_hops: dict[int, dict[int, float]] = {hops: {} for hops in range(1, task.max_hops + 1)}
     for iterations, state in enumerate(states, start=1):
         counts = accuracy_by_hops(model.lm_head(state).argmax(-1), batch)
         for hops, results in by_hops.items():
             results[iterations] = counts[hops][0] / counts[hops][1]
-        asked = [counts[hops] for hops in by_hops]
-        overall[iterations] = sum(right for right, _ in asked) / sum(total for _, total in asked)
+        right, total = (sum(counts[hops][part] for hops in by_hops) for part in (0, 1))
+        overall[iterations] = right / total
     return overall, by_hops

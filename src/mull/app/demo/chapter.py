@@ -2,25 +2,32 @@
 
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from mull.app.report.page import Report
+from mull.app.report.page import Table
 from mull.model.causal_lm import MullForCausalLM
 from mull.training.loop import Batches, Evaluation, TrainConfig, TrainResult, train
 from mull.training.objectives.base import Objective
 
 
 class Chapter(Protocol):
-    """One capability: what was measured, which the class method ``train`` of each chapter returns, and how the page tells it."""
+    """One capability: what was measured, which the class method ``train`` of each chapter returns.
 
-    def tell(self, report: Report) -> None:
-        """Add sections to the page."""
+    Its words are a template in the folder ``words``, which reads the chapter's fields and what it tells.
+    """
 
-    def verdict(self) -> list[str]:
-        """Sentences on what the numbers say, whichever way they fall. They end the chapter."""
+    def tell(self) -> dict[str, Any]:
+        """The figures and tables that the words place, and what else they mention."""
+
+
+def table_by_iterations(heading: str, rows: Mapping[str, Mapping[int, float]]) -> Table:
+    """Values by name of the row and number of think iterations."""
+    counts = sorted({k for row in rows.values() for k in row})
+    cells = [[name, *(row.get(k) for k in counts)] for name, row in rows.items()]
+    return Table([heading, *(f"k={k}" for k in counts)], cells)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +80,18 @@ class Bench:
         objective: Objective,
         batches: Batches,
         *,
-        evaluate: Callable[[MullForCausalLM], Mapping[str, float]] | None = None,
-        eval_every: int | None = None,
+        evaluation: Evaluation | None = None,
         **settings: Any,
     ) -> TrainResult:
-        """Train from scratch in an emptied folder `name`, with `settings` of `TrainConfig`.
+        """Train from scratch in an emptied folder `name`, with `settings` of `TrainConfig`; Muon is the optimizer.
 
         SIGTERM ends the whole demo, not only this run.
         """
         folder = self.out / name
         if folder.is_dir():
             shutil.rmtree(folder)
-        config = TrainConfig(optimizer="muon", log_every=1, seed=self.seed, **settings)
-        evaluation = None if evaluate is None else Evaluation(evaluate, eval_every)
+        rates = {"muon_lr": 0.02, "peak_lr": 3e-3}
+        config = TrainConfig(optimizer="muon", log_every=1, seed=self.seed, **{**rates, **settings})
         result = train(model, objective, batches, config, folder, evaluation=evaluation)
         if result.stopped == "sigterm":
             raise SystemExit(128 + signal.SIGTERM)

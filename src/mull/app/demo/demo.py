@@ -4,6 +4,7 @@ Everything runs through the functions that a user calls: `wrap_transformer_with_
 """
 
 import time
+from importlib.resources import files
 from pathlib import Path
 
 from mull.app.demo.chain import Chain
@@ -29,13 +30,13 @@ def run_demo(out: Path, seed: int = 0, size: DemoSize | None = None) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     bench = Bench(out, seed, size or DemoSize())
     loops = Loops.train(bench)
-    chapters: list[Chapter] = [
-        loops,
-        Weights.train(bench, loops),
-        Speculation.train(bench, loops),
-        Chain.train(bench),
-        Samples.train(bench, loops),
-    ]
+    chapters: dict[str, Chapter] = {
+        "loops": loops,
+        "weights": Weights.train(bench, loops),
+        "speculation": Speculation.train(bench, loops),
+        "chain": Chain.train(bench),
+        "samples": Samples.train(bench, loops),
+    }
     report = Report(
         "mull demo: a pretrained model that thinks in loops",
         subtitle="A small Qwen3 on Python sources, and a task that needs depth. All of it was trained on this machine just now.",
@@ -43,7 +44,7 @@ def run_demo(out: Path, seed: int = 0, size: DemoSize | None = None) -> Path:
         seeds=(seed,),
         provenance={"wall time": f"{time.perf_counter() - started:.0f} s until the report was written"},
     )
-    for chapter in chapters:
-        chapter.tell(report)
-        report.sections[-1].prose(" ".join(chapter.verdict()))
+    for name, chapter in chapters.items():
+        words = files("mull.app.demo").joinpath("words", f"{name}.md.j2").read_text("utf-8")
+        report.add(words, {"chapter": chapter, **chapter.tell()})
     return report.write(out / "report.html")

@@ -11,9 +11,9 @@ from typing import Any, Self
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
 
-from mull.app.demo.chapter import Bench, DemoSize
+from mull.app.demo.chapter import Bench, DemoSize, table_by_iterations
 from mull.app.report.figures import angular_distance_figure, loss_against_iterations, loss_curves
-from mull.app.report.page import Report
+from mull.app.report.page import Table
 from mull.data.corpus import load_stdlib, subsample
 from mull.data.packing import PackedDataset, pack_texts
 from mull.data.sampler import ShuffledBatches
@@ -74,16 +74,13 @@ class Loops:
         torch.manual_seed(bench.seed)
         base = AutoModelForCausalLM.from_config(_architecture(text.tokenizer, size))
         batches = ShuffledBatches(text.train, size.batch_size, bench.seed)
-        rates: dict[str, Any] = {"muon_lr": 0.02, "peak_lr": 3e-3}
         once = NextToken(IterationSampling(kind="fixed", maximum=1))
         sampled = NextToken(IterationSampling(kind="uniform", maximum=size.max_iterations))
 
         print(f"base model: {base.num_parameters():,} parameters, {size.base_steps} steps")
         plain = wrap_transformer_with_etd(base, None)
-        base_run = bench.train(
-            "base", plain, once, batches, steps=size.base_steps, schedule="constant", warmup_steps=20, **rates
-        )
-        runs = {"base": base_run}
+        schedule = {"steps": size.base_steps, "schedule": "constant", "warmup_steps": 20}
+        runs = {"base": bench.train("base", plain, once, batches, **schedule)}
 
         print("split: angular distance and loop probe")
         measured = list(text.held_out.in_order(size.batch_size))
@@ -93,91 +90,45 @@ class Loops:
         control = wrap_transformer_with_etd(copy.deepcopy(base), None)
         losses = {"base, loops untrained": _losses(looped, text, size)}
 
-        print(
-            f"loops: {size.continued_steps} steps of 1 to {size.max_iterations} iterations, and the control for the same time"
-        )
+        print(f"loops: {size.continued_steps} steps of 1 to {size.max_iterations} iterations, then the control")
         unseen = lambda index: batches(index + size.base_steps)  # noqa: E731 - data that the base model has not seen
-        runs["looped"] = bench.train("looped", looped, sampled, unseen, steps=size.continued_steps, **rates)
-        seconds = runs["looped"].seconds
-        runs["control"] = bench.train("control", control, once, unseen, max_seconds=seconds, **rates)
+        runs["looped"] = bench.train("looped", looped, sampled, unseen, steps=size.continued_steps)
+        runs["control"] = bench.train("control", control, once, unseen, max_seconds=runs["looped"].seconds)
         losses[LOOPED] = _losses(looped, text, size)
         losses[CONTROL] = {1: held_out_loss(control, text.held_out, None)}
         looped.save_pretrained(bench.out / "model")
         text.tokenizer.save_pretrained(bench.out / "model")
         return cls(text, snapshot, looped, split, runs, losses)
 
-    def tell(self, report: Report) -> None:
+    def tell(self) -> dict[str, Any]:
         """Training, split, and loss against iterations."""
-        self._tell_training(report)
-        self._tell_split(report)
-        section = report.section("Loss against iterations")
-        section.prose("""
-            With one iteration, the wrapped model is the base model: `wrap_transformer_with_etd` compares their logits bit for bit
-            and refuses to return a model that differs. The fair control is the dashed line: the same seconds of training, spent
-            without loops.
-        """)
-        models = {name: losses for name, losses in self.losses.items() if name != CONTROL}
-        section.figure(
-            loss_against_iterations(models, {CONTROL: self.losses[CONTROL][1]}), "Held-out loss in nats per token."
-        )
-        counts = list(self.losses[LOOPED])
-        costs = [relative_cost(self.looped.path(k), len(self.looped.model.layers)) for k in counts]
-        section.table(
-            ["model", *(f"k={k}" for k in counts)],
-            [
-                *([name, *(losses.get(k) for k in counts)] for name, losses in self.losses.items()),
-                ["layers run per token, relative to k=1", *costs],
-            ],
-            caption="Held-out loss in nats per token, and the cost of k iterations.",
-        )
-
-    def _tell_training(self, report: Report) -> None:
-        section = report.section("What was trained")
-        section.prose("""
-            A Qwen3 with random weights learned Python sources. It was then wrapped, and two continuations started from the same
-            weights on the same data: one with a random number of think iterations per step, and one without loops for the same
-            number of seconds. The training text is the running interpreter's standard library; held-out files are never
-            trained on.
-        """)
-        parameters = self.looped.num_parameters()
-        section.table(
-            ["run", "parameters", "steps", "tokens", "seconds", "precision"],
-            [[name, parameters, r.step, r.tokens, r.seconds, r.precision] for name, r in self.runs.items()],
-        )
+        looped, control = self.losses[LOOPED], self.losses[CONTROL][1]
         curves = {name: {r["tokens"]: r["loss"] for r in run.history} for name, run in self.runs.items()}
-        section.figure(loss_curves(curves), "Training loss. The looped run's is measured at the iterations it drew.")
-
-    def _tell_split(self, report: Report) -> None:
-        etd, section = self.split.etd, report.section("Where to loop")
-        proposal = f"{etd.n_encoder_layers}-{etd.n_think_layers}*k-{etd.n_decoder_layers}"
-        section.prose(f"`mull split` proposes {proposal} ({self.split.method}). {' '.join(self.split.notes)}")
-        section.figure(
-            angular_distance_figure(self.split),
-            "Top: angle between the residual stream before and after each layer. Bottom: how much loss it costs to run a window "
-            "twice in a model that was never trained to loop.",
-        )
-
-    def verdict(self) -> list[str]:
-        """Compare with one iteration, and with the control."""
-        looped = self.losses[LOOPED]
-        best = min(looped, key=lambda k: looped[k])
-        gain, against = looped[1] - looped[best], self.losses[CONTROL][1] - looped[best]
-        inside = (
-            f"In the looped model {best} iterations are best, {gain:.3f} nats better than one."
-            if gain > 0
-            else "In the looped model more iterations do not help."
-        )
-        outside = "better" if against > 0 else "worse"
-        return [inside, f"At its best it is {abs(against):.3f} nats {outside} than the control of equal training time."]
+        models = {name: losses for name, losses in self.losses.items() if name != CONTROL}
+        costs = {k: relative_cost(self.looped.path(k), len(self.looped.model.layers)) for k in looped}
+        parameters = self.looped.num_parameters()
+        return {
+            "runs": Table(
+                ["run", "parameters", "steps", "tokens", "seconds", "precision"],
+                [[name, parameters, r.step, r.tokens, r.seconds, r.precision] for name, r in self.runs.items()],
+            ),
+            "training": loss_curves(curves),
+            "distances": angular_distance_figure(self.split),
+            "iterations": loss_against_iterations(models, {CONTROL: control}),
+            "losses": table_by_iterations("model", {**self.losses, "layers run per token, relative to k=1": costs}),
+            "looped": looped,
+            "control": control,
+            "best": min(looped, key=lambda k: looped[k]),
+        }
 
 
 @dataclass(frozen=True)
 class Samples:
     """What the looped model writes, and whether a saved model is the same."""
 
-    texts: dict[str, str]
+    texts: list[str]
     rows: list[list[Any]]
-    """Prompt, number of iterations, and whether decoding without a cache gives the same tokens."""
+    """Of each text: prompt, number of iterations, and whether decoding without a cache gives the same tokens."""
 
     reloads: bool
     """The saved model gives the same logits, bit for bit."""
@@ -186,7 +137,7 @@ class Samples:
     @torch.no_grad()
     def train(cls, bench: Bench, loops: Loops) -> Self:
         """Continue some prompts greedily, and load the saved model."""
-        texts, rows, tokenizer = {}, [], loops.text.tokenizer
+        texts, rows, tokenizer = [], [], loops.text.tokenizer
         looped: Any = loops.looped
         for prompt in PROMPTS:
             tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
@@ -195,31 +146,15 @@ class Samples:
                 cached = looped.generate(**tokens, **options)
                 same = torch.equal(cached, looped.generate(**tokens, use_cache=False, **options))
                 rows.append([repr(prompt), k, "yes" if same else "no"])
-                name = f"{prompt!r}, {k} {'iteration' if k == 1 else 'iterations'}"
-                texts[name] = str(tokenizer.decode(cached[0]))
+                texts.append(str(tokenizer.decode(cached[0])))
         ids = loops.text.held_out.input_ids[:2]
         reloaded = AutoModelForCausalLM.from_pretrained(bench.out / "model")
         return cls(texts, rows, torch.equal(reloaded(ids).logits, looped(ids).logits))
 
-    def tell(self, report: Report) -> None:
-        """Show the texts."""
-        section = report.section("Samples")
-        section.prose("""
-            Greedy continuations by `generate` of transformers. The cache has one slot per visit of a layer; the table compares
-            the tokens with those of decoding without a cache.
-        """)
-        for name, text in self.texts.items():
-            section.sample(name, text)
-        section.table(["prompt", "iterations", "same tokens without cache"], self.rows)
-        report.section("Saved and loaded")
-
-    def verdict(self) -> list[str]:
-        """Compare logits."""
-        same = "the same logits, bit for bit" if self.reloads else "OTHER logits"
-        return [
-            f"`AutoModelForCausalLM.from_pretrained` on the saved folder gives {same}.",
-            "The weights have the names of the base checkpoint.",
-        ]
+    def tell(self) -> dict[str, Any]:
+        """The texts, and the comparison of their tokens."""
+        texts = {f"text{index}": text for index, text in enumerate(self.texts)}
+        return {**texts, "same": Table(["prompt", "iterations", "same tokens without cache"], self.rows)}
 
 
 def _losses(model: MullForCausalLM, text: Text, size: DemoSize) -> dict[int, float]:
@@ -240,5 +175,4 @@ def _architecture(tokenizer: PreTrainedTokenizerBase, size: DemoSize) -> Qwen3Co
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
     )

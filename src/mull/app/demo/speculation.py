@@ -6,7 +6,6 @@ decoding alternate on every prompt, and each is compared with plain decoding of 
 drifts.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Self
@@ -17,10 +16,10 @@ from torch import Tensor
 from mull.app.demo.chapter import Bench
 from mull.app.demo.loops import Loops
 from mull.app.report.figures import acceptance_figure
-from mull.app.report.page import Report
+from mull.app.report.page import Table
 from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches
-from mull.decoding.generate import GenerationStats, generate
+from mull.decoding.generate import GenerateOutput, GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import MTPConfig
@@ -63,7 +62,7 @@ class Speculation:
     """Statistics by way of decoding, one call per prompt."""
 
     n_same: dict[str, int]
-    """Calls whose tokens were those of plain decoding."""
+    """Calls by way whose tokens were those of plain decoding."""
 
     sample: str
     """One prompt and its continuation."""
@@ -72,9 +71,7 @@ class Speculation:
     def train(cls, bench: Bench, loops: Loops) -> Self:
         """Train heads on the frozen model, save it with them, and decode held-out prompts in every way in turn."""
         size = bench.size
-        print(
-            f"drafting: {size.own_rows} rows of the looped model's own text, {size.drafting_steps} steps for its heads"
-        )
+        print(f"drafting: {size.own_rows} rows of the model's own text, {size.drafting_steps} steps for its heads")
         torch.manual_seed(bench.seed)
         model = from_pretrained(str(bench.out / "model"), mtp=HEADS)
         heads = model.mtp_heads
@@ -90,73 +87,57 @@ class Speculation:
         fixed = IterationSampling(kind="fixed", maximum=iterations)
         objective = make_objective("baseline-mtp", Resources(model=model, iterations=fixed))
         batches = ShuffledBatches(dataset, size.batch_size, bench.seed)
-        run = bench.train("drafting", model, objective, batches, steps=size.drafting_steps, muon_lr=0.02, peak_lr=3e-3)
+        run = bench.train("drafting", model, objective, batches, steps=size.drafting_steps)
         model.save_pretrained(bench.out / "drafting" / "model")
         loops.text.tokenizer.save_pretrained(bench.out / "drafting" / "model")
 
-        calls, n_same, last = _decode_in_turn(
-            model, _beginnings(loops.text.held_out, size.drafting_prompts), size.drafting_tokens
-        )
+        prompts = _beginnings(loops.text.held_out, size.drafting_prompts)
+        outputs = _decode_in_turn(model, prompts, size.drafting_tokens)
+        calls = {name: [output.stats for output in of_way] for name, of_way in outputs.items()}
+        tokens = {name: torch.stack([output.sequences[0] for output in of_way]) for name, of_way in outputs.items()}
+        n_same = {name: int((ids == tokens[PLAIN]).all(-1).sum()) for name, ids in tokens.items()}
         n_parameters = sum(parameter.numel() for parameter in heads.parameters())
-        sample = str(loops.text.tokenizer.decode(last))
+        sample = str(loops.text.tokenizer.decode(tokens[PLAIN][-1]))
         return cls(iterations, output.stats, run, n_parameters, calls, n_same, sample)
 
-    def tell(self, report: Report) -> None:
+    def tell(self) -> dict[str, Any]:
         """Heads, acceptance, and speed."""
-        plain, last = self.calls[PLAIN], self.run.history[-1]
-        head_losses = ", ".join(format(last[f"head{k}_loss"], ".2f") for k in range(1, LONGEST + 1))
-        written = self.written.prefill_seconds + self.written.decode_seconds
-        section = report.section("Drafting")
-        section.prose(f"""
-            The looped model got {LONGEST} heads with {self.n_parameters:,} parameters together. Head k reads the state of the
-            previous head and the k-th token ahead, and drafts the one after it. The model itself was frozen at
-            {self.iterations} iterations. The heads trained for {self.run.step} steps ({self.run.seconds:.0f} s) on
-            {self.written.new_tokens:,} tokens that the model wrote in {written:.0f} s. Their last losses are {head_losses} nats;
-            the model's is {last["head0_loss"]:.2f}.
-
-            `mull.generate` verifies the drafts of a round in a single pass of the model and keeps those that the model would
-            have written itself, so drafts change the time and not the text. {len(plain)} held-out prompts,
-            {plain[0].new_tokens} greedy tokens each, in fp32, with all iterations.
-        """)
+        losses = [format(self.run.history[-1][f"head{k}_loss"], ".2f") for k in range(LONGEST + 1)]
         counts = acceptance_by_position(self.calls[FIXED])
-        section.figure(
-            acceptance_figure(
+        lengths = range(LONGEST + 1)
+        return {
+            "longest": LONGEST,
+            "losses": losses,
+            "acceptance": acceptance_figure(
                 [count.conditional for count in counts],
                 [count.cumulative for count in counts],
                 {name: [call.tokens_per_second for call in calls] for name, calls in self.calls.items()},
             ),
-            f"Left: accepted drafts by position, with {LONGEST} drafts in every round. Right: decoding speed, one point per "
-            "prompt in the order of measuring, and the median.",
-        )
-        section.table(
-            ["way", "same tokens", "tokens per round", "tokens per second", "speed-up", "least", "most"],
-            [self._row(name) for name in WAYS],
-            caption="Prompts whose tokens are those of plain decoding; tokens per pass of the model; medians over the prompts. "
-            "Speed-up is over plain decoding of the same prompt; below 1 is slower.",
-        )
-        lengths = {
-            name: sum((Counter(call.draft_lengths) for call in calls), Counter()) for name, calls in self.calls.items()
+            "speeds": Table(
+                ["way", "same tokens", "tokens per round", "tokens per second", "speed-up", "least", "most"],
+                [self._row(name) for name in WAYS],
+            ),
+            "lengths": Table(
+                ["way", *(f"{length} drafted" for length in lengths)],
+                [
+                    [name, *(sum(call.draft_lengths.get(length, 0) for call in calls) for length in lengths)]
+                    for name, calls in self.calls.items()
+                ],
+            ),
+            "positions": Table(
+                ["position", "drafted", "tested", "accepted", "share of tested", "share of drafted"],
+                [[place, *count, count.conditional, count.cumulative] for place, count in enumerate(counts, start=1)],
+                digits=3,
+            ),
+            "sample": self.sample,
+            "n_different": sum(len(self.calls[name]) - same for name, same in self.n_same.items()),
         }
-        section.table(
-            ["way", *(f"{length} drafted" for length in range(LONGEST + 1))],
-            [[name, *(lengths[name][length] for length in range(LONGEST + 1))] for name in WAYS],
-            caption="Rounds by number of tokens drafted. Fixed lengths draft fewer only where a text is about to end.",
-        )
-        section.table(
-            ["position", "drafted", "tested", "accepted", "share of tested", "share of drafted"],
-            [[place, *count, count.conditional, count.cumulative] for place, count in enumerate(counts, start=1)],
-            caption=f"Drafts by position, {LONGEST} in every round. Tested are those whose predecessors were accepted.",
-            digits=3,
-        )
-        section.sample("The last prompt and its continuation", self.sample)
-
-    def _speedups(self, name: str) -> list[float]:
-        """Tokens per second relative to plain decoding, by prompt."""
-        pairs = zip(self.calls[name], self.calls[PLAIN], strict=True)
-        return [call.tokens_per_second / plain.tokens_per_second for call, plain in pairs]
 
     def _row(self, name: str) -> list[Any]:
-        calls, speedups = self.calls[name], self._speedups(name)
+        """Tokens and speed of one way; the speed-up is relative to plain decoding of the same prompt."""
+        calls = self.calls[name]
+        pairs = zip(calls, self.calls[PLAIN], strict=True)
+        speedups = [call.tokens_per_second / plain.tokens_per_second for call, plain in pairs]
         return [
             name,
             f"{self.n_same[name]} of {len(calls)}",
@@ -167,46 +148,16 @@ class Speculation:
             max(speedups),
         ]
 
-    def verdict(self) -> list[str]:
-        """Compare tokens and speed with plain decoding."""
-        different = sum(len(self.calls[name]) - same for name, same in self.n_same.items())
-        warning = f"{different} calls wrote OTHER tokens: in fp32 that takes two tokens whose logits tie to rounding."
-        sentences = [warning if different else "All calls wrote the same tokens."]
-        for name in WAYS:
-            if name == PLAIN:
-                continue
-            speedups = self._speedups(name)
-            change = median(speedups) - 1
-            sentences.append(
-                f"{name}: {abs(change):.0%} {'faster' if change > 0 else 'slower'} than plain decoding in the median, "
-                f"{min(speedups):.2f} to {max(speedups):.2f} times its speed."
-            )
-        return [
-            *sentences,
-            "Greedy text of a model this small tends to repeat itself, and repetition is easy to draft.",
-        ]
 
-
-def _decode_in_turn(
-    model: MullForCausalLM, prompts: Tensor, new_tokens: int
-) -> tuple[dict[str, list[GenerationStats]], dict[str, int], Tensor]:
-    """Decode every prompt in every way.
-
-    Returns:
-        Statistics by way; number of calls by way whose tokens were those of plain decoding; tokens of the last plain call.
-    """
+def _decode_in_turn(model: MullForCausalLM, prompts: Tensor, new_tokens: int) -> dict[str, list[GenerateOutput]]:
+    """Decode every prompt in every way; the outputs by way."""
     for options in WAYS.values():  # the first call of a process is slower than all others
         generate(model, prompts[:1], max_new_tokens=8, eos_token_id=[], **options)
-    calls: dict[str, list[GenerationStats]] = {name: [] for name in WAYS}
-    n_same = dict.fromkeys(WAYS, 0)
-    plain = prompts[0]
+    outputs: dict[str, list[GenerateOutput]] = {name: [] for name in WAYS}
     for prompt in prompts.split(1):
         for name, options in WAYS.items():
-            output = generate(model, prompt, max_new_tokens=new_tokens, eos_token_id=[], **options)
-            plain = output.sequences[0] if name == PLAIN else plain
-            calls[name].append(output.stats)
-            n_same[name] += torch.equal(output.sequences[0], plain)
-    return calls, n_same, plain
+            outputs[name].append(generate(model, prompt, max_new_tokens=new_tokens, eos_token_id=[], **options))
+    return outputs
 
 
 def _beginnings(dataset: PackedDataset, n_rows: int) -> Tensor:

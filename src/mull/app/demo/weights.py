@@ -6,7 +6,7 @@ them. The reference model of Rho-1 is the base model itself.
 
 import copy
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from mull.app.demo.chapter import Bench
 from mull.app.demo.loops import Loops
 from mull.app.report.figures import held_out_curves
-from mull.app.report.page import Report
+from mull.app.report.page import Table
 from mull.data.noise import plant_noise
 from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches
@@ -22,7 +22,7 @@ from mull.evaluation.held_out import held_out_loss
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import MTPConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
-from mull.training.loop import TrainResult
+from mull.training.loop import Evaluation, TrainResult
 from mull.training.objectives.resources import Resources
 from mull.training.objectives.table import make_objective
 from mull.training.objectives.weighted_mtp import Control, HeadTraining
@@ -93,6 +93,8 @@ class Weights:
             rows = bench.size.held_out_rows // 3
             return {"clean_loss": held_out_loss(model, loops.text.held_out, None, max_rows=rows)}
 
+        evaluation = Evaluation(clean_loss, every=max(steps // EVALUATIONS, 1))
+        settings = {"steps": steps, "muon_lr": 0.01, "peak_lr": 1e-3}
         runs = {}
         for name, (algorithm, control) in ARMS.items():
             torch.manual_seed(bench.seed)
@@ -101,68 +103,38 @@ class Weights:
             resources = Resources(model=model, reference=reference)
             head_training = HeadTraining(warmup_steps=steps // 2)
             objective = make_objective(algorithm, resources, heads=head_training, control=control, seed=bench.seed)
-            runs[name] = bench.train(
-                f"weights/{name}",
-                model,
-                objective,
-                batches,
-                evaluate=clean_loss,
-                eval_every=max(steps // EVALUATIONS, 1),
-                steps=steps,
-                muon_lr=0.01,
-                peak_lr=1e-3,
-            )
+            folder = f"weights/{name}"
+            runs[name] = bench.train(folder, model, objective, batches, evaluation=evaluation, **settings)
         return cls(clean_loss(reference)["clean_loss"], runs)
 
-    def tell(self, report: Report) -> None:
+    def tell(self) -> dict[str, Any]:
         """Clean loss, and where the weights went."""
-        section = report.section("Weighing tokens")
-        section.prose(f"""
-            The base model got {N_HEADS} extra heads and was trained on the same rows in the same order under several weightings
-            of its targets. {100 * NOISE:.0f}% of the targets were replaced by random tokens; held-out text is clean. Weights
-            have mean 1 in every step, so a weighting changes what is learned and not how fast. A shuffled control puts the same
-            weights on other targets. Rho-1 drops the 30% of targets on which the model exceeds its reference least; the
-            reference is the base model itself.
-        """)
         curves = {name: self._clean_curve(run) for name, run in self.runs.items()}
-        section.figure(
-            held_out_curves(
+        last = {name: run.history[-1] for name, run in self.runs.items()}
+        clean = {name: record["eval_clean_loss"] for name, record in last.items()}
+        metrics = ["weights/marked", "weights/ess", "weights/entropy", "weights/zero_rate"]
+        return {
+            "n_heads": N_HEADS,
+            "noise": NOISE,
+            "curves": held_out_curves(
                 {name: curve for name, curve in curves.items() if SHUFFLED not in name},
                 {name: (control, curves[control]) for name, control in CONTROLS.items()},
             ),
-            "Loss on clean held-out text while the model trains on noisy text. Shuffled controls are dashed.",
-        )
-        last = {name: run.history[-1] for name, run in self.runs.items()}
-        clean = {name: record["eval_clean_loss"] for name, record in last.items()}
-        section.table(
-            ["run", "clean loss", "change", "head 1", "head 2"],
-            [[n, clean[n], clean[n] - self.before, last[n]["head1_loss"], last[n]["head2_loss"]] for n in last],
-            caption=f"Clean held-out loss in nats per token ({self.before:.3f} before training), and the extra heads' loss on "
-            "the noisy targets of the last step. One seed.",
-        )
-        metrics = ["weights/marked", "weights/ess", "weights/entropy", "weights/zero_rate"]
-        section.table(
-            ["run", "weight of noise", "effective sample", "entropy", "zero"],
-            [[name, *(_mean(run, metric) for metric in metrics)] for name, run in self.runs.items()],
-            caption="Averages over the steps: mean weight of planted targets, where the mean of all targets is 1; effective "
-            "sample size as a share of the targets; normalized entropy; share of targets with weight 0.",
-        )
+            "losses": Table(
+                ["run", "clean loss", "change", "head 1", "head 2"],
+                [[n, clean[n], clean[n] - self.before, last[n]["head1_loss"], last[n]["head2_loss"]] for n in last],
+            ),
+            "weights": Table(
+                ["run", "weight of noise", "effective sample", "entropy", "zero"],
+                [[name, *(_mean(run, metric) for metric in metrics)] for name, run in self.runs.items()],
+            ),
+            "gains": {name: clean[BASELINE] - loss for name, loss in clean.items()},
+            "controls": CONTROLS,
+        }
 
     def _clean_curve(self, run: TrainResult) -> dict[int, float]:
         evaluated = [record for record in run.history if "eval_clean_loss" in record]
         return {0: self.before, **{record["tokens"]: record["eval_clean_loss"] for record in evaluated}}
-
-    def verdict(self) -> list[str]:
-        """Compare each weighting and its control with the baseline."""
-        final = {name: run.history[-1]["eval_clean_loss"] for name, run in self.runs.items()}
-        sentences = []
-        for name, control in CONTROLS.items():
-            below = {run: final[BASELINE] - final[run] for run in (name, control)}
-            ends, control_ends = (f"{abs(gain):.3f} nats {'below' if gain > 0 else 'above'}" for gain in below.values())
-            sentences.append(
-                f"{name} ends {ends} the baseline on clean text; its shuffled control ends {control_ends}."
-            )
-        return sentences
 
 
 def _mean(run: TrainResult, metric: str) -> float:

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Collection, Mapping, Sequence
 from itertools import cycle
-from typing import Any
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -23,28 +23,7 @@ GREY = "#5B6470"
 SMOOTHING = 21
 """Points of the moving average over a training loss."""
 
-STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.labelcolor": "#222222",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
-    "figure.constrained_layout.h_pad": 0.08,
-    "font.family": ["sans-serif"],
-    "font.size": 10,
-    "grid.color": "#E3E6EA",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5.5,
-    "svg.fonttype": "none",  # text stays text: it can be selected, searched and read aloud
-    "svg.hashsalt": "mull",  # the same numbers give the same file
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-}
+STYLE = mpl.rc_params_from_file(Path(__file__).with_name("report.mplstyle"), use_default_template=False)
 
 Line = Mapping[int, float]
 """x to y, in the order of drawing."""
@@ -53,7 +32,8 @@ Line = Mapping[int, float]
 @mpl.rc_context(STYLE)
 def loss_curves(runs: Mapping[str, Line]) -> Figure:
     """Training loss of several runs against tokens: a smoothed line over the faint raw one."""
-    figure, axes = _empty()
+    figure = Figure()
+    axes = figure.subplots()
     for colour, (name, line) in zip(cycle(PALETTE), runs.items(), strict=False):
         axes.plot([*line], [*line.values()], color=colour, alpha=0.3, linewidth=0.7)
         axes.plot([*line], _smooth([*line.values()]), color=colour, label=f"{name}, training")
@@ -68,7 +48,8 @@ def held_out_curves(runs: Mapping[str, Line], controls: Mapping[str, tuple[str, 
         runs: By name of the run.
         controls: Name of a run to the name and the losses of its control, which is dashed in the same colour.
     """
-    figure, axes = _empty()
+    figure = Figure()
+    axes = figure.subplots()
     for colour, marker, (name, line) in zip(cycle(PALETTE), cycle(MARKERS), runs.items(), strict=False):
         axes.plot([*line], [*line.values()], color=colour, marker=marker, label=name)
         if name in controls:
@@ -80,23 +61,19 @@ def held_out_curves(runs: Mapping[str, Line], controls: Mapping[str, tuple[str, 
 @mpl.rc_context(STYLE)
 def loss_against_iterations(models: Mapping[str, Line], controls: Mapping[str, float]) -> Figure:
     """Held-out loss at each number of think iterations, with models of fixed depth as horizontal lines."""
-    figure, axes = _empty()
+    figure = Figure()
+    axes = figure.subplots()
     _iteration_lines(axes, models)
     for dash, (name, loss) in zip(cycle(DASHES), controls.items(), strict=False):
         axes.axhline(loss, color="#333333", linestyle=dash, linewidth=1.4, label=name)
     axes.set(ylabel="held-out loss (nats per token)")
     axes.margins(y=0.12)
-    _legend(figure, columns=2)
-    return figure
+    return _with_legend(figure, columns=2)
 
 
 @mpl.rc_context(STYLE)
 def accuracy_against_iterations(
-    overall: Mapping[str, Line],
-    by_hops: Mapping[int, Line],
-    *,
-    held_out_hops: Collection[int],
-    trained_iterations: int,
+    overall: Mapping[str, Line], by_hops: Mapping[int, Line], *, held_out_hops: Collection[int], trained_iterations: int
 ) -> Figure:
     """Accuracy on a task that needs depth: over all questions, and as a table of colours by the number of hops.
 
@@ -106,18 +83,16 @@ def accuracy_against_iterations(
         held_out_hops: Numbers of hops that training never showed; their rows are marked.
         trained_iterations: Most iterations seen in training; more are shaded.
     """
-    figure = Figure(figsize=(8.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.4, 4.2))
     axes, table = figure.subplots(1, 2, width_ratios=[1, 1.1])
     _iteration_lines(axes, overall)
     most = max(iterations for line in overall.values() for iterations in line)
     if most > trained_iterations:
         axes.axvspan(trained_iterations + 0.5, most + 0.5, color="#EEF0F3", zorder=0, label="more than in training")
         axes.set_xlim(right=most + 0.5)
-    axes.set(ylabel="accuracy (%)", ylim=(-0.03, 1.03), title="All questions")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    _percent(axes, ylabel="accuracy (%)", title="All questions")
     _hops_map(table, by_hops, held_out_hops)
-    _legend(figure, columns=3)
-    return figure
+    return _with_legend(figure, columns=3)
 
 
 @mpl.rc_context(STYLE)
@@ -131,25 +106,23 @@ def acceptance_figure(
         cumulative: Share of accepted drafts of all that were drafted there.
         speeds: Tokens per second of each measurement, by way of decoding. Each is drawn, and their median.
     """
-    figure = Figure(figsize=(8.4, 3.9), layout="constrained")
+    figure = Figure(figsize=(8.4, 3.9))
     axes, speed = figure.subplots(1, 2)
     places = range(1, len(conditional) + 1)
     label = "of those whose predecessors were accepted"
     axes.plot(places, conditional, color=PALETTE[0], marker=MARKERS[0], label=label)
     axes.plot(places, cumulative, color=PALETTE[1], marker=MARKERS[1], label="of all drafted")
-    axes.set(xlabel="position of the draft", ylabel="accepted (%)", ylim=(-0.03, 1.03), title="Drafts")
+    _percent(axes, xlabel="position of the draft", ylabel="accepted (%)", title="Drafts")
     axes.set(xlim=(0.6, len(conditional) + 0.4), xticks=places)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     _speed_points(speed, speeds)
-    _legend(figure, columns=2)
-    return figure
+    return _with_legend(figure, columns=2)
 
 
 @mpl.rc_context(STYLE)
 def angular_distance_figure(split: SplitReport) -> Figure:
     """The distance curve with the proposed blocks shaded, and the loop probe below it if there was one."""
     n_panels = 2 if split.probe else 1
-    figure = Figure(figsize=(7.4, 5.6 if split.probe else 3.6), layout="constrained")
+    figure = Figure(figsize=(7.4, 5.6 if split.probe else 3.6))
     panels = figure.subplots(n_panels, 1, squeeze=False, sharex=True, height_ratios=[3, 2][:n_panels])[:, 0]
     panels[0].errorbar(
         range(split.n_layers), split.distances, yerr=split.standard_errors, color=PALETTE[0], marker="o", capsize=3,
@@ -165,16 +138,10 @@ def angular_distance_figure(split: SplitReport) -> Figure:
     return figure
 
 
-def _empty() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.4, 3.9), layout="constrained")
-    return figure, figure.subplots()
-
-
 def _finish_losses(figure: Figure, axes: Axes, label: str) -> Figure:
     axes.set(xlabel="tokens", ylabel=label)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    _legend(figure, columns=2)
-    return figure
+    return _with_legend(figure, columns=2)
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
@@ -200,19 +167,22 @@ def _speed_points(axes: Axes, speeds: Mapping[str, Sequence[float]]) -> None:
         axes.annotate(f"{middle:.3g}", (column + 0.28, middle), (4, 0), textcoords="offset points", va="center")
     axes.set_xticks(range(len(speeds)), labels=list(speeds))
     axes.grid(visible=False, axis="x")
-    axes.set(
-        xlim=(-0.5, len(speeds) - 0.25),
-        ylim=(0, 1.12 * max(max(measured) for measured in speeds.values())),
-        xlabel="way of decoding",
-        ylabel="tokens per second",
-        title="Speed",
-    )
+    axes.set(xlabel="way of decoding", ylabel="tokens per second", title="Speed")
+    fastest = max(max(measured) for measured in speeds.values())
+    axes.set(xlim=(-0.5, len(speeds) - 0.25), ylim=(0, 1.12 * fastest))
 
 
-def _legend(figure: Figure, columns: int) -> None:
-    """A legend above the axes, where it covers no data."""
+def _with_legend(figure: Figure, columns: int) -> Figure:
+    """Add a legend above the axes, where it covers no data."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(handles)))
+    return figure
+
+
+def _percent(axes: Axes, **labels: str) -> None:
+    """Let the y axis show shares of 0 to 1 in per cent."""
+    axes.set(ylim=(-0.03, 1.03), **labels)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
 
 
 def _hops_map(axes: Axes, by_hops: Mapping[int, Line], held_out_hops: Collection[int]) -> None:
@@ -225,10 +195,9 @@ def _hops_map(axes: Axes, by_hops: Mapping[int, Line], held_out_hops: Collection
         if not np.isnan(value):
             shade = "white" if value > 0.7 else "#1B1F24"
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=shade, fontsize=9)
-    axes.set_xticks(range(len(iterations)), labels=[str(iteration) for iteration in iterations])
-    axes.set_yticks(
-        range(len(hops)), labels=[f"{hop} (held out)" if hop in held_out_hops else str(hop) for hop in hops]
-    )
+    axes.set_xticks(range(len(iterations)), labels=list(map(str, iterations)))
+    names = [f"{hop} (held out)" if hop in held_out_hops else str(hop) for hop in hops]
+    axes.set_yticks(range(len(hops)), labels=names)
     for label, hop in zip(axes.get_yticklabels(), hops, strict=True):
         label.set_color(PALETTE[1] if hop in held_out_hops else GREY)
     axes.grid(visible=False)
@@ -253,22 +222,17 @@ def _shade_blocks(axes: Axes, split: SplitReport) -> None:
 
 def _probe_bars(axes: Axes, split: SplitReport) -> None:
     """Extra loss of looping each window, one bar per window of the proposal's width, at the window's centre."""
-    first, width = split.etd.n_encoder_layers, split.etd.n_think_layers
+    proposal = range(split.etd.n_encoder_layers, split.etd.n_encoder_layers + split.etd.n_think_layers)
+    width = len(proposal)
     if all(window.stop - window.start != width for window in split.probe):
         width = split.probe[0].stop - split.probe[0].start  # the probe left out the proposal's width
     windows = [window for window in split.probe if window.stop - window.start == width]
-    proposal = (first, first + split.etd.n_think_layers)
-    axes.bar(
-        [(window.start + window.stop - 1) / 2 for window in windows],
-        [window.extra_loss for window in windows],
-        width=0.7,
-        color=[PALETTE[1] if (window.start, window.stop) == proposal else "#9AA5B1" for window in windows],
-    )
+    for window in windows:
+        colour = PALETTE[1] if range(window.start, window.stop) == proposal else "#9AA5B1"
+        axes.bar((window.start + window.stop - 1) / 2, window.extra_loss, width=0.7, color=colour)
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.set(
-        ylabel="extra loss (nats)",
-        title=f"Loop probe: {width} layers around each bar run twice, untrained (orange: the proposal)",
-    )
+    axes.set(ylabel="extra loss (nats)")
+    axes.set(title=f"Loop probe: {width} layers around each bar run twice, untrained (orange: the proposal)")
 
 
 @mpl.rc_context(STYLE)

@@ -7,17 +7,17 @@ produced them.
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import resources
 from math import floor, isfinite, log10
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
-from jinja2 import Environment
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
@@ -41,6 +41,18 @@ class Block:
     """A table's columns: heading, and whether the column holds numbers."""
 
 
+Rows = Sequence[Sequence[str | int | float | None]]
+"""Cells of a table, row by row."""
+
+
+class Table(NamedTuple):
+    """Content of a table, as `Section.table` formats it."""
+
+    columns: Sequence[str]
+    rows: Rows
+    digits: int = 4
+
+
 @dataclass(slots=True)
 class Section:
     """A heading and its content. Each method adds one piece and returns the section, so that calls chain."""
@@ -59,13 +71,7 @@ class Section:
         self.blocks.append(Block(kind="figure", body=svg(figure), caption=caption))
         return self
 
-    def table(
-        self,
-        columns: Sequence[str],
-        rows: Sequence[Sequence[str | int | float | None]],
-        caption: str = "",
-        digits: int = 4,
-    ) -> "Section":
+    def table(self, columns: Sequence[str], rows: Rows, caption: str = "", digits: int = 4) -> "Section":
         """Add a table. Columns of numbers are right-aligned.
 
         Args:
@@ -81,13 +87,17 @@ class Section:
             if len(row) != len(columns):
                 raise ValueError(f"A table of {len(columns)} columns got a row of {len(row)} cells: {list(row)}.")
         values = [[row[index] for row in rows] for index in range(len(columns))]
-        heads = tuple(
-            (head, not any(isinstance(value, str) for value in column))
-            for head, column in zip(columns, values, strict=True)
-        )
+        numeric = [not any(isinstance(value, str) for value in column) for column in values]
+        heads = tuple(zip(columns, numeric, strict=True))
         cells = zip(*(_cells(column, digits) for column in values), strict=True)
         self.blocks.append(Block(kind="table", body=list(cells), caption=caption, columns=heads))
         return self
+
+    def place(self, piece: Figure | Table | str, caption: str) -> "Section":
+        """Add a figure, a table or a sample of text."""
+        if isinstance(piece, Table):
+            return self.table(piece.columns, piece.rows, caption, piece.digits)
+        return self.sample(caption, piece) if isinstance(piece, str) else self.figure(piece, caption)
 
     def sample(self, caption: str, text: str) -> "Section":
         """Add text that keeps its line breaks, such as a sample of a model or the output of a command."""
@@ -122,14 +132,29 @@ class Report:
         self.sections.append(Section(heading))
         return self.sections[-1]
 
+    def add(self, template: str, facts: Mapping[str, Any]) -> None:
+        """Add the sections of a Jinja template of Markdown, filled with `facts`.
+
+        Blank lines separate its parts: ``## heading`` begins a section, ``![caption](name)`` places the figure, `Table` or
+        sample of text that `facts` has under this name, and everything else is prose.
+        """
+        # Nothing is escaped here because the page escapes all text.
+        environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+        for part in re.split(r"\n\s*\n", environment.from_string(template).render(facts).strip()):
+            placed = re.fullmatch(r"!\[(.*)\]\((\w+)\)", part, re.DOTALL)
+            if part.startswith("## "):
+                self.section(part.removeprefix("## "))
+            elif placed is None:
+                self.sections[-1].prose(part)
+            else:
+                self.sections[-1].place(facts[placed[2]], " ".join(placed[1].split()))
+
     def html(self) -> str:
         """The page as text."""
         environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         environment.filters["code"] = _code_spans
         environment.filters["inline_svg"] = _inline_svg
-        template = environment.from_string(
-            resources.files("mull.app.report").joinpath("page.html.j2").read_text("utf-8")
-        )
+        template = resources.files("mull.app.report").joinpath("page.html.j2").read_text("utf-8")
         facts = {
             "Command": self.command,
             "Seeds": ", ".join(map(str, self.seeds)),
@@ -137,7 +162,8 @@ class Report:
             **machine(),
             "Date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         }
-        return template.render(report=self, facts={name: fact for name, fact in facts.items() if fact})
+        known = {name: fact for name, fact in facts.items() if fact}
+        return environment.from_string(template).render(report=self, facts=known)
 
     def write(self, path: str | Path) -> Path:
         """Write the page; missing folders are made."""
@@ -153,9 +179,8 @@ def machine() -> dict[str, str]:
     facts = {"Processor": _processor_name(), "Threads": f"{torch.get_num_threads()} of {cores} cores"}
     if torch.cuda.is_available():
         facts["Accelerator"] = torch.cuda.get_device_name()
-    facts["Versions"] = (
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
+    python = platform.python_version()
+    facts["Versions"] = f"Python {python}, torch {torch.__version__}, transformers {transformers.__version__}"
     return facts
 
 

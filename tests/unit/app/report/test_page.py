@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from matplotlib.figure import Figure
 
 from mull.app.report.figures import (
@@ -22,7 +23,7 @@ from mull.app.report.figures import (
     loss_curves,
     svg,
 )
-from mull.app.report.page import Report
+from mull.app.report.page import Report, Table
 from mull.evaluation.search.split import SplitReport, WindowCost
 from mull.model.configs import ETDConfig
 
@@ -221,6 +222,41 @@ def test_table_formats_columns_of_numbers() -> None:
     assert report.html().count('<td class="number">') == 8
     with pytest.raises(ValueError, match="2 columns got a row of 1"):
         report.section("T").table(["a", "b"], [["c"]])
+
+
+def test_a_template_places_prose_and_pieces_in_its_order() -> None:
+    template = """
+## One
+
+{% if n > 1 %}
+{{ n }} words & `code`
+{% endif %}
+over two lines.
+
+![A caption of [{{ n }}]
+(two) lines](counts)
+
+## Two
+
+![](drawn)
+
+![A sample](text)
+"""
+    facts = {"n": 3, "counts": Table(["n"], [[0.123456]], digits=2), "drawn": figures()["loss"], "text": "a\n\n## b"}
+    report = Report("Title")
+    report.add(template, facts)
+    told = [[(block.kind, block.caption) for block in section.blocks] for section in report.sections]
+    assert [section.heading for section in report.sections] == ["One", "Two"]
+    assert told == [
+        [("prose", ""), ("table", "A caption of [3] (two) lines")],
+        [("figure", ""), ("sample", "A sample")],
+    ]
+    one, two = report.sections
+    assert one.blocks[0].body == ["3 words & `code` over two lines."]
+    assert one.blocks[1].body == [("0.12",)]
+    assert two.blocks[1].body == "a\n\n## b"
+    with pytest.raises(UndefinedError, match="'n' is undefined"):
+        report.add(template, {})
 
 
 def test_a_control_has_the_colour_of_its_run_and_is_dashed() -> None:
