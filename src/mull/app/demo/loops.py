@@ -79,7 +79,7 @@ class Loops:
 
         print(f"base model: {base.num_parameters():,} parameters, {size.base_steps} steps")
         plain = wrap_transformer_with_etd(base, None)
-        schedule = {"steps": size.base_steps, "schedule": "constant", "warmup_steps": 20}
+        schedule: dict[str, Any] = {"steps": size.base_steps, "schedule": "constant", "warmup_steps": 20}
         runs = {"base": bench.train("base", plain, once, batches, **schedule)}
 
         print("split: angular distance and loop probe")

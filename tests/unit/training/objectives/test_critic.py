@@ -114,7 +114,7 @@ def test_stage_1_asks_for_outcomes_and_targets() -> None:
     batch = documents(0, rows=2)
     with pytest.raises(ValueError, match="no rewards"):
         objective(model, {name: tensor for name, tensor in batch.items() if name != "rewards"})
-    with pytest.raises(ValueError, match="No label of this batch of shape .* is a target"):
+    with pytest.raises(ValueError, match="No label of shape .* is a target"):
         objective(model, {**batch, "labels": torch.full_like(batch["labels"], -100)})
 
 
