@@ -8,10 +8,8 @@ continues bit for bit.
 import contextlib
 import json
 import logging
-import math
 import random
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +22,6 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mull.runtime.checkpoint import CheckpointConfig, CheckpointWriter, latest, load_checkpoint, stored_tensors
 from mull.runtime.distributed import gather_objects, on_first_rank, rank, same_everywhere, world_size
@@ -40,6 +37,7 @@ from mull.training.optimization import (
     resolve_precision,
     update,
 )
+from mull.training.progress import Progress
 from mull.training.state import rng_state, rng_tensors, set_rng_state, set_rng_tensors, training_tensors
 from mull.training.step import (
     DistributedConfig,
@@ -71,9 +69,6 @@ OWN = "objective."
 
 DEFAULT_CHECKPOINTS = CheckpointConfig()
 DEFAULT_SHARDING = DistributedConfig()
-PRINT_EVERY_SECONDS = 10.0
-"""Pause between the progress lines of a run without a terminal."""
-
 REPORTING = {"log_every"}
 """Fields of `TrainConfig` that do not influence the weights and may change when a run resumes."""
 
@@ -305,7 +300,7 @@ def train(
             writer = CheckpointWriter(url, checkpoint.keep_last, checkpoint.asynchronous)
             stack.callback(writer.close)
         stack.enter_context(_training_mode(run))
-        progress = stack.enter_context(_Progress(run))
+        progress = stack.enter_context(Progress(config.steps, run.step))
         loop = _Loop(run, [log, *(logs if rank() == 0 else ())], progress, evaluation, until)
         stopped = loop.run_to_end(writer, checkpoint.every)
     return TrainResult(run.step, run.seconds, run.tokens, log.records, stopped, run.precision, run.terminated)
@@ -317,7 +312,7 @@ class _Loop:
 
     run: _Run
     logs: Sequence[MetricSink]
-    progress: "_Progress"
+    progress: Progress
     evaluation: Evaluation | None
     until: Callable[[Record], bool] | None
 
@@ -337,7 +332,7 @@ class _Loop:
             if last or evaluated or run.step == 1 or _is_due(run.step, config.log_every):
                 for log in self.logs:
                     log.log(record)
-            self.progress.show(record, last)
+            self.progress.show(record, run.tokens / run.seconds, last)
             if writer is not None:
                 writer.poll()
                 if last or _is_due(run.step, save_every):
@@ -570,32 +565,3 @@ def _tell(message: str, *details: object) -> None:
     """Log on rank 0."""
     if rank() == 0:
         logger.info(message, *details)
-
-
-class _Progress:
-    """On rank 0, a progress bar on a terminal; elsewhere a line every ten seconds, and one for the last step."""
-
-    def __init__(self, run: _Run) -> None:
-        self._run = run
-        self._interactive = sys.stderr.isatty() and rank() == 0
-        self._bar = tqdm(total=run.config.steps, initial=run.step, unit="step", disable=not self._interactive)
-        self._printed = -math.inf
-
-    def show(self, record: Record, last: bool) -> None:
-        if rank() > 0:
-            return
-        speed = f"{self._run.tokens / self._run.seconds:,.0f} tokens/s"
-        if "mfu" in record:
-            speed += f", MFU {record['mfu']:.1%}"
-        if self._interactive:
-            self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed}", refresh=False)
-            self._bar.update()
-        elif last or time.monotonic() - self._printed >= PRINT_EVERY_SECONDS:
-            self._printed = time.monotonic()
-            print(f"step {record['step']}, loss {record['loss']:.4f}, {speed}", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
