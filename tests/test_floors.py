@@ -27,7 +27,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "layers": (3, "heads recursive_heads value_head"),
     "model": (4, "path configs memory growing_cache fixed_cache families inputs policy executor base_model causal_lm"),
     "retrofit": (5, "native_heads wrap presets"),
-    "decoding": (5, "draft_length sample drafting rounds generate"),
+    "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
     "training": (6, "optimization objectives step loop"),
     "training.objectives": (
         6,
