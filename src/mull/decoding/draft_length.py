@@ -10,7 +10,7 @@ probability that draft k is accepted if all before it were. A row then gains ``n
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import inf, sqrt
 from statistics import NormalDist, median_low
 
@@ -35,7 +35,7 @@ OLD_EVIDENCE = 2.0
 LEAST_GAIN = 0.02
 """Share of the time that drafts must promise to save. Below it, plain decoding is the safer choice."""
 
-PROBE_SHARE = 0.007
+PROBE_SHARE = 0.01
 """Share of the time that probes of longer lengths, and those of shorter ones, may cost."""
 
 LEAST_LOSS = 0.05

@@ -163,7 +163,9 @@ BATCH_COSTS = {"cheap": [1.0, 1.13, 1.27, 1.4], "even": [1.0, 1.5, 2.0, 2.4], "d
 """Eight rows: drafts nearly free, as on a GPU; or as measured on two CPU cores, where one draft is about as fast as none."""
 
 
-def batch(policy: DraftLength, name: str, costs: Sequence[float], seed: int, n_tokens: int, spread: float) -> list[float]:
+def batch(
+    policy: DraftLength, name: str, costs: Sequence[float], seed: int, n_tokens: int, spread: float
+) -> list[float]:
     """Speed over plain decoding of five calls."""
     catch_up = 0.004 if costs == BATCH_COSTS["cheap"] else 0.016
     world = World(costs, PROFILES[name], seed, rows=8, spread=spread, catch_up=catch_up)
