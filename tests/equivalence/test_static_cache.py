@@ -58,7 +58,7 @@ class Driver:
         return StaticCall(positions, int(positions.max()) + 1 if n_keys is None else n_keys, n_valid, fresh)
 
     def logits(self, tokens: Tensor, call: StaticCall) -> Tensor:
-        return self.model.lm_head(self.model.decode(tokens, self.cache, call))
+        return self.model.lm_head(self.model.model.decode(tokens, self.cache, call))
 
     def extend(self, tokens: Tensor, n_valid: Sequence[int], fresh: bool = False, n_keys: int | None = None) -> Tensor:
         """Feed tokens of which each row keeps its first `n_valid`."""

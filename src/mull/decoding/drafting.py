@@ -1,20 +1,23 @@
-"""Drafting: the model's own heads propose the next tokens, from true hidden states only.
+"""Drafting: the model's own heads propose the next tokens.
 
-The heads' keys and values are always made from the trunk's states of tokens that are part of the text. A round therefore begins
-with a *window*: the heads run again over the last positions of each row, which writes the entries of the tokens that came since,
-and overwrites those that were made from drafts. Positions that no round has covered for a while (drafting paused, or a
-head was not in use) are caught up on first, from the trunk's states of the whole text, which are kept.
+Drafts have no trunk states while they are drafted, so the keys and values that heads with a decoder layer make for them are
+guesses. Every round therefore begins with a *window*: the heads run again over the last positions, now with the trunk's states
+and the known tokens, and overwrite the guesses. If drafting paused, or a head was unused, its cache has gaps. They are filled
+first, from the trunk states that we keep for the whole text.
 
 Shapes: B rows, T tokens, W window, D model width, V vocabulary, K drafts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mull.layers.heads import MTPHeads, NativeHeads
+from mull.model.causal_lm import MullForCausalLM
+from mull.model.configs import MTPConfig
 from mull.model.fixed_cache import StaticCall, StaticSlotCache
 from mull.ops.sampling import Sampling, draw, penalize, warp
 
@@ -24,10 +27,10 @@ CATCH_UP_TOKENS = 1024
 
 @dataclass(eq=False)
 class Text:
-    """The rows of a generation. They are left-aligned: a token's index is its position, in every buffer."""
+    """The rows of a generation. They are left-aligned: in every buffer, a token's index is its position."""
 
     tokens: Tensor
-    """``[B, capacity]``; what stands behind the known tokens means nothing."""
+    """``[B, capacity]``; only the known tokens mean anything."""
 
     n_known: Tensor
     """``[B]``: tokens known. The newest of them has not been through the trunk yet."""
@@ -48,98 +51,109 @@ class Text:
 
 
 class Proposal(NamedTuple):
-    """What the heads proposed."""
+    """Drafted tokens."""
 
     tokens: Tensor
     """``[B, K]``."""
 
-    law: Tensor | None
-    """``[B, K, V]``: the distribution that each token was drawn from; None where the most probable one was taken."""
+    distribution: Tensor | None
+    """``[B, K, V]``: what each token was drawn from; None if the most probable ones were taken."""
+
+
+class HeadProgress:
+    """Up to which position the keys and values of each head are *final*: made from trunk states and known tokens.
+
+    In a chain of heads, head ``k`` reads at position ``p`` the token at ``p + k``, so the last ``k - 1`` entries that it makes in
+    a round come from drafts. One row after a round with three drafts that began when its newest token was at position 9
+    (``=`` final, ``?`` guessed)::
+
+        position  0 1 2 3 4 5 6 7 8
+        head 1    = = = = = = = = =
+        head 2    = = = = = = = = ?
+        head 3    = = = = = = = ? ?
+
+    If that round gains two tokens, the newest is at 11, and ``missing`` is 2, 3 and 4 positions for one, two and three drafts.
+    Parallel and recursive heads guess no entries of their window, and pointwise heads have no entries at all.
+
+    Args:
+        heads: The heads.
+        n_rows: Rows, of which nothing is final yet.
+    """
+
+    def __init__(self, heads: MTPHeads | NativeHeads, n_rows: int) -> None:
+        n_caches = 0 if heads.pointwise else len(heads.heads)
+        self._final = [[0] * n_rows for _ in range(n_caches)]
+        self._chained = heads.sequential and not heads.recursive
+
+    def missing(self, length: int, newest: Sequence[int], running: Sequence[bool]) -> int:
+        """Positions before the newest ones that the heads have to run over to draft `length` tokens; at least 1."""
+        rows = [row for row, runs in enumerate(running) if runs]
+        return max([1, *(newest[row] - final[row] for final in self._final[:length] for row in rows)])
+
+    def mark(self, length: int, upto: Sequence[int]) -> None:
+        """The heads that draft `length` tokens have run over all positions before `upto`, one per row."""
+        for head in range(min(length, len(self._final))):
+            n_guessed = head if self._chained else 0
+            self._final[head] = [max(position - n_guessed, 0) for position in upto]
+
+    def first_missing(self, length: int) -> list[int]:
+        """For each row, the first position that a head that drafts `length` tokens has no final entry for."""
+        return [min(of_row) for of_row in zip(*self._final[:length], strict=True)]
+
+    def usual(self, max_drafts: int) -> int:
+        """Upper bound on `missing` after a round that drafted: positions that it confirmed, and those that it guessed."""
+        if not self._final:
+            return 1
+        return max_drafts + 1 + (max_drafts - 1 if self._chained else 0)
 
 
 class Drafter:
     """Drafts with the heads of a model.
 
     Args:
-        model: A `MullForCausalLM` with heads.
-        cache: Its static cache, with a slot for each block of the heads.
+        model: A model with heads.
+        cache: Its static cache, with a slot for each decoder layer of the heads.
         text: The rows.
         sampling: How tokens are chosen; the same for drafts and for the model.
     """
 
-    def __init__(self, model: Any, cache: StaticSlotCache, text: Text, sampling: Sampling) -> None:
+    def __init__(self, model: MullForCausalLM, cache: StaticSlotCache, text: Text, sampling: Sampling) -> None:
+        assert model.mtp_heads is not None, "only a model with heads drafts"
         self.model = model
         self.heads = model.mtp_heads
         self.cache = cache
         self.text = text
         self.sampling = sampling
-        self._has_cache = not self.heads.pointwise
-        self._n_modules = len(self.heads.heads)
-        self._final: list[list[int]] = []
-        """For each module and row, the number of positions whose entries are final: made from tokens of the text."""
+        self.progress = HeadProgress(self.heads, text.tokens.shape[0])
 
     @staticmethod
-    def longest(config: Any, lookahead: int | None = None) -> int:
-        """Most tokens that the heads of a `MTPConfig` can draft: recursive ones as many as wanted, others one per head."""
-        wanted: int = config.speculation_lookahead if lookahead is None else lookahead
+    def max_drafts(config: MTPConfig, wanted: int | None = None) -> int:
+        """How many of the `wanted` tokens the heads can draft; None wants ``speculation_lookahead``.
+
+        Recursive heads draft as many as wanted, others one per head.
+        """
+        wanted = config.speculation_lookahead if wanted is None else wanted
         return wanted if config.recursive else min(wanted, config.num_predict_tokens)
 
     def reset(self) -> None:
         """Begin with new rows."""
-        self._final = [[0] * self.text.tokens.shape[0] for _ in range(self._n_modules)]
+        self.progress = HeadProgress(self.heads, self.text.tokens.shape[0])
 
-    def steady_window(self, longest: int) -> int:
-        """Positions that a round has to cover at most after one that drafted: what that made known, or filled from drafts."""
-        if not self._has_cache:
-            return 1
-        return longest + 1 + (longest - 1 if self._chained else 0)
-
-    @property
-    def _chained(self) -> bool:
-        return bool(self.heads.sequential and not self.heads.recursive)
-
-    def _in_use(self, length: int) -> range:
-        return range(1 if self.heads.recursive else length)
-
-    def lags(self, newest: list[int], running: list[bool]) -> list[int]:
-        """Positions that a round has to cover, given the newest position of each row, by its number of drafts, from 1."""
-        found = [1] * (self._n_modules if self._has_cache else 1)
-        if self._has_cache:
-            for module, final in enumerate(self._final):
-                behind = [place - end for place, end, runs in zip(newest, final, running, strict=True) if runs]
-                found[module] = max([found[max(module - 1, 0)], *behind])
-        return found
-
-    def lag(self, length: int, newest: list[int], running: list[bool]) -> int:
-        """The same for one number of drafts."""
-        lags = self.lags(newest, running)
-        return lags[min(length, len(lags)) - 1]
-
-    def mark_final(self, length: int, newest: list[int]) -> None:
-        """Note that a window that ends before `newest` has been run: what it made from tokens of the text is final."""
-        if not self._has_cache:
-            return
-        for module in self._in_use(length):
-            # Module k reads the token k behind its position, so its last entries were made from drafts.
-            ahead = module if self._chained else 0
-            self._final[module] = [max(position - ahead, 0) for position in newest]
-
-    def catch_up(self, length: int, newest: list[int], running: list[bool], window: int) -> None:
-        """Run the heads over what they have missed, until `window` positions are enough for a round."""
-        n_rows = len(newest)
-        while (lag := self.lag(length, newest, running)) > window:
-            width = min(lag, CATCH_UP_TOKENS)
-            final = [min(self._final[module][row] for module in self._in_use(length)) for row in range(n_rows)]
-            start = [max(min(first, position - width), 0) for first, position in zip(final, newest, strict=True)]
-            end = [min(first + width, position) for first, position in zip(start, newest, strict=True)]
+    def catch_up(self, length: int, newest: Sequence[int], running: Sequence[bool], window: int) -> None:
+        """Run the heads over what they have missed, until a window of `window` positions suffices to draft `length` tokens."""
+        while (missing := self.progress.missing(length, newest, running)) > window:
+            width = min(missing, CATCH_UP_TOKENS)
+            first = self.progress.first_missing(length)
+            start = [max(min(begin, position - width), 0) for begin, position in zip(first, newest, strict=True)]
+            end = [min(begin + width, position) for begin, position in zip(start, newest, strict=True)]
             positions = _span(torch.tensor(start, device=self.text.tokens.device), width)
             self._run_window(length, positions, n_keys=max(start) + width)
-            self.mark_final(length, end)
+            self.progress.mark(length, end)
 
     def _run_window(self, length: int, positions: Tensor, n_keys: int) -> None:
         run = self._runner(StaticCall(positions, n_keys, n_valid=None))
         h = self._states_at(positions)
-        for k in range(1, len(self._in_use(length)) + 1):
+        for k in range(1, min(length, len(self.heads.heads)) + 1):
             embedded = self._embedded_at(positions + k) if self.heads.sequential else None
             out = run(k, h, embedded)
             h = out if self.heads.sequential else h
@@ -147,11 +161,10 @@ class Drafter:
     def _runner(self, call: StaticCall) -> Callable[[int, Tensor, Tensor | None], Tensor]:
         """Runs heads ``(k, h, embedded)`` at the positions of a call."""
         assert self.text.states is not None
-        sides = self.model.static_sides(self.text.states[:, : call.positions.shape[1]], call)
+        inputs = self.model.model.fixed_layer_inputs(self.text.states[:, : call.positions.shape[1]], call)
 
         def run(k: int, h: Tensor, embedded: Tensor | None) -> Tensor:
-            states: Tensor = self.model.decode_head(k, h, embedded, self.cache, call, sides)
-            return states
+            return self.model.decode_head(k, h, embedded, self.cache, call, inputs)
 
         return run
 
@@ -160,16 +173,19 @@ class Drafter:
         return self.text.states.gather(1, positions[..., None].expand(-1, -1, self.text.states.shape[-1]))
 
     def _embedded_at(self, positions: Tensor) -> Tensor:
-        embedded: Tensor = self.model.model.embed_tokens(self.text.tokens.gather(1, positions))
+        return self._embed(self.text.tokens.gather(1, positions))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        embedded: Tensor = self.model.model.embed_tokens(tokens)
         return embedded
 
     def draft(self, length: int, window: int, n_keys: int, uniform: Tensor) -> Proposal:
-        """Propose tokens, and write them behind the text.
+        """Propose tokens, and write them after the text.
 
         Args:
             length: K, at least 1.
-            window: Positions to run again; see `lag`.
-            n_keys: Slots of the cache to look at.
+            window: Positions to run again, at least ``progress.missing(length, ...)``.
+            n_keys: Slots of the cache that attention reads.
             uniform: ``[B, K]``, random numbers for sampling.
         """
         if self.heads.recursive:
@@ -199,9 +215,9 @@ class Drafter:
         state = _at(out, newest - 1 - start)
         chooser.choose(self.model.lm_head(state))
         for k in range(2, length + 1):
-            # The chain goes on behind the text, in slots that the next round overwrites with true entries.
+            # The chain continues after the text, in slots that the next round overwrites with final entries.
             run = self._runner(StaticCall((newest + k - 2)[:, None], n_keys, n_valid=None))
-            embedded = self.model.model.embed_tokens(chooser.tokens[-1])[:, None]
+            embedded = self._embed(chooser.tokens[-1])[:, None]
             state = run(k, state[:, None], embedded)[:, 0]
             chooser.choose(self.model.lm_head(state))
         return chooser.proposal()
@@ -210,7 +226,7 @@ class Drafter:
 def _span(start: Tensor, width: int) -> Tensor:
     """``[B, W]``: `width` positions from `start` ``[B]``.
 
-    Rows that are shorter reach behind their text: such entries are overwritten before anything can see them.
+    In rows shorter than that it reaches past the text: such entries are overwritten before anything can see them.
     """
     return start[:, None] + torch.arange(width, device=start.device)
 
@@ -221,7 +237,7 @@ def _at(h: Tensor, index: Tensor) -> Tensor:
 
 
 class _Chooser:
-    """Chooses drafts one after the other, so that each one's law may depend on those before it."""
+    """Chooses drafts one after the other, because the distribution of each may depend on those before it."""
 
     def __init__(self, drafter: Drafter, uniform: Tensor) -> None:
         self.model = drafter.model
@@ -230,17 +246,17 @@ class _Chooser:
         self.uniform = uniform
         self.seen = drafter.text.seen
         self.tokens: list[Tensor] = []
-        self.laws: list[Tensor] = []
+        self.distributions: list[Tensor] = []
 
     def choose(self, logits: Tensor) -> None:
-        """Choose the next draft from the logits of its head ``[B, V]``, and write it behind the text."""
+        """Choose the next draft from the logits of its head ``[B, V]``, and write it after the text."""
         k = len(self.tokens) + 1
         if self.sampling.greedy:
             token = penalize(logits, self.sampling, self.seen).argmax(-1)
         else:
-            law = warp(logits, self.sampling, self.seen)
-            token = draw(law, self.uniform[:, k - 1])
-            self.laws.append(law)
+            distribution = warp(logits, self.sampling, self.seen)
+            token = draw(distribution, self.uniform[:, k - 1])
+            self.distributions.append(distribution)
         self.tokens.append(token)
         if self.seen is not None:
             self.seen = self.seen.scatter(1, token[:, None], True)
@@ -254,5 +270,6 @@ class _Chooser:
         return self.proposal()
 
     def proposal(self) -> Proposal:
-        """All that were chosen."""
-        return Proposal(torch.stack(self.tokens, 1), torch.stack(self.laws, 1) if self.laws else None)
+        """All drafts chosen so far."""
+        distributions = torch.stack(self.distributions, 1) if self.distributions else None
+        return Proposal(torch.stack(self.tokens, 1), distributions)

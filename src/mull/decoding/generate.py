@@ -1,35 +1,28 @@
 """Generation: one entry for plain and self-speculative decoding, greedy and sampled, of rows of any length.
 
 Speculative decoding drafts with the model's own heads and keeps what the model itself would have written: greedy output is that
-of plain decoding, sampled output follows the same law (arXiv:2211.17192, appendix A.1; arXiv:2302.01318, theorem 1). Drafts
-change how long it takes, not what comes out.
+of plain decoding, and sampled output has the same distribution (arXiv:2211.17192, appendix A.1; arXiv:2302.01318, theorem 1).
+Drafts change how long it takes, not what comes out.
 """
 
 import time
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from mull.decoding.decoder_cache import DecoderCache, DecoderKey
 from mull.decoding.draft_length import DraftLength
 from mull.decoding.drafting import Drafter
-from mull.decoding.rounds import Decoder, Size
-from mull.model.path import Path
+from mull.decoding.rounds import Decoder
+from mull.model.causal_lm import MullForCausalLM
 from mull.ops.sampling import Sampling
 
-KEPT_DECODERS = 2
-"""Compiled or captured decoders, with their buffers, that a model keeps: those made last. Enough for calls with and without
-drafts in turns."""
-
-CAPACITY_STEP = 256
-"""Buffers of compiled decoders are rounded up to this many tokens, so that calls of similar lengths share them."""
-
 UNSTEADY_ROPES = {"dynamic", "longrope"}
-"""Rotary embeddings of transformers that look at the largest position of a call."""
+"""Rotary embeddings of transformers that depend on the largest position of a call."""
 
 
 @dataclass
@@ -46,22 +39,22 @@ class GenerationStats:
     """Tokens of all rows."""
 
     rounds: int = 0
-    """Passes of the model behind the prompt, whether they verified drafts or not."""
+    """Forward passes after the prompt, with or without drafts."""
 
     row_rounds: int = 0
-    """Sum over these passes of the rows that were running."""
+    """Rows that were running, summed over the rounds."""
 
     draft_lengths: dict[int, int] = field(default_factory=dict)
     """Rounds by draft length."""
 
     drafted: list[int] = field(default_factory=list)
-    """Drafts by position: how often a first, second, ... token was drafted."""
+    """How often a first, second, ... token was drafted."""
 
     verified: list[int] = field(default_factory=list)
-    """Of these, the ones whose predecessors were all accepted, so that they were put to the test."""
+    """Of these, those whose predecessors were all accepted, so that the model was asked about them."""
 
     accepted: list[int] = field(default_factory=list)
-    """Of these, the ones that were accepted."""
+    """Of these, those that were accepted."""
 
     prefill_seconds: float = 0.0
     """Wall time until the first token of each row."""
@@ -70,23 +63,23 @@ class GenerationStats:
     """Wall time of the rounds, without `warm_up_seconds`."""
 
     warm_up_seconds: float = 0.0
-    """Wall time of rounds that had to be compiled or captured first. `tokens_per_second` and `speedup` leave them out."""
+    """Wall time of rounds that were compiled or captured first. `tokens_per_second` and `speedup` leave them out."""
 
     timed_tokens: list[int] = field(default_factory=list)
-    """Tokens of each row that were made in `decode_seconds`."""
+    """Tokens that each row gained in `decode_seconds`."""
 
     plain_seconds: float | None = None
-    """Wall time of a round without drafts: the median of this call's, or what earlier calls of this size measured; None where
-    there was none."""
+    """Median wall time of a round without drafts. Without one in this call it comes from earlier calls of this size; None if
+    there was none either."""
 
     @property
     def acceptance(self) -> tuple[float, ...]:
-        """Share of accepted drafts by position, of those that were put to the test."""
+        """Share of accepted drafts by position, of those that were verified."""
         return tuple(a / v if v else 0.0 for a, v in zip(self.accepted, self.verified, strict=True))
 
     @property
     def mean_accepted_length(self) -> float:
-        """Mean tokens per row and round, the model's own included: 1 for plain decoding. No speed-up, as drafts cost time."""
+        """Mean tokens per row and round, the model's own included: 1 for plain decoding. Not a speed-up: drafts cost time."""
         return 1 + sum(self.accepted) / self.row_rounds if self.row_rounds else 1.0
 
     @property
@@ -98,21 +91,21 @@ class GenerationStats:
     def speedup(self) -> float | None:
         """Time of plain decoding for the same tokens, at `plain_seconds` a round, over `decode_seconds`.
 
-        None where no plain round was measured: a fixed draft length leaves no room for one.
+        None if no plain round was measured: a fixed draft length leaves no room for one.
         """
         if self.plain_seconds is None or not self.decode_seconds:
             return None
         return max(self.timed_tokens) * self.plain_seconds / self.decode_seconds
 
     def record(self, length: int, gained: Sequence[int], kept: Sequence[int], seconds: float, warm_up: bool) -> None:
-        """Enter a round.
+        """Add a round.
 
         Args:
             length: Its draft length.
-            gained: Tokens that each row gained; 0 for those that no longer run.
+            gained: Tokens that each row gained; 0 for rows that no longer run.
             kept: How many of them are part of the text, which may have ended inside the round.
             seconds: Its wall time.
-            warm_up: Whether it was compiled or captured in that time.
+            warm_up: The round was compiled or captured in that time.
         """
         running = [n for n in gained if n]
         self.rounds += 1
@@ -136,7 +129,7 @@ class GenerateOutput:
     """What `generate` returns."""
 
     sequences: Tensor
-    """``[B, T + N]``: the prompts as they were given, then the new tokens, then padding."""
+    """``[B, T + N]``: the prompts as given, then the new tokens, then padding."""
 
     stats: GenerationStats
 
@@ -148,37 +141,27 @@ class Streamer(Protocol):
         """Take tokens ``[n]``: the prompt first, then those of each round."""
 
     def end(self) -> None:
-        """The text is complete."""
+        """Called once, after the last token."""
 
 
-class _Kept:
-    """What outlives a call: measured costs and acceptance, and decoders that were compiled or captured.
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """The checked arguments of a call that its rounds need."""
 
-    It is an attribute of the model, because the decoders refer to the model: both can then be freed together. Copies of a
-    model begin anew.
-    """
+    prompts: list[list[int]]
+    """Tokens of each row, without padding."""
 
-    def __init__(self, model: Any = None) -> None:
-        self.model = None if model is None else weakref.ref(model)
-        self.draft_lengths: dict[tuple[Any, ...], DraftLength] = {}
-        self.decoders: dict[tuple[Any, ...], Decoder] = {}
+    max_new_tokens: int
+    end_tokens: frozenset[int]
+    generator: torch.Generator | None
+    """Source of random numbers; None for greedy decoding."""
 
-    def __reduce__(self) -> tuple[type["_Kept"], tuple[()]]:
-        """Deep copies and pickles hold nothing of it."""
-        return type(self), ()
-
-    @classmethod
-    def of(cls, model: Any) -> "_Kept":
-        """What is kept for a model; a shallow copy does not take over that of the original."""
-        kept: _Kept | None = vars(model).get("_kept")
-        if kept is None or kept.model is None or kept.model() is not model:
-            kept = vars(model)["_kept"] = cls(model)
-        return kept
+    streamer: Streamer | None
 
 
 @torch.no_grad()
 def generate(
-    model: Any,
+    model: MullForCausalLM,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -201,26 +184,26 @@ def generate(
     """Continue prompts.
 
     Args:
-        model: A `MullForCausalLM` in evaluation mode.
+        model: In evaluation mode.
         input_ids: ``[B, T]``.
         attention_mask: ``[B, T]`` with 0 at padding, on either side; None for none.
         max_new_tokens: Tokens per row at most.
         draft: ``"mtp"`` drafts with the model's heads and verifies; None decodes token by token.
-        draft_length: Tokens to draft per round; None chooses by measured cost and acceptance, 0 included, up to
+        draft_length: Tokens to draft per round. None chooses by measured cost and acceptance, from 0 to
             ``MTPConfig.speculation_lookahead``.
         temperature: See `mull.ops.sampling.Sampling`, as for the next four.
-        top_k: Likeliest tokens to sample from.
-        top_p: Probability to sample from.
-        min_p: Least probability, relative to the likeliest token's.
-        repetition_penalty: Divides the logits of tokens that occurred, padding aside.
+        top_k: Most probable tokens to sample from.
+        top_p: Probability mass to sample from.
+        min_p: Least probability, relative to that of the most probable token.
+        repetition_penalty: Divides the logits of tokens that occurred, except padding.
         seed: Seed of the sampling; None draws one from torch's global generator.
-        eos_token_id: Tokens that end a row; None takes the model's own, an empty sequence lets every row run to its end.
-        pad_token_id: Fills rows that ended early; None takes the model's own.
+        eos_token_id: Tokens that end a row; None uses the model's own, an empty sequence lets every row reach the limit.
+        pad_token_id: Fills rows that ended early; None uses the model's own.
         think_iterations: Passes through the think block; default as in `ETDConfig`.
         path: Explicit visits ``(layer, occurrence)`` instead.
-        streamer: Takes tokens as they come; a single row only.
-        compile: Compile a round, once per size and draft length: seconds to minutes at the first call, less time per token
-            later. On a GPU rounds are captured as CUDA graphs, compiled or not.
+        streamer: Receives tokens as they come; a single row only.
+        compile: Compile a round, once per size and draft length: seconds to minutes in the first call, less time per token
+            later. On a GPU rounds are captured as CUDA graphs in either case.
 
     Returns:
         The rows, and what it took.
@@ -236,48 +219,54 @@ def generate(
     if streamer is not None and len(prompts) > 1:
         raise ValueError(f"A streamer takes one row, and input_ids has {len(prompts)}.")
     visits = model.path(think_iterations, path)
-    longest = _longest_draft(model, draft, draft_length)
-    decoder, policy = _decoder(model, visits, sampling, prompts, max_new_tokens, longest, draft_length, compile)
+    key = DecoderKey(visits, len(prompts), _max_drafts(model, draft, draft_length), model.dtype, compile)
+    kept = DecoderCache.of(model)
+    decoder = kept.decoder(model, key, sampling, max(map(len, prompts)) + max_new_tokens)
+    policy = kept.policy(key) if draft_length is None else DraftLength(key.max_drafts, fixed=draft_length)
     stats = GenerationStats(
         prompt_tokens=sum(map(len, prompts)),
         think_iterations=None if path is not None else model.iterations(think_iterations),
     )
-    rows = _Rows(len(prompts), max_new_tokens, _end_tokens(model, eos_token_id))
-    _run(decoder, policy, prompts, rows, stats, _generator(sampling, seed), streamer)
-    stats.new_tokens = sum(map(len, rows.tokens))
-    return GenerateOutput(_joined(input_ids, rows.tokens, padding), stats)
+    call = _Call(
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        end_tokens=_end_tokens(model, eos_token_id),
+        generator=_generator(sampling, seed),
+        streamer=streamer,
+    )
+    new_tokens = _run(decoder, policy, call, stats)
+    stats.new_tokens = sum(map(len, new_tokens))
+    return GenerateOutput(_joined(input_ids, new_tokens, padding), stats)
 
 
-def _run(
-    decoder: Decoder,
-    policy: DraftLength,
-    prompts: list[list[int]],
-    rows: "_Rows",
-    stats: GenerationStats,
-    generator: torch.Generator | None,
-    streamer: Streamer | None,
-) -> None:
+def _run(decoder: Decoder, policy: DraftLength, call: _Call, stats: GenerationStats) -> list[list[int]]:
+    """Decode until every row has ended; return the new tokens of each."""
+    rows = _Rows(len(call.prompts), call.max_new_tokens, call.end_tokens)
+    streamer = call.streamer
     begin = time.perf_counter()
-    rows.append([[token] for token in decoder.start(prompts, generator)])
+    rows.append([[token] for token in decoder.start(call.prompts, call.generator)])
     stats.prefill_seconds = time.perf_counter() - begin
     if streamer is not None:
-        streamer.put(torch.tensor(prompts[0]))
+        streamer.put(torch.tensor(call.prompts[0]))
         streamer.put(torch.tensor(rows.tokens[0]))
     plain: list[float] = []
     while any(rows.running):
         decoder.stop_all_but(rows.running)
-        behind = rows.furthest_behind
+        left = rows.left
+        last = [row for row, n in left.items() if n == max(left.values())]
         backlog = decoder.backlog()
-        chosen = policy.choose(rows.most_left, backlog)
-        length = chosen if decoder.has_fixed_shapes else min(chosen, rows.most_left - 1)
-        warm_up = decoder.must_warm_up(length)
+        chosen = policy.choose(list(left.values()), backlog)
+        # Prepared rounds keep their shapes; others need not draft more than the text can gain.
+        length = chosen if decoder.preparation else min(chosen, max(left.values()) - 1)
+        warm_up = not decoder.is_ready(length)
         begin = time.perf_counter()
-        gained = decoder.round(length, generator)
+        gained = decoder.round(length, call.generator)
         seconds = time.perf_counter() - begin
         kept = rows.append(gained)
         counts = [len(tokens) for tokens in gained]
         if not warm_up:
-            policy.observe(length, [counts[row] - 1 for row in behind], seconds, backlog[length])
+            # Rows differ in how many drafts they accept, and the one with the most left decides when the call ends.
+            policy.observe(length, [counts[row] - 1 for row in last], seconds, backlog[length])
         stats.record(length, counts, kept, seconds, warm_up)
         if chosen == 0 and not warm_up:
             plain.append(seconds)
@@ -286,6 +275,7 @@ def _run(
     stats.plain_seconds = median(plain) if plain else policy.seconds.get(0)
     if streamer is not None:
         streamer.end()
+    return rows.tokens
 
 
 class _Rows:
@@ -298,19 +288,12 @@ class _Rows:
         self.end_tokens = end_tokens
 
     @property
-    def furthest_behind(self) -> list[int]:
-        """The running rows with the fewest tokens. When they will be done decides how long a call takes."""
-        running = [row for row, runs in enumerate(self.running) if runs]
-        fewest = min(len(self.tokens[row]) for row in running)
-        return [row for row in running if len(self.tokens[row]) == fewest]
-
-    @property
-    def most_left(self) -> int:
-        """Tokens that the rows furthest behind may still gain."""
-        return self.max_new_tokens - len(self.tokens[self.furthest_behind[0]])
+    def left(self) -> dict[int, int]:
+        """Tokens that each running row may still gain."""
+        return {row: self.max_new_tokens - len(self.tokens[row]) for row, runs in enumerate(self.running) if runs}
 
     def append(self, gained: Sequence[Sequence[int]]) -> list[int]:
-        """Take what a round gave, up to an end token or the limit inside it; return how much of it each row kept."""
+        """Add the tokens of a round, up to an end token or the limit inside it; return how many each row kept."""
         counts = []
         for row, new in enumerate(gained):
             kept = list(new[: self.max_new_tokens - len(self.tokens[row])])
@@ -322,39 +305,9 @@ class _Rows:
         return counts
 
 
-def _decoder(
-    model: Any,
-    visits: Path,
-    sampling: Sampling,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    longest: int,
-    draft_length: int | None,
-    compiled: bool,
-) -> tuple[Decoder, DraftLength]:
-    """A decoder for the call, one that earlier calls left where there is one, and what is known about its drafts."""
-    kept = _Kept.of(model)
-    n_tokens = max(map(len, prompts)) + max_new_tokens
-    size = Size(len(prompts), n_tokens + Size.slack(longest), longest)
-    known = (visits, size.n_rows, longest, model.dtype, compiled)
-    policy = kept.draft_lengths.setdefault(known, DraftLength(longest))
-    if draft_length is not None:
-        policy = DraftLength(longest, fixed=draft_length)
-    if not Decoder.keeps(model, compiled):
-        return Decoder(model, visits, sampling, size), policy
-    weights = tuple(parameter.data_ptr() for parameter in model.parameters())
-    key = (*known, sampling, weights)
-    decoder = kept.decoders.get(key)
-    if decoder is None or decoder.size.capacity < size.capacity:
-        rounded = -(-size.capacity // CAPACITY_STEP) * CAPACITY_STEP
-        decoder = Decoder(model, visits, sampling, Size(size.n_rows, rounded, longest), compiled)
-        kept.decoders[key] = decoder
-        while len(kept.decoders) > KEPT_DECODERS:
-            del kept.decoders[next(iter(kept.decoders))]
-    return decoder, policy
-
-
-def _prompts(model: Any, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> list[list[int]]:
+def _prompts(
+    model: MullForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
+) -> list[list[int]]:
     """The tokens of each row, without padding."""
     if model.training:
         raise ValueError("The model is in training mode, where dropout changes its output: call model.eval() first.")
@@ -379,14 +332,12 @@ def _prompts(model: Any, input_ids: Tensor, attention_mask: Tensor | None, max_n
     unsteady = {rope["rope_type"] for rope in ropes if isinstance(rope, dict) and "rope_type" in rope} & UNSTEADY_ROPES
     if unsteady:
         raise ValueError(
-            f"The model's rotary embeddings are {unsteady.pop()!r}: they change with the length of the longest row, drafts "
-            "included, so a row's text would depend on them. Use model.generate."
+            f"The model's rotary embeddings are {unsteady.pop()!r}. They change with the longest row, drafts included, so the "
+            "text of a row would depend on the others. Use model.generate."
         )
     vocabulary = config.vocab_size
     if max(map(max, rows)) >= vocabulary or min(map(min, rows)) < 0:
-        raise ValueError(
-            f"input_ids holds tokens outside 0 to {vocabulary - 1}: the tokenizer belongs to another model."
-        )
+        raise ValueError(f"input_ids has tokens outside 0 to {vocabulary - 1}: the tokenizer belongs to another model.")
     n_tokens, limit = max(map(len, rows)), config.max_position_embeddings
     if n_tokens + max_new_tokens > limit:
         raise ValueError(
@@ -396,7 +347,8 @@ def _prompts(model: Any, input_ids: Tensor, attention_mask: Tensor | None, max_n
     return rows
 
 
-def _longest_draft(model: Any, draft: str | None, draft_length: int | None) -> int:
+def _max_drafts(model: MullForCausalLM, draft: str | None, draft_length: int | None) -> int:
+    """Most drafts of a round; 0 without drafting."""
     if draft is None:
         if draft_length is not None:
             raise ValueError(f"draft_length={draft_length} needs draft='mtp'.")
@@ -405,24 +357,24 @@ def _longest_draft(model: Any, draft: str | None, draft_length: int | None) -> i
         raise ValueError(f"draft={draft!r} is not known. Use 'mtp' for the model's own heads, or None.")
     if model.mtp_config is None:
         raise ValueError(
-            "draft='mtp' needs heads that predict further tokens, and this model has none: load those of its checkpoint with "
+            "draft='mtp' needs extra heads, and this model has none: load those of its checkpoint with "
             "mtp=MTPConfig(mtp_head_type='native') (mull generate --mtp native), or add some and train them."
         )
-    longest = Drafter.longest(model.mtp_config)
+    usual = Drafter.max_drafts(model.mtp_config)
     if draft_length is None:
-        return longest
+        return usual
     if draft_length < 0:
         raise ValueError(f"draft_length={draft_length} must be at least 0, which is plain decoding.")
-    possible = Drafter.longest(model.mtp_config, draft_length)
+    possible = Drafter.max_drafts(model.mtp_config, draft_length)
     if draft_length > possible:
         raise ValueError(
             f"draft_length={draft_length} is not possible: the model's heads draft {possible} tokens at most."
         )
     # Shorter drafts run on the buffers, and the compiled rounds, of the usual ones.
-    return max(longest, draft_length)
+    return max(usual, draft_length)
 
 
-def _end_tokens(model: Any, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+def _end_tokens(model: MullForCausalLM, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
     if eos_token_id is None:
         eos_token_id = model.generation_config.eos_token_id
     if eos_token_id is None:
@@ -430,12 +382,12 @@ def _end_tokens(model: Any, eos_token_id: int | Sequence[int] | None) -> frozens
     return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
 
 
-def _padding(model: Any, pad_token_id: int | None, n_rows: int) -> int:
+def _padding(model: MullForCausalLM, pad_token_id: int | None, n_rows: int) -> int:
     for candidate in (pad_token_id, model.generation_config.pad_token_id, model.config.pad_token_id):
         if candidate is not None:
             return int(candidate)
     if n_rows > 1:
-        raise ValueError("Rows may end early, and the model names no padding token: give pad_token_id.")
+        raise ValueError("Rows may end early, and the model has no padding token: give pad_token_id.")
     return 0
 
 

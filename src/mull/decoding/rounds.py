@@ -1,66 +1,93 @@
-"""Rounds of decoding, on static buffers: draft, verify in one pass, accept, and commit what was accepted.
+"""Rounds of decoding on static buffers: draft, verify in one pass, accept, and commit what was accepted.
 
-A round waits for the host once, at its end. Everything before is one function of the buffers, with shapes that depend on the
-draft length alone, so it can be compiled, and captured as a CUDA graph.
+A round waits for the device once, at its end. Everything before that is one function of the buffers. In prepared rounds its
+shapes depend on the draft length alone, so it can be compiled, and captured as a CUDA graph.
 
 Shapes: B rows, T tokens, D model width, V vocabulary, K drafts.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mull.decoding.drafting import Drafter, Proposal, Text
+from mull.model.causal_lm import MullForCausalLM
 from mull.model.fixed_cache import StaticCall, StaticSlotCache
 from mull.model.path import Path
 from mull.ops.sampling import Sampling, Verdict, accept, accept_greedy, draw, penalize, seen_along, warp
 
 PREFILL_TOKENS = 2048
-"""Prompt tokens per row that one pass takes, which bounds the memory of its mask."""
+"""Prompt tokens per row in one pass, which bounds the memory of its mask."""
 
 NO_TOKEN = -1
-"""Stands behind the last token that a row gained in a round."""
+"""Follows the last token that a row gained in a round."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What the buffers of a decoder are made for."""
+    """Size of a decoder's buffers."""
 
     n_rows: int
     capacity: int
     """Tokens per row: prompt, new ones and the drafts of a round."""
 
-    longest: int
+    max_drafts: int
     """Most drafts of a round; 0 for a decoder that never drafts."""
 
     @staticmethod
-    def slack(longest: int) -> int:
-        """Slots behind a row's last token that a round may write to: its drafts, or a window over a row that is shorter."""
-        return 3 * longest + 2
+    def slack(max_drafts: int) -> int:
+        """Slots after a row's last token that a round may write to: its drafts, or a window that is longer than the row."""
+        return 3 * max_drafts + 2
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to a round before it first runs with a draft length. False if rounds run as they are.
+
+    Prepared rounds have fixed shapes: they read the whole capacity, and a window of the largest size.
+    """
+
+    compiled: bool
+    captured: bool
+
+    @classmethod
+    def of(cls, model: MullForCausalLM, compiled: bool) -> "Preparation":
+        """On a GPU, rounds are captured as CUDA graphs.
+
+        Not so for experts: those of transformers look up which of them were chosen, and wait for the host to know.
+        """
+        on_gpu = model.lm_head.weight.device.type == "cuda"
+        has_experts = bool(getattr(model.config.get_text_config(), "num_experts", 0))
+        return cls(compiled, captured=on_gpu and not has_experts)
+
+    def __bool__(self) -> bool:
+        """Whether anything is done."""
+        return self.compiled or self.captured
 
 
 class Decoder:
     """Decodes the rows of one batch at a time.
 
     Args:
-        model: A `MullForCausalLM` in evaluation mode.
+        model: In evaluation mode.
         path: The visits of every pass.
         sampling: How tokens are chosen.
         size: Rows and tokens.
         compiled: Run rounds through ``torch.compile``.
     """
 
-    def __init__(self, model: Any, path: Path, sampling: Sampling, size: Size, compiled: bool = False) -> None:
+    def __init__(
+        self, model: MullForCausalLM, path: Path, sampling: Sampling, size: Size, compiled: bool = False
+    ) -> None:
         weight = model.lm_head.weight
         device = weight.device
         self.model = model
         self.path = path
         self.sampling = sampling
         self.size = size
-        heads = model.mtp_heads if size.longest else None
+        heads = model.mtp_heads if size.max_drafts else None
         n_blocks = 0 if heads is None or heads.pointwise else len(heads.heads)
         self.cache = StaticSlotCache(
             model.config.get_text_config(),
@@ -80,25 +107,24 @@ class Decoder:
             if sampling.needs_seen
             else None,
         )
-        self.drafter = None if heads is None else Drafter(model, self.cache, self.text, sampling)
-        self.uniform = torch.zeros(size.n_rows, 2 * size.longest + 1, dtype=torch.float64, device=device)
+        self._drafter = None if heads is None else Drafter(model, self.cache, self.text, sampling)
+        self.uniform = torch.zeros(size.n_rows, 2 * size.max_drafts + 1, dtype=torch.float64, device=device)
         """Random numbers of a round: K for drawing drafts, then K for accepting them and one for the last token."""
         self._row_numbers = torch.arange(size.n_rows, device=device)[:, None]
         self._newest: list[int] = []
         self._running: list[bool] = []
-        self.has_fixed_shapes = self.keeps(model, compiled)
-        """Whether rounds are prepared once per draft length."""
-        self._compiled = compiled
-        self._rounds: dict[int, Callable[[], Tensor]] = {}
+        self.preparation = Preparation.of(model, compiled)
+        self._prepared: dict[int, Callable[[], Tensor]] = {}
 
-    @staticmethod
-    def keeps(model: Any, compiled: bool) -> bool:
-        """Whether a decoder of this model prepares its rounds, so that it pays to keep it for further calls."""
-        return compiled or _captures(model)
+    @property
+    def drafter(self) -> Drafter:
+        """What proposes the drafts."""
+        assert self._drafter is not None, "a decoder without heads was asked for drafts"
+        return self._drafter
 
-    def must_warm_up(self, length: int) -> bool:
-        """Whether the next round with this draft length is the first, and has to be prepared."""
-        return self.has_fixed_shapes and length not in self._rounds
+    def is_ready(self, length: int) -> bool:
+        """Whether the next round with this draft length runs at once, and need not be prepared."""
+        return not self.preparation or length in self._prepared
 
     def start(self, prompts: Sequence[Sequence[int]], generator: torch.Generator | None) -> list[int]:
         """Read the prompts, and choose the first token of each row.
@@ -111,13 +137,13 @@ class Decoder:
         device = self.text.tokens.device
         lengths = self.text.n_known.clone()
         h_last = self.model.lm_head.weight.new_zeros(len(prompts), self.model.lm_head.weight.shape[1])
-        longest = max(map(len, prompts))
-        for first in range(0, longest, PREFILL_TOKENS):
-            width = min(PREFILL_TOKENS, longest - first)
+        n_columns = max(map(len, prompts))
+        for first in range(0, n_columns, PREFILL_TOKENS):
+            width = min(PREFILL_TOKENS, n_columns - first)
             positions = (first + torch.arange(width, device=device)).expand(len(prompts), -1)
             n_valid = (lengths - first).clamp(0, width)
             call = StaticCall(positions, first + width, n_valid, fresh=first == 0)
-            h = self.model.decode(self.text.tokens[:, first : first + width], self.cache, call)
+            h = self.model.model.decode(self.text.tokens[:, first : first + width], self.cache, call)
             if self.text.states is not None:
                 self.text.states[:, first : first + width] = h
             ends_here = (lengths > first) & (lengths <= first + width)
@@ -127,8 +153,8 @@ class Decoder:
         self._draw_uniform(generator)
         token = self._choose(self.model.lm_head(h_last))
         self._append(token[:, None], torch.ones_like(lengths))
-        if self.drafter is not None:
-            self.drafter.reset()
+        if self._drafter is not None:
+            self._drafter.reset()
         self._newest = [len(prompt) for prompt in prompts]
         self._running = [True] * len(prompts)
         tokens: list[int] = token.tolist()
@@ -137,9 +163,9 @@ class Decoder:
     def _load(self, prompts: Sequence[Sequence[int]]) -> None:
         self.cache.reset()
         text = self.text
-        longest = max(map(len, prompts))
-        rows = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
-        text.tokens[:, :longest] = rows.to(text.tokens.device)
+        width = max(map(len, prompts))
+        rows = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
+        text.tokens[:, :width] = rows.to(text.tokens.device)
         text.n_known.copy_(torch.tensor([len(prompt) for prompt in prompts]))
         text.running.fill_(True)
         if text.seen is not None:
@@ -148,7 +174,7 @@ class Decoder:
                 text.seen[row, torch.tensor(prompt, device=text.seen.device)] = True
 
     def stop_all_but(self, running: Sequence[bool]) -> None:
-        """Let the other rows grow no further."""
+        """Rows that are not `running` grow no further."""
         if list(running) != self._running:
             self._running = list(running)
             self.text.running.copy_(torch.tensor(self._running))
@@ -157,68 +183,61 @@ class Decoder:
         """Draft and verify once.
 
         Args:
-            length: K, from 0 to the longest of the decoder's size.
+            length: K, from 0 to the `max_drafts` of the decoder's size.
             generator: Source of random numbers; None for greedy decoding.
 
         Returns:
-            The tokens that each row gained: 1 to K + 1, the accepted drafts first; none for rows that were stopped.
+            The tokens that each row gained: 1 to K + 1, accepted drafts first; none for rows that were stopped.
         """
         self._draw_uniform(generator)
-        if self.has_fixed_shapes:
-            gained = self._fixed_round(length)
+        if self.preparation:
+            gained = self._prepared_round(length)
         else:
-            window = 1
-            if length:
-                assert self.drafter is not None, "a decoder without heads was asked for drafts"
-                window = self._catch_up(length, PREFILL_TOKENS)
+            window = self._catch_up(length, PREFILL_TOKENS)
             gained = self._round(length, window, max(self._newest) + length + 1)
         tokens: list[list[int]] = [[token for token in row if token != NO_TOKEN] for row in gained.tolist()]
         if length:
-            assert self.drafter is not None
-            self.drafter.mark_final(length, self._newest)
+            self.drafter.progress.mark(length, self._newest)
         self._newest = [newest + len(row) for newest, row in zip(self._newest, tokens, strict=True)]
         return tokens
 
     def backlog(self) -> list[int]:
-        """Positions that the heads would first have to catch up on, for each draft length from 0."""
-        if self.drafter is None:
+        """Positions that idle heads would first have to catch up on, for each draft length from 0."""
+        if self._drafter is None:
             return [0]
-        usual = self.drafter.steady_window(self.size.longest)
-        lags = self.drafter.lags(self._newest, self._running)
-        lags += [lags[-1]] * (self.size.longest - len(lags))
-        return [0, *(lag if lag > usual else 0 for lag in lags[: self.size.longest])]
+        progress = self._drafter.progress
+        usual = progress.usual(self.size.max_drafts)
+        missing = [progress.missing(k, self._newest, self._running) for k in range(1, 1 + self.size.max_drafts)]
+        return [0, *(positions if positions > usual else 0 for positions in missing)]
 
     def _catch_up(self, length: int, window: int) -> int:
-        assert self.drafter is not None
+        """Let the heads catch up until at most `window` positions are missing; return how many are."""
+        if not length:
+            return 1
         self.drafter.catch_up(length, self._newest, self._running, window)
-        return self.drafter.lag(length, self._newest, self._running)
+        return self.drafter.progress.missing(length, self._newest, self._running)
 
-    def _fixed_round(self, length: int) -> Tensor:
-        window = 1
-        if length:
-            assert self.drafter is not None, "a decoder without heads was asked for drafts"
-            window = self.drafter.steady_window(self.size.longest)
-            self._catch_up(length, window)
-        if length in self._rounds:
-            return self._rounds[length]()
+    def _prepared_round(self, length: int) -> Tensor:
+        window = self.drafter.progress.usual(self.size.max_drafts) if length else 1
+        self._catch_up(length, window)
+        if length in self._prepared:
+            return self._prepared[length]()
         # torch counts the graphs of all decoders together and gives up at 8; each is wanted.
         with torch._dynamo.config.patch(recompile_limit=1000):
-            self._rounds[length] = self._prepared(length, window)
-            return self._rounds[length]()
+            self._prepared[length] = self._prepare(length, window)
+            return self._prepared[length]()
 
-    def _prepared(self, length: int, window: int) -> Callable[[], Tensor]:
+    def _prepare(self, length: int, window: int) -> Callable[[], Tensor]:
         def run() -> Tensor:
             return self._round(length, window, self.size.capacity)
 
         prepared: Callable[[], Tensor] = run
-        if self._compiled:
+        if self.preparation.compiled:
             prepared = torch.compile(run, fullgraph=True, dynamic=False)
-        if _captures(self.model):
-            return CapturedRound(prepared, self._mutable())
-        return prepared
+        return CapturedRound(prepared, self._mutable()) if self.preparation.captured else prepared
 
     def _mutable(self) -> list[Tensor]:
-        """What a round changes for good: everything else is overwritten before it is read again."""
+        """Buffers whose change outlives a round: all others are overwritten before they are read again."""
         text = self.text
         kept = [text.n_known, *self.cache.recurrent_buffers()]
         return kept if text.seen is None else [*kept, text.seen]
@@ -228,21 +247,20 @@ class Decoder:
             self.uniform.copy_(torch.rand(self.uniform.shape, dtype=self.uniform.dtype, generator=generator))
 
     def _round(self, length: int, window: int, n_keys: int) -> Tensor:
-        """One round. ``[B, K + 1]``: the tokens gained, `NO_TOKEN` behind them."""
+        """One round. ``[B, K + 1]``: the tokens gained, then `NO_TOKEN`."""
         text = self.text
         newest = text.newest
         proposal = None
         inputs = text.tokens.gather(1, newest[:, None])
         if length:
-            assert self.drafter is not None
             proposal = self.drafter.draft(length, window, n_keys, self.uniform[:, :length])
             inputs = torch.cat([inputs, proposal.tokens], 1)
         positions = newest[:, None] + torch.arange(length + 1, device=newest.device)
         # A plain step advances recurrent states at once; a verified one waits for the verdict.
         n_valid = None if length else text.running.long()
-        alone = not length and self.size.n_rows == 1 and not self.has_fixed_shapes
+        alone = not length and self.size.n_rows == 1 and not self.preparation
         call = StaticCall(positions, n_keys, n_valid, sees_all=alone)
-        h = self.model.decode(inputs, self.cache, call)
+        h = self.model.model.decode(inputs, self.cache, call)
         if text.states is not None:
             text.states[self._row_numbers, positions] = h
         logits = self.model.lm_head(h)
@@ -263,7 +281,7 @@ class Decoder:
         return torch.where(offsets < n_gained[:, None], emitted, NO_TOKEN)
 
     def _append(self, emitted: Tensor, n_gained: Tensor) -> None:
-        """Write tokens ``[B, T]`` behind the text, of which the first `n_gained` count and the others repeat one of them."""
+        """Write tokens ``[B, T]`` after the text. The first `n_gained` count; the others repeat one of them."""
         text = self.text
         offsets = torch.arange(emitted.shape[1], device=emitted.device)
         text.tokens.scatter_(1, text.n_known[:, None] + offsets, emitted)
@@ -272,7 +290,7 @@ class Decoder:
             text.seen.scatter_(1, emitted, True)
 
     def _choose(self, logits: Tensor) -> Tensor:
-        """The token that follows, from logits ``[B, V]``."""
+        """The next token, from logits ``[B, V]``."""
         if self.sampling.greedy:
             return penalize(logits, self.sampling, self.text.seen).argmax(-1)
         return draw(warp(logits, self.sampling, self.text.seen), self.uniform[:, -1])
@@ -282,17 +300,8 @@ class Decoder:
         if self.sampling.greedy:
             return accept_greedy(penalize(logits, self.sampling, seen), proposal.tokens)
         n_drafts = proposal.tokens.shape[1]
-        law = warp(logits, self.sampling, seen)
-        return accept(law, proposal.law, proposal.tokens, self.uniform[:, -1 - n_drafts :])
-
-
-def _captures(model: Any) -> bool:
-    """Whether rounds become CUDA graphs: on a GPU, for models without experts.
-
-    Those of transformers look up which of them were chosen, and wait for the host to know.
-    """
-    on_gpu: bool = model.lm_head.weight.device.type == "cuda"
-    return on_gpu and not getattr(model.config.get_text_config(), "num_experts", 0)
+        target = warp(logits, self.sampling, seen)
+        return accept(target, proposal.distribution, proposal.tokens, self.uniform[:, -1 - n_drafts :])
 
 
 class CapturedRound:
@@ -300,7 +309,7 @@ class CapturedRound:
 
     Args:
         run: The round, a function of fixed buffers.
-        mutable: Buffers that it changes for good. The runs that warm it up and capture it are undone there.
+        mutable: Buffers whose change outlives a round. What the runs for warm-up and capture do to them is undone.
     """
 
     def __init__(self, run: Callable[[], Tensor], mutable: Sequence[Tensor]) -> None:
@@ -323,6 +332,6 @@ class CapturedRound:
         undo()
 
     def __call__(self) -> Tensor:
-        """Run it on what the buffers hold now."""
+        """Run it on the present content of the buffers."""
         self.graph.replay()
         return self.result

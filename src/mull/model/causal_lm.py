@@ -169,14 +169,6 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         """Final-normed states after each iteration. See `MullModel.hidden_states_by_iteration`."""
         return self.model.hidden_states_by_iteration(input_ids, **options)
 
-    def decode(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Temporary."""
-        return self.model.decode(*args, **kwargs)
-
-    def static_sides(self, *args: Any) -> LayerInputs:
-        """Temporary."""
-        return self.model.fixed_layer_inputs(*args)
-
     def _mtp_loss(
         self,
         h: Tensor,

@@ -1,7 +1,7 @@
 """Claim: drafting is never much slower than not drafting, and nearly as fast as with the best fixed length.
 
-Worlds with known costs and acceptance stand in for models. A plain round takes 1 second. Times that are observed are noisy, with
-outliers, and the first round of a length takes 4 seconds more; what a call costs is counted without that noise.
+Worlds with known costs and acceptance stand in for models. A plain round takes 1 second. Observed times are noisy, with outliers,
+and the first round of a length takes 4 seconds more; what a call costs is counted without that noise.
 """
 
 import random
@@ -50,53 +50,76 @@ TABLES = [
 
 
 class World:
-    """A model with given costs by draft length and acceptance by position."""
+    """A model with given costs by draft length and acceptance by position. A call ends when its slowest row has ended.
 
-    def __init__(self, costs: Sequence[float], acceptance: Sequence[float], seed: int, rows: int = 1) -> None:
-        self.costs, self.acceptance, self.rows = costs, acceptance, rows
+    Args:
+        costs: Seconds of a round, by length.
+        acceptance: Probability that each draft is accepted if those before it were.
+        seed: Of everything that is random.
+        rows: Rows of a batch.
+        spread: Rows differ in each call: their acceptance is lower by a share of up to `spread`.
+        catch_up: Seconds that a head takes to run over a position that it missed.
+    """
+
+    prompt = 64
+
+    def __init__(
+        self,
+        costs: Sequence[float],
+        acceptance: Sequence[float],
+        seed: int,
+        rows: int = 1,
+        spread: float = 0.0,
+        catch_up: float = 0.001,
+    ) -> None:
+        self.costs, self.acceptance, self.spread, self.catch_up = costs, acceptance, spread, catch_up
         self.random = random.Random(seed)
         self.pace: Callable[[float], float] = lambda tokens: 1.0
-        self.catch_up = 0.001
-        """Seconds that a head takes to run over a position that it missed."""
-        self.prompt = 64
         self.recursive = False
         """Whether all drafts come from one head, so that it misses nothing while there are any."""
         self.tokens = 0.0
+        self._rows = [0] * rows
+        self._skill = [1.0] * rows
         self._known: set[int] = set()
-        self._missed = [self.prompt] * LONGEST
+        self._missed = [self.prompt] * (len(costs) - 1)
 
-    def round(self, policy: DraftLength, left: float = inf) -> tuple[int, float, float]:
-        """Length, tokens per row, and seconds without noise."""
+    def round(self, policy: DraftLength, n_tokens: float = inf) -> tuple[int, float]:
+        """Length, and seconds without noise."""
         missed = [max(self._missed[:length], default=0) for length in range(len(self.costs))]
         backlog = [positions if positions > 2 * LONGEST else 0 for positions in missed]
-        length = policy.choose(left, backlog)
-        accepted = [self._accepted(length) for _ in range(self.rows)]
+        running = [row for row, n in enumerate(self._rows) if n < n_tokens]
+        length = policy.choose([n_tokens - self._rows[row] for row in running], backlog)
+        accepted = {row: self._accepted(row, length) for row in running}
         seconds = self.costs[length] + self.catch_up * length * backlog[length]
-        gained = 1 + round(mean(accepted))
+        gained = 1 + round(mean(accepted.values()))
         n_run = len(self._missed) if self.recursive and length else length
         self._missed = [0 if head < n_run else positions + gained for head, positions in enumerate(self._missed)]
         first = 0.0 if length in self._known else 4.0
         self._known.add(length)
         noise = max(0.3, self.random.gauss(1, 0.1)) * (5 if self.random.random() < 0.02 else 1)
-        policy.observe(length, accepted, (seconds + first) * noise * self.pace(self.tokens), backlog[length])
-        tokens = 1 + mean(accepted)
-        self.tokens += tokens
-        return length, tokens, seconds
+        least = min(self._rows[row] for row in running)
+        last = [accepted[row] for row in running if self._rows[row] == least]
+        policy.observe(length, last, (seconds + first) * noise * self.pace(self.tokens), backlog[length])
+        for row, n in accepted.items():
+            self._rows[row] += 1 + n
+        self.tokens += 1 + mean(accepted.values())
+        return length, seconds
 
-    def _accepted(self, length: int) -> int:
-        chances = self.acceptance[:length]
+    def _accepted(self, row: int, length: int) -> int:
+        chances = [self._skill[row] * chance for chance in self.acceptance[:length]]
         return next((k for k, chance in enumerate(chances) if self.random.random() >= chance), length)
 
     def call(self, policy: DraftLength, n_tokens: int = TOKENS) -> tuple[float, list[int]]:
-        """Seconds per token and the lengths taken."""
-        lengths, tokens, seconds = [], 0.0, 0.0
+        """Seconds per token of the slowest row, and the lengths taken."""
+        lengths, seconds = [], 0.0
         self._missed = [self.prompt] * (len(self.costs) - 1)
-        while tokens < n_tokens:
-            length, more, cost = self.round(policy, n_tokens - tokens)
+        self._rows = [0 for _ in self._rows]
+        self._skill = [1 - self.spread * self.random.random() for _ in self._rows]
+        while min(self._rows) < n_tokens:
+            length, cost = self.round(policy, n_tokens)
             lengths.append(length)
-            tokens += more
             seconds += cost
-        return seconds / tokens, lengths
+        return seconds / min(self._rows), lengths
 
 
 def best(costs: Sequence[float], acceptance: Sequence[float], prompt: float = 0.0) -> float:
@@ -105,15 +128,12 @@ def best(costs: Sequence[float], acceptance: Sequence[float], prompt: float = 0.
     return min(cost / expected + k * prompt for k, (cost, expected) in enumerate(zip(costs, tokens, strict=True)))
 
 
-def regrets(
-    name: str, costs: Sequence[float], n_seeds: int = 16, rows: int = 1, catch_up: float = 0.001
-) -> tuple[float, float]:
+def regrets(name: str, costs: Sequence[float], n_seeds: int = 10, catch_up: float = 0.001) -> tuple[float, float]:
     """Mean excess over the best fixed length, of the first call and of the second one."""
     acceptance = PROFILES[name]
     found = []
     for seed in range(n_seeds):
-        world, policy = World(costs, acceptance, seed, rows), DraftLength(LONGEST)
-        world.catch_up = catch_up
+        world, policy = World(costs, acceptance, seed, catch_up=catch_up), DraftLength(LONGEST)
         least = best(costs, acceptance, catch_up * world.prompt / TOKENS)
         found.append([world.call(policy)[0] / least - 1 for _ in range(2)])
     first, second = zip(*found, strict=True)
@@ -122,7 +142,7 @@ def regrets(
 
 @pytest.mark.parametrize("name", ["zero", "useless"])
 def test_useless_heads_cost_a_few_percent_of_the_first_call_and_one_of_the_second(name: str) -> None:
-    for catch_up, usual, worst in ((0.001, 0.025, 0.035), (0.02, 0.04, 0.06)):
+    for catch_up, usual, worst in ((0.001, 0.02, 0.03), (0.02, 0.03, 0.035)):
         found = [regrets(name, costs, catch_up=catch_up) for costs in TABLES]
         assert mean(first for first, _ in found) < usual
         assert max(first for first, _ in found) < worst
@@ -139,18 +159,37 @@ def test_useful_heads_are_used_nearly_as_well_as_with_the_best_fixed_length(name
     assert max(second for _, second in found) < 0.04
 
 
-@pytest.mark.parametrize("name", ["useless", "good", "great"])
-def test_a_batch_learns_no_worse_than_a_single_row(name: str) -> None:
-    found = [regrets(name, costs, n_seeds=6, rows=8) for costs in TABLES]
-    assert max(first for first, _ in found) < 0.065
-    assert mean(second for _, second in found) < 0.015
+BATCH_COSTS = {"cheap": [1.0, 1.13, 1.27, 1.4], "even": [1.0, 1.5, 2.0, 2.4], "dear": [1.0, 1.5, 2.2, 2.9]}
+"""Eight rows: drafts nearly free, as on a GPU; or as measured on two CPU cores, where one draft is about as fast as none."""
+
+
+def batch(
+    policy: DraftLength, name: str, costs: Sequence[float], seed: int, n_tokens: int, spread: float
+) -> list[float]:
+    """Speed over plain decoding of five calls."""
+    catch_up = 0.004 if costs == BATCH_COSTS["cheap"] else 0.016
+    world = World(costs, PROFILES[name], seed, rows=8, spread=spread, catch_up=catch_up)
+    return [1 / world.call(policy, n_tokens)[0] for _ in range(5)]
+
+
+@pytest.mark.parametrize("name", ["zero", "vanilla", "good", "great"])
+@pytest.mark.parametrize("costs", BATCH_COSTS)
+def test_a_batch_that_waits_for_its_slowest_row_loses_little_and_gains_where_drafts_pay(costs: str, name: str) -> None:
+    for n_tokens, spread in ((64, 0.0), (64, 0.5), (256, 0.3)):
+        found, fixed = [], [[] for _ in range(1 + LONGEST)]
+        for seed in range(4):
+            found.append(mean(batch(DraftLength(LONGEST), name, BATCH_COSTS[costs], seed, n_tokens, spread)[1:]))
+            for length, speeds in enumerate(fixed):
+                speeds += batch(DraftLength(LONGEST, fixed=length), name, BATCH_COSTS[costs], seed, n_tokens, spread)
+        assert min(found) > 0.97, "against plain decoding"
+        assert mean(found) > 0.92 * max(map(mean, fixed)), "against the best fixed length"
 
 
 @pytest.mark.parametrize("name", ["zero", "useless"])
 def test_heads_that_become_useless_are_given_up_within_a_few_rounds(name: str) -> None:
     for costs in TABLES:
         found = []
-        for seed in range(12):
+        for seed in range(8):
             world, policy = World(costs, PROFILES["great"], seed), DraftLength(LONGEST)
             world.call(policy)
             world.acceptance = PROFILES[name]
@@ -169,37 +208,36 @@ def test_heads_that_become_useful_are_found() -> None:
     assert median(found) < 90, "rounds until half of them draft again"
 
 
-def test_looks_at_useless_heads_become_rare() -> None:
+def test_probes_of_useless_heads_are_rare() -> None:
     for costs in TABLES[:2]:
         world, policy = World(costs, PROFILES["zero"], seed=0), DraftLength(LONGEST)
-        lengths = [world.round(policy)[0] for _ in range(6000)]
-        looks = [sum(length > 0 for length in lengths[start : start + 1000]) for start in range(0, 6000, 1000)]
-        assert looks[0] > max(looks[1:])
-        assert sum(costs[length] - 1 for length in lengths[1000:]) < 0.012 * 5000
+        lengths = [world.round(policy)[0] for _ in range(4000)]
+        assert sum(costs[length] - 1 for length in lengths) < 0.01 * 4000
 
 
-def test_a_machine_that_gets_slower_does_not_make_useless_heads_look_useful() -> None:
+def test_a_machine_that_changes_its_pace_misleads_neither_towards_useless_heads_nor_away_from_good_ones() -> None:
     paces: list[Callable[[float], float]] = [
         lambda tokens: 1 + tokens / 2000,
         lambda tokens: 1 + (int(tokens) // 50 % 2),
     ]
-    for pace in paces:
+    for pace, (name, limit) in product(paces, (("zero", 0.01), ("good", 0.04))):
         found = []
         for costs, seed in product(TABLES, range(4)):
-            world, policy = World(costs, PROFILES["zero"], seed), DraftLength(LONGEST)
+            world, policy = World(costs, PROFILES[name], seed), DraftLength(LONGEST)
             world.pace = pace
             world.call(policy)
-            found.append(world.call(policy)[0] - 1)
-        assert mean(found) < 0.03
+            found.append(world.call(policy)[0] / best(costs, PROFILES[name]) - 1)
+        assert mean(found) < limit
 
 
-def test_a_length_behind_two_that_do_not_pay_is_found() -> None:
+def test_a_length_after_two_that_do_not_pay_is_found() -> None:
     costs = hump(1.6, 0.25)
     assert costs[1] > 1 + PROFILES["great"][0], "a single draft does not pay, even if it is accepted"
     for seed in range(8):
         world, policy = World(costs, PROFILES["great"], seed), DraftLength(LONGEST)
         world.call(policy)
-        assert world.call(policy)[1].count(3) > 40
+        lengths = world.call(policy)[1]
+        assert lengths.count(3) > 0.75 * len(lengths)
 
 
 def test_more_drafts_are_taken_only_where_they_pay() -> None:
@@ -213,7 +251,7 @@ def test_more_drafts_are_taken_only_where_they_pay() -> None:
             seconds, lengths = world.call(policy)
             taken += lengths
             excess.append(seconds / best(costs, acceptance) - 1)
-        assert sum(length in wanted for length in taken) > 0.55 * len(taken)
+        assert sum(length in wanted for length in taken) > 0.75 * len(taken)
         assert mean(excess) < 0.025
 
 

@@ -14,8 +14,9 @@ from conftest import SPLIT, tiny
 from torch import Tensor
 
 from mull import generate as module_or_function
-from mull.decoding.generate import GenerationStats, _Kept, generate
-from mull.decoding.rounds import Decoder
+from mull.decoding.decoder_cache import DecoderCache
+from mull.decoding.generate import GenerationStats, generate
+from mull.decoding.rounds import Preparation
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import MTPConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
@@ -154,11 +155,11 @@ def test_adaptive_calls_measure_plain_rounds_and_remember() -> None:
     assert first.draft_lengths[0] >= 1
     assert first.plain_seconds is not None
     assert first.speedup is not None
-    kept = _Kept.of(model)
-    policies = kept.draft_lengths
+    kept = DecoderCache.of(model)
+    policies = kept.policies
     assert len(policies) == 1
     generate(model, IDS, max_new_tokens=5, draft="mtp", eos_token_id=[])
-    assert _Kept.of(model) is kept
+    assert DecoderCache.of(model) is kept
     assert len(policies) == 1
     assert not kept.decoders, "buffers outlive the call only where rounds were compiled"
 
@@ -168,12 +169,12 @@ def test_what_is_kept_goes_with_the_model(compiled: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     model = drafting_model()
     generate(model, IDS, max_new_tokens=5, draft="mtp", compile=compiled)
-    assert len(_Kept.of(model).decoders) == compiled
+    assert len(DecoderCache.of(model).decoders) == compiled
     for copied in (copy.copy, copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))):
         twin = copied(model)
         generate(twin, IDS, max_new_tokens=5)
-        assert _Kept.of(twin) is not _Kept.of(model)
-        assert not _Kept.of(twin).decoders, "they decode with the original"
+        assert DecoderCache.of(twin) is not DecoderCache.of(model)
+        assert not DecoderCache.of(twin).decoders, "they decode with the original"
     alive = weakref.ref(model)
     del model
     gc.collect()
@@ -223,7 +224,7 @@ def test_compiled_rounds_write_the_same(family: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "olmo3"])
 def test_captured_rounds_write_the_same(family: str) -> None:
     model = drafting_model(family).cuda()
-    assert Decoder.keeps(model, compiled=False)
+    assert Preparation.of(model, compiled=False)
     ids = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(0)).cuda()
     plain = generate(model, ids, max_new_tokens=40, eos_token_id=[]).sequences
     for length in (0, 1, 2, None):
