@@ -318,7 +318,7 @@ def test_a_layer_of_another_size_is_refused(exact: Exact, ids: Ids) -> None:
     driver = Driver(wrap_transformer_with_etd(exact("qwen3"), SPLIT), PATHS["one iteration"], 1)
     other = wrap_transformer_with_etd(exact("qwen3", num_key_value_heads=1), SPLIT)
     with pytest.raises(AssertionError, match="does not fit"):
-        other.decode(ids(1, 2), driver.cache, driver.call(2, torch.tensor([2])))
+        other.model.decode(ids(1, 2), driver.cache, driver.call(2, torch.tensor([2])))
 
 
 @torch.no_grad()

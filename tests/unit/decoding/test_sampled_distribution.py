@@ -47,7 +47,6 @@ def exact(world: World, text: Tensor, drafts: Tensor) -> Decide:
 
 
 # --- The exact distribution
-# ----------------------------------------------------------------------------------------------------------
 
 
 def last_true(holds: Callable[[Tensor], Tensor], rows: int) -> Tensor:
