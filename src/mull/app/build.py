@@ -61,6 +61,7 @@ def meta_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> Mul
         config.mtp = section.mtp.model_dump()
     with torch.device("meta"):
         # The type of transformers' wrapped `to` does not fit a call.
+        # transformers wraps `to`, and the type of the wrapper does not fit a call.
         model = nn.Module.to(MullForCausalLM(config), DTYPES[section.dtype])
     model.tie_weights()
     return model

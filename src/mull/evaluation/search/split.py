@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig, attention_period, layer_kinds
 from mull.model.path import Visit, from_layers
+from mull.ops.targets import IGNORED
 from mull.retrofit.wrap import wrap_transformer_with_etd
 
 Tokens = Literal["all", "last"]
@@ -277,12 +278,12 @@ def _path_loss(model: MullForCausalLM, sample: Sequence[Batch], layers: Sequence
     path = from_layers(layers)
     total, n_targets = 0.0, 0
     for batch in sample:
-        targets = int((batch["labels"][:, 1:] != -100).sum())
+        targets = int((batch["labels"][:, 1:] != IGNORED).sum())
         if targets:
             total += float(model(**batch, path=path, use_cache=False).loss) * targets
         n_targets += targets
     if not n_targets:
-        raise ValueError("The probe's batches hold no target: every label is -100. Give batches of text with labels.")
+        raise ValueError(f"The probe's batches hold no target: every label is {IGNORED}. Give batches of text with labels.")
     return total / n_targets
 
 
