@@ -2,6 +2,7 @@
 that is not is refused."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
