@@ -10,6 +10,8 @@ from conftest import SPLIT, tiny
 from torch import Tensor
 
 from mull import certify_identity, wrap_transformer_with_etd
+from mull.model import base_model
+from mull.model.executor import run
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
