@@ -62,9 +62,7 @@ def test_a_broken_wrapper_is_refused(family: str, dtype: torch.dtype, monkeypatc
         return run(layers, kinds, path[:-1], *rest, **options)
 
     monkeypatch.setattr(base_model, "run", forgets_the_last_layer)
-    with pytest.raises(
-        ValueError, match="does not reproduce the base model: with one iteration its logits differ by up to"
-    ):
+    with pytest.raises(ValueError, match="does not reproduce the base model: .* bit for bit, but differ by up to"):
         wrap_transformer_with_etd(tiny(family, dtype=dtype), SPLIT)
 
 
