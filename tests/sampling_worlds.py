@@ -1,6 +1,6 @@
-"""A target and a draft head of a tiny vocabulary, given as tables, whose laws can be enumerated.
+"""A target and a draft head of a tiny vocabulary, given as tables, whose distributions can be enumerated.
 
-Texts of a length stand in the order of `code`: a text is a number in base V, and a law of texts is a vector.
+Texts of a length are in the order of `code`: a text is a number in base V, and a distribution of texts is a vector.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from mull.ops.sampling import Sampling, warp
 
 V = 5
 N_LEVELS = 7
-"""Texts up to one token less have a next-token law."""
+"""Texts of up to one token less have a next-token distribution."""
 
 WARPERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -83,9 +83,9 @@ class World:
 
     @classmethod
     def constant(cls, p: list[float], q: list[float], **options: Any) -> "World":
-        """The same two laws after every text; a probability may be 0."""
-        laws = (torch.tensor(law, dtype=torch.float64).log() for law in (p, q))
-        target, head = ([law.expand(V**level, V) for level in range(N_LEVELS)] for law in laws)
+        """The same two distributions after every text; a probability may be 0."""
+        logits = (torch.tensor(each, dtype=torch.float64).log() for each in (p, q))
+        target, head = ([each.expand(V**level, V) for level in range(N_LEVELS)] for each in logits)
         return cls(target, head, **options)
 
     def seen(self, text: Tensor) -> Tensor:
@@ -93,22 +93,22 @@ class World:
         seen = F.one_hot(torch.cat([text, torch.tensor(self.prompt).expand(len(text), -1)], 1), V)
         return seen.sum(1) > 0
 
-    def law(self, table: list[Tensor], text: Tensor) -> Tensor:
-        """The warped law after each text, (rows, V)."""
+    def distribution(self, table: list[Tensor], text: Tensor) -> Tensor:
+        """The warped distribution after each text, (rows, V)."""
         return warp(table[text.shape[1]][code(text)], self.sampling, self.seen(text))
 
-    def target_law(self, text: Tensor) -> Tensor:
-        """What must be the law of the next token after each text, (rows, V)."""
-        return self.law(self.target, text)
+    def target_distribution(self, text: Tensor) -> Tensor:
+        """The distribution that the next token after each text must have, (rows, V)."""
+        return self.distribution(self.target, text)
 
-    def draft_law(self, text: Tensor) -> Tensor:
-        """The law by which a draft comes about after each text, (rows, V)."""
-        law = self.law(self.head, text)
-        return F.one_hot(law.argmax(-1), V).double() if self.deterministic else law
+    def draft_distribution(self, text: Tensor) -> Tensor:
+        """The distribution of a draft after each text, (rows, V)."""
+        found = self.distribution(self.head, text)
+        return F.one_hot(found.argmax(-1), V).double() if self.deterministic else found
 
-    def joint(self, law: Callable[[Tensor], Tensor], text: Tensor, n_tokens: int) -> Tensor:
+    def joint(self, next_token: Callable[[Tensor], Tensor], text: Tensor, n_tokens: int) -> Tensor:
         """Probability of each continuation by `n_tokens` of each text, (rows, V ** n_tokens)."""
         joint = torch.ones(len(text), 1, dtype=torch.float64)
         for length in range(n_tokens):
-            joint = (joint[..., None] * law(crossed(text, texts(length))).view(len(text), -1, V)).flatten(1)
+            joint = (joint[..., None] * next_token(crossed(text, texts(length))).view(len(text), -1, V)).flatten(1)
         return joint

@@ -197,7 +197,7 @@ def test_after_every_round_the_state_is_that_of_a_fresh_start(
 def test_heads_draft_what_their_training_pass_says(
     family: str, piece: int, head: str, exact: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The law of draft k is that of head k at the last true position, when the tokens in between are the drafts."""
+    """The distribution of draft k is that of head k at the last true position, when the tokens in between are the drafts."""
     monkeypatch.setattr("mull.decoding.rounds.PREFILL_TOKENS", piece + 1)
     monkeypatch.setattr("mull.decoding.drafting.CATCH_UP_TOKENS", piece)
     model = with_heads(family, head, dtype=torch.float64)
@@ -207,17 +207,17 @@ def test_heads_draft_what_their_training_pass_says(
         if not length:
             continue
         assert driver.proposal is not None
-        assert driver.proposal.law is not None
+        assert driver.proposal.distribution is not None
         for row, tokens in enumerate(before):
             drafts = driver.proposal.tokens[row].tolist()
             ids = torch.tensor([[*tokens, *drafts]])
             last = len(tokens) - 2  # the last position whose state the round began with
             targets = torch.full((1, ids.shape[1], 1 + length), -100)
             targets[0, last, 1:] = torch.tensor(drafts)
-            hidden = model.early_decoded(ids, think_iterations=2)[-1]
+            hidden = model.hidden_states(ids, think_iterations=2)
             _, losses = model.head_losses(hidden, ids, targets, torch.ones(targets.shape, dtype=torch.float64))
-            law = driver.proposal.law[row].gather(1, driver.proposal.tokens[row][:, None])[:, 0]
-            torch.testing.assert_close(-law.log(), losses[0, last, 1:].to(law.dtype), rtol=0, atol=1e-5)
+            p = driver.proposal.distribution[row].gather(1, driver.proposal.tokens[row][:, None])[:, 0]
+            torch.testing.assert_close(-p.log(), losses[0, last, 1:].to(p.dtype), rtol=0, atol=1e-5)
 
 
 def counting_model(head: str, period: int = 7) -> MullForCausalLM:
@@ -248,8 +248,8 @@ def test_heads_that_know_the_sequence_gain_lookahead_and_one_tokens_per_pass(hea
     assert ends.sequences[0, 8:].tolist() == [4, 5, 6], "the round gave 5, 6, 7 and 8, and the first end counts"
 
 
-def test_drafts_from_the_model_s_own_law_are_all_accepted() -> None:
-    """A model whose law never changes: identity heads then draft from it, and p = q."""
+def test_drafts_from_the_model_s_own_distribution_are_all_accepted() -> None:
+    """A model whose distribution never changes: identity heads then draft from it, and p = q."""
     base = tiny("qwen3", num_hidden_layers=2, initializer_range=0.3)
     base.get_input_embeddings().weight.data[:] = base.get_input_embeddings().weight.data[5]
     model = wrap_transformer_with_etd(base, None, MTPConfig(num_predict_tokens=3, mtp_head_type="mlp")).eval()
@@ -284,8 +284,8 @@ WARPERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("warper", WARPERS)
 @pytest.mark.parametrize("head", ["sequential", "mlp", "native"])
-def test_sampled_text_has_the_law_of_the_model(head: str, warper: str) -> None:
-    """Joint law of three tokens, over all 6 x 6 x 6: the prompt's, and two that rounds with badly wrong drafts make."""
+def test_sampled_text_has_the_distribution_of_the_model(head: str, warper: str) -> None:
+    """Joint distribution of three tokens, over all 6 x 6 x 6: the prompt's, and two that rounds with badly wrong drafts make."""
     size, n_rows = 6, 8000
     base = tiny(
         "qwen3", vocab_size=size, num_hidden_layers=2, pad_token_id=0, eos_token_id=None, initializer_range=0.15
@@ -295,38 +295,38 @@ def test_sampled_text_has_the_law_of_the_model(head: str, warper: str) -> None:
     for parameter in model.mtp_heads.parameters():
         parameter.data += 0.5 * torch.randn(parameter.shape)
     prompt = torch.tensor([[1, 4, 2]])
-    law = joint_law(model, prompt, Sampling(**WARPERS[warper])).flatten()
-    assert (law > 0.001).sum() > 10, "next to nothing is left to chance"
-    samples = torch.distributions.Multinomial(n_rows, law).sample((200,)) / n_rows
-    distances = 0.5 * (samples - law).abs().sum(1)
+    expected = joint_distribution(model, prompt, Sampling(**WARPERS[warper])).flatten()
+    assert (expected > 0.001).sum() > 10, "next to nothing is left to chance"
+    samples = torch.distributions.Multinomial(n_rows, expected).sample((200,)) / n_rows
+    distances = 0.5 * (samples - expected).abs().sum(1)
     limit = distances.mean() + 3 * distances.std()
     for options in ({}, {"draft": "mtp", "draft_length": 2}):
         out = generate(
             model, prompt.expand(n_rows, -1), max_new_tokens=4, eos_token_id=[], seed=1000, **options, **WARPERS[warper]
         )  # fmt: skip
         found = torch.bincount(out.sequences[:, 3:6] @ torch.tensor([size * size, size, 1]), minlength=size**3)
-        assert 0.5 * (found / n_rows - law).abs().sum() < limit, options
-        assert not found[law == 0].any(), options
+        assert 0.5 * (found / n_rows - expected).abs().sum() < limit, options
+        assert not found[expected == 0].any(), options
     assert 0.05 < out.stats.acceptance[0] < 0.95
 
 
-def joint_law(model: MullForCausalLM, prompt: Tensor, sampling: Sampling) -> Tensor:
+def joint_distribution(model: MullForCausalLM, prompt: Tensor, sampling: Sampling) -> Tensor:
     """``[V, V, V]``: probability of every continuation by three tokens, with transformers' own processors."""
     config = GenerationConfig(do_sample=True, **{"top_k": 0, **sampling.model_dump(exclude_none=True)})
     processors = model._get_logits_processor(config, input_ids_seq_length=prompt.shape[1])
     size = model.lm_head.out_features
 
-    def law(ids: Tensor) -> Tensor:
+    def next_token(ids: Tensor) -> Tensor:
         with torch.no_grad():
             logits = model(ids, use_cache=False).logits[:, -1].float()
         return F.softmax(processors(ids, logits), -1)
 
-    first = law(prompt)[0]
+    first = next_token(prompt)[0]
     joint = torch.zeros(size, size, size)
     for a in range(size):
-        second = law(torch.cat([prompt, torch.tensor([[a]])], 1))[0]
+        second = next_token(torch.cat([prompt, torch.tensor([[a]])], 1))[0]
         for b in range(size):
-            third = law(torch.cat([prompt, torch.tensor([[a, b]])], 1))[0]
+            third = next_token(torch.cat([prompt, torch.tensor([[a, b]])], 1))[0]
             joint[a, b] = first[a] * second[b] * third
     return joint
 

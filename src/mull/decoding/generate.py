@@ -332,14 +332,12 @@ def _prompts(
     unsteady = {rope["rope_type"] for rope in ropes if isinstance(rope, dict) and "rope_type" in rope} & UNSTEADY_ROPES
     if unsteady:
         raise ValueError(
-            f"The model's rotary embeddings are {unsteady.pop()!r}. They change with the longest row, drafts included, so the text "
-            "of a row would depend on them. Use model.generate."
+            f"The model's rotary embeddings are {unsteady.pop()!r}. They change with the longest row, drafts included, so the "
+            "text of a row would depend on the others. Use model.generate."
         )
     vocabulary = config.vocab_size
     if max(map(max, rows)) >= vocabulary or min(map(min, rows)) < 0:
-        raise ValueError(
-            f"input_ids has tokens outside 0 to {vocabulary - 1}: the tokenizer belongs to another model."
-        )
+        raise ValueError(f"input_ids has tokens outside 0 to {vocabulary - 1}: the tokenizer belongs to another model.")
     n_tokens, limit = max(map(len, rows)), config.max_position_embeddings
     if n_tokens + max_new_tokens > limit:
         raise ValueError(

@@ -27,23 +27,23 @@ def sample(
 ) -> Tensor:
     """Draw one completion per row from the model's whole distribution.
 
-    Not ``generate``: that one adds whatever the checkpoint's generation settings say, such as top-k or a repetition penalty, and
-    the samples would not be of the law that is trained. With several ranks all must call this, and all draw until the last row of
-    all ranks has ended, because ranks that share weights have to run equally many layers.
+    ``model.generate`` would apply the checkpoint's generation settings, such as top-k or a repetition penalty, and
+    the loop of `mull.generate` does not wait for other ranks. All ranks must call this, and all draw
+    until the last row of any rank has ended: ranks that share weights have to run equally many layers.
 
     Args:
         model: In evaluation mode.
         input_ids: Prompts ``[N, P]``, padded on the left.
         attention_mask: ``[N, P]``, 0 at padding.
         end_ids: Tokens that end a completion.
-        pad_id: Fills rows behind their end.
+        pad_id: Fills rows after their end.
         max_new_tokens: Longest completion.
         temperature: Divides the logits.
-        iterations: Think iterations; None is the configuration's number.
+        iterations: Think iterations; default as in `ETDConfig`.
         generator: Source of the draws, on the model's device; None is torch's global one.
 
     Returns:
-        Completions ``[N, L]``, as long as the longest of this rank.
+        Completions ``[N, L]``; L is the length of this rank's longest.
     """
     cache = model.new_cache()
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -1,4 +1,4 @@
-"""What calls of `mull.generate` did, read from their `GenerationStats`: acceptance over several calls, and a call in words."""
+"""Summaries of `GenerationStats`: acceptance over several calls, and one call in words."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -8,40 +8,40 @@ from mull.decoding.generate import GenerationStats
 
 
 class Acceptance(NamedTuple):
-    """What became of the drafts at one position of a round, counted over rounds and running rows."""
+    """Counts of drafts at one position of a round, over rounds and running rows."""
 
     drafted: int
     """How often a token was drafted there."""
 
     verified: int
-    """Of these, the ones whose predecessors were all accepted."""
+    """Of these, those whose predecessors were all accepted."""
 
     accepted: int
-    """Of these, the ones that were accepted."""
+    """Of these, those that were accepted."""
 
     @property
     def conditional(self) -> float:
-        """Share accepted of those whose predecessors were; 0 where there was none."""
+        """Share of the verified drafts that were accepted; 0 if there were none."""
         return self.accepted / self.verified if self.verified else 0.0
 
     @property
     def cumulative(self) -> float:
-        """Share of drafts that were used: accepted, and all before them, too.
+        """Share of all drafts that were accepted, which requires that all before them were.
 
-        With a fixed draft length their sum over the positions, and 1 for the model's own token, is the mean accepted length.
+        With a fixed draft length, 1 plus their sum over the positions is the mean accepted length.
         """
         return self.accepted / self.drafted if self.drafted else 0.0
 
 
 def acceptance_by_position(calls: Sequence[GenerationStats]) -> list[Acceptance]:
-    """Counts of all calls together, from the first drafted position on; empty where nothing was drafted."""
+    """Counts of all calls together, from the first drafted position on; empty if nothing was drafted."""
     by_call = [zip(call.drafted, call.verified, call.accepted, strict=True) for call in calls]
     positions = zip_longest(*by_call, fillvalue=(0, 0, 0))
     return [Acceptance(*map(sum, zip(*counts, strict=True))) for counts in positions]
 
 
 def describe_call(stats: GenerationStats) -> dict[str, str]:
-    """The statistics of a call with their units, by name, but for the positions of its drafts."""
+    """The statistics of a call in words, with units, by name. Acceptance by position is left out."""
     rounds = ", ".join(f"{count} with {length} drafts" for length, count in sorted(stats.draft_lengths.items()))
     return {
         "prompt": f"{stats.prompt_tokens} tokens",

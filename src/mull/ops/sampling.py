@@ -1,16 +1,18 @@
-"""Sampling whose law is known, and speculative sampling that keeps it.
+"""Sampling from a known distribution, and speculative sampling that keeps it.
 
 Shapes: B rows, K drafted tokens, N = K + 1 verified positions, V vocabulary.
 
-A round verifies K drafts at once. The target's law at position j is ``p_j``, the law from which draft j was drawn is ``q_j``:
+A round verifies K drafts at once. Let ``p_j`` be the target's distribution at position j, and ``q_j`` the one that draft j was
+drawn from:
 
     accept draft j  iff  u_j q_j(d_j) < p_j(d_j);   first rejected: draw from max(p_j - q_j, 0) / Σ;   none: draw from p_K
 
-Every emitted token then has the target's law, whatever q is (Leviathan et al. 2023, arXiv:2211.17192, algorithm 1 and appendix
-A.1; Chen et al. 2023, arXiv:2302.01318, algorithm 2). What is needed is that q is the law that was used, warping included.
+Every emitted token then has the target's distribution, whatever q is (Leviathan et al. 2023, arXiv:2211.17192, algorithm 1 and
+appendix A.1; Chen et al. 2023, arXiv:2302.01318, algorithm 2). This requires that q is the distribution that was really used,
+warping included.
 
-All randomness comes in as uniform numbers in [0, 1). Draw them in fp64: a number of fp32 is a multiple of 2^-24, and a token
-rarer than that would be drawn too often or never. Nothing here waits for the device or has a shape that depends on values, so
+All randomness comes in as uniform numbers in [0, 1). Draw them in fp64: an fp32 number is a multiple of 2^-24, and a token rarer
+than that would be drawn too often or never. Nothing here waits for the device or has a shape that depends on values, so
 everything can be compiled as one graph and captured.
 """
 
@@ -28,7 +30,7 @@ BELOW_ONE = 1 - 2.0**-53
 """The largest fp64 number below 1. Its product with x > 0 rounds to a number below x."""
 
 MIN_MASS = torch.finfo(torch.float64).tiny
-"""A residual with less mass is rounding: no draw from it is meant."""
+"""A residual with less mass than this is rounding error, and is not drawn from."""
 
 
 class Sampling(BaseModel):
@@ -42,22 +44,22 @@ class Sampling(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     temperature: float = Field(default=0.0, ge=0)
-    """Divides the logits. 0 is greedy decoding, 1 the model's own law; otherwise at least 1e-6."""
+    """Divides the logits. 0 is greedy decoding, 1 the model's own distribution; otherwise at least 1e-6."""
 
     top_k: int | None = Field(default=None, ge=1)
-    """Keep the k likeliest tokens, and those that tie with the last of them. None keeps all."""
+    """Keep the k most probable tokens, and those that tie with the last of them. None keeps all."""
 
     top_p: float | None = Field(default=None, gt=0, le=1)
-    """Keep the smallest set of likeliest tokens whose probability, among those that top-k kept, reaches this. Of tokens that
-    tie at its edge, those with the smaller ids are kept; transformers leaves that to an unstable sort. None keeps all, and so
-    does 1."""
+    """Keep the smallest set of most probable tokens whose probability, among those that top-k kept, reaches this. Of tokens
+    that tie at its edge, those with the smaller ids are kept; transformers leaves that to an unstable sort. None and 1 keep
+    all."""
 
     min_p: float | None = Field(default=None, ge=0, le=1)
-    """Keep tokens at least this fraction as likely as the likeliest (arXiv:2407.01082). None keeps all, and so does 0."""
+    """Keep tokens at least this fraction as probable as the most probable one (arXiv:2407.01082). None and 0 keep all."""
 
     repetition_penalty: float = Field(default=1.0, gt=0)
-    """Divides the logits of tokens that occurred before, prompt included, and multiplies the negative ones
-    (arXiv:1909.05858); 1 is none. Acts in greedy decoding, too."""
+    """Divides the positive logits of tokens that occurred before, prompt included, and multiplies the negative ones
+    (arXiv:1909.05858); 1 is none. Applies to greedy decoding, too."""
 
     @model_validator(mode="after")
     def _temperature_has_a_meaning(self) -> "Sampling":
@@ -69,19 +71,19 @@ class Sampling(BaseModel):
         ignored = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if self.greedy and ignored:
             raise ValueError(
-                f"{' and '.join(ignored)} would have no effect: temperature=0 is greedy decoding, which takes the likeliest "
-                f"token. Give a temperature (1 is the model's own law), or leave {' and '.join(ignored)} out."
+                f"{' and '.join(ignored)} would have no effect: temperature=0 is greedy decoding, which takes the most probable "
+                f"token. Give a temperature (1 is the model's own distribution), or leave {' and '.join(ignored)} out."
             )
         return self
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken and nothing is random."""
+        """Whether the most probable token is taken and nothing is random."""
         return self.temperature == 0
 
     @property
     def needs_seen(self) -> bool:
-        """Whether the law depends on which tokens occurred before."""
+        """Whether the distribution depends on which tokens occurred before."""
         return self.repetition_penalty != 1
 
 
@@ -92,7 +94,7 @@ class Verdict(NamedTuple):
     """Accepted drafts of each row, 0 to K."""
 
     next_token: Int[Tensor, " B"]
-    """The token after them: a correction where a draft was rejected, else one that needed no draft."""
+    """The token after them: a correction if a draft was rejected, otherwise one more token."""
 
 
 def penalize(
@@ -103,7 +105,7 @@ def penalize(
     Args:
         logits: In any precision.
         sampling: Only `repetition_penalty` is read.
-        seen: Tokens that occurred before; needed only where ``sampling.needs_seen``.
+        seen: Tokens that occurred before; needed only if ``sampling.needs_seen``.
 
     Returns:
         The same tensor without a penalty; with one, fp32, or fp64 for fp64 logits.
@@ -119,14 +121,15 @@ def penalize(
 def warp(
     logits: Float[Tensor, "*B V"], sampling: Sampling, seen: Bool[Tensor, "*B V"] | None = None
 ) -> Float[Tensor, "*B V"]:
-    """The law of the next token: what transformers' processors make of the logits, then softmax.
+    """The distribution of the next token: softmax of the logits after transformers' processors.
 
-    A draft's own law is this function of the head's logits, with the same `sampling`, and `seen` including earlier drafts.
+    The distribution of a draft is this function of the head's logits, with the same `sampling`, and `seen` including earlier
+    drafts.
 
     Args:
         logits: In any precision.
-        sampling: Greedy sampling gives all probability to the likeliest token.
-        seen: Tokens that occurred before; needed only where ``sampling.needs_seen``.
+        sampling: Greedy sampling gives all probability to the most probable token.
+        seen: Tokens that occurred before; needed only if ``sampling.needs_seen``.
 
     Returns:
         Probabilities in fp32, or fp64 for fp64 logits.
@@ -156,8 +159,8 @@ def _keep_top_k(scores: Tensor, top_k: int) -> Tensor:
 def _keep_top_p(scores: Tensor, top_k: int, top_p: float) -> Tensor:
     """The smallest set of largest scores with probability `top_p` among those that top-k keeps; -inf elsewhere.
 
-    Only the k largest scores are sorted. Others may tie with the last of them: top-k keeps these, too, and they come next. Where
-    scores tie at the edge of the set, the first are kept.
+    Only the k largest scores are sorted. Others may tie with the last of them: top-k keeps these, too, and they come next. Of
+    scores that tie at the edge of the set, the first are kept.
     """
     everything = top_k == scores.shape[-1]
     top = scores.sort(descending=True).values if everything else scores.topk(top_k).values  # (..., k)
@@ -205,18 +208,18 @@ def accept(
     drafts: Int[Tensor, "B K"],
     uniform: Float[Tensor, "B N"],
 ) -> Verdict:
-    """Decide how many drafts to keep and draw the token after them, so that every token has the target's law.
+    """Decide how many drafts to keep and draw the token after them, so that every token has the target's distribution.
 
     Args:
-        p: The target's laws, warped: row j after the tokens so far and the first j drafts.
-        q: The laws from which the drafts were drawn, warped the same way. None where the drafts were not drawn but chosen, such
-            as by argmax: a law that is 1 at the draft.
+        p: The target's distributions, warped: row j after the tokens so far and the first j drafts.
+        q: The distributions from which the drafts were drawn, warped the same way. None if the drafts were not drawn but chosen,
+            such as by argmax: then q is 1 at the draft.
         drafts: Drafted tokens.
         uniform: Random numbers in [0, 1), best in fp64, independent of those that drew the drafts. The first K decide, the last
             one draws.
 
     Returns:
-        The verdict, exact in law up to the rounding of p and q.
+        The verdict. Its distribution is exact up to the rounding of p and q.
 
     Source:
         arXiv:2211.17192, algorithm 1. We accept on ``u q < p`` instead of ``u <= p / q``: no division, and a token with p = 0
@@ -229,19 +232,19 @@ def accept(
         u = u * q.gather(-1, drafts[..., None]).squeeze(-1).double()
     n_accepted = _leading(u < p_drafted)
 
-    law = _row(p, n_accepted).double()  # (B, V)
+    distribution = _row(p, n_accepted).double()  # (B, V)
     rejected = (n_accepted < n_drafts)[:, None]
     if n_drafts > 0:
         first = n_accepted.clamp(max=n_drafts - 1)
-        proposed = _row(q, first) if q is not None else _certain(law, _row(drafts, first))
-        residual = (law - proposed).clamp(min=0)
+        proposed = _row(q, first) if q is not None else _certain(distribution, _row(drafts, first))
+        residual = (distribution - proposed).clamp(min=0)
         rejected = rejected & (residual.sum(-1, keepdim=True) > MIN_MASS)  # p = q: only rounding can reject
-        law = torch.where(rejected, residual, law)
-    return Verdict(n_accepted, draw(law, uniform[:, -1]))
+        distribution = torch.where(rejected, residual, distribution)
+    return Verdict(n_accepted, draw(distribution, uniform[:, -1]))
 
 
 def accept_greedy(logits: Float[Tensor, "B N V"], drafts: Int[Tensor, "B K"]) -> Verdict:
-    """Keep drafts for as long as each is the likeliest token; then take the likeliest token.
+    """Keep drafts as long as each is the most probable token; then take the most probable token.
 
     Args:
         logits: The target's, penalized: row j after the tokens so far and the first j drafts.
@@ -253,7 +256,7 @@ def accept_greedy(logits: Float[Tensor, "B N V"], drafts: Int[Tensor, "B K"]) ->
 
 
 def seen_along(seen: Bool[Tensor, "B V"], drafts: Int[Tensor, "B K"]) -> Bool[Tensor, "B K+1 V"]:
-    """What has been seen before each verified position: row j adds the first j drafts.
+    """Tokens seen before each verified position: row j adds the first j drafts.
 
     Args:
         seen: Tokens of the text so far, the newest included.
@@ -266,7 +269,7 @@ def seen_along(seen: Bool[Tensor, "B V"], drafts: Int[Tensor, "B K"]) -> Bool[Te
 
 
 def _certain(like: Float[Tensor, "*B V"], token: Int[Tensor, "*B"]) -> Float[Tensor, "*B V"]:
-    """The law that is 1 at a token of each row, in the precision of `like`."""
+    """The distribution that is 1 at one token of each row, in the precision of `like`."""
     return torch.zeros_like(like).scatter(-1, token[..., None], 1.0)
 
 

@@ -1,8 +1,8 @@
-"""Claim: drafts change no law. Emitted tokens have the target's joint law, whatever the drafts' law is.
+"""Claim: emitted tokens have the target's joint distribution, whatever the distribution of the drafts is.
 
-The law of speculative sampling is computed, not estimated: drafts are enumerated, and the uniform numbers are integrated out of
-the real `accept` by locating, with bisection, where its decisions flip. A simulation repeats it with drawn numbers. Both are
-shown broken rounds, which they must refuse.
+The distribution of speculative sampling is computed, not estimated: drafts are enumerated, and the uniform numbers are integrated
+out of the real `accept` by locating, with bisection, where its decisions flip. A simulation repeats it with drawn numbers. Both
+are shown broken rounds, which they must refuse.
 """
 
 import itertools
@@ -28,8 +28,10 @@ def logits_of_a_round(world: World, table: list[Tensor], text: Tensor, drafts: T
     return torch.stack([table[longer.shape[1]][code(longer)] for longer in so_far], 1)
 
 
-def laws_of_a_round(world: World, text: Tensor, drafts: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Laws of target and head at every position of a round, as a decoder computes them."""
+def distributions_of_a_round(
+    world: World, text: Tensor, drafts: Tensor, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Distributions of target and head at every position of a round, as a decoder computes them."""
     seen = seen_along(world.seen(text), drafts) if seen is None else seen
     p, q = (
         warp(logits_of_a_round(world, table, text, drafts), world.sampling, seen)
@@ -39,11 +41,11 @@ def laws_of_a_round(world: World, text: Tensor, drafts: Tensor, seen: Tensor | N
 
 
 def exact(world: World, text: Tensor, drafts: Tensor) -> Decide:
-    p, q = laws_of_a_round(world, text, drafts)
+    p, q = distributions_of_a_round(world, text, drafts)
     return lambda uniform: accept(p, None if world.deterministic else q, drafts, uniform)
 
 
-# --- The exact law ----------------------------------------------------------------------------------------------------------
+# --- The exact distribution -------------------------------------------------------------------------------------------------
 
 
 def last_true(holds: Callable[[Tensor], Tensor], rows: int) -> Tensor:
@@ -56,9 +58,9 @@ def last_true(holds: Callable[[Tensor], Tensor], rows: int) -> Tensor:
     return torch.where(high < 1, (low + high) / 2, 1.0)
 
 
-def verdict_law(decide: Decide, rows: int, n_drafts: int) -> Tensor:
+def verdict_distribution(decide: Decide, rows: int, n_drafts: int) -> Tensor:
     """P(n_accepted, next_token) given the drafts, integrated over all uniform numbers, (rows, K + 1, V)."""
-    law = torch.zeros(rows, n_drafts + 1, V, dtype=torch.float64)
+    distribution = torch.zeros(rows, n_drafts + 1, V, dtype=torch.float64)
     reached = torch.ones(rows, dtype=torch.float64)  # probability that all earlier drafts are accepted
     for j in range(n_drafts + 1):
         uniform = torch.full((rows, n_drafts + 1), 0.3, dtype=torch.float64)
@@ -73,39 +75,39 @@ def verdict_law(decide: Decide, rows: int, n_drafts: int) -> Tensor:
             accepted = last_true(lambda u, j=j: verdict(j, u).n_accepted > j, rows)
             uniform[:, j] = 1.0  # rejects wherever it can
         cumulative = [last_true(lambda u, v=v: verdict(-1, u).next_token <= v, rows) for v in range(V)]
-        law[:, j] = torch.stack(cumulative, -1).diff(dim=-1, prepend=torch.zeros(rows, 1, dtype=torch.float64))
-        law[:, j] *= (reached * (1 - accepted))[:, None]
+        distribution[:, j] = torch.stack(cumulative, -1).diff(dim=-1, prepend=torch.zeros(rows, 1, dtype=torch.float64))
+        distribution[:, j] *= (reached * (1 - accepted))[:, None]
         reached = reached * accepted
-    return law
+    return distribution
 
 
 def speculative_joint(run: Round, world: World, n_drafts: int, n_tokens: int) -> Tensor:
-    """The law of the first `n_tokens` emitted, over as many rounds as they take, (V ** n_tokens,)."""
+    """The distribution of the first `n_tokens` emitted, over as many rounds as they take, (V ** n_tokens,)."""
     begins = [torch.zeros(V**length, dtype=torch.float64) for length in range(n_tokens + 1)]
     begins[0] += 1  # by length: probability that a round begins after each text
     for length in range(n_tokens):
         start, drafts = texts(length), texts(n_drafts)
-        drafted = begins[length][:, None] * world.joint(world.draft_law, start, n_drafts)
+        drafted = begins[length][:, None] * world.joint(world.draft_distribution, start, n_drafts)
         both = crossed(start, drafts)
         both, drafted = both[drafted.flatten() > 0], drafted[drafted > 0]
         decide = run(world, both[:, :length], both[:, length:])
-        law = verdict_law(decide, len(both), n_drafts) * drafted[:, None, None]
+        distribution = verdict_distribution(decide, len(both), n_drafts) * drafted[:, None, None]
         for j, token in itertools.product(range(n_drafts + 1), range(V)):
             emitted = torch.cat([both[:, : length + j], torch.full((len(both), 1), token)], 1)[:, :n_tokens]
-            begins[emitted.shape[1]].index_add_(0, code(emitted), law[:, j, token])
+            begins[emitted.shape[1]].index_add_(0, code(emitted), distribution[:, j, token])
     return begins[n_tokens]
 
 
 def deviation(run: Round, world: World, n_drafts: int, n_tokens: int) -> float:
-    """Largest difference between the two joint laws."""
-    expected = world.joint(world.target_law, texts(0), n_tokens)[0]
+    """Largest difference between the two joint distributions."""
+    expected = world.joint(world.target_distribution, texts(0), n_tokens)[0]
     return float((speculative_joint(run, world, n_drafts, n_tokens) - expected).abs().max())
 
 
 @pytest.mark.parametrize(("n_drafts", "n_tokens"), [(0, 2), (1, 2), (1, 3), (2, 2), (2, 3), (3, 2), (3, 3)])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["drawn", "argmax"])
 @pytest.mark.parametrize("name", ["plain", "all"])
-def test_the_joint_law_of_emitted_tokens_is_the_targets(
+def test_the_joint_distribution_of_emitted_tokens_is_the_targets(
     name: str, deterministic: bool, n_drafts: int, n_tokens: int
 ) -> None:
     world = World.random(sampling=sampling_of(name), deterministic=deterministic)
@@ -113,7 +115,7 @@ def test_the_joint_law_of_emitted_tokens_is_the_targets(
 
 
 @pytest.mark.parametrize("name", WARPERS)
-def test_every_warper_keeps_the_law(name: str) -> None:
+def test_every_warper_keeps_the_distribution(name: str) -> None:
     assert deviation(exact, World.random(sampling=sampling_of(name)), 2, 2) < 1e-12
 
 
@@ -134,28 +136,28 @@ ADVERSARIES: dict[str, tuple[list[float], list[float]]] = {
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["drawn", "argmax"])
 @pytest.mark.parametrize("name", ADVERSARIES)
-def test_no_law_of_the_drafts_changes_the_targets(name: str, deterministic: bool) -> None:
+def test_no_distribution_of_the_drafts_changes_the_targets(name: str, deterministic: bool) -> None:
     world = World.constant(*ADVERSARIES[name], deterministic=deterministic)
     assert deviation(exact, world, 2, 2) < 1e-12
 
 
-def test_a_head_that_prefers_what_the_target_avoids_changes_no_law() -> None:
+def test_a_head_that_prefers_what_the_target_avoids_changes_no_distribution() -> None:
     assert deviation(exact, World.random(opposed=True), 2, 3) < 1e-12
 
 
 def test_taking_drawn_drafts_for_chosen_ones_costs_acceptance_only() -> None:
-    def without_draft_law(world: World, text: Tensor, drafts: Tensor) -> Decide:
-        p, _ = laws_of_a_round(world, text, drafts)
+    def without_draft_distribution(world: World, text: Tensor, drafts: Tensor) -> Decide:
+        p, _ = distributions_of_a_round(world, text, drafts)
         return lambda uniform: accept(p, None, drafts, uniform)
 
-    assert deviation(without_draft_law, World.random(sampling=sampling_of("all")), 2, 2) < 1e-12
+    assert deviation(without_draft_distribution, World.random(sampling=sampling_of("all")), 2, 2) < 1e-12
 
 
 # --- Broken rounds, which the checks must refuse ----------------------------------------------------------------------------
 
 
 def without_residual(world: World, text: Tensor, drafts: Tensor) -> Decide:
-    p, q = laws_of_a_round(world, text, drafts)
+    p, q = distributions_of_a_round(world, text, drafts)
 
     def decide(uniform: Tensor) -> Verdict:
         n_accepted = accept(p, q, drafts, uniform).n_accepted
@@ -164,27 +166,27 @@ def without_residual(world: World, text: Tensor, drafts: Tensor) -> Decide:
     return decide
 
 
-def with_unwarped_draft_law(world: World, text: Tensor, drafts: Tensor) -> Decide:
-    p, _ = laws_of_a_round(world, text, drafts)
-    _, q = laws_of_a_round(World(world.target, world.head), text, drafts)
+def with_unwarped_draft_distribution(world: World, text: Tensor, drafts: Tensor) -> Decide:
+    p, _ = distributions_of_a_round(world, text, drafts)
+    _, q = distributions_of_a_round(World(world.target, world.head), text, drafts)
     return lambda uniform: accept(p, q, drafts, uniform)
 
 
 def with_another_bonus_row(world: World, text: Tensor, drafts: Tensor) -> Decide:
-    p, q = laws_of_a_round(world, text, drafts)
+    p, q = distributions_of_a_round(world, text, drafts)
     return lambda uniform: accept(torch.cat([p[:, :-1], p[:, -2:-1]], 1), q, drafts, uniform)
 
 
 def with_drafts_seen_one_position_late(world: World, text: Tensor, drafts: Tensor) -> Decide:
     seen = seen_along(world.seen(text), drafts)
-    p, _ = laws_of_a_round(world, text, drafts, torch.cat([seen[:, :1], seen[:, :-1]], 1))
-    _, q = laws_of_a_round(world, text, drafts)
+    p, _ = distributions_of_a_round(world, text, drafts, torch.cat([seen[:, :1], seen[:, :-1]], 1))
+    _, q = distributions_of_a_round(world, text, drafts)
     return lambda uniform: accept(p, q, drafts, uniform)
 
 
 BROKEN = {
     "no residual": without_residual,
-    "a draft law that is not warped": with_unwarped_draft_law,
+    "a draft distribution that is not warped": with_unwarped_draft_distribution,
     "another bonus row": with_another_bonus_row,
     "drafts seen one position late": with_drafts_seen_one_position_late,
 }
@@ -212,7 +214,7 @@ def simulate(run: Round, world: World, n_drafts: int, seed: int) -> Tensor:
         u = torch.rand(len(start), 2 * n_drafts + 1, generator=generator, dtype=torch.float64)
         text = start
         for j in range(n_drafts):
-            text = torch.cat([text, draw(world.draft_law(text), u[:, j])[:, None]], 1)
+            text = torch.cat([text, draw(world.draft_distribution(text), u[:, j])[:, None]], 1)
         verdict = run(world, start, text[:, length:])(u[:, n_drafts:])
         for j in range(n_drafts + 1):
             mine = verdict.n_accepted == j
@@ -225,32 +227,39 @@ def simulate(run: Round, world: World, n_drafts: int, seed: int) -> Tensor:
     return counts / N_TEXTS
 
 
-def total_variation(frequencies: Tensor, law: Tensor) -> float:
-    return float((frequencies - law).abs().sum() / 2)
+def total_variation(frequencies: Tensor, distribution: Tensor) -> float:
+    return float((frequencies - distribution).abs().sum() / 2)
 
 
-def bound_of_plain_sampling(law: Tensor) -> float:
-    """Mean and three standard deviations of the total variation of as many texts drawn from the law itself."""
+def bound_of_plain_sampling(distribution: Tensor) -> float:
+    """Mean and three standard deviations of the total variation of as many texts drawn from the distribution itself."""
     generator = torch.Generator().manual_seed(1)
     plain = torch.stack(
         [
-            law.multinomial(N_TEXTS, replacement=True, generator=generator).bincount(minlength=len(law)) / N_TEXTS
+            distribution.multinomial(N_TEXTS, replacement=True, generator=generator).bincount(
+                minlength=len(distribution)
+            )
+            / N_TEXTS
             for _ in range(N_PLAIN)
         ]
     )
-    variations = torch.tensor([total_variation(row, law) for row in plain])
+    variations = torch.tensor([total_variation(row, distribution) for row in plain])
     return float(variations.mean() + 3 * variations.std())
 
 
 @pytest.mark.parametrize(("n_drafts", "name"), [(1, "plain"), (3, "plain"), (2, "all"), (3, "all")])
-def test_simulated_texts_are_as_close_to_the_law_as_plain_samples(name: str, n_drafts: int) -> None:
+def test_simulated_texts_are_as_close_to_the_distribution_as_plain_samples(name: str, n_drafts: int) -> None:
     world = World.random(sampling=sampling_of(name))
-    law = world.joint(world.target_law, texts(0), N_TOKENS)[0]
-    assert total_variation(simulate(exact, world, n_drafts, seed=0), law) < bound_of_plain_sampling(law)
+    distribution = world.joint(world.target_distribution, texts(0), N_TOKENS)[0]
+    assert total_variation(simulate(exact, world, n_drafts, seed=0), distribution) < bound_of_plain_sampling(
+        distribution
+    )
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_the_simulation_refuses_a_round_with(name: str) -> None:
     world = World.random(sampling=sampling_of("all"))
-    law = world.joint(world.target_law, texts(0), N_TOKENS)[0]
-    assert total_variation(simulate(BROKEN[name], world, 2, seed=0), law) > bound_of_plain_sampling(law)
+    distribution = world.joint(world.target_distribution, texts(0), N_TOKENS)[0]
+    assert total_variation(simulate(BROKEN[name], world, 2, seed=0), distribution) > bound_of_plain_sampling(
+        distribution
+    )

@@ -1,6 +1,6 @@
-"""Claim: warping is transformers', drawing follows the law it is given, and a round's verdict is right in each single case.
+"""Claim: warping is transformers', draws follow the given distribution, and a round's verdict is right in each single case.
 
-That the emitted tokens have the target's joint law is shown in test_sampling_law.py.
+That the emitted tokens have the target's joint distribution is shown in test_sampled_distribution.py.
 """
 
 import importlib.util
@@ -78,8 +78,8 @@ def test_of_tokens_that_tie_at_the_edge_of_top_p_the_first_are_kept() -> None:
         (3, 0.5, [1, 3]),
         (2, 0.75, [1, 2, 3, 4]),
     ]:
-        law = warp(logits, Sampling(temperature=1, top_k=top_k, top_p=top_p))
-        assert law.nonzero().flatten().tolist() == kept
+        distribution = warp(logits, Sampling(temperature=1, top_k=top_k, top_p=top_p))
+        assert distribution.nonzero().flatten().tolist() == kept
     assert warp(torch.zeros(100), Sampling(temperature=1, top_p=1e-6)).argmax() == torch.zeros(100).argmax()
 
 
@@ -111,12 +111,12 @@ def test_a_penalty_of_half_precision_logits_is_computed_in_fp32() -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["plain", "all"])
-def test_laws_are_fp32_or_fp64(name: str, dtype: torch.dtype, expected: torch.dtype) -> None:
+def test_distributions_are_fp32_or_fp64(name: str, dtype: torch.dtype, expected: torch.dtype) -> None:
     logits = logits_with("none", dtype)
-    law = warp(logits, sampling_of(name), torch.zeros(logits.shape, dtype=torch.bool))
-    assert law.dtype == expected
+    distribution = warp(logits, sampling_of(name), torch.zeros(logits.shape, dtype=torch.bool))
+    assert distribution.dtype == expected
     exact = warp(logits.double(), sampling_of(name), torch.zeros(logits.shape, dtype=torch.bool))
-    torch.testing.assert_close(law.double(), exact, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(distribution.double(), exact, rtol=1e-4, atol=1e-6)
 
 
 def test_a_low_temperature_is_greedy() -> None:
@@ -161,45 +161,45 @@ def test_a_warper_that_greedy_decoding_would_ignore_is_refused() -> None:
 # --- Drawing ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1.0, 1 / 64, 5e-324 * 2**40, 1e300], ids=["weights", "law", "tiny", "huge"])
-def test_draws_on_a_grid_count_the_law_exactly(scale: float) -> None:
+@pytest.mark.parametrize("scale", [1.0, 1 / 64, 5e-324 * 2**40, 1e300], ids=["weights", "distribution", "tiny", "huge"])
+def test_draws_on_a_grid_count_the_distribution_exactly(scale: float) -> None:
     weights = torch.tensor([0, 3, 0, 0, 17, 1, 40, 3, 0], dtype=torch.float64)
     grid = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
     drawn = draw((weights * scale).expand(64, -1), grid)
     assert drawn.bincount(minlength=9).tolist() == weights.tolist()
 
 
-def test_a_draw_steps_exactly_where_the_cumulative_law_does() -> None:
+def test_a_draw_steps_exactly_where_the_cumulative_distribution_does() -> None:
     weights = torch.tensor([4.0, 0.0, 8.0, 4.0])
     u = torch.tensor([0.0, 0.25 - 2**-54, 0.25, 0.75 - 2**-53, 0.75, BELOW_ONE], dtype=torch.float64)
     assert draw(weights.expand(6, -1), u).tolist() == [0, 0, 2, 2, 3, 3]
 
 
-def test_a_large_law_of_fp32_is_summed_in_fp64() -> None:
+def test_a_large_distribution_of_fp32_is_summed_in_fp64() -> None:
     torch.manual_seed(0)
-    law, u = torch.rand(100_000), torch.rand(300, dtype=torch.float64)
-    cumulative = law.double().numpy().cumsum()
+    distribution, u = torch.rand(100_000), torch.rand(300, dtype=torch.float64)
+    cumulative = distribution.double().numpy().cumsum()
     expected = cumulative.searchsorted(u.numpy() * cumulative[-1], side="right")
-    assert draw(law.expand(300, -1), u).tolist() == expected.tolist()
+    assert draw(distribution.expand(300, -1), u).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("u", [0.0, 5e-324, 0.5, BELOW_ONE, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_token_of_probability_zero_is_never_drawn(dtype: torch.dtype, u: float) -> None:
     torch.manual_seed(0)
-    laws = torch.rand(200, 3001, dtype=dtype) * (torch.rand(200, 3001) < torch.logspace(-3, 0, 200)[:, None])
-    laws[:, 1500] = 1e-3
-    laws = laws / laws.sum(-1, keepdim=True)
-    drawn = draw(laws, torch.full((200,), u, dtype=torch.float64))
-    assert (laws.gather(-1, drawn[:, None]) > 0).all()
+    distributions = torch.rand(200, 3001, dtype=dtype) * (torch.rand(200, 3001) < torch.logspace(-3, 0, 200)[:, None])
+    distributions[:, 1500] = 1e-3
+    distributions = distributions / distributions.sum(-1, keepdim=True)
+    drawn = draw(distributions, torch.full((200,), u, dtype=torch.float64))
+    assert (distributions.gather(-1, drawn[:, None]) > 0).all()
 
 
 def test_a_prefix_sum_that_is_not_monotone_draws_no_impossible_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parallel sums on a GPU may step up where nothing is added."""
     cumsum = torch.Tensor.cumsum
     monkeypatch.setattr(torch.Tensor, "cumsum", lambda p, dim, dtype: cumsum(p, dim, dtype=dtype) + 1e-16 * (p == 0))
-    law = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0], dtype=torch.float64)
-    assert draw(law.expand(4, -1), torch.tensor([0.0, 0.25, BELOW_ONE, 1.0]).double()).tolist() == [1, 3, 3, 3]
+    distribution = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0], dtype=torch.float64)
+    assert draw(distribution.expand(4, -1), torch.tensor([0.0, 0.25, BELOW_ONE, 1.0]).double()).tolist() == [1, 3, 3, 3]
 
 
 # --- Single verdicts --------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_a_prefix_sum_that_is_not_monotone_draws_no_impossible_token(monkeypatch
 @pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2.0**-24, BELOW_ONE, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["plain", "all"])
-def test_equal_laws_accept_every_draft(name: str, dtype: torch.dtype, u: float) -> None:
+def test_equal_distributions_accept_every_draft(name: str, dtype: torch.dtype, u: float) -> None:
     torch.manual_seed(0)
     logits, seen = torch.randn(50, 4, 2000, dtype=dtype) * 5, torch.rand(50, 4, 2000) < 0.3
     p = warp(logits, sampling_of(name), seen)
@@ -238,14 +238,14 @@ def test_a_draft_that_the_target_rules_out_is_never_accepted(chosen: bool, u: fl
 
 
 def test_rows_meet_their_own_fates() -> None:
-    """Row r rejects draft r, row 3 none; the law after draft j is certain of token j, the drafts are certain of token 4."""
+    """Row r rejects draft r, row 3 none. The target is certain of token j after draft j, the drafts are certain of token 4."""
     p = torch.eye(5)[:4].expand(4, 4, 5).clone()
     for row in range(4):
         p[row, :row] = torch.eye(5)[4]  # agrees with the drafts before
     q = torch.eye(5)[4].expand(4, 3, 5)
     uniform = torch.full((4, 4), 0.5, dtype=torch.float64)
-    for law in (q, None):
-        verdict = accept(p, law, torch.full((4, 3), 4), uniform)
+    for proposed in (q, None):
+        verdict = accept(p, proposed, torch.full((4, 3), 4), uniform)
         assert verdict.n_accepted.tolist() == [0, 1, 2, 3]
         assert verdict.next_token.tolist() == [0, 1, 2, 3]
 
@@ -275,9 +275,9 @@ def test_greedy_acceptance_takes_the_tokens_that_one_by_one_decoding_takes(n_dra
         agreeing = [a == b for a, b in zip(row, best[0].tolist(), strict=False)]
         assert n_accepted == len(list(itertools.takewhile(bool, agreeing)))
         assert token == logits[drafts.tolist().index(row), n_accepted].argmax()
-    law = accept(warp(logits, Sampling()), None, drafts, torch.full((len(drafts), n_drafts + 1), 0.7).double())
-    assert torch.equal(law.n_accepted, verdict.n_accepted)
-    assert torch.equal(law.next_token, verdict.next_token)
+    sampled = accept(warp(logits, Sampling()), None, drafts, torch.full((len(drafts), n_drafts + 1), 0.7).double())
+    assert torch.equal(sampled.n_accepted, verdict.n_accepted)
+    assert torch.equal(sampled.next_token, verdict.next_token)
 
 
 # --- What has been seen -----------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def round_of(module: Any) -> Callable[..., Any]:
         along = module.seen_along(seen, drafts)
         p, q = module.warp(logits, sampling, along), module.warp(head, sampling, along[:, :-1])
         greedy = module.accept_greedy(module.penalize(logits, sampling, along), drafts)
-        return greedy, [module.accept(p, law, drafts, uniform) for law in (q, None)]
+        return greedy, [module.accept(p, proposed, drafts, uniform) for proposed in (q, None)]
 
     return decode
 
