@@ -23,17 +23,14 @@ COST_WINDOW, PACE_WINDOW = 9, 5
 PRIOR_ACCEPTANCE, PRIOR_COST = 0.6, 0.25
 """Acceptance of the first draft, and cost of a draft in plain rounds, before either was measured."""
 
-MEMORY, RECENT = 32, 6
+MEMORY, RECENT = 32, 4
 """Rounds over which observed acceptance is averaged, and rounds of the short average that detects a change."""
 
-CHANGE = 0.45
+CHANGE = 0.5
 """Difference between the two averages from which the short one counts."""
 
 OLD_EVIDENCE = 2.0
-"""Drafts that the prior counts as, and all evidence on a position that has not been drafted for long."""
-
-LEAST_GAIN = 0.02
-"""Share of the time that drafts must promise to save. Below it, plain decoding is the safer choice."""
+"""Rounds that the prior counts as, and all evidence on a position that has not been drafted for long."""
 
 PROBE_SHARE = 0.01
 """Share of the time that probes of longer lengths, and those of shorter ones, may cost."""
@@ -74,7 +71,7 @@ class DraftLength:
         self._lengths = range(longest + 1)
         self._positions = [_Position(OLD_EVIDENCE if k == 0 else 0.0) for k in range(longest)]
         self._costs: list[deque[float]] = [deque(maxlen=COST_WINDOW) for _ in self._lengths]
-        self._costs[0].extend([1.0] * PACE_WINDOW)  # a plain round is the unit
+        self._costs[0].extend([1.0, 1.0])  # a plain round is the unit
         self._pace: deque[float] = deque(maxlen=PACE_WINDOW)
         self._catch_up: deque[float] = deque([0.0], maxlen=PACE_WINDOW)  # per position
         self._n_rounds = 0
@@ -112,7 +109,6 @@ class DraftLength:
         costs, tokens, most_left = self._expected_costs(), self._expected_tokens(left), max(left)
         per_token = [cost / n for cost, n in zip(costs, tokens, strict=True)]
         least = [time + extra / most_left for time, extra in zip(per_token, catch_up, strict=True)]
-        least[0] *= 1 - LEAST_GAIN
         self._best = self._next = least.index(min(least))
         if self._repeated is not None:
             self._next = self._repeated
@@ -141,11 +137,13 @@ class DraftLength:
             backlog: Positions that the heads first caught up on.
         """
         assert length in self._lengths
-        n_reached = len(accepted)
+        # Each round counts once. Level rows at the start of a call would otherwise outweigh the slow one that is alone later.
+        n_rows = max(len(accepted), 1)
+        reached = len(accepted) / n_rows
         for k, position in enumerate(self._positions):
-            n_accepted = sum(n > k for n in accepted)
-            position.observe(n_accepted, n_reached if k < length else 0)
-            n_reached = n_accepted
+            share = sum(n > k for n in accepted) / n_rows
+            position.observe(share, reached if k < length else 0.0)
+            reached = share
         self._n_rounds += 1
         self._n_runs[length] += 1
         self._last_run[length] = self._n_rounds
@@ -163,7 +161,7 @@ class DraftLength:
             if costs:
                 extra = seconds / median_low(self._pace) - median_low(costs)
                 self._catch_up.append(max(extra, 0.0) / backlog)
-        elif length == self._best and len(costs) >= PACE_WINDOW:
+        elif length == self._best and (length == 0 or len(costs) >= PACE_WINDOW):
             self._pace.append(seconds / median_low(costs))
         else:
             costs.append(seconds / median_low(self._pace))
@@ -213,35 +211,34 @@ def _expected_maximum(n: int) -> float:
 
 
 class _Position:
-    """How often drafts at one position were accepted, of those that were reached.
+    """How often drafts at one position were accepted, of those whose predecessors were.
 
     Args:
-        weight: Drafts that the prior counts as. With 0, the estimate is that of the position before until there is evidence.
+        weight: Rounds that the prior counts as. With 0, the estimate is that of the position before until there is evidence.
     """
 
     def __init__(self, weight: float) -> None:
-        self._n_accepted, self._n_reached = PRIOR_ACCEPTANCE * weight, weight
+        self._accepted, self._reached = PRIOR_ACCEPTANCE * weight, weight
         self._recent: float | None = None
 
     def acceptance(self, before: float | None) -> float:
-        """The estimate; that of the position before counts as one draft."""
+        """The estimate; that of the position before counts as one round."""
         if before is None:
-            mean = self._n_accepted / self._n_reached
+            mean = self._accepted / self._reached
         else:
-            mean = (self._n_accepted + before) / (self._n_reached + 1)
+            mean = (self._accepted + before) / (self._reached + 1)
         return mean if self._recent is None or abs(self._recent - mean) <= CHANGE else self._recent
 
-    def observe(self, n_accepted: int, n_reached: int) -> None:
-        """Learn from a round. If no row reached the position, its evidence loses weight, and the mean stays."""
+    def observe(self, accepted: float, reached: float) -> None:
+        """Learn from a round, given shares of rows. Where none reached the position, its evidence loses weight, not its mean."""
         keep = 1 - 1 / MEMORY
-        if n_reached:
-            share = n_accepted / n_reached
+        if reached:
             if self._recent is None:
-                self._recent = self._n_accepted / self._n_reached if self._n_reached else share
-            self._recent += (share - self._recent) / RECENT
-            self._n_accepted = keep * self._n_accepted + n_accepted
-            self._n_reached = keep * self._n_reached + n_reached
-        elif self._n_reached > OLD_EVIDENCE:
-            keep = max(keep, OLD_EVIDENCE / self._n_reached)
-            self._n_accepted *= keep
-            self._n_reached *= keep
+                self._recent = self._accepted / self._reached if self._reached else accepted / reached
+            self._recent += (accepted / reached - self._recent) / RECENT
+            self._accepted = keep * self._accepted + accepted
+            self._reached = keep * self._reached + reached
+        elif self._reached > OLD_EVIDENCE:
+            keep = max(keep, OLD_EVIDENCE / self._reached)
+            self._accepted *= keep
+            self._reached *= keep

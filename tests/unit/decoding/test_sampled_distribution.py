@@ -1,9 +1,8 @@
-"""Claim: drafts change no distribution. Emitted tokens have the target's joint distribution, whatever that of the drafts is.
+"""Claim: emitted tokens have the target's joint distribution, whatever the distribution of the drafts is.
 
-The distribution of speculative sampling is computed, not estimated: drafts are enumerated, and the uniform numbers are
-integrated out of
-the real `accept` by locating, with bisection, where its decisions flip. A simulation repeats it with drawn numbers. Both are
-shown broken rounds, which they must refuse.
+The distribution of speculative sampling is computed, not estimated: drafts are enumerated, and the uniform numbers are integrated
+out of the real `accept` by locating, with bisection, where its decisions flip. A simulation repeats it with drawn numbers. Both
+are shown broken rounds, which they must refuse.
 """
 
 import itertools
@@ -46,7 +45,7 @@ def exact(world: World, text: Tensor, drafts: Tensor) -> Decide:
     return lambda uniform: accept(p, None if world.deterministic else q, drafts, uniform)
 
 
-# --- The exact distribution
+# --- The exact distribution -------------------------------------------------------------------------------------------------
 
 
 def last_true(holds: Callable[[Tensor], Tensor], rows: int) -> Tensor:

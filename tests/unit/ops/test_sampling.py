@@ -1,5 +1,4 @@
-"""Claim: warping is transformers', drawing follows the distribution it is given, and a round's verdict is right in each
-single case.
+"""Claim: warping is transformers', draws follow the given distribution, and a round's verdict is right in each single case.
 
 That the emitted tokens have the target's joint distribution is shown in test_sampled_distribution.py.
 """
@@ -239,8 +238,7 @@ def test_a_draft_that_the_target_rules_out_is_never_accepted(chosen: bool, u: fl
 
 
 def test_rows_meet_their_own_fates() -> None:
-    """Row r rejects draft r, row 3 none; the distribution after draft j is certain of token j, the drafts are certain of
-    token 4."""
+    """Row r rejects draft r, row 3 none. The target is certain of token j after draft j, the drafts are certain of token 4."""
     p = torch.eye(5)[:4].expand(4, 4, 5).clone()
     for row in range(4):
         p[row, :row] = torch.eye(5)[4]  # agrees with the drafts before

@@ -283,7 +283,9 @@ def _path_loss(model: MullForCausalLM, sample: Sequence[Batch], layers: Sequence
             total += float(model(**batch, path=path, use_cache=False).loss) * targets
         n_targets += targets
     if not n_targets:
-        raise ValueError(f"The probe's batches hold no target: every label is {IGNORED}. Give batches of text with labels.")
+        raise ValueError(
+            f"The probe's batches hold no target: every label is {IGNORED}. Give batches of text with labels."
+        )
     return total / n_targets
 
 
