@@ -86,13 +86,6 @@ class SequentialParts(NamedTuple):
     block: nn.Module
     norm: nn.Module
 
-    def advance(
-        self, k: int, h: Float[Tensor, "B T D"], embedded: Float[Tensor, "B T D"], run_block: RunBlock
-    ) -> Float[Tensor, "B T D"]:
-        """``norm(block(proj [embedding_norm(e); hidden_norm(h)]))``, for head or step `k`."""
-        joined = torch.cat([self.embedding_norm(embedded), self.hidden_norm(h)], -1)  # (B, T, 2D)
-        return self.norm(run_block(self.block, self.proj(joined), k))
-
     def start_as_identity(self, trunk_norm: nn.Module, reads_stream: bool = False) -> None:
         """Pass ``h`` through, ignore ``e`` and silence the block.
 
@@ -102,6 +95,14 @@ class SequentialParts(NamedTuple):
         init.copy_(self.proj.weight, torch.cat([torch.zeros(width, width), torch.eye(width)], 1))
         silence(self.block)
         match_scale(self.norm, trunk_norm, per_dimension=reads_stream)
+
+
+def advance(
+    parts: SequentialParts, k: int, h: Float[Tensor, "B T D"], embedded: Float[Tensor, "B T D"], run_block: RunBlock
+) -> Float[Tensor, "B T D"]:
+    """``norm(block(proj [embedding_norm(e); hidden_norm(h)]))``, for head or step `k`."""
+    joined = torch.cat([parts.embedding_norm(embedded), parts.hidden_norm(h)], -1)  # (B, T, 2D)
+    return parts.norm(run_block(parts.block, parts.proj(joined), k))
 
 
 class SequentialHead(nn.Module):
@@ -123,7 +124,7 @@ class SequentialHead(nn.Module):
 
     def forward(self, k: int, h: Tensor, embedded: Tensor, run_block: RunBlock) -> Tensor:
         """Advance the states ``[B, T, D]`` by one token."""
-        return self.parts.advance(k, h, embedded, run_block)
+        return advance(self.parts, k, h, embedded, run_block)
 
     def start_as_identity(self, trunk_norm: nn.Module) -> None:
         """See `SequentialParts.start_as_identity`."""
@@ -284,7 +285,7 @@ class NativeHeads(MTPHeads):
     def forward(self, k: int, h: Tensor, embedded: Tensor | None, run_block: RunBlock) -> Tensor:
         """As in `MTPHeads`."""
         assert embedded is not None, "native heads need embeddings"
-        return self.parts.advance(k, h, embedded, run_block)
+        return advance(self.parts, k, h, embedded, run_block)
 
     def start_as_identity(self, trunk_norm: nn.Module, reads_stream: bool = False) -> None:
         """As in `MTPHeads`."""
