@@ -346,7 +346,7 @@ CHECKS: dict[str, tuple[Callable[[Sources], list[str]], list[Sources]]] = {
             {"mull.ops.a": "x = 1\n" * 701},
             {"mull.ops.a": "x = (\n    1\n)\n" * 240},
             {f"mull.{folder}.a": "x = 1\n" * 1090 for folder in ("model", "training", "evaluation")}
-            | {"mull.a": "x = 1\n" * 6500},
+            | {"mull.a": "x = 1\n" * 7000},
             {"mull.ops.a": '"""\n' + "words\n" * 400 + '"""\n' + "x = 1\n" * 100},
         ],
     ),

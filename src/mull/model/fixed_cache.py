@@ -105,6 +105,8 @@ class RecurrentState:
         self.undecided_inputs: Tensor | None = None
         """Inputs of the convolution, the window before them included, of a call that waits for its commit."""
         self.undecided_writes: DeltaWrites | None = None
+        self.passed_over = False
+        """No token of the call that waits ran the layer, so there is nothing to keep."""
         self._active: Tensor | None = None
         """``[B, T]``: the tokens of the last call that ran the layer; None for all."""
 
@@ -151,6 +153,7 @@ class RecurrentState:
 
     def forget(self) -> None:
         """Forget the call that waits."""
+        self.passed_over = False
         self.undecided_inputs = self.undecided_writes = self._active = None
 
     def _n_ran(self, n_tokens: Tensor) -> Tensor:
@@ -161,9 +164,12 @@ class RecurrentState:
         return (self._active & first).sum(1)
 
     def commit(self, n_keep: Tensor) -> None:
-        """Keep the first tokens ``[B]`` of the call that waits; no call waits where none of its tokens ran the layer."""
-        if self.undecided_inputs is None or self.undecided_writes is None:
+        """Keep the first tokens ``[B]`` of the call that waits."""
+        if self.passed_over:
+            self.passed_over = False
             return
+        assert self.undecided_inputs is not None, "no call waits for a commit"
+        assert self.undecided_writes is not None, "no call waits for a commit"
         n_ran = self._n_ran(n_keep)
         self.window.copy_(convolution_window(self.undecided_inputs, self.window.shape[-1], n_ran))
         self.state.copy_(written_state(self.state, self.undecided_writes, n_ran))
@@ -282,9 +288,10 @@ class FixedMemory:
         return FixedSlot(slot, self._call, active, merge)
 
     def pass_over(self, number: int, visit: Visit, h: Tensor) -> None:
-        """The tokens offer what they last offered in this call, or nothing. A recurrent layer owes no commit then."""
+        """The tokens offer what they last offered in this call, or nothing."""
         slot = self._cache.slots[number]
         if isinstance(slot, RecurrentState):
+            slot.passed_over = self._call.n_valid is None
             return
         keys = self._last.of(visit.layer)
         known = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device) if keys is None else keys.known
