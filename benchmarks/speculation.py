@@ -1,21 +1,23 @@
 """Self-speculative decoding against plain decoding, in mull and in transformers, with the same weights.
 
-Small models are trained once, trunk and three sequential heads together, and kept under `--out` (`speculation_models.py`). Then
-pieces of held-out files are continued, by all variants in turns in one process, so that a drifting machine hits all alike:
-transformers' `generate`, plain and with `use_mtp=True`, which drafts with the very same heads; mull's, plain, with 1 to 3 drafts
-a round, and with the draft length that it chooses itself, also with random heads, which are of no use. A second table has a
-batch of eight, which transformers cannot speculate on. The time of a call counts whole, prompt included; the first round
-over all prompts warms up, and what mull still has to compile after that is left out. transformers reads the heads from disk at
-each call; "heads kept" is the same without that.
+Small models are trained once, trunk and three sequential heads together, and kept under `--out` (`speculation_models.py`). Then all
+variants continue pieces of held-out files, taking turns in one process, so that a drifting machine affects all alike:
 
-All outputs are compared with those of transformers' plain `generate` in the same precision. In fp32 mull must write the same
-tokens. In bf16 kernels round differently for one token than for four, so a text may part where two tokens are tied: their logits,
-computed from the same weights in the next wider precision, are no further apart than twice what rounding moves a logit of this
-text. `distinct` is the share of distinct runs of eight tokens: small models repeat themselves when decoded greedily, and
-repetition is easy to draft; `--temperature 1` samples instead, and compares no texts.
+- transformers' `generate`, plain and with `use_mtp=True`, which drafts with the very same heads;
+- mull's, plain, with 1 to 3 drafts a round, and with the draft length that it chooses itself, also with random heads.
 
-`predicted` is the speed-up over plain decoding that the measured acceptance would give if every pass took only as long as reading
-its weights, or computing its products (`mull.evaluation.cost.decoding`).
+A second table has a batch of eight, which transformers cannot speculate on. The time of a call includes the prompt. The first round
+over all prompts warms up; what mull compiles after that is left out. transformers reads the heads from disk at each call; "heads
+kept" is the same without that.
+
+All outputs are compared with those of transformers' plain `generate` in the same precision. In fp32 mull must write the same tokens.
+In bf16 kernels round differently for one token than for four, so a text may differ from the first tie on: two tokens whose logits,
+computed from the same weights in the next wider precision, are no further apart than twice what rounding moves a logit of this text.
+`distinct` is the share of distinct runs of eight tokens: small models repeat themselves when decoded greedily, and repetition is easy
+to draft. `--temperature 1` samples instead, and compares no texts.
+
+`predicted` is the speed-up over plain decoding at the measured acceptance if every pass took only as long as reading its weights or
+computing its products, whichever is longer (`mull.evaluation.cost.decoding`).
 
 `--verify-cost` measures something else, without training: the time of a pass over k + 1 tokens of one row relative to one token,
 which bounds what speculation can gain, for random weights of given shapes.
@@ -114,7 +116,7 @@ class Timing:
 
     @property
     def tokens_per_pass(self) -> float | None:
-        """Tokens per row and pass of the model behind the prompt; None where the variant does not tell."""
+        """Tokens per row and forward pass after the prompt; None if the variant does not report it."""
         n_passes = sum(one.row_rounds for one in self.stats)
         return 1 + sum(sum(one.accepted) for one in self.stats) / n_passes if n_passes else None
 
@@ -169,7 +171,7 @@ def kept(run: Variant) -> Variant:
 
 
 def variants_of(subject: Subject, arguments: argparse.Namespace, batch: int) -> dict[str, Variant]:
-    """All that can continue `batch` rows, by name; compiled ones for a single row only."""
+    """All variants that can continue `batch` rows, by name; compiled ones for a single row only."""
     ours = partial(mull_variant, tokens=arguments.tokens, temperature=arguments.temperature)
     theirs = partial(stock_variant, tokens=arguments.tokens, temperature=arguments.temperature)
     compile_too = arguments.compile and batch == 1
@@ -196,7 +198,7 @@ def variants_of(subject: Subject, arguments: argparse.Namespace, batch: int) -> 
 def measure(
     variants: Mapping[str, Variant], prompts: Sequence[tuple[Tensor, Tensor]], rounds: int, label: str
 ) -> dict[str, Timing]:
-    """Run all variants on each prompt in turns, a round to warm up and then `rounds`. The one that begins changes."""
+    """Run all variants in turns on each prompt: a round to warm up, then `rounds`. Each prompt begins with another variant."""
     timings = {name: Timing() for name in variants}
     names = list(variants)
     for number in range(rounds + 1):
@@ -243,7 +245,7 @@ def passes_of_stock(subject: Subject, prompts: Sequence[tuple[Tensor, Tensor]], 
 
 
 class Judge:
-    """Finds where texts part, and whether the two tokens are tied there.
+    """Finds where texts first differ, and whether the two tokens are tied there.
 
     Args:
         subject: Whose texts they are.
@@ -289,7 +291,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def own_machine(subject: Subject, device: str) -> Machine:
-    """What the device does per second with weights of this model's size: those of a small one stay in the cache."""
+    """Throughput of the device with weights of this model's size: those of a small one stay in the cache."""
     size = sum(p.numel() * p.element_size() for p in subject.stock.parameters())
     return measure_machine(device, DTYPES[subject.precision], min(size, STREAMED_BYTES))
 
@@ -297,7 +299,7 @@ def own_machine(subject: Subject, device: str) -> Machine:
 def predictions(
     subject: Subject, timings: Mapping[str, Timing], prompts: Sequence[Tensor], batch: int, device: str
 ) -> dict[str, float]:
-    """Speed-up over plain decoding that fixed draft lengths would have if all passes took the least time, by variant."""
+    """Speed-up over plain decoding with fixed draft lengths if all passes took the least time, by variant."""
     peak = own_machine(subject, device)
     n_new = next(iter(timings.values())).tokens / len(prompts)
     context = round(sum(map(len, prompts)) / len(prompts) + n_new / 2)
@@ -348,7 +350,7 @@ def ratios(timing: Timing, base: Timing) -> list[float]:
 
 
 def equality(timing: Timing, prompts: list[Tensor], reference: list[list[int]], judge: Judge) -> dict[str, Any]:
-    """Share of texts that are the reference's, over all rounds, and where the others part from it."""
+    """Share of texts equal to the reference, over all rounds, and the first differences of the others."""
     texts = [rows_of(outcomes) for outcomes in timing.outcomes]
     found = [difference for text in texts for difference in judge.differences(prompts, reference, text)]
     return {
@@ -385,7 +387,7 @@ def show(label: str, rows: Sequence[Mapping[str, Any]], distinct: float) -> None
 
 
 def failures(tables: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What contradicts losslessness: a text of mull that differs in fp32, or in bf16 where nothing is tied."""
+    """Violations of losslessness: a text of mull that differs in fp32, or in bf16 without a tie."""
     found = []
     for table in tables:
         for row in table["variants"]:

@@ -101,8 +101,8 @@ SPECS = {
     "byte-toy": Spec("toy", "qwen3", BYTES, 32, 2, seconds=1.5, corpus_bytes=200_000),
     "hybrid-toy": Spec("toy", "qwen3_5_text", BYTES, 32, 4, seconds=1.5, corpus_bytes=200_000),
 }
-"""Deep and narrow, as far as a CPU allows: each head is a decoder layer, so a trunk of few layers would make drafts dear as they
-are not in models that are used (28 layers in Qwen3-0.6B)."""
+"""Deep and narrow, as far as a CPU allows: each head is a decoder layer, so with a shallow trunk drafts would be more expensive than
+in real models (28 layers in Qwen3-0.6B)."""
 
 
 def training_of(spec: Spec, seed: int) -> TrainConfig:
@@ -194,7 +194,7 @@ def write_stock(model: MullForCausalLM, folder: Path) -> None:
 
 
 def stock_heads(heads: Any, n_layers: int) -> dict[str, Tensor]:
-    """Tensors of sequential heads under the names of decoder layers behind the last."""
+    """Tensors of sequential heads under the names of decoder layers after the last."""
     tensors = {}
     for number, head in enumerate(heads.heads, start=n_layers):
         for name, tensor in head.state_dict().items():

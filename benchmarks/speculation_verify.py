@@ -56,7 +56,7 @@ def config_of(shape: dict[str, Any], capacity: int) -> Qwen3Config:
 
 
 class Pass:
-    """A pass over T tokens behind `context` others, again and again.
+    """A repeatable pass over T tokens after `context` others.
 
     Args:
         config: Of the model.

@@ -162,7 +162,7 @@ class Driver:
 
 
 LENGTHS = [3, 3, 1, 0, 0, 2, 3, 0, 1, 3, 2, 3]
-"""Draft lengths of a session in which heads pause and lag behind."""
+"""Draft lengths of a session in which heads pause and fall behind."""
 
 
 @pytest.mark.parametrize("head", HEADS)

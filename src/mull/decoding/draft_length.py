@@ -46,7 +46,7 @@ class DraftLength:
        rounds needed, times the cost of a round, plus the time in which idle heads catch up on positions that they missed.
     2. The cost of a length is the median time of its last rounds, relative to the pace of the machine. The length in use sets
        the pace, so costs that were measured at different times compare. A length that was not timed twice is expected to cost
-       as much as the next shorter one and `PRIOR_COST` for each further draft.
+       as much as the next shorter one plus `PRIOR_COST`.
     3. The acceptance of a position is an average that forgets. If a short average contradicts it, the text has changed, and
        the short one counts.
     4. Now and then it probes the best of the shorter lengths, or of the longer ones: as often as the expected loss stays within
@@ -109,12 +109,9 @@ class DraftLength:
         costs, tokens, most_left = self._expected_costs(), self._expected_tokens(left), max(left)
         per_token = [cost / n for cost, n in zip(costs, tokens, strict=True)]
         least = [time + extra / most_left for time, extra in zip(per_token, catch_up, strict=True)]
-        self._best = self._next = least.index(min(least))
-        if self._repeated is not None:
-            self._next = self._repeated
-        else:
-            losses = [costs[k] + catch_up[k] - tokens[k] * per_token[self._best] for k in self._lengths]
-            self._next = self._probe(losses)
+        self._best = least.index(min(least))
+        losses = [costs[k] + catch_up[k] - tokens[k] * per_token[self._best] for k in self._lengths]
+        self._next = self._probe(losses) if self._repeated is None else self._repeated
         return self._next
 
     def _probe(self, losses: Sequence[float]) -> int:
@@ -169,7 +166,7 @@ class DraftLength:
     def _expected_costs(self) -> list[float]:
         """Cost of a round in plain rounds, by length."""
         found = [median_low(self._costs[0])]
-        for costs in list(self._costs)[1:]:
+        for costs in self._costs[1:]:
             # Of two times the lower one counts, so a single delay cannot rule a length out.
             found.append(median_low(costs) if len(costs) > 1 else found[-1] + PRIOR_COST * found[0])
         return found
@@ -187,14 +184,14 @@ class DraftLength:
 
 
 def _tokens_of_slowest(mean: float, deviation: float, left: Sequence[float]) -> float:
-    """Tokens per round until the last of the rows ends that gain `mean ± deviation` tokens a round and have `left` to gain."""
+    """Tokens per round until the last row ends. Each gains `mean ± deviation` tokens a round; `left` are still to be gained."""
     ordered = sorted(left, reverse=True)
     if ordered[0] == inf:
         return mean
     n_rounds = 0.0
     n_rows = 1
     while True:
-        # Among the rows with the most to gain, each of them as far behind as the last.
+        # The 1, 2, 4, ... rows with the most left, all taken to have as much left as the last of them.
         n_rows = min(n_rows, len(ordered))
         spread = deviation * _expected_maximum(n_rows)
         # Solves R mean - spread √R = tokens left.

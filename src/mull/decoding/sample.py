@@ -27,9 +27,9 @@ def sample(
 ) -> Tensor:
     """Draw one completion per row from the model's whole distribution.
 
-    ``model.generate`` would apply the checkpoint's generation settings, such as top-k or a repetition penalty, and
-    the loop of `mull.generate` does not wait for other ranks. All ranks must call this, and all draw
-    until the last row of any rank has ended: ranks that share weights have to run equally many layers.
+    ``model.generate`` would apply the checkpoint's generation settings, such as top-k or a repetition penalty, and the loop of
+    `mull.generate` does not wait for other ranks. All ranks must call this, and all draw until the last row of any rank has
+    ended: ranks that share weights have to run equally many layers.
 
     Args:
         model: In evaluation mode.

@@ -159,7 +159,7 @@ def test_useful_heads_are_used_nearly_as_well_as_with_the_best_fixed_length(name
     assert max(second for _, second in found) < 0.08
 
 
-BATCH_COSTS = {"cheap": [1.0, 1.13, 1.27, 1.4], "even": [1.0, 1.5, 2.0, 2.4], "dear": [1.0, 1.5, 2.2, 2.9]}
+BATCH_COSTS = {"cheap": [1.0, 1.13, 1.27, 1.4], "even": [1.0, 1.5, 2.0, 2.4], "expensive": [1.0, 1.5, 2.2, 2.9]}
 """Eight rows: drafts nearly free, as on a GPU; or as measured on two CPU cores, where one draft is about as fast as none."""
 
 

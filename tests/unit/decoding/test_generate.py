@@ -165,7 +165,7 @@ def test_adaptive_calls_measure_plain_rounds_and_remember() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_what_is_kept_goes_with_the_model(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_decoder_cache_is_freed_with_the_model_and_not_copied(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     model = drafting_model()
     generate(model, IDS, max_new_tokens=5, draft="mtp", compile=compiled)
@@ -181,7 +181,7 @@ def test_what_is_kept_goes_with_the_model(compiled: bool, monkeypatch: pytest.Mo
     assert alive() is None
 
 
-def test_nothing_is_drafted_behind_the_last_token_that_is_wanted() -> None:
+def test_nothing_is_drafted_after_the_last_token_that_is_wanted() -> None:
     stats = generate(drafting_model(), IDS, max_new_tokens=3, draft="mtp", draft_length=2, eos_token_id=[]).stats
     assert max(stats.draft_lengths) == 1
 
