@@ -1,26 +1,27 @@
 """Self-speculative decoding against plain decoding, in mull and in transformers, with the same weights.
 
-Small models are trained once, trunk and three sequential heads together, and kept under `--out` (`speculation_models.py`). Then all
-variants continue pieces of held-out files, taking turns in one process, so that a drifting machine affects all alike:
+Small models are trained once, trunk and three sequential heads together, and kept under `--out` (`speculation_models.py`).
+Then all variants continue pieces of held-out files, taking turns in one process, so that a drifting machine affects all
+alike:
 
 - transformers' `generate`, plain and with `use_mtp=True`, which drafts with the very same heads;
 - mull's, plain, with 1 to 3 drafts a round, and with the draft length that it chooses itself, also with random heads.
 
-A second table has a batch of eight, which transformers cannot speculate on. The time of a call includes the prompt. The first round
-over all prompts warms up; what mull compiles after that is left out. transformers reads the heads from disk at each call; "heads
-kept" is the same without that.
+A second table has a batch of eight, which transformers cannot speculate on. The time of a call includes the prompt. The first
+round over all prompts warms up; what mull compiles after that is left out. transformers reads the heads from disk at each
+call; "heads kept" is the same without that.
 
-All outputs are compared with those of transformers' plain `generate` in the same precision. In fp32 mull must write the same tokens.
-In bf16 kernels round differently for one token than for four, so a text may differ from the first tie on: two tokens whose logits,
-computed from the same weights in the next wider precision, are no further apart than twice what rounding moves a logit of this text.
-`distinct` is the share of distinct runs of eight tokens: small models repeat themselves when decoded greedily, and repetition is easy
-to draft. `--temperature 1` samples instead, and compares no texts.
+All outputs are compared with those of transformers' plain `generate` in the same precision. In fp32 mull must write the same
+tokens. In bf16 kernels round differently for one token than for four, so a text may differ from the first tie on: two tokens
+whose logits, computed from the same weights in the next wider precision, are no further apart than twice what rounding moves
+a logit of this text. `distinct` is the share of distinct runs of eight tokens: small models repeat themselves when decoded
+greedily, and repetition is easy to draft. `--temperature 1` samples instead, and compares no texts.
 
-`predicted` is the speed-up over plain decoding at the measured acceptance if every pass took only as long as reading its weights or
-computing its products, whichever is longer (`mull.evaluation.cost.decoding`).
+`predicted` is the speed-up over plain decoding at the measured acceptance if every pass took only as long as reading its
+weights or computing its products, whichever is longer (`mull.evaluation.cost.decoding`).
 
-`--verify-cost` measures something else, without training: the time of a pass over k + 1 tokens of one row relative to one token,
-which bounds what speculation can gain, for random weights of given shapes.
+`--verify-cost` measures something else, without training: the time of a pass over k + 1 tokens of one row relative to one
+token, which bounds what speculation can gain, for random weights of given shapes.
 
     python benchmarks/speculation.py [--out out/speculation] [--size 5m 20m] [--models byte-5m …] [--precision bf16 fp32]
     python benchmarks/speculation.py --device cuda --size 100m

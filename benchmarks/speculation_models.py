@@ -101,7 +101,8 @@ SPECS = {
     "byte-toy": Spec("toy", "qwen3", BYTES, 32, 2, seconds=1.5, corpus_bytes=200_000),
     "hybrid-toy": Spec("toy", "qwen3_5_text", BYTES, 32, 4, seconds=1.5, corpus_bytes=200_000),
 }
-"""Deep and narrow, as far as a CPU allows: each head is a decoder layer, so with a shallow trunk drafts would be more expensive than
+"""Deep and narrow, as far as a CPU allows: each head is a decoder layer, so with a shallow trunk drafts would be more
+expensive than
 in real models (28 layers in Qwen3-0.6B)."""
 
 

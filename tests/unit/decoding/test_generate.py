@@ -165,7 +165,9 @@ def test_adaptive_calls_measure_plain_rounds_and_remember() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_decoder_cache_is_freed_with_the_model_and_not_copied(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_decoder_cache_is_freed_with_the_model_and_not_copied(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     model = drafting_model()
     generate(model, IDS, max_new_tokens=5, draft="mtp", compile=compiled)
