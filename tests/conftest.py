@@ -66,6 +66,20 @@ def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **ch
     return AutoModelForCausalLM.from_config(config, **experts).to(dtype).eval()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``latin(n, *names)``: of all combinations of these parameters, every n-th diagonal belongs to the quick tests.
+
+    As in a Latin square, any two of three parameters still meet in each pair of their values. The rest is slow.
+    """
+    for item in items:
+        mark = item.get_closest_marker("latin")
+        if mark is not None:
+            every, *names = mark.args
+            if sum(item.callspec.indices[name] for name in names) % every:  # type: ignore[attr-defined]
+                item.add_marker("slow")
+
+
 def delta_rule_reference(
     query: Any, key: Any, value: Any, g: Any, beta: Any, initial_state: Any = None, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ def uncached_greedy(model: MullForCausalLM, tokens: Tensor, **options: object) -
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 4])
+@pytest.mark.latin(3, "family", "iterations")
 def test_greedy_is_the_uncached_loop(family: str, iterations: int, ids: Ids) -> None:
     model = wrap_transformer_with_etd(tiny(family), SPLIT)
     expected = uncached_greedy(model, ids(2, 9), think_iterations=iterations)
@@ -37,6 +38,7 @@ def test_greedy_along_a_path_that_skips_the_first_layer(family: str, ids: Ids) -
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.latin(2, "family", "chunk")
 def test_chunked_prefill_generates_the_same(family: str, chunk: int, ids: Ids) -> None:
     model = wrap_transformer_with_etd(tiny(family), SPLIT)
     options = {"do_sample": False, "think_iterations": 3, **NEW}

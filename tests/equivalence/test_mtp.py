@@ -110,6 +110,7 @@ def labelled(ids: Ids, rows: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("family_name", "kind"), EACH_FAMILY)
+@pytest.mark.latin(2, "kind")
 def test_packed_documents_are_separate_ones_aligned_by_hand(
     family_name: str, kind: str, exact: Exact, ids: Ids
 ) -> None:
@@ -135,6 +136,7 @@ def test_packed_documents_are_separate_ones_aligned_by_hand(
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family_name", ["qwen3-tied", "olmo3", "qwen3_5"])
 @pytest.mark.parametrize("kind", ["transformer", "mlp", "sequential", "sequential-shared", "native", "native-stream"])
+@pytest.mark.latin(2, "side", "kind")
 def test_padded_rows_are_unpadded_ones(family_name: str, kind: str, side: str, exact: Exact, ids: Ids) -> None:
     model = with_heads(exact(family_name), kind)
     tokens, labels = labelled(ids, 2, 12)

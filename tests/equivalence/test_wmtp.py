@@ -222,6 +222,7 @@ def second_step(algorithm: str, control: Control, heads: str, n: int) -> Step:
 
 
 @pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.latin(2, "algorithm", "control")
 def test_the_mean_weight_is_1_over_all_targets_of_the_step(algorithm: str, control: Control) -> None:
     step = second_step(algorithm, control, "mlp", 8)
     valid = torch.cat(step.targets) >= 0
@@ -243,6 +244,7 @@ COMBINATIONS += [
 
 
 @pytest.mark.parametrize(("algorithm", "control", "heads"), COMBINATIONS)
+@pytest.mark.latin(2, "algorithm")
 def test_the_split_into_micro_batches_changes_nothing(algorithm: str, control: Control, heads: str) -> None:
     whole = second_step(algorithm, control, heads, 1)
     for n in (2, 8):
