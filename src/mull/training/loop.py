@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
 from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from mull.model.causal_lm import MullForCausalLM
 from mull.runtime.checkpoint import CheckpointConfig, CheckpointWriter, latest, load_checkpoint, stored_tensors
 from mull.runtime.distributed import gather_objects, on_first_rank, rank, same_everywhere, world_size
 from mull.runtime.timing import synchronize
@@ -50,9 +51,6 @@ from mull.training.step import (
     total_weight,
 )
 from mull.training.trainable import CHOICES, frozen_except
-
-if TYPE_CHECKING:
-    from mull.model.causal_lm import MullForCausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +82,7 @@ class MetricSink(Protocol):
 class Evaluation:
     """Measure the model during training."""
 
-    evaluate: Callable[["MullForCausalLM"], Mapping[str, float]]
+    evaluate: Callable[[MullForCausalLM], Mapping[str, float]]
     """Called on every rank, with the model in evaluation mode, without gradient or autocast; its numbers are recorded as
     ``eval_<name>``. It may draw random numbers without changing the training. All ranks must run equally many layers."""
 
@@ -239,7 +237,7 @@ class _Run:
 
 
 def train(
-    model: "MullForCausalLM",
+    model: MullForCausalLM,
     objective: Objective,
     batches: Batches,
     config: TrainConfig,
@@ -300,46 +298,42 @@ def train(
             writer = CheckpointWriter(url, checkpoint.keep_last, checkpoint.asynchronous)
             stack.callback(writer.close)
         stack.enter_context(_training_mode(run))
-        progress = stack.enter_context(Progress(config.steps, run.step))
-        loop = _Loop(run, [log, *(logs if rank() == 0 else ())], progress, evaluation, until)
-        stopped = loop.run_to_end(writer, checkpoint.every)
+        progress = stack.enter_context(contextlib.closing(Progress(config.steps, run.step)))
+        sinks = [log, *(logs if rank() == 0 else ())]
+        stopped = _run_to_end(run, sinks, progress, evaluation, until, writer, checkpoint.every)
     return TrainResult(run.step, run.seconds, run.tokens, log.records, stopped, run.precision, run.terminated)
 
 
-@dataclass
-class _Loop:
+def _run_to_end(
+    run: _Run,
+    sinks: Sequence[MetricSink],
+    progress: Progress,
+    evaluation: Evaluation | None,
+    until: Callable[[Record], bool] | None,
+    writer: CheckpointWriter | None,
+    save_every: int | None,
+) -> Literal["finished", "until", "sigterm"]:
     """Steps, and what happens between them."""
-
-    run: _Run
-    logs: Sequence[MetricSink]
-    progress: Progress
-    evaluation: Evaluation | None
-    until: Callable[[Record], bool] | None
-
-    def run_to_end(
-        self, writer: CheckpointWriter | None, save_every: int | None
-    ) -> Literal["finished", "until", "sigterm"]:
-        run, config, evaluation = self.run, self.run.config, self.evaluation
+    finished = run.finished
+    while not finished:
+        record = _optimizer_step(run)
         finished = run.finished
-        while not finished:
-            record = _optimizer_step(run)
-            finished = run.finished
-            evaluated = finished or (evaluation is not None and _is_due(run.step, evaluation.every))
-            if evaluation is not None and evaluated:
-                record |= {f"eval_{name}": value for name, value in _evaluate(run, evaluation.evaluate).items()}
-            reached = self.until is not None and bool(same_everywhere(int(self.until(record))))
-            last = finished or reached or run.terminated
-            if last or evaluated or run.step == 1 or _is_due(run.step, config.log_every):
-                for log in self.logs:
-                    log.log(record)
-            self.progress.show(record, run.tokens / run.seconds, last)
-            if writer is not None:
-                writer.poll()
-                if last or _is_due(run.step, save_every):
-                    run.save(writer)
-            if last and not finished:
-                return "until" if reached else "sigterm"
-        return "finished"
+        evaluated = finished or (evaluation is not None and _is_due(run.step, evaluation.every))
+        if evaluation is not None and evaluated:
+            record |= {f"eval_{name}": value for name, value in _evaluate(run, evaluation.evaluate).items()}
+        reached = until is not None and bool(same_everywhere(int(until(record))))
+        last = finished or reached or run.terminated
+        if last or evaluated or run.step == 1 or _is_due(run.step, run.config.log_every):
+            for sink in sinks:
+                sink.log(record)
+        progress.show(record, run.tokens / run.seconds, last)
+        if writer is not None:
+            writer.poll()
+            if last or _is_due(run.step, save_every):
+                run.save(writer)
+        if last and not finished:
+            return "until" if reached else "sigterm"
+    return "finished"
 
 
 def _optimizer_step(run: _Run) -> Record:
@@ -360,7 +354,8 @@ def _optimizer_step(run: _Run) -> Record:
         ) from None
     update(run.optimizers, factor)
     tokens = sum(part.tokens for part in parts)
-    seconds = _agree_on_end(run, _elapsed(run.device, started))
+    synchronize(run.device)  # a GPU may still have work of this step in its queue
+    seconds = _agree_on_end(run, time.perf_counter() - started)
     run.step += 1
     run.seconds += seconds
     run.tokens += tokens
@@ -375,12 +370,6 @@ def _optimizer_step(run: _Run) -> Record:
         "tokens_per_second": tokens / seconds,
         **_utilisation(run, tokens / seconds),
     }
-
-
-def _elapsed(device: torch.device, started: float) -> float:
-    """Seconds since `started`, with the device's queue drained."""
-    synchronize(device)
-    return time.perf_counter() - started
 
 
 def _agree_on_end(run: _Run, seconds: float) -> float:
@@ -401,7 +390,7 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _evaluate(run: _Run, evaluate: Callable[["MullForCausalLM"], Mapping[str, float]]) -> Mapping[str, float]:
+def _evaluate(run: _Run, evaluate: Callable[[MullForCausalLM], Mapping[str, float]]) -> Mapping[str, float]:
     """Evaluate, and restore mode and random generators, so the training does not change."""
     rng = rng_state()
     run.stage.eval()
@@ -421,7 +410,7 @@ def elapsed_share(config: TrainConfig, step: int, seconds: float) -> float:
 
 
 def _start(
-    model: "MullForCausalLM",
+    model: MullForCausalLM,
     objective: Objective,
     batches: Batches,
     config: TrainConfig,
@@ -441,16 +430,8 @@ def _start(
     stage = make_stage(model, objective, distributed)
     stage.zero_grad()
     _seed(config.seed + rank())
-    return _Run(
-        stage=stage,
-        batches=batches,
-        config=config,
-        optimizers=build_optimizers(stage.model, config, stage.companion),
-        device=device,
-        precision=precision,
-        configuration=configuration,
-        flops_per_token=flops_per_token,
-    )
+    optimizers = build_optimizers(stage.model, config, stage.companion)
+    return _Run(stage, batches, config, optimizers, device, precision, configuration, flops_per_token)
 
 
 def _seed(*numbers: int) -> None:
@@ -475,17 +456,13 @@ def run_configuration(
         "train": config.model_dump(mode="json", exclude=left_out),
         "distributed": {"param_dtype": distributed.param_dtype},
     }
-    public = {
-        name: value
-        for name, value in vars(objective).items()
-        if not name.startswith("_") and not isinstance(value, nn.Module)
-    }
-    settings["objective"] = {"name": type(objective).__name__} | {
-        name: value.model_dump(mode="json", exclude=set(getattr(value, "sources", ())))
-        if isinstance(value, BaseModel)
-        else value
-        for name, value in public.items()
-    }
+    settings["objective"] = {"name": type(objective).__name__}
+    for name, value in vars(objective).items():
+        if isinstance(value, nn.Module) or name.startswith("_"):
+            continue
+        if isinstance(value, BaseModel):
+            value = value.model_dump(mode="json", exclude=set(getattr(value, "sources", ())))
+        settings["objective"][name] = value
     model_config = getattr(model, "config", None)
     if model_config is not None:
         settings["model"] = json.loads(model_config.to_json_string(use_diff=False))
@@ -500,22 +477,18 @@ def checkpoint_to_resume(directory: Path | None, url: str | None, resume: bool) 
     Raises:
         ValueError: the places hold a run and `resume` is False, or `resume` without a place of checkpoints.
     """
-    if url is None:
-        if resume:
-            raise ValueError(
-                "resume=True needs out_dir or checkpoint.url: the place where the run to continue has its checkpoints."
-            )
-        return None
-    checkpoint = latest(url)
-    if resume:
-        return checkpoint
+    if url is None and resume:
+        raise ValueError(
+            "resume=True needs out_dir or checkpoint.url: the place where the run to continue has its checkpoints."
+        )
+    checkpoint = None if url is None else latest(url)
     has_metrics = directory is not None and (directory / METRICS).exists()
-    if checkpoint is not None or has_metrics:
+    if not resume and (checkpoint is not None or has_metrics):
         raise ValueError(
             f"{directory if has_metrics else url} already holds a run. Pass resume=True to continue it, choose another place, or "
             "remove it."
         )
-    return None
+    return checkpoint
 
 
 def _metrics_file(directory: Path | None) -> Path | None:

@@ -6,18 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from mull.model.causal_lm import MullForCausalLM
+from mull.model.causal_lm import MullForCausalLM
 
 CHOICES = ("all", "heads", "new")
 
 
 @contextlib.contextmanager
-def frozen_except(model: "MullForCausalLM", choice: str | Sequence[str]) -> Iterator[dict[str, nn.Parameter]]:
+def frozen_except(model: MullForCausalLM, choice: str | Sequence[str]) -> Iterator[dict[str, nn.Parameter]]:
     """Freeze all parameters but the chosen ones; at the end every parameter is as before.
 
     A frozen parameter has no gradient and no optimizer state. Layers below the first trainable one keep no activations.
@@ -44,7 +42,7 @@ def frozen_except(model: "MullForCausalLM", choice: str | Sequence[str]) -> Iter
             parameter.requires_grad_(before[name])
 
 
-def _choose(model: "MullForCausalLM", choice: str | Sequence[str]) -> dict[str, nn.Parameter]:
+def _choose(model: MullForCausalLM, choice: str | Sequence[str]) -> dict[str, nn.Parameter]:
     parameters = dict(model.named_parameters())
     if choice == "all":
         return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
@@ -55,7 +53,7 @@ def _choose(model: "MullForCausalLM", choice: str | Sequence[str]) -> dict[str, 
     return {name: parameter for name, parameter in parameters.items() if id(parameter) in among}
 
 
-def _added(model: "MullForCausalLM", choice: str) -> set[int]:
+def _added(model: MullForCausalLM, choice: str) -> set[int]:
     """Parameters that are not the backbone's; of the extra heads alone, or all. Heads may share weights with the backbone."""
     module: nn.Module | None = model.mtp_heads if choice == "heads" else model
     parts = (model.model.embed_tokens, model.model.layers, model.model.norm, model.lm_head)
