@@ -75,11 +75,9 @@ class ModelSection(_Section):
     def _one_start(self) -> Self:
         if (self.checkpoint is None) == (self.architecture is None):
             raise ValueError("give either checkpoint or architecture")
-        if self.architecture is not None and self.architecture.get("model_type") not in FAMILIES:
-            raise ValueError(
-                f"architecture.model_type={self.architecture.get('model_type')!r} is not supported; "
-                f"supported are {', '.join(sorted(FAMILIES))}"
-            )
+        if self.architecture is not None and (kind := self.architecture.get("model_type")) not in FAMILIES:
+            known = ", ".join(sorted(FAMILIES))
+            raise ValueError(f"architecture.model_type={kind!r} is not supported; supported are {known}")
         return self
 
 
@@ -148,7 +146,7 @@ class DataSection(_Section):
     """Rows per micro-batch."""
 
     @model_validator(mode="after")
-    def _check_format(self) -> Self:
+    def _check_sources(self) -> Self:
         if (self.format == "arithmetic") != (self.arithmetic is not None):
             raise ValueError(
                 f"format={self.format} with arithmetic={self.arithmetic}: format arithmetic needs it, others do not"
@@ -163,16 +161,11 @@ class DataSection(_Section):
                 raise ValueError(
                     f"{' and '.join(unread)} are for texts, and format={self.format} reads tasks: leave them out"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _check_held_out(self) -> Self:
-        if self.held_out_split is None or self.held_out_paths is not None:
-            return self
-        if self.paths is None:
-            raise ValueError("held_out_split needs paths or held_out_paths that have splits")
-        if self.held_out_split == self.split:
-            raise ValueError(f"held_out_split={self.held_out_split!r} is what is trained on: choose another split")
+        if self.held_out_split is not None and self.held_out_paths is None:
+            if self.paths is None:
+                raise ValueError("held_out_split needs paths or held_out_paths that have splits")
+            if self.held_out_split == self.split:
+                raise ValueError(f"held_out_split={self.held_out_split!r} is what is trained on: choose another split")
         return self
 
 
@@ -274,6 +267,10 @@ class Stage(_Section):
                     f"the section {section} belongs to train.algo={owner}, but train.algo={algo}: remove the section, or choose "
                     "its algorithm"
                 )
+        if algo == NEXT_TOKEN:
+            _refuse_unread("loss.heads", "heads" in self.loss.model_fields_set)
+            _refuse_unread("loss.control", self.loss.control != "none")
+            _refuse_unread("train.trainable=heads", self.train.trainable == "heads")
         return self
 
     @model_validator(mode="after")
@@ -285,23 +282,14 @@ class Stage(_Section):
             )
         if isinstance(settings, GRPOSection):
             if settings.reward not in REWARDS:
-                raise ValueError(
-                    f"grpo.reward={settings.reward!r} is not known. {_hint(settings.reward, [*REWARDS], '')}"
-                )
+                hint = _hint(settings.reward, [*REWARDS], "")
+                raise ValueError(f"grpo.reward={settings.reward!r} is not known. {hint}")
             if kind != settings.reward:
                 raise ValueError(
                     f"grpo.reward={settings.reward} grades answers to data.format={settings.reward}, not {kind}"
                 )
         if isinstance(settings, GradientSection) and settings.paths is not None and kind == "arithmetic":
             raise ValueError("gradient.paths is read as data.format says, and arithmetic is not read from files")
-        return self
-
-    @model_validator(mode="after")
-    def _check_heads(self) -> Self:
-        if self.train.algo == NEXT_TOKEN:
-            _refuse_unread("loss.heads", "heads" in self.loss.model_fields_set)
-            _refuse_unread("loss.control", self.loss.control != "none")
-            _refuse_unread("train.trainable=heads", self.train.trainable == "heads")
         return self
 
 

@@ -74,10 +74,8 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
         for stage in stages:
             _check_stage(stage, model)
         objectives = build_objectives(recipe, prepared, model, load_model)
-        for number, place in enumerate(places):
-            result = _run_stage(
-                recipe, stages[number], prepared.stages[number], model, objectives[number], place, resume
-            )
+        for place, stage, data, objective in zip(places, stages, prepared.stages, objectives, strict=True):
+            result = _run_stage(recipe, stage, data, model, objective, place, resume)
             if result.stopped != "finished":
                 return result
             if result.terminated and place:
@@ -164,24 +162,16 @@ def _warn(message: str, *details: object) -> None:
 
 
 def _evaluation(stage: Stage, data: StageData) -> Evaluation | None:
-    rows, depth, held_out = stage.eval.rows, stage.loss.iterations.maximum, data.held_out
-    if stage.data.arithmetic is not None:
-        task = arithmetic_task(stage)
-        return Evaluation(
-            lambda model: {"right_answers": right_answers(model, task, rows=rows, iterations=_depth(model, depth))},
-            stage.eval.every,
-        )
-    if held_out is None:
-        return None
-    size = stage.data.batch_size
-    return Evaluation(
-        lambda model: held_out_losses(model, held_out, _depth(model, depth), batch_size=size, max_rows=rows),
-        stage.eval.every,
-    )
+    rows, held_out = stage.eval.rows, data.held_out
 
+    def measure(model: MullForCausalLM) -> dict[str, float]:
+        depth = None if model.etd_config is None else stage.loss.iterations.maximum
+        if held_out is None:
+            return {"right_answers": right_answers(model, arithmetic_task(stage), rows=rows, iterations=depth)}
+        return held_out_losses(model, held_out, depth, batch_size=stage.data.batch_size, max_rows=rows)
 
-def _depth(model: MullForCausalLM, iterations: int) -> int | None:
-    return None if model.etd_config is None else iterations
+    measurable = held_out is not None or stage.data.arithmetic is not None
+    return Evaluation(measure, stage.eval.every) if measurable else None
 
 
 def _open_mlflow(recipe: Recipe, folder: Path, place: str) -> MlflowLog | None:
@@ -240,9 +230,8 @@ def estimate_recipe(recipe: Recipe) -> str:
         ValueError, OSError, RuntimeError: as in `run_recipe`.
     """
     with session():
-        prepared = prepare(recipe)
+        prepared, stages = prepare(recipe), recipe.schedule()
         model = meta_model(recipe.model, prepared.tokenizer)
-        stages = recipe.schedule()
         for stage in stages:
             _check_stage(stage, model)
         with torch.device("meta"):
@@ -281,7 +270,7 @@ def _estimate_stage(
 def _schedule(stage: Stage, objective: Objective, precision: str) -> Schedule:
     rows, length, settings = stage.data.batch_size, stage.data.length, stage.settings
     samples = isinstance(settings, GRPOSection)
-    if isinstance(settings, GRPOSection):
+    if samples:
         rows, length = rows * settings.group_size, arithmetic_task(stage).prompt_length + settings.max_new_tokens
     sampling = stage.loss.iterations
     return Schedule(
@@ -314,7 +303,5 @@ def _plan_rows(stage: Stage, data: StageData, found: Estimate, peak: float) -> I
         rows = steps * stage.train.accumulate * stage.data.batch_size
         yield "epochs", f"{rows / len(data.rows):.2f}"
     seconds = steps * found.seconds_per_step(peak, world_size())
-    yield (
-        "time at full use of the peak",
-        f"{seconds:,.0f} seconds ({peak / 1e12:,.2f} TFLOP/s per rank); real runs take longer",
-    )
+    time = f"{seconds:,.0f} seconds ({peak / 1e12:,.2f} TFLOP/s per rank); real runs take longer"
+    yield "time at full use of the peak", time
