@@ -27,11 +27,13 @@ from mull.training.objectives.grpo import GRPOSection
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.table import NEXT_TOKEN, OBJECTIVES, objective_names
 from mull.training.objectives.weighted_mtp import Control, HeadTraining
-from mull.training.objectives.weightings import CriticSection, GradientSection
+from mull.training.objectives.weightings import CriticSection, GradientSection, PretrainSection
 from mull.training.step import DistributedConfig
 
 SECTIONS = {entry.section[0]: name for name, entry in OBJECTIVES.items() if entry.section is not None}
 """Sections with the settings of an objective, and the name of the objective."""
+
+_SETTINGS = dict(entry.section for entry in OBJECTIVES.values() if entry.section is not None)
 
 
 class _Section(BaseModel):
@@ -308,10 +310,7 @@ else:
         "StageSection",
         __base__=Stage,
         __doc__=Stage.__doc__,
-        **{
-            key: (settings | None, Field(default=None, description=settings.__doc__))
-            for key, settings in (entry.section for entry in OBJECTIVES.values() if entry.section is not None)
-        },
+        **{key: (kind | None, Field(default=None, description=kind.__doc__)) for key, kind in _SETTINGS.items()},
     )
 SHARED = [name for name in StageSection.model_fields if name != "name"]
 """Sections that may be at the top of a recipe, where they serve all its stages."""
@@ -370,7 +369,7 @@ class Recipe(_Section):
         found: list[Stage] = []
         for number, stage in enumerate(self.stages, start=1):
             if isinstance(stage.settings, CriticSection) and stage.settings.pretrain is not None:
-                found.append(_pretraining(stage, stage.settings))
+                found.append(_pretraining(stage, stage.settings.pretrain))
             found.append(stage.model_copy(update={"name": stage.name or f"stage-{number}"}))
         return found
 
@@ -383,18 +382,16 @@ class Recipe(_Section):
         return settings | {name: stage[name] for name in SHARED}
 
 
-def _pretraining(stage: Stage, critic: CriticSection) -> Stage:
+def _pretraining(stage: Stage, pretrain: PretrainSection) -> Stage:
     """The stage that trains the value head of a stage with ``critic-wmtp``."""
-    pretrain = critic.pretrain
-    assert pretrain is not None
     train = {"algo": "value-head", "steps": pretrain.steps, "max_seconds": None, "peak_lr": pretrain.peak_lr}
-    values = {"gamma": critic.gamma, "gae_lambda": critic.gae_lambda}
+    returns = stage.settings.model_dump(include={"gamma", "gae_lambda"})
     return StageSection.model_validate(
         {
             "name": "critic" if stage.name is None else f"{stage.name}-critic",
             "data": stage.data,
             "train": {**stage.train.model_dump(), **train, "trainable": "all"},
-            "value_head": {**values, **pretrain.model_dump(include={"per_problem", "corrupt"})},
+            "value_head": {**returns, **pretrain.model_dump(include={"per_problem", "corrupt"})},
         }
     )
 
@@ -456,16 +453,15 @@ def _merged(default: Any, own: Any) -> Any:
     return {**default, **own} if isinstance(default, dict) and isinstance(own, dict) else own
 
 
-def _place(location: Sequence[Any], content: Mapping[str, Any]) -> list[Any]:
+def _place(location: Sequence[Any], content: Mapping[str, Any]) -> Sequence[Any]:
     """Where the user wrote what has this place in the checked recipe: at the top, or in a stage."""
-    found = [*location]
-    if found[:1] != ["stages"] or len(found) < 2:
-        return found
-    inner = found[2:]
-    if "stages" not in content:
-        return inner
-    own = content["stages"][found[1]]
-    return found if not _has(content, inner[:2]) or _has(own, inner[:2]) else inner
+    if len(location) < 2 or location[0] != "stages":
+        return location
+    inner = location[2:]
+    # A stage inherits the sections at the top key by key, so the first two names tell who wrote the value.
+    in_stage = "stages" in content and _has(content["stages"][location[1]], inner[:2])
+    at_top = "stages" not in content or _has(content, inner[:2])
+    return inner if at_top and not in_stage else location
 
 
 def _has(content: Any, keys: Sequence[Any]) -> bool:

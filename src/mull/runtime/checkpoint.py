@@ -283,13 +283,9 @@ class _Writer(FileSystemWriter):
 def _save_tensors(folder: str, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
     # DCP warns whenever one process saves alone. The filter is set once and for all: in a thread it could not be undone safely.
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-    save_state_dict(
-        dict(tensors),
-        storage_writer=_Writer(folder),
-        planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        process_group=group,
-        no_dist=group is None,
-    )
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    writer, alone = _Writer(folder), group is None
+    save_state_dict(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
 
 
 def _reason(error: OSError | CheckpointException) -> str:

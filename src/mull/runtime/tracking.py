@@ -272,9 +272,8 @@ def _check_uri(uri: str) -> None:
     advice = ""
     if scheme in ("", "file"):
         advice = f" MLflow no longer writes to plain folders: use {sqlite_uri(Path(uri.removeprefix('file://')))}."
-    raise ValueError(
-        f"tracking.uri={uri!r} is neither a database nor a server ({', '.join(f'{name}:' for name in MLFLOW_SCHEMES)}).{advice}"
-    )
+    allowed = ", ".join(f"{name}:" for name in MLFLOW_SCHEMES)
+    raise ValueError(f"tracking.uri={uri!r} is neither a database nor a server ({allowed}).{advice}")
 
 
 def _artifacts(uri: str) -> str | None:

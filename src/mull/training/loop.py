@@ -42,7 +42,6 @@ from mull.training.progress import Progress
 from mull.training.state import rng_state, rng_tensors, set_rng_state, set_rng_tensors, training_tensors
 from mull.training.step import (
     DistributedConfig,
-    Stage,
     WrongStepError,
     accumulate,
     make_stage,
@@ -162,25 +161,36 @@ class TrainResult:
     """Whether a process received SIGTERM, if only in the last step of a finished run."""
 
 
-@dataclass
 class _Run:
-    """What the steps of one run share."""
+    """What the steps of one run share; made by all ranks alike."""
 
-    stage: Stage
-    batches: Batches
-    config: TrainConfig
-    optimizers: list[torch.optim.Optimizer]
-    device: torch.device
-    precision: Precision
-    configuration: dict[str, Any]
-    flops_per_token: Callable[[], float] | float | None
-    step: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    asked_to_terminate: bool = False
-    """This process received SIGTERM."""
-    terminated: bool = False
-    """Any process has; updated at the end of a step, on all ranks alike."""
+    def __init__(
+        self,
+        model: MullForCausalLM,
+        objective: Objective,
+        batches: Batches,
+        config: TrainConfig,
+        distributed: DistributedConfig,
+        flops_per_token: Callable[[], float] | float | None,
+    ) -> None:
+        if config.accumulate % world_size():
+            raise ValueError(
+                f"train.accumulate={config.accumulate} micro-batches per step cannot be shared evenly by {world_size()} ranks: use a "
+                f"multiple of {world_size()}, or another number of ranks."
+            )
+        self.batches, self.config, self.flops_per_token = batches, config, flops_per_token
+        self.device = next(model.parameters()).device
+        self.precision = resolve_precision(config.precision, self.device)
+        ranks = "" if world_size() == 1 else f" and {world_size() - 1} other ranks"
+        _tell("Training on %s%s in %s (precision=%s).", self.device, ranks, self.precision, config.precision)
+        self.configuration = run_configuration(model, objective, config, distributed)
+        self.stage = make_stage(model, objective, distributed)
+        self.stage.zero_grad()
+        _seed(config.seed + rank())
+        self.optimizers = build_optimizers(self.stage.model, config, self.stage.companion)
+        self.step, self.seconds, self.tokens = 0, 0.0, 0
+        self.asked_to_terminate = False  # this process received SIGTERM
+        self.terminated = False  # any process has; updated at the end of a step, on all ranks alike
 
     @property
     def finished(self) -> bool:
@@ -287,7 +297,7 @@ def train(
     source = on_first_rank(lambda: checkpoint_to_resume(directory, url, resume))
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen_except(model, config.trainable if objective.trains_model else ()))
-        run = _start(model, objective, batches, config, distributed, flops_per_token)
+        run = _Run(model, objective, batches, config, distributed, flops_per_token)
         if source is not None:
             run.load(source)
             _tell("Resuming from %s.", source)
@@ -355,7 +365,10 @@ def _optimizer_step(run: _Run) -> Record:
     update(run.optimizers, factor)
     tokens = sum(part.tokens for part in parts)
     synchronize(run.device)  # a GPU may still have work of this step in its queue
-    seconds = _agree_on_end(run, time.perf_counter() - started)
+    # The clock of rank 0 counts, and all ranks learn here whether one was asked to terminate.
+    reports = gather_objects((time.perf_counter() - started, run.asked_to_terminate))
+    seconds, _ = reports[0]
+    run.terminated = any(asked for _, asked in reports)
     run.step += 1
     run.seconds += seconds
     run.tokens += tokens
@@ -370,13 +383,6 @@ def _optimizer_step(run: _Run) -> Record:
         "tokens_per_second": tokens / seconds,
         **_utilisation(run, tokens / seconds),
     }
-
-
-def _agree_on_end(run: _Run, seconds: float) -> float:
-    """Seconds of the step by the clock of rank 0. All ranks learn here whether one was asked to terminate."""
-    reports = gather_objects((seconds, run.asked_to_terminate))
-    run.terminated = any(asked for _, asked in reports)
-    return reports[0][0]
 
 
 def _utilisation(run: _Run, tokens_per_second: float) -> dict[str, float]:
@@ -407,31 +413,6 @@ def elapsed_share(config: TrainConfig, step: int, seconds: float) -> float:
         return seconds / config.max_seconds
     assert config.steps is not None
     return step / config.steps
-
-
-def _start(
-    model: MullForCausalLM,
-    objective: Objective,
-    batches: Batches,
-    config: TrainConfig,
-    distributed: DistributedConfig,
-    flops_per_token: Callable[[], float] | float | None,
-) -> _Run:
-    if config.accumulate % world_size():
-        raise ValueError(
-            f"train.accumulate={config.accumulate} micro-batches per step cannot be shared evenly by {world_size()} ranks: use a "
-            f"multiple of {world_size()}, or another number of ranks."
-        )
-    device = next(model.parameters()).device
-    precision = resolve_precision(config.precision, device)
-    ranks = "" if world_size() == 1 else f" and {world_size() - 1} other ranks"
-    _tell("Training on %s%s in %s (precision=%s).", device, ranks, precision, config.precision)
-    configuration = run_configuration(model, objective, config, distributed)
-    stage = make_stage(model, objective, distributed)
-    stage.zero_grad()
-    _seed(config.seed + rank())
-    optimizers = build_optimizers(stage.model, config, stage.companion)
-    return _Run(stage, batches, config, optimizers, device, precision, configuration, flops_per_token)
 
 
 def _seed(*numbers: int) -> None:

@@ -197,11 +197,8 @@ def peak_flops(device: torch.device, precision: Precision) -> float:
     best of five products of large matrices. A device reaches this in practice, so an MFU against it is higher than one against
     a data sheet.
     """
-    if device.type == "cuda" and precision == "bf16":
-        published = published_peak(torch.cuda.get_device_name(device))
-        if published is not None:
-            return published
-    return measured_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and precision == "bf16" else ""
+    return published_peak(name) or measured_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 def published_peak(name: str) -> float | None:

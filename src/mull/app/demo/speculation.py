@@ -76,8 +76,7 @@ class Speculation:
         model = from_pretrained(str(bench.out / "model"), mtp=HEADS)
         heads = model.mtp_heads
         assert heads is not None
-        model.requires_grad_(False)
-        heads.requires_grad_(True)
+
         iterations = model.iterations(None)
         # Greedy, as the model will decode.
         prompts = _beginnings(loops.text.train, size.own_rows)
@@ -87,7 +86,7 @@ class Speculation:
         fixed = IterationSampling(kind="fixed", maximum=iterations)
         objective = make_objective("baseline-mtp", Resources(model=model, iterations=fixed))
         batches = ShuffledBatches(dataset, size.batch_size, bench.seed)
-        run = bench.train("drafting", model, objective, batches, steps=size.drafting_steps)
+        run = bench.train("drafting", model, objective, batches, steps=size.drafting_steps, trainable="heads")
         model.save_pretrained(bench.out / "drafting" / "model")
         loops.text.tokenizer.save_pretrained(bench.out / "drafting" / "model")
 

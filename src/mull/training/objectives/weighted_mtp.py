@@ -194,12 +194,9 @@ class WeightedMTP(Objective):
             # The loop divides by the step's mean weight, which must not scale the companion's loss.
             total = total + auxiliary[0] / plan.n_targets[0] * (weight if token.mean is None else token.mean)
         computed = valid & (coefficients != 0)
-        seen = _Seen(
-            WeightStatistics.measure(token.weights, valid, token.clipped),
-            torch.stack([losses.double().sum((0, 1)), computed.sum((0, 1)).double()]),
-            _marked(token.weights, valid, batch.get("marked")),
-            token.seen,
-        )
+        statistics = WeightStatistics.measure(token.weights, valid, token.clipped)
+        summed = torch.stack([losses.double().sum((0, 1)), computed.sum((0, 1)).double()])
+        seen = _Seen(statistics, summed, _marked(token.weights, valid, batch.get("marked")), token.seen)
         return LossOutput(total, weight, {"iterations": float(plan.iterations)}, seen)
 
     def end_step(self, plan: StepPlan, seen: Sequence[_Seen]) -> dict[str, float]:
@@ -305,22 +302,21 @@ class WeightedMTP(Objective):
             for one, own, score, mark in zip(evidence, scored, final, clipped, strict=True)
         ]
         if self.control != "none":
-            aligned = [
-                replace(one, weights=weights, clipped=None)
-                for one, weights in zip(aligned, self._controlled(evidence, aligned), strict=True)
-            ]
+            aligned = self._controlled(evidence, aligned)
         total = global_sum(torch.stack([one.weights.sum() for one in aligned]).sum())
         aligned = [replace(one, mean=total / plan.n_targets.sum()) for one in aligned]
         if settled.seen is not None:
             aligned[0] = replace(aligned[0], seen=(*aligned[0].seen, settled.seen))
         return aligned
 
-    def _controlled(self, evidence: Sequence[Evidence], treated: Sequence[TokenWeights]) -> list[Tensor]:
+    def _controlled(self, evidence: Sequence[Evidence], treated: Sequence[TokenWeights]) -> list[TokenWeights]:
+        """Replace the weights by ones that do not depend on the tokens."""
         everything = _Step([one.weights for one in treated])
         targets = _Step([_valid(one, everything.everything.shape[-1]) for one in evidence])
         generator = torch.Generator().manual_seed(_mixed(self.seed, self._step))
         function = shuffle if self.control == "shuffled" else matched_random
-        return everything.own(function(everything.everything, targets.everything, generator))
+        own = everything.own(function(everything.everything, targets.everything, generator))
+        return [replace(one, weights=weights, clipped=None) for one, weights in zip(treated, own, strict=True)]
 
 
 def _valid(evidence: Evidence, n_heads: int) -> Tensor:
