@@ -129,13 +129,8 @@ def backbone_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -
     if section.checkpoint is not None:
         return AutoConfig.from_pretrained(section.checkpoint)
     assert section.architecture is not None
-    fields = {
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-        **section.architecture,
-    }
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    fields = {"vocab_size": len(tokenizer), **special, **section.architecture}
     return CONFIG_MAPPING[fields.pop("model_type")](**fields)
 
 

@@ -353,12 +353,11 @@ class Recipe(_Section):
             raise ValueError(
                 "stages share a tokenizer, and format=arithmetic has its own: use it in all stages or in none"
             )
-        value_head = False
-        for stage in self.schedule():
-            value_head = value_head or stage.train.algo == "value-head"
-            if isinstance(stage.settings, CriticSection) and not value_head:
-                raise ValueError("the key critic.pretrain is missing")
-        names = [stage.name for stage in self.schedule()]
+        stages = self.schedule()
+        algorithms = [stage.train.algo for stage in stages]
+        if "critic-wmtp" in algorithms and "value-head" not in algorithms[: algorithms.index("critic-wmtp")]:
+            raise ValueError("the key critic.pretrain is missing")
+        names = [stage.name for stage in stages]
         for name in names[:-1]:
             if name in RESERVED or names.count(name) > 1:
                 raise ValueError(f"the name {name} of a stage is taken: give every stage a name of its own")
@@ -384,16 +383,12 @@ class Recipe(_Section):
 
 def _pretraining(stage: Stage, pretrain: PretrainSection) -> Stage:
     """The stage that trains the value head of a stage with ``critic-wmtp``."""
-    train = {"algo": "value-head", "steps": pretrain.steps, "max_seconds": None, "peak_lr": pretrain.peak_lr}
+    name = "critic" if stage.name is None else f"{stage.name}-critic"
+    own = {"algo": "value-head", "steps": pretrain.steps, "max_seconds": None, "peak_lr": pretrain.peak_lr}
+    train = {**stage.train.model_dump(), **own, "trainable": "all"}
     returns = stage.settings.model_dump(include={"gamma", "gae_lambda"})
-    return StageSection.model_validate(
-        {
-            "name": "critic" if stage.name is None else f"{stage.name}-critic",
-            "data": stage.data,
-            "train": {**stage.train.model_dump(), **train, "trainable": "all"},
-            "value_head": {**returns, **pretrain.model_dump(include={"per_problem", "corrupt"})},
-        }
-    )
+    value_head = {**returns, **pretrain.model_dump(include={"per_problem", "corrupt"})}
+    return StageSection.model_validate({"name": name, "data": stage.data, "train": train, "value_head": value_head})
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -175,8 +175,8 @@ class _Run:
     ) -> None:
         if config.accumulate % world_size():
             raise ValueError(
-                f"train.accumulate={config.accumulate} micro-batches per step cannot be shared evenly by {world_size()} ranks: use a "
-                f"multiple of {world_size()}, or another number of ranks."
+                f"train.accumulate={config.accumulate} micro-batches per step cannot be shared evenly by {world_size()} "
+                f"ranks: use a multiple of {world_size()}, or another number of ranks."
             )
         self.batches, self.config, self.flops_per_token = batches, config, flops_per_token
         self.device = next(model.parameters()).device
@@ -197,11 +197,6 @@ class _Run:
         """Whether the run has reached its length."""
         return elapsed_share(self.config, self.step, self.seconds) >= 1
 
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        """The parameters that the optimizers update."""
-        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
-
     def next_batches(self) -> dict[int, Batch]:
         """This rank's batches of the next step by number, on the device."""
         first = self.step * self.config.accumulate
@@ -219,12 +214,8 @@ class _Run:
     def values(self) -> dict[str, Any]:
         """What else the next step depends on, as JSON."""
         objective = self.stage.objective.state_dict()
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "tokens": self.tokens,
-            "objective": {name: value for name, value in objective.items() if not isinstance(value, Tensor)},
-        }
+        plain = {name: value for name, value in objective.items() if not isinstance(value, Tensor)}
+        return {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "objective": plain}
 
     def save(self, writer: CheckpointWriter) -> None:
         """Save the state, all ranks together."""
@@ -351,11 +342,12 @@ def _optimizer_step(run: _Run) -> Record:
     started = time.perf_counter()
     config = run.config
     factor = learning_rate_factor(config, run.step, elapsed_share(config, run.step, run.seconds))
+    trained = [p for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]]
     parts, plan, seen = accumulate(run.stage, run.next_batches(), run.precision)
     try:
         weight = total_weight(parts)
         metrics = mean_metrics(parts) | run.stage.objective.end_step(plan, seen)
-        norm = normalise(run.trained, parts, config.clip_norm)
+        norm = normalise(trained, parts, config.clip_norm)
     except WrongStepError as error:
         run.stage.zero_grad()
         raise RuntimeError(
@@ -433,10 +425,8 @@ def run_configuration(
     """
     # Checkpoints of versions that always trained everything do not store `trainable`.
     left_out = REPORTING | ({"trainable"} if config.trainable == "all" else set())
-    settings: dict[str, Any] = {
-        "train": config.model_dump(mode="json", exclude=left_out),
-        "distributed": {"param_dtype": distributed.param_dtype},
-    }
+    settings: dict[str, Any] = {"train": config.model_dump(mode="json", exclude=left_out)}
+    settings["distributed"] = {"param_dtype": distributed.param_dtype}
     settings["objective"] = {"name": type(objective).__name__}
     for name, value in vars(objective).items():
         if isinstance(value, nn.Module) or name.startswith("_"):

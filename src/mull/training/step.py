@@ -10,8 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import distributed as dist
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -156,7 +155,7 @@ def shard(root: nn.Module, units: Iterable[nn.Module], methods: Sequence[str], c
             "one type only: convert the model, for instance with model.float()."
         )
     for tensor in (*parameters, *root.buffers()):
-        dist.broadcast(tensor.detach(), src=0)
+        distributed.broadcast(tensor.detach(), src=0)
     mesh = init_device_mesh(parameters[0].device.type, (world_size(),))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if config.param_dtype == "bf16" else None,

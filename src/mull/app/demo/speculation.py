@@ -137,15 +137,10 @@ class Speculation:
         calls = self.calls[name]
         pairs = zip(calls, self.calls[PLAIN], strict=True)
         speedups = [call.tokens_per_second / plain.tokens_per_second for call, plain in pairs]
-        return [
-            name,
-            f"{self.n_same[name]} of {len(calls)}",
-            1 + sum(sum(call.accepted) for call in calls) / sum(call.row_rounds for call in calls),
-            median(call.tokens_per_second for call in calls),
-            median(speedups),
-            min(speedups),
-            max(speedups),
-        ]
+        same = f"{self.n_same[name]} of {len(calls)}"
+        per_round = 1 + sum(sum(call.accepted) for call in calls) / sum(call.row_rounds for call in calls)
+        speed = median(call.tokens_per_second for call in calls)
+        return [name, same, per_round, speed, median(speedups), min(speedups), max(speedups)]
 
 
 def _decode_in_turn(model: MullForCausalLM, prompts: Tensor, new_tokens: int) -> dict[str, list[GenerateOutput]]:

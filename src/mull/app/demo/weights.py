@@ -133,8 +133,7 @@ class Weights:
         }
 
     def _clean_curve(self, run: TrainResult) -> dict[int, float]:
-        evaluated = [record for record in run.history if "eval_clean_loss" in record]
-        return {0: self.before, **{record["tokens"]: record["eval_clean_loss"] for record in evaluated}}
+        return {0: self.before, **{r["tokens"]: r["eval_clean_loss"] for r in run.history if "eval_clean_loss" in r}}
 
 
 def _mean(run: TrainResult, metric: str) -> float:

@@ -233,12 +233,8 @@ class GroupRelative(Scorer):
         """
         assert isinstance(plan, RolloutPlan)
         equal, groups, reward, truncated, tokens, answers = global_sum(plan.counts).tolist()
-        metrics = {
-            "reward": reward / answers,
-            "equal_groups": equal / groups,
-            "completion_length": tokens / answers,
-            "truncated": truncated / answers,
-        }
+        metrics = {"reward": reward / answers, "equal_groups": equal / groups}
+        metrics |= {"completion_length": tokens / answers, "truncated": truncated / answers}
         if self.config.kl_coef > 0:
             divergence, targets = global_sum(functools.reduce(torch.add, seen)).tolist()
             metrics["kl"] = divergence / targets

@@ -75,12 +75,9 @@ class StepSupervision(Objective):
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         weight = (targets != IGNORED).sum()
         first, last = (_hits_and_targets(logits[step], targets[step]) for step in (0, -1))
-        metrics = {
-            "iterations": float(iterations),
-            "first_step_accuracy": _accuracy(first),
-            "last_step_accuracy": _accuracy(last),
-        }
-        return LossOutput(total, weight, {"loss": float(total.detach() / weight), **metrics}, first)
+        metrics = {"loss": float(total.detach() / weight), "iterations": float(iterations)}
+        metrics |= {"first_step_accuracy": _accuracy(first), "last_step_accuracy": _accuracy(last)}
+        return LossOutput(total, weight, metrics, first)
 
     def end_step(self, plan: StepPlan, seen: Sequence[Tensor]) -> dict[str, float]:
         """Advance the curriculum by the first-step accuracy over all targets of the step, logged as ``first_step_accuracy``."""
