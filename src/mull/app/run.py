@@ -182,15 +182,10 @@ def _open_mlflow(recipe: Recipe, folder: Path, place: str) -> MlflowLog | None:
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        log = MlflowLog(
-            tracking.uri or sqlite_uri(recipe.run.out),
-            tracking.experiment,
-            f"{recipe.run.name}/{place}" if place else recipe.run.name,
-            folder / "mlflow-run-id",
-            parameters=flat(recipe.parameters()),
-            tags=recipe.run.tags,
-        )
-        opened.append(log)
+        uri, run_id_file = tracking.uri or sqlite_uri(recipe.run.out), folder / "mlflow-run-id"
+        name = f"{recipe.run.name}/{place}" if place else recipe.run.name
+        parameters, tags = flat(recipe.parameters()), recipe.run.tags
+        opened.append(MlflowLog(uri, tracking.experiment, name, run_id_file, parameters=parameters, tags=tags))
 
     on_first_rank(begin)
     return opened[0] if opened else None
@@ -251,16 +246,10 @@ def _estimate_stage(
     precision = resolve_precision(stage.train.precision, device())
     schedule = _schedule(stage, objective, precision)
     check_length("A row", schedule.length, model.config.get_text_config())
-    scorer = objective.scorer if isinstance(objective, WeightedMTP) else None
+    sharding, companion = recipe.distributed, objective.companion
+    reference = objective.scorer.reference if isinstance(objective, WeightedMTP) else None
     with frozen_except(model, stage.train.trainable if objective.trains_model else ()) as trainable:
-        found = estimate(
-            model,
-            stage.train,
-            schedule,
-            distributed=recipe.distributed,
-            companion=objective.companion,
-            reference=None if scorer is None else scorer.reference,
-        )
+        found = estimate(model, stage.train, schedule, distributed=sharding, companion=companion, reference=reference)
     rows = [*found.rows(), *_plan_rows(stage, data, found, peak_flops(device(), precision))]
     if stage.train.trainable != "all":
         rows += [(f"trains {name}", f"{count:,}") for name, count in summary(trainable).items()]

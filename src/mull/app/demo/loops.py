@@ -107,11 +107,9 @@ class Loops:
         models = {name: losses for name, losses in self.losses.items() if name != CONTROL}
         costs = {k: relative_cost(self.looped.path(k), len(self.looped.model.layers)) for k in looped}
         parameters = self.looped.num_parameters()
+        runs = [[name, parameters, r.step, r.tokens, r.seconds, r.precision] for name, r in self.runs.items()]
         return {
-            "runs": Table(
-                ["run", "parameters", "steps", "tokens", "seconds", "precision"],
-                [[name, parameters, r.step, r.tokens, r.seconds, r.precision] for name, r in self.runs.items()],
-            ),
+            "runs": Table(["run", "parameters", "steps", "tokens", "seconds", "precision"], runs),
             "training": loss_curves(curves),
             "distances": angular_distance_figure(self.split),
             "iterations": loss_against_iterations(models, {CONTROL: control}),

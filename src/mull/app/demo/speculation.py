@@ -104,30 +104,23 @@ class Speculation:
         losses = [format(self.run.history[-1][f"head{k}_loss"], ".2f") for k in range(LONGEST + 1)]
         counts = acceptance_by_position(self.calls[FIXED])
         lengths = range(LONGEST + 1)
+        speeds = {name: [call.tokens_per_second for call in calls] for name, calls in self.calls.items()}
+        ways = ["way", "same tokens", "tokens per round", "tokens per second", "speed-up", "least", "most"]
+        drafted = [
+            [name, *(sum(call.draft_lengths.get(length, 0) for call in calls) for length in lengths)]
+            for name, calls in self.calls.items()
+        ]
+        shares = [[place, *count, count.conditional, count.cumulative] for place, count in enumerate(counts, start=1)]
+        positions = ["position", "drafted", "tested", "accepted", "share of tested", "share of drafted"]
         return {
             "longest": LONGEST,
             "losses": losses,
             "acceptance": acceptance_figure(
-                [count.conditional for count in counts],
-                [count.cumulative for count in counts],
-                {name: [call.tokens_per_second for call in calls] for name, calls in self.calls.items()},
+                [count.conditional for count in counts], [count.cumulative for count in counts], speeds
             ),
-            "speeds": Table(
-                ["way", "same tokens", "tokens per round", "tokens per second", "speed-up", "least", "most"],
-                [self._row(name) for name in WAYS],
-            ),
-            "lengths": Table(
-                ["way", *(f"{length} drafted" for length in lengths)],
-                [
-                    [name, *(sum(call.draft_lengths.get(length, 0) for call in calls) for length in lengths)]
-                    for name, calls in self.calls.items()
-                ],
-            ),
-            "positions": Table(
-                ["position", "drafted", "tested", "accepted", "share of tested", "share of drafted"],
-                [[place, *count, count.conditional, count.cumulative] for place, count in enumerate(counts, start=1)],
-                digits=3,
-            ),
+            "speeds": Table(ways, [self._row(name) for name in WAYS]),
+            "lengths": Table(["way", *(f"{length} drafted" for length in lengths)], drafted),
+            "positions": Table(positions, shares, digits=3),
             "sample": self.sample,
             "n_different": sum(len(self.calls[name]) - same for name, same in self.n_same.items()),
         }

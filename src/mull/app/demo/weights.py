@@ -112,22 +112,17 @@ class Weights:
         curves = {name: self._clean_curve(run) for name, run in self.runs.items()}
         last = {name: run.history[-1] for name, run in self.runs.items()}
         clean = {name: record["eval_clean_loss"] for name, record in last.items()}
+        losses = [[n, clean[n], clean[n] - self.before, last[n]["head1_loss"], last[n]["head2_loss"]] for n in last]
         metrics = ["weights/marked", "weights/ess", "weights/entropy", "weights/zero_rate"]
+        weights = [[name, *(_mean(run, metric) for metric in metrics)] for name, run in self.runs.items()]
+        real = {name: curve for name, curve in curves.items() if SHUFFLED not in name}
+        controls = {name: (control, curves[control]) for name, control in CONTROLS.items()}
         return {
             "n_heads": N_HEADS,
             "noise": NOISE,
-            "curves": held_out_curves(
-                {name: curve for name, curve in curves.items() if SHUFFLED not in name},
-                {name: (control, curves[control]) for name, control in CONTROLS.items()},
-            ),
-            "losses": Table(
-                ["run", "clean loss", "change", "head 1", "head 2"],
-                [[n, clean[n], clean[n] - self.before, last[n]["head1_loss"], last[n]["head2_loss"]] for n in last],
-            ),
-            "weights": Table(
-                ["run", "weight of noise", "effective sample", "entropy", "zero"],
-                [[name, *(_mean(run, metric) for metric in metrics)] for name, run in self.runs.items()],
-            ),
+            "curves": held_out_curves(real, controls),
+            "losses": Table(["run", "clean loss", "change", "head 1", "head 2"], losses),
+            "weights": Table(["run", "weight of noise", "effective sample", "entropy", "zero"], weights),
             "gains": {name: clean[BASELINE] - loss for name, loss in clean.items()},
             "controls": CONTROLS,
         }

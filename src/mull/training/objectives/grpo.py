@@ -176,12 +176,10 @@ class GroupRelative(Scorer):
         advantages = group_advantages(rewards, normalise_std=config.normalise_std).flatten()
         ends = torch.isin(completions, self._end_ids.to(model.device))
         written = ends.cumsum(1) - ends.long() == 0  # up to the first end, itself included
-        trained = {
-            "input_ids": torch.cat([prompts["input_ids"], completions], 1),
-            "labels": torch.cat([torch.full_like(mask, IGNORED), torch.where(written, completions, IGNORED)], 1),
-            "attention_mask": torch.cat([mask, written.to(mask.dtype)], 1),
-            "advantages": advantages,
-        }
+        ids = torch.cat([prompts["input_ids"], completions], 1)
+        labels = torch.cat([torch.full_like(mask, IGNORED), torch.where(written, completions, IGNORED)], 1)
+        visible = torch.cat([mask, written.to(mask.dtype)], 1)
+        trained = {"input_ids": ids, "labels": labels, "attention_mask": visible, "advantages": advantages}
         return trained, _count(rewards, written, ends)
 
     def _check_prompts(self, model: MullForCausalLM, mask: Tensor) -> None:

@@ -182,11 +182,7 @@ def _describe(sums: list[float], largest: float, overall_mean: float) -> dict[st
     entropy = 0.0
     if total > 0:
         entropy = (math.log(total) - total_ln / total) / math.log(count) if count > 1 else 1.0
-    return {
-        "ess": total**2 / (count * squares) if total > 0 else 0.0,
-        "entropy": entropy,
-        "mean": total / count,
-        "max": largest / overall_mean if overall_mean > 0 else 0.0,
-        "clip_rate": clipped / count,
-        "zero_rate": zeros / count,
-    }
+    ess = total**2 / (count * squares) if total > 0 else 0.0
+    scaled = largest / overall_mean if overall_mean > 0 else 0.0
+    shares = {"clip_rate": clipped / count, "zero_rate": zeros / count}
+    return {"ess": ess, "entropy": entropy, "mean": total / count, "max": scaled, **shares}
