@@ -65,6 +65,7 @@ def prepare(recipe: Recipe) -> Prepared:
     stages = recipe.schedule()
     if stages[0].data.arithmetic is not None:
         return _prepare_arithmetic(recipe.model.checkpoint, stages)
+    # By section, because stages that share one read their files once.
     sources = {stage.data: (_read_train(stage.data), _read_held_out(stage.data)) for stage in stages}
     if recipe.model.checkpoint is not None:
         tokenizer = _load_tokenizer(recipe.model.checkpoint)

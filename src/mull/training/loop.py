@@ -185,7 +185,7 @@ class _Run:
         _tell("Training on %s%s in %s (precision=%s).", self.device, ranks, self.precision, config.precision)
         self.configuration = run_configuration(model, objective, config, distributed)
         self.stage = make_stage(model, objective, distributed)
-        self.stage.zero_grad()
+        self.stage.zero_grad()  # the caller may have left gradients in the model
         _seed(config.seed + rank())
         self.optimizers = build_optimizers(self.stage.model, config, self.stage.companion)
         self.step, self.seconds, self.tokens = 0, 0.0, 0

@@ -218,6 +218,7 @@ class Critic(_ScorerWithMoments):
         """Whiten with running moments, this step's included, and clip."""
         among = scores[valid].double()
         sums = torch.stack([among.sum(), among.square().sum(), valid.sum().double()])
+        # A copy, because only `end_step` changes what is kept.
         moments = copy.copy(self._moments)
         if training or not moments.ready:
             moments.update(*sums.tolist())
