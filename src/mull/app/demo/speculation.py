@@ -16,7 +16,7 @@ from torch import Tensor
 from mull.app.demo.chapter import Bench
 from mull.app.demo.loops import Loops
 from mull.app.report.figures import acceptance_figure
-from mull.app.report.page import Table
+from mull.app.report.page import Rows, Table
 from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches
 from mull.decoding.generate import GenerateOutput, GenerationStats, generate
@@ -106,7 +106,7 @@ class Speculation:
         lengths = range(LONGEST + 1)
         speeds = {name: [call.tokens_per_second for call in calls] for name, calls in self.calls.items()}
         ways = ["way", "same tokens", "tokens per round", "tokens per second", "speed-up", "least", "most"]
-        drafted = [
+        drafted: Rows = [
             [name, *(sum(call.draft_lengths.get(length, 0) for call in calls) for length in lengths)]
             for name, calls in self.calls.items()
         ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from mull.app.demo.chapter import Bench
 from mull.app.demo.loops import Loops
 from mull.app.report.figures import held_out_curves
-from mull.app.report.page import Table
+from mull.app.report.page import Rows, Table
 from mull.data.noise import plant_noise
 from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches
@@ -112,9 +112,11 @@ class Weights:
         curves = {name: self._clean_curve(run) for name, run in self.runs.items()}
         last = {name: run.history[-1] for name, run in self.runs.items()}
         clean = {name: record["eval_clean_loss"] for name, record in last.items()}
-        losses = [[n, clean[n], clean[n] - self.before, last[n]["head1_loss"], last[n]["head2_loss"]] for n in last]
+        losses: Rows = [
+            [n, clean[n], clean[n] - self.before, r["head1_loss"], r["head2_loss"]] for n, r in last.items()
+        ]
         metrics = ["weights/marked", "weights/ess", "weights/entropy", "weights/zero_rate"]
-        weights = [[name, *(_mean(run, metric) for metric in metrics)] for name, run in self.runs.items()]
+        weights: Rows = [[name, *(_mean(run, metric) for metric in metrics)] for name, run in self.runs.items()]
         real = {name: curve for name, curve in curves.items() if SHUFFLED not in name}
         controls = {name: (control, curves[control]) for name, control in CONTROLS.items()}
         return {
