@@ -60,7 +60,6 @@ def meta_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> Mul
     if section.mtp is not None:
         config.mtp = section.mtp.model_dump()
     with torch.device("meta"):
-        # The type of transformers' wrapped `to` does not fit a call.
         # transformers wraps `to`, and the type of the wrapper does not fit a call.
         model = nn.Module.to(MullForCausalLM(config), DTYPES[section.dtype])
     model.tie_weights()
@@ -103,9 +102,8 @@ def build_objectives(recipe: Recipe, prepared: Prepared, model: MullForCausalLM,
             **_grading(stage),
         )
         loss, train = stage.loss, stage.train
-        objectives.append(
-            make_objective(train.algo, resources, settings, heads=loss.heads, control=loss.control, seed=train.seed)
-        )
+        built = make_objective(train.algo, resources, settings, heads=loss.heads, control=loss.control, seed=train.seed)
+        objectives.append(built)
     for objective in objectives if value_head is not None else ():
         # Ranks shard the model once, together with the value head, so it belongs to every stage; only those with a gradient
         # for it change it.

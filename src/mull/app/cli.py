@@ -47,8 +47,7 @@ def demo(
     seed: Annotated[int, Option(help="Seed of weights, data order and sampled iterations.")] = 0,
 ) -> None:
     """Train a small model on real text, teach it to think in loops, and write a report: minutes on one CPU, no downloads."""
-    report = run_demo(out, seed)
-    print(f"report: {report}")
+    print(f"report: {run_demo(out, seed)}")
 
 
 @app.command()

@@ -4,12 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mull.app.recipe import DataSection, ModelSection, Recipe, Stage
@@ -27,6 +22,9 @@ from mull.training.objectives.table import find_entry
 from mull.training.objectives.weightings import GradientSection
 
 logger = logging.getLogger(__name__)
+
+Items = Sequence[Document] | Sequence[Example]
+"""Texts or tasks, not yet packed."""
 
 
 @dataclass(frozen=True)
@@ -67,54 +65,40 @@ def prepare(recipe: Recipe) -> Prepared:
     stages = recipe.schedule()
     if stages[0].data.arithmetic is not None:
         return _prepare_arithmetic(recipe.model.checkpoint, stages)
-    sources = {stage.data: _Items.of(stage.data) for stage in stages}
-    first = sources[stages[0].data]
+    # By section, because stages that share one read their files once.
+    sources = {stage.data: (_read_train(stage.data), _read_held_out(stage.data)) for stage in stages}
     if recipe.model.checkpoint is not None:
         tokenizer = _load_tokenizer(recipe.model.checkpoint)
     else:
-        tokenizer = train_tokenizer((_text(item) for item in first.train), stages[0].data.vocab_size)
+        texts, _ = sources[stages[0].data]
+        tokenizer = train_tokenizer(map(_text, texts), stages[0].data.vocab_size)
     config = backbone_config(recipe.model, tokenizer).get_text_config()
-    return Prepared(tokenizer, [_stage_data(stage, sources[stage.data], tokenizer, config) for stage in stages])
+    return Prepared(tokenizer, [_stage_data(stage, *sources[stage.data], tokenizer, config) for stage in stages])
 
 
-@dataclass(frozen=True)
-class _Items:
-    """Texts or tasks, not yet packed."""
-
-    train: Sequence[Document] | Sequence[Example]
-    held_out: Sequence[Document] | Sequence[Example]
-
-    @classmethod
-    def of(cls, data: DataSection) -> "_Items":
-        items = _read(data, data.paths, data.split)
-        held_out = _read_held_out(data)
-        if data.max_bytes is not None:
-            items = subsample([item for item in items if isinstance(item, Document)], data.max_bytes)
-        return cls(items, held_out)
-
-
-def _stage_data(stage: Stage, items: _Items, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> StageData:
+def _stage_data(
+    stage: Stage, train: Items, held_out: Items, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> StageData:
     data, settings, seed = stage.data, stage.settings, stage.train.seed
 
-    def pack(chosen: Sequence[Document | Example]) -> PackedDataset:
-        return _pack(chosen, tokenizer, data.length, config)
+    def pack(items: Items) -> PackedDataset:
+        check_length("data.length", data.length, config)
+        examples = _examples(items)
+        if examples:
+            return pack_examples(examples, tokenizer, length=data.length, vocab_size=config.vocab_size)
+        return pack_texts(map(_text, items), tokenizer, length=data.length, vocab_size=config.vocab_size)
 
     def shuffled(packed: PackedDataset) -> Batches:
         return ShuffledBatches(packed, data.batch_size, seed)
 
     if isinstance(settings, ValueSection):
-        found = pairs(
-            [item for item in items.train if isinstance(item, Example)],
-            per_problem=settings.per_problem,
-            corrupt=settings.corrupt,
-            seed=seed,
-        )
+        found = pairs(_examples(train), per_problem=settings.per_problem, corrupt=settings.corrupt, seed=seed)
         return StageData(shuffled(pack([answer for pair in found for answer in pair])))
     aligned = None
     if isinstance(settings, GradientSection) and settings.paths is not None:
         aligned = shuffled(pack(_right(_read(data, settings.paths, data.split))))
-    rows = pack(_right(items.train))
-    return StageData(shuffled(rows), rows, pack(_right(items.held_out)) if items.held_out else None, aligned)
+    rows = pack(_right(train))
+    return StageData(shuffled(rows), rows, pack(_right(held_out)) if held_out else None, aligned)
 
 
 def _prepare_arithmetic(checkpoint: str | None, stages: Sequence[Stage]) -> Prepared:
@@ -144,16 +128,10 @@ def _arithmetic_data(stage: Stage) -> StageData:
 def backbone_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """Configuration of the checkpoint, or of the backbone with random weights."""
     if section.checkpoint is not None:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(section.checkpoint)
-        return config
+        return AutoConfig.from_pretrained(section.checkpoint)
     assert section.architecture is not None
-    fields = {
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-        **section.architecture,
-    }
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    fields = {"vocab_size": len(tokenizer), **special, **section.architecture}
     return CONFIG_MAPPING[fields.pop("model_type")](**fields)
 
 
@@ -183,6 +161,11 @@ def _read(data: DataSection, paths: Sequence[str] | None, split: str | None) -> 
     return [example for path in paths for example in load_examples(path, data.format, split=split, config=data.config)]
 
 
+def _read_train(data: DataSection) -> list[Document] | list[Example]:
+    items = _read(data, data.paths, data.split)
+    return items if data.max_bytes is None else subsample(_documents(items), data.max_bytes)
+
+
 def _read_held_out(data: DataSection) -> list[Document] | list[Example]:
     if data.held_out_paths is not None or data.held_out_split is not None:
         return _read(data, data.held_out_paths or data.paths, data.held_out_split)
@@ -193,31 +176,27 @@ def _text(item: Document | Example) -> str:
     return item.prompt + item.completion if isinstance(item, Example) else item.text
 
 
-def _right(items: Sequence[Document | Example]) -> list[Document] | list[Example]:
+def _documents(items: Items) -> list[Document]:
+    return [item for item in items if isinstance(item, Document)]
+
+
+def _examples(items: Items) -> list[Example]:
+    return [item for item in items if isinstance(item, Example)]
+
+
+def _right(items: Items) -> list[Document] | list[Example]:
     """Texts, or the answers that are not known to be wrong: the model should not learn to write those.
 
     Raises:
         ValueError: all answers are wrong.
     """
-    documents = [item for item in items if isinstance(item, Document)]
-    answers = [
-        replace(item, outcome=None) for item in items if isinstance(item, Example) and item.outcome in (None, 1.0)
-    ]
+    documents = _documents(items)
+    answers = [replace(item, outcome=None) for item in _examples(items) if item.outcome in (None, 1.0)]
     if items and not documents and not answers:
         raise ValueError(f"None of the {len(items)} answers is right (outcome 1): there is nothing to learn to write.")
     if answers and len(answers) < len(items) and rank() == 0:
         logger.warning("%d of %d answers are wrong and not trained on.", len(items) - len(answers), len(items))
     return documents or answers
-
-
-def _pack(
-    items: Sequence[Document | Example], tokenizer: PreTrainedTokenizerBase, length: int, config: PreTrainedConfig
-) -> PackedDataset:
-    check_length("data.length", length, config)
-    examples = [item for item in items if isinstance(item, Example)]
-    if examples:
-        return pack_examples(examples, tokenizer, length=length, vocab_size=config.vocab_size)
-    return pack_texts((_text(item) for item in items), tokenizer, length=length, vocab_size=config.vocab_size)
 
 
 def check_length(key: str, length: int, config: PreTrainedConfig) -> None:

@@ -27,11 +27,13 @@ from mull.training.objectives.grpo import GRPOSection
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.table import NEXT_TOKEN, OBJECTIVES, objective_names
 from mull.training.objectives.weighted_mtp import Control, HeadTraining
-from mull.training.objectives.weightings import CriticSection, GradientSection
+from mull.training.objectives.weightings import CriticSection, GradientSection, PretrainSection
 from mull.training.step import DistributedConfig
 
 SECTIONS = {entry.section[0]: name for name, entry in OBJECTIVES.items() if entry.section is not None}
 """Sections with the settings of an objective, and the name of the objective."""
+
+_SETTINGS = dict(entry.section for entry in OBJECTIVES.values() if entry.section is not None)
 
 
 class _Section(BaseModel):
@@ -75,11 +77,9 @@ class ModelSection(_Section):
     def _one_start(self) -> Self:
         if (self.checkpoint is None) == (self.architecture is None):
             raise ValueError("give either checkpoint or architecture")
-        if self.architecture is not None and self.architecture.get("model_type") not in FAMILIES:
-            raise ValueError(
-                f"architecture.model_type={self.architecture.get('model_type')!r} is not supported; "
-                f"supported are {', '.join(sorted(FAMILIES))}"
-            )
+        if self.architecture is not None and (kind := self.architecture.get("model_type")) not in FAMILIES:
+            known = ", ".join(sorted(FAMILIES))
+            raise ValueError(f"architecture.model_type={kind!r} is not supported; supported are {known}")
         return self
 
 
@@ -148,7 +148,7 @@ class DataSection(_Section):
     """Rows per micro-batch."""
 
     @model_validator(mode="after")
-    def _check_format(self) -> Self:
+    def _check_sources(self) -> Self:
         if (self.format == "arithmetic") != (self.arithmetic is not None):
             raise ValueError(
                 f"format={self.format} with arithmetic={self.arithmetic}: format arithmetic needs it, others do not"
@@ -163,16 +163,11 @@ class DataSection(_Section):
                 raise ValueError(
                     f"{' and '.join(unread)} are for texts, and format={self.format} reads tasks: leave them out"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _check_held_out(self) -> Self:
-        if self.held_out_split is None or self.held_out_paths is not None:
-            return self
-        if self.paths is None:
-            raise ValueError("held_out_split needs paths or held_out_paths that have splits")
-        if self.held_out_split == self.split:
-            raise ValueError(f"held_out_split={self.held_out_split!r} is what is trained on: choose another split")
+        if self.held_out_split is not None and self.held_out_paths is None:
+            if self.paths is None:
+                raise ValueError("held_out_split needs paths or held_out_paths that have splits")
+            if self.held_out_split == self.split:
+                raise ValueError(f"held_out_split={self.held_out_split!r} is what is trained on: choose another split")
         return self
 
 
@@ -274,6 +269,10 @@ class Stage(_Section):
                     f"the section {section} belongs to train.algo={owner}, but train.algo={algo}: remove the section, or choose "
                     "its algorithm"
                 )
+        if algo == NEXT_TOKEN:
+            _refuse_unread("loss.heads", "heads" in self.loss.model_fields_set)
+            _refuse_unread("loss.control", self.loss.control != "none")
+            _refuse_unread("train.trainable=heads", self.train.trainable == "heads")
         return self
 
     @model_validator(mode="after")
@@ -285,23 +284,14 @@ class Stage(_Section):
             )
         if isinstance(settings, GRPOSection):
             if settings.reward not in REWARDS:
-                raise ValueError(
-                    f"grpo.reward={settings.reward!r} is not known. {_hint(settings.reward, [*REWARDS], '')}"
-                )
+                hint = _hint(settings.reward, [*REWARDS], "")
+                raise ValueError(f"grpo.reward={settings.reward!r} is not known. {hint}")
             if kind != settings.reward:
                 raise ValueError(
                     f"grpo.reward={settings.reward} grades answers to data.format={settings.reward}, not {kind}"
                 )
         if isinstance(settings, GradientSection) and settings.paths is not None and kind == "arithmetic":
             raise ValueError("gradient.paths is read as data.format says, and arithmetic is not read from files")
-        return self
-
-    @model_validator(mode="after")
-    def _check_heads(self) -> Self:
-        if self.train.algo == NEXT_TOKEN:
-            _refuse_unread("loss.heads", "heads" in self.loss.model_fields_set)
-            _refuse_unread("loss.control", self.loss.control != "none")
-            _refuse_unread("train.trainable=heads", self.train.trainable == "heads")
         return self
 
 
@@ -320,10 +310,7 @@ else:
         "StageSection",
         __base__=Stage,
         __doc__=Stage.__doc__,
-        **{
-            key: (settings | None, Field(default=None, description=settings.__doc__))
-            for key, settings in (entry.section for entry in OBJECTIVES.values() if entry.section is not None)
-        },
+        **{key: (kind | None, Field(default=None, description=kind.__doc__)) for key, kind in _SETTINGS.items()},
     )
 SHARED = [name for name in StageSection.model_fields if name != "name"]
 """Sections that may be at the top of a recipe, where they serve all its stages."""
@@ -366,12 +353,11 @@ class Recipe(_Section):
             raise ValueError(
                 "stages share a tokenizer, and format=arithmetic has its own: use it in all stages or in none"
             )
-        value_head = False
-        for stage in self.schedule():
-            value_head = value_head or stage.train.algo == "value-head"
-            if isinstance(stage.settings, CriticSection) and not value_head:
-                raise ValueError("the key critic.pretrain is missing")
-        names = [stage.name for stage in self.schedule()]
+        stages = self.schedule()
+        algorithms = [stage.train.algo for stage in stages]
+        if "critic-wmtp" in algorithms and "value-head" not in algorithms[: algorithms.index("critic-wmtp")]:
+            raise ValueError("the key critic.pretrain is missing")
+        names = [stage.name for stage in stages]
         for name in names[:-1]:
             if name in RESERVED or names.count(name) > 1:
                 raise ValueError(f"the name {name} of a stage is taken: give every stage a name of its own")
@@ -382,7 +368,7 @@ class Recipe(_Section):
         found: list[Stage] = []
         for number, stage in enumerate(self.stages, start=1):
             if isinstance(stage.settings, CriticSection) and stage.settings.pretrain is not None:
-                found.append(_pretraining(stage, stage.settings))
+                found.append(_pretraining(stage, stage.settings.pretrain))
             found.append(stage.model_copy(update={"name": stage.name or f"stage-{number}"}))
         return found
 
@@ -395,20 +381,14 @@ class Recipe(_Section):
         return settings | {name: stage[name] for name in SHARED}
 
 
-def _pretraining(stage: Stage, critic: CriticSection) -> Stage:
+def _pretraining(stage: Stage, pretrain: PretrainSection) -> Stage:
     """The stage that trains the value head of a stage with ``critic-wmtp``."""
-    pretrain = critic.pretrain
-    assert pretrain is not None
-    train = {"algo": "value-head", "steps": pretrain.steps, "max_seconds": None, "peak_lr": pretrain.peak_lr}
-    values = {"gamma": critic.gamma, "gae_lambda": critic.gae_lambda}
-    return StageSection.model_validate(
-        {
-            "name": "critic" if stage.name is None else f"{stage.name}-critic",
-            "data": stage.data,
-            "train": {**stage.train.model_dump(), **train, "trainable": "all"},
-            "value_head": {**values, **pretrain.model_dump(include={"per_problem", "corrupt"})},
-        }
-    )
+    name = "critic" if stage.name is None else f"{stage.name}-critic"
+    own = {"algo": "value-head", "steps": pretrain.steps, "max_seconds": None, "peak_lr": pretrain.peak_lr}
+    train = {**stage.train.model_dump(), **own, "trainable": "all"}
+    returns = stage.settings.model_dump(include={"gamma", "gae_lambda"})
+    value_head = {**returns, **pretrain.model_dump(include={"per_problem", "corrupt"})}
+    return StageSection.model_validate({"name": name, "data": stage.data, "train": train, "value_head": value_head})
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -468,16 +448,15 @@ def _merged(default: Any, own: Any) -> Any:
     return {**default, **own} if isinstance(default, dict) and isinstance(own, dict) else own
 
 
-def _place(location: Sequence[Any], content: Mapping[str, Any]) -> list[Any]:
+def _place(location: Sequence[Any], content: Mapping[str, Any]) -> Sequence[Any]:
     """Where the user wrote what has this place in the checked recipe: at the top, or in a stage."""
-    found = [*location]
-    if found[:1] != ["stages"] or len(found) < 2:
-        return found
-    inner = found[2:]
-    if "stages" not in content:
-        return inner
-    own = content["stages"][found[1]]
-    return found if not _has(content, inner[:2]) or _has(own, inner[:2]) else inner
+    if len(location) < 2 or location[0] != "stages":
+        return location
+    inner = location[2:]
+    # A stage inherits the sections at the top key by key, so the first two names tell who wrote the value.
+    in_stage = "stages" in content and _has(content["stages"][location[1]], inner[:2])
+    at_top = "stages" not in content or _has(content, inner[:2])
+    return inner if at_top and not in_stage else location
 
 
 def _has(content: Any, keys: Sequence[Any]) -> bool:

@@ -74,10 +74,8 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
         for stage in stages:
             _check_stage(stage, model)
         objectives = build_objectives(recipe, prepared, model, load_model)
-        for number, place in enumerate(places):
-            result = _run_stage(
-                recipe, stages[number], prepared.stages[number], model, objectives[number], place, resume
-            )
+        for place, stage, data, objective in zip(places, stages, prepared.stages, objectives, strict=True):
+            result = _run_stage(recipe, stage, data, model, objective, place, resume)
             if result.stopped != "finished":
                 return result
             if result.terminated and place:
@@ -164,24 +162,16 @@ def _warn(message: str, *details: object) -> None:
 
 
 def _evaluation(stage: Stage, data: StageData) -> Evaluation | None:
-    rows, depth, held_out = stage.eval.rows, stage.loss.iterations.maximum, data.held_out
-    if stage.data.arithmetic is not None:
-        task = arithmetic_task(stage)
-        return Evaluation(
-            lambda model: {"right_answers": right_answers(model, task, rows=rows, iterations=_depth(model, depth))},
-            stage.eval.every,
-        )
-    if held_out is None:
-        return None
-    size = stage.data.batch_size
-    return Evaluation(
-        lambda model: held_out_losses(model, held_out, _depth(model, depth), batch_size=size, max_rows=rows),
-        stage.eval.every,
-    )
+    rows, held_out = stage.eval.rows, data.held_out
 
+    def measure(model: MullForCausalLM) -> dict[str, float]:
+        depth = None if model.etd_config is None else stage.loss.iterations.maximum
+        if held_out is None:
+            return {"right_answers": right_answers(model, arithmetic_task(stage), rows=rows, iterations=depth)}
+        return held_out_losses(model, held_out, depth, batch_size=stage.data.batch_size, max_rows=rows)
 
-def _depth(model: MullForCausalLM, iterations: int) -> int | None:
-    return None if model.etd_config is None else iterations
+    measurable = held_out is not None or stage.data.arithmetic is not None
+    return Evaluation(measure, stage.eval.every) if measurable else None
 
 
 def _open_mlflow(recipe: Recipe, folder: Path, place: str) -> MlflowLog | None:
@@ -192,15 +182,10 @@ def _open_mlflow(recipe: Recipe, folder: Path, place: str) -> MlflowLog | None:
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        log = MlflowLog(
-            tracking.uri or sqlite_uri(recipe.run.out),
-            tracking.experiment,
-            f"{recipe.run.name}/{place}" if place else recipe.run.name,
-            folder / "mlflow-run-id",
-            parameters=flat(recipe.parameters()),
-            tags=recipe.run.tags,
-        )
-        opened.append(log)
+        uri, run_id_file = tracking.uri or sqlite_uri(recipe.run.out), folder / "mlflow-run-id"
+        name = f"{recipe.run.name}/{place}" if place else recipe.run.name
+        parameters, tags = flat(recipe.parameters()), recipe.run.tags
+        opened.append(MlflowLog(uri, tracking.experiment, name, run_id_file, parameters=parameters, tags=tags))
 
     on_first_rank(begin)
     return opened[0] if opened else None
@@ -240,9 +225,8 @@ def estimate_recipe(recipe: Recipe) -> str:
         ValueError, OSError, RuntimeError: as in `run_recipe`.
     """
     with session():
-        prepared = prepare(recipe)
+        prepared, stages = prepare(recipe), recipe.schedule()
         model = meta_model(recipe.model, prepared.tokenizer)
-        stages = recipe.schedule()
         for stage in stages:
             _check_stage(stage, model)
         with torch.device("meta"):
@@ -262,16 +246,10 @@ def _estimate_stage(
     precision = resolve_precision(stage.train.precision, device())
     schedule = _schedule(stage, objective, precision)
     check_length("A row", schedule.length, model.config.get_text_config())
-    scorer = objective.scorer if isinstance(objective, WeightedMTP) else None
+    sharding, companion = recipe.distributed, objective.companion
+    reference = objective.scorer.reference if isinstance(objective, WeightedMTP) else None
     with frozen_except(model, stage.train.trainable if objective.trains_model else ()) as trainable:
-        found = estimate(
-            model,
-            stage.train,
-            schedule,
-            distributed=recipe.distributed,
-            companion=objective.companion,
-            reference=None if scorer is None else scorer.reference,
-        )
+        found = estimate(model, stage.train, schedule, distributed=sharding, companion=companion, reference=reference)
     rows = [*found.rows(), *_plan_rows(stage, data, found, peak_flops(device(), precision))]
     if stage.train.trainable != "all":
         rows += [(f"trains {name}", f"{count:,}") for name, count in summary(trainable).items()]
@@ -281,7 +259,7 @@ def _estimate_stage(
 def _schedule(stage: Stage, objective: Objective, precision: str) -> Schedule:
     rows, length, settings = stage.data.batch_size, stage.data.length, stage.settings
     samples = isinstance(settings, GRPOSection)
-    if isinstance(settings, GRPOSection):
+    if samples:
         rows, length = rows * settings.group_size, arithmetic_task(stage).prompt_length + settings.max_new_tokens
     sampling = stage.loss.iterations
     return Schedule(
@@ -314,7 +292,5 @@ def _plan_rows(stage: Stage, data: StageData, found: Estimate, peak: float) -> I
         rows = steps * stage.train.accumulate * stage.data.batch_size
         yield "epochs", f"{rows / len(data.rows):.2f}"
     seconds = steps * found.seconds_per_step(peak, world_size())
-    yield (
-        "time at full use of the peak",
-        f"{seconds:,.0f} seconds ({peak / 1e12:,.2f} TFLOP/s per rank); real runs take longer",
-    )
+    time = f"{seconds:,.0f} seconds ({peak / 1e12:,.2f} TFLOP/s per rank); real runs take longer"
+    yield "time at full use of the peak", time

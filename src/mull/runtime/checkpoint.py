@@ -21,10 +21,10 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from os import PathLike
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -56,7 +56,7 @@ class CheckpointConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    url: str | None = None
+    url: Annotated[str, AfterValidator(storage.check_url)] | None = None
     """Folder of the checkpoints: a path, ``file://…`` or ``s3://bucket/…``. ``None`` is ``checkpoints`` in the run's folder."""
 
     every: int | None = Field(default=None, ge=1)
@@ -67,13 +67,6 @@ class CheckpointConfig(BaseModel):
 
     asynchronous: bool = True
     """Write in the background, from a copy in main memory: one more copy of weights and optimizer state until it is written."""
-
-    @field_validator("url")
-    @classmethod
-    def _check_url(cls, url: str | None) -> str | None:
-        if url is not None:
-            storage.check_url(url)
-        return url
 
 
 class CheckpointWriter:
@@ -209,7 +202,7 @@ def stored_tensors(url: str) -> set[str]:
         FileNotFoundError: `url` is not a complete checkpoint.
     """
     _read_marker(url)
-    return set(_read_metadata(url, _Reader(url)).state_dict_metadata)
+    return set(_open(url)[1].state_dict_metadata)
 
 
 def load_checkpoint(url: str, tensors: Mapping[str, Tensor], configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,8 +228,7 @@ def load_checkpoint(url: str, tensors: Mapping[str, Tensor], configuration: Mapp
     """
     content = _read_marker(url)
     _check_configuration(url, content["configuration"], configuration)
-    reader = _Reader(url)
-    metadata = _read_metadata(url, reader)
+    reader, metadata = _open(url)
     _check_tensors(url, tensors, metadata)
     # Not DCP's `load`: it reads the metadata again, and turns each error into a `CheckpointException`, which is no `Exception`.
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -244,8 +236,7 @@ def load_checkpoint(url: str, tensors: Mapping[str, Tensor], configuration: Mapp
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     with _damage(url):
         reader.read_data(planner.create_local_plan(), planner).wait()
-    values: dict[str, Any] = content["values"]
-    return values
+    return content["values"]
 
 
 class _Files(FileSystem):
@@ -268,8 +259,8 @@ class _Files(FileSystem):
         return storage.join(str(path), suffix)
 
     def rename(self, path: str | PathLike[str], new_path: str | PathLike[str]) -> None:
-        with storage.os_errors(str(path)):
-            storage.filesystem(str(path)).mv(str(path), str(new_path))
+        with storage.access(str(path)) as files:
+            files.mv(str(path), str(new_path))
 
     def mkdir(self, path: str | PathLike[str]) -> None:
         pass  # `_prepare` has made the folder
@@ -289,23 +280,12 @@ class _Writer(FileSystemWriter):
         self.path = folder
 
 
-class _Reader(FileSystemReader):
-    def __init__(self, folder: str) -> None:
-        super().__init__(folder)
-        self.fs = _Files()
-        self.path = folder
-
-
 def _save_tensors(folder: str, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
     # DCP warns whenever one process saves alone. The filter is set once and for all: in a thread it could not be undone safely.
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-    save_state_dict(
-        dict(tensors),
-        storage_writer=_Writer(folder),
-        planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        process_group=group,
-        no_dist=group is None,
-    )
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    writer, alone = _Writer(folder), group is None
+    save_state_dict(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
 
 
 def _reason(error: OSError | CheckpointException) -> str:
@@ -383,9 +363,12 @@ def _read_marker(url: str) -> dict[str, Any]:
     return content
 
 
-def _read_metadata(url: str, reader: _Reader) -> Metadata:
+def _open(url: str) -> tuple[FileSystemReader, Metadata]:
+    """A reader of DCP for a checkpoint, and which tensors it has."""
+    reader = FileSystemReader(url)
+    reader.fs, reader.path = _Files(), url
     with _damage(url):
-        return reader.read_metadata()
+        return reader, reader.read_metadata()
 
 
 @contextlib.contextmanager
@@ -432,8 +415,6 @@ def _described(shape: torch.Size, dtype: torch.dtype) -> str:
 def _root_cause(error: BaseException) -> BaseException:
     """The first OSError among the causes of an error, or the error itself."""
     cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return cause
+    while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    return error
+    return cause or error

@@ -128,11 +128,7 @@ def on_first_rank(call: Callable[[], T], group: dist.ProcessGroup | None = None)
 
 def same_everywhere(value: int) -> int:
     """The value of rank 0, on every rank."""
-    if world_size() == 1:
-        return value
-    shared = torch.tensor(value)
-    dist.broadcast(shared, src=0)
-    return int(shared)
+    return on_first_rank(lambda: value)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -40,8 +40,11 @@ def local_path(url: str) -> Path:
     return Path(url.removeprefix("file://")).expanduser()
 
 
-def check_url(url: str) -> None:
+def check_url(url: str) -> str:
     """Refuse a URL that no file system understands, before anything is read or written.
+
+    Returns:
+        The URL.
 
     Raises:
         ValueError: the URL is empty, its protocol is unknown, or a remote name contains one of ``* ? [ ]``, which fsspec expands.
@@ -49,7 +52,7 @@ def check_url(url: str) -> None:
     if not url.strip():
         raise ValueError("The URL is empty: give a path, file://… or s3://bucket/folder.")
     if is_local(url):
-        return
+        return url
     protocol = url.split("://", 1)[0]
     if protocol not in fsspec.available_protocols():
         raise ValueError(
@@ -57,6 +60,7 @@ def check_url(url: str) -> None:
         )
     if _PATTERN & set(url):
         raise ValueError(f"{url} contains one of * ? [ ], which are read as patterns. Choose another folder name.")
+    return url
 
 
 def filesystem(url: str) -> AbstractFileSystem:
@@ -75,10 +79,17 @@ def filesystem(url: str) -> AbstractFileSystem:
         raise RuntimeError(f"{url} needs a package that is not installed: {remedy}.") from None
 
 
+@contextlib.contextmanager
+def access(url: str) -> Iterator[AbstractFileSystem]:
+    """The file system that serves a URL; what it raises meanwhile is translated by `os_errors`."""
+    files = filesystem(url)
+    with os_errors(url):
+        yield files
+
+
 def exists(url: str) -> bool:
     """Whether there is a file or folder. A store that does not answer is an error, never a no."""
-    files = filesystem(url)
-    with os_errors(url), contextlib.suppress(*_MISSING):
+    with access(url) as files, contextlib.suppress(*_MISSING):
         files.info(url)
         return True
     return False
@@ -86,24 +97,21 @@ def exists(url: str) -> bool:
 
 def list_names(folder: str) -> list[str]:
     """Sorted names of the files and folders in a folder; none if there is no such folder."""
-    files = filesystem(folder)
-    with os_errors(folder), contextlib.suppress(*_MISSING):
+    with access(folder) as files, contextlib.suppress(*_MISSING):
         return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in files.ls(folder, detail=False)})
     return []
 
 
 def read_bytes(url: str) -> bytes:
     """Read a whole file, in one request."""
-    files = filesystem(url)
-    with os_errors(url):
+    with access(url) as files:
         return bytes(files.cat_file(url))
 
 
 @contextlib.contextmanager
 def open_stream(url: str, mode: str) -> Iterator[IO[bytes]]:
     """Open a file to be read (``rb``) or written (``wb``) piece by piece."""
-    files = filesystem(url)
-    with os_errors(url), files.open(url, mode, **(_READING if mode == "rb" else {})) as stream:
+    with access(url) as files, files.open(url, mode, **(_READING if mode == "rb" else {})) as stream:
         yield stream
 
 
@@ -114,8 +122,7 @@ def write_text_atomic(url: str, text: str) -> None:
     store receives it in one request.
     """
     if not is_local(url):
-        files = filesystem(url)
-        with os_errors(url):
+        with access(url) as files:
             files.pipe_file(url, text.encode("utf-8"))
         return
     path = local_path(url)
@@ -136,8 +143,7 @@ def make_folder(url: str) -> None:
     Raises:
         FileNotFoundError: the bucket does not exist. It is not made, because the name may be a typing error.
     """
-    files = filesystem(url)
-    with os_errors(url):
+    with access(url) as files:
         if "s3" not in files.protocol:
             files.makedirs(url, exist_ok=True)
             return
@@ -152,8 +158,7 @@ def make_folder(url: str) -> None:
 
 def remove_tree(url: str) -> None:
     """Remove a file, or a folder with its content, if there is one."""
-    files = filesystem(url)
-    with os_errors(url), contextlib.suppress(FileNotFoundError):
+    with access(url) as files, contextlib.suppress(FileNotFoundError):
         files.rm(url, recursive=True)
 
 
@@ -165,10 +170,8 @@ def flush_folder(url: str) -> None:
     if not is_local(url):
         return
     path = local_path(url)
-    for file in path.iterdir():
-        _flush(file)
-    _flush(path)
-    _flush(path.absolute().parent)
+    for changed in (*path.iterdir(), path, path.absolute().parent):
+        _flush(changed)
 
 
 @contextlib.contextmanager

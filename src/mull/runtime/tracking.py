@@ -87,16 +87,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}, is not JSON ({error}). Repair or remove the line.") from error
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}, is not JSON ({error}). Repair or remove the line.") from error
     return records
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
-    }
+    finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
@@ -155,8 +152,7 @@ class MlflowLog:
 
     def _begin(self, experiment: str, run_name: str) -> str:
         found = self._client.get_experiment_by_name(experiment)
-        create = self._client.create_experiment
-        identifier = found.experiment_id if found else create(experiment, artifact_location=_artifacts(self._uri))
+        identifier = found.experiment_id if found else self._client.create_experiment(experiment, _artifacts(self._uri))
         return str(self._client.create_run(identifier, run_name=run_name).info.run_id)
 
     def _continue(self, run_id_file: Path) -> str:
@@ -178,9 +174,8 @@ class MlflowLog:
         new = [self._mlflow.entities.Param(name, value) for name, value in given.items() if name not in stored]
         changed = {f"resumed.{name}": value for name, value in given.items() if stored.get(name, value) != value}
         labels = {_clean(name): value for name, value in {**tags, **changed}.items()}
-        self._client.log_batch(
-            self.run_id, params=new, tags=[self._mlflow.entities.RunTag(*label) for label in labels.items()]
-        )
+        run_tags = [self._mlflow.entities.RunTag(*label) for label in labels.items()]
+        self._client.log_batch(self.run_id, params=new, tags=run_tags)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Send the numbers of a record, which must have a ``step``; other values are ignored.
@@ -276,11 +271,9 @@ def _check_uri(uri: str) -> None:
         return
     advice = ""
     if scheme in ("", "file"):
-        folder = Path(uri.removeprefix("file://"))
-        advice = f" MLflow no longer writes to plain folders: use {sqlite_uri(folder)}."
-    raise ValueError(
-        f"tracking.uri={uri!r} is neither a database nor a server ({', '.join(f'{name}:' for name in MLFLOW_SCHEMES)}).{advice}"
-    )
+        advice = f" MLflow no longer writes to plain folders: use {sqlite_uri(Path(uri.removeprefix('file://')))}."
+    allowed = ", ".join(f"{name}:" for name in MLFLOW_SCHEMES)
+    raise ValueError(f"tracking.uri={uri!r} is neither a database nor a server ({allowed}).{advice}")
 
 
 def _artifacts(uri: str) -> str | None:

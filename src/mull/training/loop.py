@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
 from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from mull.model.causal_lm import MullForCausalLM
 from mull.runtime.checkpoint import CheckpointConfig, CheckpointWriter, latest, load_checkpoint, stored_tensors
 from mull.runtime.distributed import gather_objects, on_first_rank, rank, same_everywhere, world_size
 from mull.runtime.timing import synchronize
@@ -41,7 +42,6 @@ from mull.training.progress import Progress
 from mull.training.state import rng_state, rng_tensors, set_rng_state, set_rng_tensors, training_tensors
 from mull.training.step import (
     DistributedConfig,
-    Stage,
     WrongStepError,
     accumulate,
     make_stage,
@@ -50,9 +50,6 @@ from mull.training.step import (
     total_weight,
 )
 from mull.training.trainable import CHOICES, frozen_except
-
-if TYPE_CHECKING:
-    from mull.model.causal_lm import MullForCausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +81,7 @@ class MetricSink(Protocol):
 class Evaluation:
     """Measure the model during training."""
 
-    evaluate: Callable[["MullForCausalLM"], Mapping[str, float]]
+    evaluate: Callable[[MullForCausalLM], Mapping[str, float]]
     """Called on every rank, with the model in evaluation mode, without gradient or autocast; its numbers are recorded as
     ``eval_<name>``. It may draw random numbers without changing the training. All ranks must run equally many layers."""
 
@@ -164,35 +161,41 @@ class TrainResult:
     """Whether a process received SIGTERM, if only in the last step of a finished run."""
 
 
-@dataclass
 class _Run:
-    """What the steps of one run share."""
+    """What the steps of one run share; made by all ranks alike."""
 
-    stage: Stage
-    batches: Batches
-    config: TrainConfig
-    optimizers: list[torch.optim.Optimizer]
-    device: torch.device
-    precision: Precision
-    configuration: dict[str, Any]
-    flops_per_token: Callable[[], float] | float | None
-    step: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    asked_to_terminate: bool = False
-    """This process received SIGTERM."""
-    terminated: bool = False
-    """Any process has; updated at the end of a step, on all ranks alike."""
+    def __init__(
+        self,
+        model: MullForCausalLM,
+        objective: Objective,
+        batches: Batches,
+        config: TrainConfig,
+        distributed: DistributedConfig,
+        flops_per_token: Callable[[], float] | float | None,
+    ) -> None:
+        if config.accumulate % world_size():
+            raise ValueError(
+                f"train.accumulate={config.accumulate} micro-batches per step cannot be shared evenly by {world_size()} "
+                f"ranks: use a multiple of {world_size()}, or another number of ranks."
+            )
+        self.batches, self.config, self.flops_per_token = batches, config, flops_per_token
+        self.device = next(model.parameters()).device
+        self.precision = resolve_precision(config.precision, self.device)
+        ranks = "" if world_size() == 1 else f" and {world_size() - 1} other ranks"
+        _tell("Training on %s%s in %s (precision=%s).", self.device, ranks, self.precision, config.precision)
+        self.configuration = run_configuration(model, objective, config, distributed)
+        self.stage = make_stage(model, objective, distributed)
+        self.stage.zero_grad()  # the caller may have left gradients in the model
+        _seed(config.seed + rank())
+        self.optimizers = build_optimizers(self.stage.model, config, self.stage.companion)
+        self.step, self.seconds, self.tokens = 0, 0.0, 0
+        self.asked_to_terminate = False  # this process received SIGTERM
+        self.terminated = False  # any process has; updated at the end of a step, on all ranks alike
 
     @property
     def finished(self) -> bool:
         """Whether the run has reached its length."""
         return elapsed_share(self.config, self.step, self.seconds) >= 1
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        """The parameters that the optimizers update."""
-        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
 
     def next_batches(self) -> dict[int, Batch]:
         """This rank's batches of the next step by number, on the device."""
@@ -211,12 +214,8 @@ class _Run:
     def values(self) -> dict[str, Any]:
         """What else the next step depends on, as JSON."""
         objective = self.stage.objective.state_dict()
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "tokens": self.tokens,
-            "objective": {name: value for name, value in objective.items() if not isinstance(value, Tensor)},
-        }
+        plain = {name: value for name, value in objective.items() if not isinstance(value, Tensor)}
+        return {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "objective": plain}
 
     def save(self, writer: CheckpointWriter) -> None:
         """Save the state, all ranks together."""
@@ -239,7 +238,7 @@ class _Run:
 
 
 def train(
-    model: "MullForCausalLM",
+    model: MullForCausalLM,
     objective: Objective,
     batches: Batches,
     config: TrainConfig,
@@ -289,7 +288,7 @@ def train(
     source = on_first_rank(lambda: checkpoint_to_resume(directory, url, resume))
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen_except(model, config.trainable if objective.trains_model else ()))
-        run = _start(model, objective, batches, config, distributed, flops_per_token)
+        run = _Run(model, objective, batches, config, distributed, flops_per_token)
         if source is not None:
             run.load(source)
             _tell("Resuming from %s.", source)
@@ -300,46 +299,42 @@ def train(
             writer = CheckpointWriter(url, checkpoint.keep_last, checkpoint.asynchronous)
             stack.callback(writer.close)
         stack.enter_context(_training_mode(run))
-        progress = stack.enter_context(Progress(config.steps, run.step))
-        loop = _Loop(run, [log, *(logs if rank() == 0 else ())], progress, evaluation, until)
-        stopped = loop.run_to_end(writer, checkpoint.every)
+        progress = stack.enter_context(contextlib.closing(Progress(config.steps, run.step)))
+        sinks = [log, *(logs if rank() == 0 else ())]
+        stopped = _run_to_end(run, sinks, progress, evaluation, until, writer, checkpoint.every)
     return TrainResult(run.step, run.seconds, run.tokens, log.records, stopped, run.precision, run.terminated)
 
 
-@dataclass
-class _Loop:
+def _run_to_end(
+    run: _Run,
+    sinks: Sequence[MetricSink],
+    progress: Progress,
+    evaluation: Evaluation | None,
+    until: Callable[[Record], bool] | None,
+    writer: CheckpointWriter | None,
+    save_every: int | None,
+) -> Literal["finished", "until", "sigterm"]:
     """Steps, and what happens between them."""
-
-    run: _Run
-    logs: Sequence[MetricSink]
-    progress: Progress
-    evaluation: Evaluation | None
-    until: Callable[[Record], bool] | None
-
-    def run_to_end(
-        self, writer: CheckpointWriter | None, save_every: int | None
-    ) -> Literal["finished", "until", "sigterm"]:
-        run, config, evaluation = self.run, self.run.config, self.evaluation
+    finished = run.finished
+    while not finished:
+        record = _optimizer_step(run)
         finished = run.finished
-        while not finished:
-            record = _optimizer_step(run)
-            finished = run.finished
-            evaluated = finished or (evaluation is not None and _is_due(run.step, evaluation.every))
-            if evaluation is not None and evaluated:
-                record |= {f"eval_{name}": value for name, value in _evaluate(run, evaluation.evaluate).items()}
-            reached = self.until is not None and bool(same_everywhere(int(self.until(record))))
-            last = finished or reached or run.terminated
-            if last or evaluated or run.step == 1 or _is_due(run.step, config.log_every):
-                for log in self.logs:
-                    log.log(record)
-            self.progress.show(record, run.tokens / run.seconds, last)
-            if writer is not None:
-                writer.poll()
-                if last or _is_due(run.step, save_every):
-                    run.save(writer)
-            if last and not finished:
-                return "until" if reached else "sigterm"
-        return "finished"
+        evaluated = finished or (evaluation is not None and _is_due(run.step, evaluation.every))
+        if evaluation is not None and evaluated:
+            record |= {f"eval_{name}": value for name, value in _evaluate(run, evaluation.evaluate).items()}
+        reached = until is not None and bool(same_everywhere(int(until(record))))
+        last = finished or reached or run.terminated
+        if last or evaluated or run.step == 1 or _is_due(run.step, run.config.log_every):
+            for sink in sinks:
+                sink.log(record)
+        progress.show(record, run.tokens / run.seconds, last)
+        if writer is not None:
+            writer.poll()
+            if last or _is_due(run.step, save_every):
+                run.save(writer)
+        if last and not finished:
+            return "until" if reached else "sigterm"
+    return "finished"
 
 
 def _optimizer_step(run: _Run) -> Record:
@@ -347,11 +342,12 @@ def _optimizer_step(run: _Run) -> Record:
     started = time.perf_counter()
     config = run.config
     factor = learning_rate_factor(config, run.step, elapsed_share(config, run.step, run.seconds))
+    trained = [p for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]]
     parts, plan, seen = accumulate(run.stage, run.next_batches(), run.precision)
     try:
         weight = total_weight(parts)
         metrics = mean_metrics(parts) | run.stage.objective.end_step(plan, seen)
-        norm = normalise(run.trained, parts, config.clip_norm)
+        norm = normalise(trained, parts, config.clip_norm)
     except WrongStepError as error:
         run.stage.zero_grad()
         raise RuntimeError(
@@ -360,7 +356,11 @@ def _optimizer_step(run: _Run) -> Record:
         ) from None
     update(run.optimizers, factor)
     tokens = sum(part.tokens for part in parts)
-    seconds = _agree_on_end(run, _elapsed(run.device, started))
+    synchronize(run.device)  # a GPU may still have work of this step in its queue
+    # The clock of rank 0 counts, and all ranks learn here whether one was asked to terminate.
+    reports = gather_objects((time.perf_counter() - started, run.asked_to_terminate))
+    seconds, _ = reports[0]
+    run.terminated = any(asked for _, asked in reports)
     run.step += 1
     run.seconds += seconds
     run.tokens += tokens
@@ -377,19 +377,6 @@ def _optimizer_step(run: _Run) -> Record:
     }
 
 
-def _elapsed(device: torch.device, started: float) -> float:
-    """Seconds since `started`, with the device's queue drained."""
-    synchronize(device)
-    return time.perf_counter() - started
-
-
-def _agree_on_end(run: _Run, seconds: float) -> float:
-    """Seconds of the step by the clock of rank 0. All ranks learn here whether one was asked to terminate."""
-    reports = gather_objects((seconds, run.asked_to_terminate))
-    run.terminated = any(asked for _, asked in reports)
-    return reports[0][0]
-
-
 def _utilisation(run: _Run, tokens_per_second: float) -> dict[str, float]:
     if run.flops_per_token is None:
         return {}
@@ -401,7 +388,7 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _evaluate(run: _Run, evaluate: Callable[["MullForCausalLM"], Mapping[str, float]]) -> Mapping[str, float]:
+def _evaluate(run: _Run, evaluate: Callable[[MullForCausalLM], Mapping[str, float]]) -> Mapping[str, float]:
     """Evaluate, and restore mode and random generators, so the training does not change."""
     rng = rng_state()
     run.stage.eval()
@@ -418,39 +405,6 @@ def elapsed_share(config: TrainConfig, step: int, seconds: float) -> float:
         return seconds / config.max_seconds
     assert config.steps is not None
     return step / config.steps
-
-
-def _start(
-    model: "MullForCausalLM",
-    objective: Objective,
-    batches: Batches,
-    config: TrainConfig,
-    distributed: DistributedConfig,
-    flops_per_token: Callable[[], float] | float | None,
-) -> _Run:
-    if config.accumulate % world_size():
-        raise ValueError(
-            f"train.accumulate={config.accumulate} micro-batches per step cannot be shared evenly by {world_size()} ranks: use a "
-            f"multiple of {world_size()}, or another number of ranks."
-        )
-    device = next(model.parameters()).device
-    precision = resolve_precision(config.precision, device)
-    ranks = "" if world_size() == 1 else f" and {world_size() - 1} other ranks"
-    _tell("Training on %s%s in %s (precision=%s).", device, ranks, precision, config.precision)
-    configuration = run_configuration(model, objective, config, distributed)
-    stage = make_stage(model, objective, distributed)
-    stage.zero_grad()
-    _seed(config.seed + rank())
-    return _Run(
-        stage=stage,
-        batches=batches,
-        config=config,
-        optimizers=build_optimizers(stage.model, config, stage.companion),
-        device=device,
-        precision=precision,
-        configuration=configuration,
-        flops_per_token=flops_per_token,
-    )
 
 
 def _seed(*numbers: int) -> None:
@@ -471,21 +425,15 @@ def run_configuration(
     """
     # Checkpoints of versions that always trained everything do not store `trainable`.
     left_out = REPORTING | ({"trainable"} if config.trainable == "all" else set())
-    settings: dict[str, Any] = {
-        "train": config.model_dump(mode="json", exclude=left_out),
-        "distributed": {"param_dtype": distributed.param_dtype},
-    }
-    public = {
-        name: value
-        for name, value in vars(objective).items()
-        if not name.startswith("_") and not isinstance(value, nn.Module)
-    }
-    settings["objective"] = {"name": type(objective).__name__} | {
-        name: value.model_dump(mode="json", exclude=set(getattr(value, "sources", ())))
-        if isinstance(value, BaseModel)
-        else value
-        for name, value in public.items()
-    }
+    settings: dict[str, Any] = {"train": config.model_dump(mode="json", exclude=left_out)}
+    settings["distributed"] = {"param_dtype": distributed.param_dtype}
+    settings["objective"] = {"name": type(objective).__name__}
+    for name, value in vars(objective).items():
+        if isinstance(value, nn.Module) or name.startswith("_"):
+            continue
+        if isinstance(value, BaseModel):
+            value = value.model_dump(mode="json", exclude=set(getattr(value, "sources", ())))
+        settings["objective"][name] = value
     model_config = getattr(model, "config", None)
     if model_config is not None:
         settings["model"] = json.loads(model_config.to_json_string(use_diff=False))
@@ -500,22 +448,18 @@ def checkpoint_to_resume(directory: Path | None, url: str | None, resume: bool) 
     Raises:
         ValueError: the places hold a run and `resume` is False, or `resume` without a place of checkpoints.
     """
-    if url is None:
-        if resume:
-            raise ValueError(
-                "resume=True needs out_dir or checkpoint.url: the place where the run to continue has its checkpoints."
-            )
-        return None
-    checkpoint = latest(url)
-    if resume:
-        return checkpoint
+    if url is None and resume:
+        raise ValueError(
+            "resume=True needs out_dir or checkpoint.url: the place where the run to continue has its checkpoints."
+        )
+    checkpoint = None if url is None else latest(url)
     has_metrics = directory is not None and (directory / METRICS).exists()
-    if checkpoint is not None or has_metrics:
+    if not resume and (checkpoint is not None or has_metrics):
         raise ValueError(
             f"{directory if has_metrics else url} already holds a run. Pass resume=True to continue it, choose another place, or "
             "remove it."
         )
-    return None
+    return checkpoint
 
 
 def _metrics_file(directory: Path | None) -> Path | None:

@@ -116,12 +116,9 @@ class Muon(torch.optim.Muon):
         self.param_groups = [{**group, "params": [matrix]}]
         super().step()
         mesh, placements = parameter.device_mesh, parameter.placements
-        updated = {"parameter": matrix, **self.state.pop(matrix)}
-        parts = {
-            name: distribute_tensor(tensor, mesh, placements, src_data_rank=None) for name, tensor in updated.items()
-        }
-        parameter.copy_(parts.pop("parameter"))
-        self.state[parameter] = parts
+        shard = functools.partial(distribute_tensor, device_mesh=mesh, placements=placements, src_data_rank=None)
+        parameter.copy_(shard(matrix))
+        self.state[parameter] = {name: shard(tensor) for name, tensor in self.state.pop(matrix).items()}
 
 
 def build_optimizers(
@@ -136,26 +133,25 @@ def build_optimizers(
     Raises:
         ValueError: no parameter requires a gradient.
     """
-    modules = [model] if companion is None else [model, companion]
-    everything = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
-    if not everything:
+    everything = nn.ModuleList([model] if companion is None else [model, companion])  # yields a shared parameter once
+    trainable = [p for p in everything.parameters() if p.requires_grad]
+    if not trainable:
         raise ValueError("No parameter of the model requires a gradient: unfreeze some before training.")
-    trainable = list(everything.values())
-    embeddings = {id(part.weight) for module in modules for part in module.modules() if isinstance(part, nn.Embedding)}
+    embeddings = {id(part.weight) for part in everything.modules() if isinstance(part, nn.Embedding)}
     unembedding = id(getattr(getattr(model, "lm_head", None), "weight", None))
     beside = {id(p) for p in companion.parameters()} if companion is not None else set()
     decayed = {id(p) for p in trainable if p.ndim >= 2} - embeddings
     matrices = {id(p) for p in trainable if p.ndim == 2} - embeddings - {unembedding} - beside
     hidden = matrices if config.optimizer == "muon" else set()
 
-    adamw_parameters = [p for p in trainable if id(p) not in hidden]
+    by_muon = [p for p in trainable if id(p) in hidden]
+    by_adamw = [p for p in trainable if id(p) not in hidden]
     groups = [
-        {"params": [p for p in adamw_parameters if id(p) in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for p in adamw_parameters if id(p) not in decayed], "weight_decay": 0.0},
+        {"params": [p for p in by_adamw if id(p) in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for p in by_adamw if id(p) not in decayed], "weight_decay": 0.0},
     ]
     optimizers: list[torch.optim.Optimizer] = []
-    if hidden:
-        by_muon = [p for p in trainable if id(p) in hidden]
+    if by_muon:
         optimizers.append(Muon(by_muon, lr=config.muon_lr, weight_decay=config.weight_decay))
     if groups := [group for group in groups if group["params"]]:
         # The default loop over parameters is several times slower on a CPU.
@@ -184,13 +180,12 @@ def resolve_precision(precision: Literal["fp32", "bf16", "auto"], device: torch.
     """Replace ``auto`` by what the device computes natively: emulated bf16 is slower than fp32."""
     if precision != "auto":
         return precision
+    native = False
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    else:
-        native = False
     return "bf16" if native else "fp32"
 
 
@@ -202,11 +197,8 @@ def peak_flops(device: torch.device, precision: Precision) -> float:
     best of five products of large matrices. A device reaches this in practice, so an MFU against it is higher than one against
     a data sheet.
     """
-    if device.type == "cuda" and precision == "bf16":
-        published = published_peak(torch.cuda.get_device_name(device))
-        if published is not None:
-            return published
-    return measured_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and precision == "bf16" else ""
+    return published_peak(name) or measured_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 def published_peak(name: str) -> float | None:

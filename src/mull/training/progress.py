@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
@@ -41,8 +41,6 @@ class Progress:
             self._printed = time.monotonic()
             print(f"step {record['step']}, loss {record['loss']:.4f}, {speed}", file=sys.stderr, flush=True)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Leave the bar as it is."""
         self._bar.close()

@@ -59,12 +59,8 @@ def rng_state() -> dict[str, Tensor]:
     _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     _, internal, python_gauss = random.getstate()
     left_over = [float(has_gauss), gauss, float(python_gauss is not None), python_gauss or 0.0]
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.tensor([*np.asarray(keys).tolist(), position]),
-        "python": torch.tensor(internal),
-        "gauss": torch.tensor(left_over, dtype=torch.float64),
-    }
+    state = {"torch": torch.get_rng_state(), "numpy": torch.tensor([*np.asarray(keys).tolist(), position])}
+    state |= {"python": torch.tensor(internal), "gauss": torch.tensor(left_over, dtype=torch.float64)}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
 
 

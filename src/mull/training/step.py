@@ -6,21 +6,18 @@ targets fall into micro-batches and ranks.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import distributed as dist
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from mull.model.causal_lm import MullForCausalLM
 from mull.runtime.distributed import gather_objects, world_size
 from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan
 from mull.training.optimization import Precision, gradient_norm
-
-if TYPE_CHECKING:
-    from mull.model.causal_lm import MullForCausalLM
 
 
 class DistributedConfig(BaseModel):
@@ -81,7 +78,7 @@ class Stage(nn.Module):
         objective: The loss; it may be replaced by one with the same companion.
     """
 
-    def __init__(self, model: "MullForCausalLM", objective: Objective) -> None:
+    def __init__(self, model: MullForCausalLM, objective: Objective) -> None:
         super().__init__()
         self.model = model
         self.companion = objective.companion
@@ -95,7 +92,7 @@ class Stage(nn.Module):
         """Let the objective decide about the step."""
         return self.objective.plan_step(self.model, batches)
 
-    def evaluate(self, evaluate: Callable[["MullForCausalLM"], Mapping[str, float]]) -> Mapping[str, float]:
+    def evaluate(self, evaluate: Callable[[MullForCausalLM], Mapping[str, float]]) -> Mapping[str, float]:
         """Call a function with the model."""
         return evaluate(self.model)
 
@@ -106,7 +103,7 @@ class Stage(nn.Module):
                 module.reshard()
 
 
-def make_stage(model: "MullForCausalLM", objective: Objective, config: DistributedConfig) -> Stage:
+def make_stage(model: MullForCausalLM, objective: Objective, config: DistributedConfig) -> Stage:
     """The model with its objective; with several ranks sharded, layer by layer, unless an earlier call has done that.
 
     Raises:
@@ -158,7 +155,7 @@ def shard(root: nn.Module, units: Iterable[nn.Module], methods: Sequence[str], c
             "one type only: convert the model, for instance with model.float()."
         )
     for tensor in (*parameters, *root.buffers()):
-        dist.broadcast(tensor.detach(), src=0)
+        distributed.broadcast(tensor.detach(), src=0)
     mesh = init_device_mesh(parameters[0].device.type, (world_size(),))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if config.param_dtype == "bf16" else None,
@@ -179,17 +176,14 @@ def accumulate(stage: Stage, batches: Mapping[int, Batch], precision: Precision)
     every rank.
     """
     device = next(stage.parameters()).device
-
-    def autocast() -> torch.autocast:
-        # Caching would keep a copy of every layer's gathered weights until the end of the forward pass.
-        enabled, cached = precision == "bf16", world_size() == 1
-        return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cached)
-
-    with torch.no_grad(), autocast():
+    # Caching would keep a copy of every layer's gathered weights until the end of the forward pass.
+    cached = world_size() == 1
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=cached)
+    with torch.no_grad(), autocast:
         plan = stage.plan_step(list(batches.values()))
     parts, seen = [], []
     for index, number in enumerate(batches):
-        with autocast():
+        with autocast:
             output: LossOutput = stage(plan, index)
         if not output.sum.requires_grad:
             raise ValueError(

@@ -6,18 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from mull.model.causal_lm import MullForCausalLM
+from mull.model.causal_lm import MullForCausalLM
 
 CHOICES = ("all", "heads", "new")
 
 
 @contextlib.contextmanager
-def frozen_except(model: "MullForCausalLM", choice: str | Sequence[str]) -> Iterator[dict[str, nn.Parameter]]:
+def frozen_except(model: MullForCausalLM, choice: str | Sequence[str]) -> Iterator[dict[str, nn.Parameter]]:
     """Freeze all parameters but the chosen ones; at the end every parameter is as before.
 
     A frozen parameter has no gradient and no optimizer state. Layers below the first trainable one keep no activations.
@@ -33,29 +31,26 @@ def frozen_except(model: "MullForCausalLM", choice: str | Sequence[str]) -> Iter
         ValueError: nothing in the model is what was chosen; of patterns, names the nearest parameters.
     """
     chosen = _choose(model, choice)
-    trainable = {id(parameter) for parameter in chosen.values()}
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trainable)
+        parameter.requires_grad_(id(parameter) in chosen)
     try:
-        yield chosen
+        yield {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before[name])
 
 
-def _choose(model: "MullForCausalLM", choice: str | Sequence[str]) -> dict[str, nn.Parameter]:
-    parameters = dict(model.named_parameters())
+def _choose(model: MullForCausalLM, choice: str | Sequence[str]) -> set[int]:
+    """The chosen parameters by identity, because a tied one has several names."""
     if choice == "all":
-        return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        return {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     if isinstance(choice, str):
-        among = _added(model, choice)
-    else:
-        among = {id(parameter) for pattern in choice for parameter in _matching(model, pattern)}
-    return {name: parameter for name, parameter in parameters.items() if id(parameter) in among}
+        return _added(model, choice)
+    return {id(parameter) for pattern in choice for parameter in _matching(model, pattern)}
 
 
-def _added(model: "MullForCausalLM", choice: str) -> set[int]:
+def _added(model: MullForCausalLM, choice: str) -> set[int]:
     """Parameters that are not the backbone's; of the extra heads alone, or all. Heads may share weights with the backbone."""
     module: nn.Module | None = model.mtp_heads if choice == "heads" else model
     parts = (model.model.embed_tokens, model.model.layers, model.model.norm, model.lm_head)

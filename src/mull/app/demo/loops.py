@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from mull.app.demo.chapter import Bench, DemoSize, table_by_iterations
 from mull.app.report.figures import angular_distance_figure, loss_against_iterations, loss_curves
-from mull.app.report.page import Table
+from mull.app.report.page import Rows, Table
 from mull.data.corpus import load_stdlib, subsample
 from mull.data.packing import PackedDataset, pack_texts
 from mull.data.sampler import ShuffledBatches
@@ -107,11 +107,9 @@ class Loops:
         models = {name: losses for name, losses in self.losses.items() if name != CONTROL}
         costs = {k: relative_cost(self.looped.path(k), len(self.looped.model.layers)) for k in looped}
         parameters = self.looped.num_parameters()
+        runs: Rows = [[name, parameters, r.step, r.tokens, r.seconds, r.precision] for name, r in self.runs.items()]
         return {
-            "runs": Table(
-                ["run", "parameters", "steps", "tokens", "seconds", "precision"],
-                [[name, parameters, r.step, r.tokens, r.seconds, r.precision] for name, r in self.runs.items()],
-            ),
+            "runs": Table(["run", "parameters", "steps", "tokens", "seconds", "precision"], runs),
             "training": loss_curves(curves),
             "distances": angular_distance_figure(self.split),
             "iterations": loss_against_iterations(models, {CONTROL: control}),

@@ -16,7 +16,7 @@ from torch import Tensor
 from mull.app.demo.chapter import Bench
 from mull.app.demo.loops import Loops
 from mull.app.report.figures import acceptance_figure
-from mull.app.report.page import Table
+from mull.app.report.page import Rows, Table
 from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches
 from mull.decoding.generate import GenerateOutput, GenerationStats, generate
@@ -76,8 +76,7 @@ class Speculation:
         model = from_pretrained(str(bench.out / "model"), mtp=HEADS)
         heads = model.mtp_heads
         assert heads is not None
-        model.requires_grad_(False)
-        heads.requires_grad_(True)
+
         iterations = model.iterations(None)
         # Greedy, as the model will decode.
         prompts = _beginnings(loops.text.train, size.own_rows)
@@ -87,7 +86,7 @@ class Speculation:
         fixed = IterationSampling(kind="fixed", maximum=iterations)
         objective = make_objective("baseline-mtp", Resources(model=model, iterations=fixed))
         batches = ShuffledBatches(dataset, size.batch_size, bench.seed)
-        run = bench.train("drafting", model, objective, batches, steps=size.drafting_steps)
+        run = bench.train("drafting", model, objective, batches, steps=size.drafting_steps, trainable="heads")
         model.save_pretrained(bench.out / "drafting" / "model")
         loops.text.tokenizer.save_pretrained(bench.out / "drafting" / "model")
 
@@ -105,30 +104,23 @@ class Speculation:
         losses = [format(self.run.history[-1][f"head{k}_loss"], ".2f") for k in range(LONGEST + 1)]
         counts = acceptance_by_position(self.calls[FIXED])
         lengths = range(LONGEST + 1)
+        speeds = {name: [call.tokens_per_second for call in calls] for name, calls in self.calls.items()}
+        ways = ["way", "same tokens", "tokens per round", "tokens per second", "speed-up", "least", "most"]
+        drafted: Rows = [
+            [name, *(sum(call.draft_lengths.get(length, 0) for call in calls) for length in lengths)]
+            for name, calls in self.calls.items()
+        ]
+        shares = [[place, *count, count.conditional, count.cumulative] for place, count in enumerate(counts, start=1)]
+        positions = ["position", "drafted", "tested", "accepted", "share of tested", "share of drafted"]
         return {
             "longest": LONGEST,
             "losses": losses,
             "acceptance": acceptance_figure(
-                [count.conditional for count in counts],
-                [count.cumulative for count in counts],
-                {name: [call.tokens_per_second for call in calls] for name, calls in self.calls.items()},
+                [count.conditional for count in counts], [count.cumulative for count in counts], speeds
             ),
-            "speeds": Table(
-                ["way", "same tokens", "tokens per round", "tokens per second", "speed-up", "least", "most"],
-                [self._row(name) for name in WAYS],
-            ),
-            "lengths": Table(
-                ["way", *(f"{length} drafted" for length in lengths)],
-                [
-                    [name, *(sum(call.draft_lengths.get(length, 0) for call in calls) for length in lengths)]
-                    for name, calls in self.calls.items()
-                ],
-            ),
-            "positions": Table(
-                ["position", "drafted", "tested", "accepted", "share of tested", "share of drafted"],
-                [[place, *count, count.conditional, count.cumulative] for place, count in enumerate(counts, start=1)],
-                digits=3,
-            ),
+            "speeds": Table(ways, [self._row(name) for name in WAYS]),
+            "lengths": Table(["way", *(f"{length} drafted" for length in lengths)], drafted),
+            "positions": Table(positions, shares, digits=3),
             "sample": self.sample,
             "n_different": sum(len(self.calls[name]) - same for name, same in self.n_same.items()),
         }
@@ -138,15 +130,10 @@ class Speculation:
         calls = self.calls[name]
         pairs = zip(calls, self.calls[PLAIN], strict=True)
         speedups = [call.tokens_per_second / plain.tokens_per_second for call, plain in pairs]
-        return [
-            name,
-            f"{self.n_same[name]} of {len(calls)}",
-            1 + sum(sum(call.accepted) for call in calls) / sum(call.row_rounds for call in calls),
-            median(call.tokens_per_second for call in calls),
-            median(speedups),
-            min(speedups),
-            max(speedups),
-        ]
+        same = f"{self.n_same[name]} of {len(calls)}"
+        per_round = 1 + sum(sum(call.accepted) for call in calls) / sum(call.row_rounds for call in calls)
+        speed = median(call.tokens_per_second for call in calls)
+        return [name, same, per_round, speed, median(speedups), min(speedups), max(speedups)]
 
 
 def _decode_in_turn(model: MullForCausalLM, prompts: Tensor, new_tokens: int) -> dict[str, list[GenerateOutput]]:

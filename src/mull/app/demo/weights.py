@@ -14,7 +14,7 @@ from torch import Tensor
 from mull.app.demo.chapter import Bench
 from mull.app.demo.loops import Loops
 from mull.app.report.figures import held_out_curves
-from mull.app.report.page import Table
+from mull.app.report.page import Rows, Table
 from mull.data.noise import plant_noise
 from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches
@@ -112,29 +112,25 @@ class Weights:
         curves = {name: self._clean_curve(run) for name, run in self.runs.items()}
         last = {name: run.history[-1] for name, run in self.runs.items()}
         clean = {name: record["eval_clean_loss"] for name, record in last.items()}
+        losses: Rows = [
+            [n, clean[n], clean[n] - self.before, r["head1_loss"], r["head2_loss"]] for n, r in last.items()
+        ]
         metrics = ["weights/marked", "weights/ess", "weights/entropy", "weights/zero_rate"]
+        weights: Rows = [[name, *(_mean(run, metric) for metric in metrics)] for name, run in self.runs.items()]
+        real = {name: curve for name, curve in curves.items() if SHUFFLED not in name}
+        controls = {name: (control, curves[control]) for name, control in CONTROLS.items()}
         return {
             "n_heads": N_HEADS,
             "noise": NOISE,
-            "curves": held_out_curves(
-                {name: curve for name, curve in curves.items() if SHUFFLED not in name},
-                {name: (control, curves[control]) for name, control in CONTROLS.items()},
-            ),
-            "losses": Table(
-                ["run", "clean loss", "change", "head 1", "head 2"],
-                [[n, clean[n], clean[n] - self.before, last[n]["head1_loss"], last[n]["head2_loss"]] for n in last],
-            ),
-            "weights": Table(
-                ["run", "weight of noise", "effective sample", "entropy", "zero"],
-                [[name, *(_mean(run, metric) for metric in metrics)] for name, run in self.runs.items()],
-            ),
+            "curves": held_out_curves(real, controls),
+            "losses": Table(["run", "clean loss", "change", "head 1", "head 2"], losses),
+            "weights": Table(["run", "weight of noise", "effective sample", "entropy", "zero"], weights),
             "gains": {name: clean[BASELINE] - loss for name, loss in clean.items()},
             "controls": CONTROLS,
         }
 
     def _clean_curve(self, run: TrainResult) -> dict[int, float]:
-        evaluated = [record for record in run.history if "eval_clean_loss" in record]
-        return {0: self.before, **{record["tokens"]: record["eval_clean_loss"] for record in evaluated}}
+        return {0: self.before, **{r["tokens"]: r["eval_clean_loss"] for r in run.history if "eval_clean_loss" in r}}
 
 
 def _mean(run: TrainResult, metric: str) -> float:

@@ -3,12 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from mull.model.causal_lm import MullForCausalLM
+from mull.model.causal_lm import MullForCausalLM
 
 Batch = Mapping[str, Tensor]
 """``input_ids [B, T]`` and ``labels [B, T]`` (unshifted, -100 ignored). Some tasks add ``position_ids [B, T]`` (a restart begins
@@ -58,7 +57,7 @@ class Objective(ABC):
     trains_model = True
     """Whether the loss reaches the model's weights. If not, the model is frozen and only the companion is trained."""
 
-    def plan_step(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> StepPlan:
+    def plan_step(self, model: MullForCausalLM, batches: Sequence[Batch]) -> StepPlan:
         """Decide what the micro-batches of a step share, without gradient. Called on every rank.
 
         `batches` are this rank's micro-batches, on the model's device.
@@ -66,7 +65,7 @@ class Objective(ABC):
         return StepPlan(batches=batches)
 
     @abstractmethod
-    def loss(self, model: "MullForCausalLM", plan: StepPlan, index: int) -> LossOutput:
+    def loss(self, model: MullForCausalLM, plan: StepPlan, index: int) -> LossOutput:
         """Compute the loss of ``plan.batches[index]``.
 
         Randomness comes from torch's global generator, which a resumed run restores.
@@ -82,7 +81,7 @@ class Objective(ABC):
         """
         return {}
 
-    def __call__(self, model: "MullForCausalLM", batch: Batch) -> LossOutput:
+    def __call__(self, model: MullForCausalLM, batch: Batch) -> LossOutput:
         """Compute the loss of one micro-batch outside a training step. The objective stays as it is."""
         return self.loss(model, self.plan_step(model, [batch]), 0)
 
@@ -97,24 +96,20 @@ class Objective(ABC):
         """Restore `state_dict`."""
 
 
+def layout(batch: Batch) -> dict[str, Any]:
+    """Padding and documents of a micro-batch, as the model and `mull.ops.targets.label_positions` take them."""
+    return {name: batch.get(name) for name in ("attention_mask", "position_ids")}
+
+
 def batch_states(
-    model: "MullForCausalLM", batch: Batch, iterations: int | None = None, backprop_iterations: int | None = None
+    model: MullForCausalLM, batch: Batch, iterations: int | None = None, backprop_iterations: int | None = None
 ) -> Tensor:
     """Final-normed states of a micro-batch, ``[B, T, D]``. None for `iterations` is the model's own number."""
     return model.hidden_states(
-        batch["input_ids"],
-        attention_mask=batch.get("attention_mask"),
-        position_ids=batch.get("position_ids"),
-        think_iterations=iterations,
-        backprop_iterations=backprop_iterations,
+        batch["input_ids"], **layout(batch), think_iterations=iterations, backprop_iterations=backprop_iterations
     )
 
 
-def batch_states_by_iteration(model: "MullForCausalLM", batch: Batch, iterations: int) -> Sequence[Tensor]:
+def batch_states_by_iteration(model: MullForCausalLM, batch: Batch, iterations: int) -> Sequence[Tensor]:
     """States as in `batch_states`, decoded after each of the iterations."""
-    return model.hidden_states_by_iteration(
-        batch["input_ids"],
-        attention_mask=batch.get("attention_mask"),
-        position_ids=batch.get("position_ids"),
-        think_iterations=iterations,
-    )
+    return model.hidden_states_by_iteration(batch["input_ids"], **layout(batch), think_iterations=iterations)

@@ -1,19 +1,15 @@
 """Train a value head on solutions of known outcome, before ``critic-wmtp`` weighs tokens with it."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from pydantic import Field
 
 from mull.layers.value_head import ValueHead
+from mull.model.causal_lm import MullForCausalLM
 from mull.ops.targets import require_targets
 from mull.training.objectives.base import LossOutput, Objective, StepPlan, batch_states
 from mull.training.objectives.evidence import Evidence
 from mull.training.objectives.resources import Resources
 from mull.training.objectives.weightings import ReturnConfig, value_error
-
-if TYPE_CHECKING:
-    from mull.model.causal_lm import MullForCausalLM
 
 
 class ValueSection(ReturnConfig):
@@ -45,7 +41,7 @@ class ValueTraining(Objective):
         self.companion = self._value_head = value_head
         self._config = config
 
-    def loss(self, model: "MullForCausalLM", plan: StepPlan, index: int) -> LossOutput:
+    def loss(self, model: MullForCausalLM, plan: StepPlan, index: int) -> LossOutput:
         """Sum the squared error over the valid targets.
 
         Returns:
@@ -67,11 +63,8 @@ class ValueTraining(Objective):
         with torch.no_grad():
             values = self._value_head(hidden)[:, :-1][evidence.valid[:, 1:]]
         outcome = batch["rewards"][evidence.valid]
-        return LossOutput(
-            total,
-            count,
-            {"value": float(values.mean()), "outcome": float(outcome.mean()), "mse": float(total.detach() / count)},
-        )
+        means = {"value": float(values.mean()), "outcome": float(outcome.mean()), "mse": float(total.detach() / count)}
+        return LossOutput(total, count, means)
 
 
 def value_training(config: ReturnConfig, resources: Resources) -> ValueTraining:

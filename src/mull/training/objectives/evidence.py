@@ -7,17 +7,15 @@ Shapes: B batch, T tokens, D model width, V vocabulary, N valid targets. A score
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mull.model.causal_lm import MullForCausalLM
 from mull.ops.cross_entropy import TokenStatistics, token_statistics
 from mull.ops.targets import label_positions, valid_tokens
-from mull.training.objectives.base import Batch, StepPlan, batch_states
-
-if TYPE_CHECKING:
-    from mull.model.causal_lm import MullForCausalLM
+from mull.training.objectives.base import Batch, StepPlan, batch_states, layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +25,12 @@ class Evidence:
     Properties are computed at first access. Nothing here carries a gradient.
     """
 
-    model: "MullForCausalLM"
+    model: MullForCausalLM
     batch: Batch
     hidden: Tensor
     """Final-normed states ``[B, T, D]``, detached."""
 
-    reference: "MullForCausalLM | None" = None
+    reference: MullForCausalLM | None = None
     """Frozen model to compare with, if the algorithm has one."""
 
     direction: Tensor | None = None
@@ -47,7 +45,7 @@ class Evidence:
     @cached_property
     def positions(self) -> Tensor | None:
         """Position of each token in its document ``[B, T]``; None if every row is one document without padding."""
-        return label_positions(self.batch.get("attention_mask"), self.batch.get("position_ids"))
+        return label_positions(**layout(self.batch))
 
     @cached_property
     def valid(self) -> Tensor:
@@ -72,18 +70,16 @@ class Evidence:
         """Norm of the state that each valid target is predicted from ``[B, T]``, 0 elsewhere."""
         return self._at_targets(self.hidden[:, :-1][self.valid[:, 1:]].float().norm(dim=-1))
 
-    def _statistics(self, model: "MullForCausalLM", hidden: Tensor, direction: Tensor | None = None) -> TokenStatistics:
+    def _statistics(self, model: MullForCausalLM, hidden: Tensor, direction: Tensor | None = None) -> TokenStatistics:
         rows = hidden[:, :-1][self.valid[:, 1:]] / self.temperature  # (N, D)
         measured = token_statistics(rows, model.lm_head.weight, self.batch["labels"][self.valid], direction)
         return TokenStatistics(*(None if values is None else self._at_targets(values) for values in measured))  # type: ignore[arg-type]
 
     def _at_targets(self, values: Tensor) -> Tensor:
-        return torch.zeros(self.valid.shape, dtype=values.dtype, device=values.device).masked_scatter(
-            self.valid, values
-        )
+        return values.new_zeros(self.valid.shape).masked_scatter(self.valid, values)
 
 
-def check_reference(model: "MullForCausalLM", reference: "MullForCausalLM") -> None:
+def check_reference(model: MullForCausalLM, reference: MullForCausalLM) -> None:
     """Refuse a reference model with another vocabulary.
 
     Raises:
@@ -119,6 +115,7 @@ class Scorer:
     Args:
         score: The algorithm.
         reference: Frozen model for `Evidence.reference_loss`.
+        config: Settings of the algorithm, if it has any.
     """
 
     whole_step = False
@@ -134,14 +131,12 @@ class Scorer:
     companion: nn.Module | None = None
     """Module that is trained beside the model."""
 
-    config: Any = None
-    """Settings of the algorithm, if it has any."""
-
     def __init__(
-        self, score: Callable[[Evidence], Tensor | Scored], reference: "MullForCausalLM | None" = None
+        self, score: Callable[[Evidence], Tensor | Scored], reference: MullForCausalLM | None = None, config: Any = None
     ) -> None:
         self.score = score
         self.reference = reference
+        self.config = config
 
     @property
     def name(self) -> str:
@@ -149,7 +144,7 @@ class Scorer:
         return getattr(self.score, "__name__", "") if type(self) is Scorer else type(self).__name__
 
     def plan_step(
-        self, model: "MullForCausalLM", batches: Sequence[Batch], iterations: int, seeds: Sequence[int]
+        self, model: MullForCausalLM, batches: Sequence[Batch], iterations: int, seeds: Sequence[int]
     ) -> StepPlan:
         """Decide what the scores of a step share; called without gradient, on every rank.
 
@@ -158,7 +153,7 @@ class Scorer:
         """
         return StepPlan(batches=batches, iterations=iterations)
 
-    def evidence(self, model: "MullForCausalLM", batch: Batch, hidden: Tensor, plan: StepPlan) -> Evidence:
+    def evidence(self, model: MullForCausalLM, batch: Batch, hidden: Tensor, plan: StepPlan) -> Evidence:
         """Collect what the algorithm looks at; `plan` is from `plan_step`."""
         return Evidence(model, batch, hidden.detach(), self.reference, temperature=self.temperature)
 

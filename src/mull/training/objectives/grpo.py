@@ -15,22 +15,20 @@ Shapes: B prompts, G samples of each, N = B·G rows, P prompt tokens, L completi
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from mull.decoding.sample import sample
+from mull.model.causal_lm import MullForCausalLM
 from mull.ops.targets import IGNORED
 from mull.ops.token_weights import MAX_EXPONENT, group_advantages
 from mull.runtime.distributed import global_sum
 from mull.training.objectives.base import Batch, StepPlan
 from mull.training.objectives.evidence import Evidence, Scored, Scorer, check_reference
 from mull.training.objectives.resources import Resources, Reward, Settings
-
-if TYPE_CHECKING:
-    from mull.model.causal_lm import MullForCausalLM
 
 
 class GRPOConfig(Settings):
@@ -115,7 +113,7 @@ class GroupRelative(Scorer):
         reward: Reward,
         end_ids: Sequence[int],
         pad_id: int,
-        reference: "MullForCausalLM | None" = None,
+        reference: MullForCausalLM | None = None,
     ) -> None:
         if config.kl_coef > 0 and reference is None:
             raise ValueError(
@@ -124,8 +122,7 @@ class GroupRelative(Scorer):
             )
         if not end_ids:
             raise ValueError("end_ids is empty: without a token that ends an answer every answer is cut off.")
-        super().__init__(self._signed_scores, reference)
-        self.config = config
+        super().__init__(self._signed_scores, reference, config)
         self.temperature = config.temperature
         self._reward = reward
         self._end_ids = torch.tensor(list(end_ids))
@@ -133,7 +130,7 @@ class GroupRelative(Scorer):
 
     @torch.no_grad()
     def plan_step(
-        self, model: "MullForCausalLM", batches: Sequence[Batch], iterations: int, seeds: Sequence[int]
+        self, model: MullForCausalLM, batches: Sequence[Batch], iterations: int, seeds: Sequence[int]
     ) -> StepPlan:
         """Sample answers, grade them, and make batches to train on.
 
@@ -158,7 +155,7 @@ class GroupRelative(Scorer):
         counts = functools.reduce(torch.add, [count for _, count in answered])
         return RolloutPlan(batches=[batch for batch, _ in answered], iterations=iterations, counts=counts)
 
-    def _answered(self, model: "MullForCausalLM", batch: Batch, iterations: int, seed: int) -> tuple[Batch, Tensor]:
+    def _answered(self, model: MullForCausalLM, batch: Batch, iterations: int, seed: int) -> tuple[Batch, Tensor]:
         """A batch to train on, and what it counts for `RolloutPlan.counts`."""
         config = self.config
         prompts = {name: entry.repeat_interleave(config.group_size, 0) for name, entry in batch.items()}
@@ -179,15 +176,13 @@ class GroupRelative(Scorer):
         advantages = group_advantages(rewards, normalise_std=config.normalise_std).flatten()
         ends = torch.isin(completions, self._end_ids.to(model.device))
         written = ends.cumsum(1) - ends.long() == 0  # up to the first end, itself included
-        trained = {
-            "input_ids": torch.cat([prompts["input_ids"], completions], 1),
-            "labels": torch.cat([torch.full_like(mask, IGNORED), torch.where(written, completions, IGNORED)], 1),
-            "attention_mask": torch.cat([mask, written.to(mask.dtype)], 1),
-            "advantages": advantages,
-        }
+        ids = torch.cat([prompts["input_ids"], completions], 1)
+        labels = torch.cat([torch.full_like(mask, IGNORED), torch.where(written, completions, IGNORED)], 1)
+        visible = torch.cat([mask, written.to(mask.dtype)], 1)
+        trained = {"input_ids": ids, "labels": labels, "attention_mask": visible, "advantages": advantages}
         return trained, _count(rewards, written, ends)
 
-    def _check_prompts(self, model: "MullForCausalLM", mask: Tensor) -> None:
+    def _check_prompts(self, model: MullForCausalLM, mask: Tensor) -> None:
         if bool((mask.diff(dim=1) < 0).any()) or not bool(mask[:, -1].all()):
             raise ValueError(
                 "A prompt is padded after its tokens, where its answer must begin: pad prompts on the left."
@@ -209,7 +204,7 @@ class GroupRelative(Scorer):
             )
         return rewards.to(completions.device, torch.float32).view(-1, self.config.group_size)
 
-    def evidence(self, model: "MullForCausalLM", batch: Batch, hidden: Tensor, plan: StepPlan) -> Evidence:
+    def evidence(self, model: MullForCausalLM, batch: Batch, hidden: Tensor, plan: StepPlan) -> Evidence:
         """Let the reference run the iterations of the step."""
         evidence = super().evidence(model, batch, hidden, plan)
         if self.reference is None or self.reference.etd_config is None:
@@ -236,12 +231,8 @@ class GroupRelative(Scorer):
         """
         assert isinstance(plan, RolloutPlan)
         equal, groups, reward, truncated, tokens, answers = global_sum(plan.counts).tolist()
-        metrics = {
-            "reward": reward / answers,
-            "equal_groups": equal / groups,
-            "completion_length": tokens / answers,
-            "truncated": truncated / answers,
-        }
+        metrics = {"reward": reward / answers, "equal_groups": equal / groups}
+        metrics |= {"completion_length": tokens / answers, "truncated": truncated / answers}
         if self.config.kl_coef > 0:
             divergence, targets = global_sum(functools.reduce(torch.add, seen)).tolist()
             metrics["kl"] = divergence / targets

@@ -4,18 +4,15 @@ Shapes: B batch, T tokens, D model width, N valid targets.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from mull.model.causal_lm import MullForCausalLM
 from mull.ops.cross_entropy import weighted_cross_entropy
 from mull.ops.targets import IGNORED, label_positions, require_targets, targets_of
 from mull.runtime.distributed import same_everywhere
-from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states
+from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states, layout
 from mull.training.objectives.iterations import IterationSampling
-
-if TYPE_CHECKING:
-    from mull.model.causal_lm import MullForCausalLM
 
 
 class NextToken(Objective):
@@ -30,11 +27,11 @@ class NextToken(Objective):
     def __init__(self, iterations: IterationSampling) -> None:
         self.iterations = iterations
 
-    def plan_step(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> StepPlan:
+    def plan_step(self, model: MullForCausalLM, batches: Sequence[Batch]) -> StepPlan:
         """Draw the number of iterations."""
         return StepPlan(batches=batches, iterations=same_everywhere(self.iterations.sample()))
 
-    def loss(self, model: "MullForCausalLM", plan: StepPlan, index: int) -> LossOutput:
+    def loss(self, model: MullForCausalLM, plan: StepPlan, index: int) -> LossOutput:
         """Sum the cross-entropy over the valid targets.
 
         Returns:
@@ -45,8 +42,7 @@ class NextToken(Objective):
             ValueError: no label of the batch is a valid target.
         """
         batch, iterations = plan.batches[index], plan.iterations
-        positions = label_positions(batch.get("attention_mask"), batch.get("position_ids"))
-        targets = targets_of(batch["labels"], positions, 1)[:, :-1, 0]
+        targets = targets_of(batch["labels"], label_positions(**layout(batch)), 1)[:, :-1, 0]
         valid = targets != IGNORED  # (B, T-1)
         n_targets = valid.sum()
         require_targets(n_targets, batch["labels"])
@@ -54,6 +50,5 @@ class NextToken(Objective):
         rows = hidden[:, :-1][valid]  # (N, D)
         ones = torch.ones(len(rows), device=rows.device)
         total, _ = weighted_cross_entropy(rows, model.lm_head.weight, targets[valid], ones)
-        return LossOutput(
-            total, n_targets, {"loss": float(total.detach() / n_targets), "iterations": float(iterations)}
-        )
+        metrics = {"loss": float(total.detach() / n_targets), "iterations": float(iterations)}
+        return LossOutput(total, n_targets, metrics)

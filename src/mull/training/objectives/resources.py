@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from mull.layers.value_head import ValueHead
+from mull.model.causal_lm import MullForCausalLM
 from mull.training.objectives.base import Batch
 from mull.training.objectives.iterations import IterationSampling
-
-if TYPE_CHECKING:
-    from mull.model.causal_lm import MullForCausalLM
 
 Reward = Callable[[Tensor, Batch], Tensor]
 """``(completions [N, L], batch) -> rewards [N]``. Completions include the end token and the padding after it. The batch is
@@ -36,13 +34,13 @@ ONCE = IterationSampling(maximum=1)
 class Resources:
     """Models, data and graders; each objective takes what it needs."""
 
-    model: "MullForCausalLM"
+    model: MullForCausalLM
     """The model that will be trained."""
 
     iterations: IterationSampling = ONCE
     """Think iterations of a step."""
 
-    reference: "MullForCausalLM | None" = None
+    reference: MullForCausalLM | None = None
     """For ``rho1-wmtp``, and for ``grpo-wmtp`` with a penalty: a frozen model in evaluation mode, on the model's device, with the
     model's vocabulary."""
 

@@ -4,19 +4,17 @@ Shapes: B batch, T tokens, K steps with a label, k iterations run, N positions w
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mull.model.causal_lm import MullForCausalLM
 from mull.ops.targets import IGNORED
 from mull.runtime.distributed import global_sum, same_everywhere
 from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states_by_iteration
 from mull.training.objectives.iterations import IterationSampling
-
-if TYPE_CHECKING:
-    from mull.model.causal_lm import MullForCausalLM
 
 EMA_DECAY = 0.9
 """Decay of the running first-step accuracy: a window of about ten optimizer steps."""
@@ -52,11 +50,11 @@ class StepSupervision(Objective):
         self._first_step_accuracy = 0.0
         self._mastered = False
 
-    def plan_step(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> StepPlan:
+    def plan_step(self, model: MullForCausalLM, batches: Sequence[Batch]) -> StepPlan:
         """Draw the number of iterations; it is 1 in the first phase."""
         return StepPlan(batches=batches, iterations=same_everywhere(self.iterations.sample() if self._mastered else 1))
 
-    def loss(self, model: "MullForCausalLM", plan: StepPlan, index: int) -> LossOutput:
+    def loss(self, model: MullForCausalLM, plan: StepPlan, index: int) -> LossOutput:
         """Sum the cross-entropy over positions and iterations.
 
         Returns:
@@ -77,12 +75,9 @@ class StepSupervision(Objective):
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         weight = (targets != IGNORED).sum()
         first, last = (_hits_and_targets(logits[step], targets[step]) for step in (0, -1))
-        metrics = {
-            "iterations": float(iterations),
-            "first_step_accuracy": _accuracy(first),
-            "last_step_accuracy": _accuracy(last),
-        }
-        return LossOutput(total, weight, {"loss": float(total.detach() / weight), **metrics}, first)
+        metrics = {"loss": float(total.detach() / weight), "iterations": float(iterations)}
+        metrics |= {"first_step_accuracy": _accuracy(first), "last_step_accuracy": _accuracy(last)}
+        return LossOutput(total, weight, metrics, first)
 
     def end_step(self, plan: StepPlan, seen: Sequence[Tensor]) -> dict[str, float]:
         """Advance the curriculum by the first-step accuracy over all targets of the step, logged as ``first_step_accuracy``."""

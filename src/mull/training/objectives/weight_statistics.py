@@ -10,6 +10,11 @@ from torch import Tensor
 from mull.ops.token_weights import constant
 from mull.runtime.distributed import gather, global_sum
 
+Weights = Float[Tensor, "*N H"]
+"""Of targets and heads."""
+
+Mask = Bool[Tensor, "*N H"]
+
 
 class RunningMoments:
     """Mean and standard deviation over the recent steps, each target of which counts ``1 - momentum`` times one of the next.
@@ -61,9 +66,7 @@ class RunningMoments:
         self._sum, self._sum_of_squares, self._count = state["sum"], state["sum_of_squares"], state["count"]
 
 
-def shuffle(
-    weights: Float[Tensor, "*N H"], valid: Bool[Tensor, "*N H"], generator: torch.Generator
-) -> Float[Tensor, "*N H"]:
+def shuffle(weights: Weights, valid: Mask, generator: torch.Generator) -> Weights:
     """Control: the same weights at random targets.
 
     Each head's weights are permuted among all its valid targets in the tensor, so that every statistic of a head stays what it
@@ -86,9 +89,7 @@ def shuffle(
     return torch.where(targets, shuffled, 0).view(weights.shape)
 
 
-def matched_random(
-    weights: Float[Tensor, "*N H"], valid: Bool[Tensor, "*N H"], generator: torch.Generator
-) -> Float[Tensor, "*N H"]:
+def matched_random(weights: Weights, valid: Mask, generator: torch.Generator) -> Weights:
     """Control: log-normal weights that know nothing of the tokens.
 
     Per head, the mean over its valid targets is exactly that of `weights`. The standard deviation is that of the distribution
@@ -134,12 +135,7 @@ class WeightStatistics:
     """``[H]`` fp64: largest ``|w|``."""
 
     @classmethod
-    def measure(
-        cls,
-        weights: Float[Tensor, "*N H"],
-        valid: Bool[Tensor, "*N H"],
-        clipped: Bool[Tensor, "*N H"] | None = None,
-    ) -> "WeightStatistics":
+    def measure(cls, weights: Weights, valid: Mask, clipped: Mask | None = None) -> "WeightStatistics":
         """Measure the weights of one micro-batch.
 
         Args:
@@ -186,11 +182,7 @@ def _describe(sums: list[float], largest: float, overall_mean: float) -> dict[st
     entropy = 0.0
     if total > 0:
         entropy = (math.log(total) - total_ln / total) / math.log(count) if count > 1 else 1.0
-    return {
-        "ess": total**2 / (count * squares) if total > 0 else 0.0,
-        "entropy": entropy,
-        "mean": total / count,
-        "max": largest / overall_mean if overall_mean > 0 else 0.0,
-        "clip_rate": clipped / count,
-        "zero_rate": zeros / count,
-    }
+    ess = total**2 / (count * squares) if total > 0 else 0.0
+    scaled = largest / overall_mean if overall_mean > 0 else 0.0
+    shares = {"clip_rate": clipped / count, "zero_rate": zeros / count}
+    return {"ess": ess, "entropy": entropy, "mean": total / count, "max": scaled, **shares}

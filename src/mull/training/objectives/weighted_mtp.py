@@ -12,32 +12,29 @@ Shapes: B batch, T tokens, D model width, H active heads, main head included; M 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from mull.model.causal_lm import MullForCausalLM
 from mull.ops.targets import IGNORED, align, label_positions, require_targets, targets_of
 from mull.runtime.distributed import gather, global_sum, rank, same_everywhere, world_size
-from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states
+from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states, layout
 from mull.training.objectives.evidence import Evidence, Scored, Scorer
 from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.resources import Settings
 from mull.training.objectives.weight_statistics import WeightStatistics, matched_random, shuffle
-
-if TYPE_CHECKING:
-    from mull.model.causal_lm import MullForCausalLM
 
 Control = Literal["none", "shuffled", "random"]
 
 
-class HeadTraining(BaseModel):
+class HeadTraining(Settings):
     """How the extra heads, which predict further tokens, are trained along with the model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     weights: Literal["decay", "uniform"] = "decay"
     """Weight of each head. ``decay``: 1 for the main head, and what `MTPConfig` says for the extra ones. ``uniform``: every
@@ -96,7 +93,7 @@ class WeightedPlan(StepPlan):
     head_scale: Tensor
     """``[H]``: head weight per target."""
 
-    weights: Sequence[TokenWeights] | None
+    weights: Sequence[TokenWeights] | None = None
     """By micro-batch; None leaves the weighting to `WeightedMTP.loss`."""
 
 
@@ -150,7 +147,7 @@ class WeightedMTP(Objective):
         self._scorer = scorer
         self._step = 0
 
-    def plan_step(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> WeightedPlan:
+    def plan_step(self, model: MullForCausalLM, batches: Sequence[Batch]) -> WeightedPlan:
         """Draw the iterations, count the step's targets, and weight them if that takes all of them.
 
         Raises:
@@ -162,13 +159,9 @@ class WeightedMTP(Objective):
         scoring = self._scorer.plan_step(model, batches, iterations, seeds)
         n_targets = self._count(model, scoring.batches)
         require_targets(n_targets[0], scoring.batches[0]["labels"])
+        scale = self._head_scale(model, n_targets)
         plan = WeightedPlan(
-            batches=scoring.batches,
-            iterations=iterations,
-            scoring=scoring,
-            n_targets=n_targets,
-            head_scale=self._head_scale(model, n_targets),
-            weights=None,
+            batches=scoring.batches, iterations=iterations, scoring=scoring, n_targets=n_targets, head_scale=scale
         )
         if not self.needs_whole_step or len(batches) * world_size() == 1:
             return plan
@@ -177,7 +170,7 @@ class WeightedMTP(Objective):
         ]
         return replace(plan, weights=self._settle(plan, evidence, model.training))
 
-    def loss(self, model: "MullForCausalLM", plan: StepPlan, index: int) -> LossOutput:
+    def loss(self, model: MullForCausalLM, plan: StepPlan, index: int) -> LossOutput:
         """Sum the weighted loss over the targets of all heads.
 
         Returns:
@@ -201,12 +194,9 @@ class WeightedMTP(Objective):
             # The loop divides by the step's mean weight, which must not scale the companion's loss.
             total = total + auxiliary[0] / plan.n_targets[0] * (weight if token.mean is None else token.mean)
         computed = valid & (coefficients != 0)
-        seen = _Seen(
-            WeightStatistics.measure(token.weights, valid, token.clipped),
-            torch.stack([losses.double().sum((0, 1)), computed.sum((0, 1)).double()]),
-            _marked(token.weights, valid, batch.get("marked")),
-            token.seen,
-        )
+        statistics = WeightStatistics.measure(token.weights, valid, token.clipped)
+        summed = torch.stack([losses.double().sum((0, 1)), computed.sum((0, 1)).double()])
+        seen = _Seen(statistics, summed, _marked(token.weights, valid, batch.get("marked")), token.seen)
         return LossOutput(total, weight, {"iterations": float(plan.iterations)}, seen)
 
     def end_step(self, plan: StepPlan, seen: Sequence[_Seen]) -> dict[str, float]:
@@ -246,20 +236,20 @@ class WeightedMTP(Objective):
         """Whether no target can be weighted before all targets of the step are scored."""
         return self._scorer.whole_step or self.control != "none"
 
-    def _hidden(self, model: "MullForCausalLM", plan: StepPlan, batch: Batch) -> Tensor:
+    def _hidden(self, model: MullForCausalLM, plan: StepPlan, batch: Batch) -> Tensor:
         return batch_states(model, batch, plan.iterations, self.iterations.backprop(plan.iterations))
 
-    def _count(self, model: "MullForCausalLM", batches: Sequence[Batch]) -> Tensor:
+    def _count(self, model: MullForCausalLM, batches: Sequence[Batch]) -> Tensor:
         """Targets of each active head in the whole step, ``[H]``."""
         n_heads = 0 if model.mtp_config is None else model.mtp_config.num_predict_tokens
         n_active = 1 + self.heads.n_active(n_heads, self._step)
         counts = torch.zeros(n_active, dtype=torch.int64, device=model.device)
         for batch in batches:
-            positions = label_positions(batch.get("attention_mask"), batch.get("position_ids"))
-            counts += (targets_of(batch["labels"], positions, n_active) != IGNORED).sum((0, 1))
+            targets = targets_of(batch["labels"], label_positions(**layout(batch)), n_active)
+            counts += (targets != IGNORED).sum((0, 1))
         return global_sum(counts)
 
-    def _head_scale(self, model: "MullForCausalLM", n_targets: Tensor) -> Tensor:
+    def _head_scale(self, model: MullForCausalLM, n_targets: Tensor) -> Tensor:
         """``c_k / N_k`` for each active head."""
         if self.heads.weights == "uniform" or model.mtp_config is None:
             return (1 / n_targets.sum().clamp(min=1)).expand(len(n_targets))
@@ -267,24 +257,19 @@ class WeightedMTP(Objective):
         return weights / n_targets.clamp(min=1)
 
     def _head_losses(
-        self, model: "MullForCausalLM", batch: Batch, hidden: Tensor, targets: Tensor, coefficients: Tensor
+        self, model: MullForCausalLM, batch: Batch, hidden: Tensor, targets: Tensor, coefficients: Tensor
     ) -> tuple[Tensor, Tensor]:
         """``Σ coefficients · CE`` and the loss of each target; the main head at the scorer's temperature."""
-        compute = partial(
-            model.head_losses,
-            attention_mask=batch.get("attention_mask"),
-            position_ids=batch.get("position_ids"),
-            trunk_gradient=self.heads.trunk_gradient(self._step),
-        )
+        options = {**layout(batch), "trunk_gradient": self.heads.trunk_gradient(self._step)}
         ids, temperature = batch["input_ids"], self._scorer.temperature
         if temperature == 1:
-            return compute(hidden, ids, targets, coefficients)
-        total, losses = compute(hidden / temperature, ids, targets[..., :1], coefficients[..., :1])
+            return model.head_losses(hidden, ids, targets, coefficients, **options)
+        total, losses = model.head_losses(hidden / temperature, ids, targets[..., :1], coefficients[..., :1], **options)
         if targets.shape[-1] == 1:
             return total, losses
         extra = coefficients.clone()
         extra[..., 0] = 0
-        total_extra, losses_extra = compute(hidden, ids, targets, extra)
+        total_extra, losses_extra = model.head_losses(hidden, ids, targets, extra, **options)
         return total + total_extra, torch.cat([losses, losses_extra[..., 1:]], -1)
 
     def _weigh(self, plan: WeightedPlan, evidence: Evidence, training: bool) -> TokenWeights:
@@ -317,22 +302,21 @@ class WeightedMTP(Objective):
             for one, own, score, mark in zip(evidence, scored, final, clipped, strict=True)
         ]
         if self.control != "none":
-            aligned = [
-                replace(one, weights=weights, clipped=None)
-                for one, weights in zip(aligned, self._controlled(evidence, aligned), strict=True)
-            ]
+            aligned = self._controlled(evidence, aligned)
         total = global_sum(torch.stack([one.weights.sum() for one in aligned]).sum())
         aligned = [replace(one, mean=total / plan.n_targets.sum()) for one in aligned]
         if settled.seen is not None:
             aligned[0] = replace(aligned[0], seen=(*aligned[0].seen, settled.seen))
         return aligned
 
-    def _controlled(self, evidence: Sequence[Evidence], treated: Sequence[TokenWeights]) -> list[Tensor]:
+    def _controlled(self, evidence: Sequence[Evidence], treated: Sequence[TokenWeights]) -> list[TokenWeights]:
+        """Replace the weights by ones that do not depend on the tokens."""
         everything = _Step([one.weights for one in treated])
         targets = _Step([_valid(one, everything.everything.shape[-1]) for one in evidence])
         generator = torch.Generator().manual_seed(_mixed(self.seed, self._step))
         function = shuffle if self.control == "shuffled" else matched_random
-        return everything.own(function(everything.everything, targets.everything, generator))
+        own = everything.own(function(everything.everything, targets.everything, generator))
+        return [replace(one, weights=weights, clipped=None) for one, weights in zip(treated, own, strict=True)]
 
 
 def _valid(evidence: Evidence, n_heads: int) -> Tensor:

@@ -6,32 +6,21 @@ An algorithm without settings or memory is a function of `Evidence`; `mull.train
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mull.layers.value_head import ValueHead, value_loss
+from mull.model.causal_lm import MullForCausalLM
+from mull.ops import token_weights
 from mull.ops.cross_entropy import cross_entropy_gradients
-from mull.ops.token_weights import (
-    advantage_weights,
-    advantages,
-    dft_weights,
-    entropy_weights,
-    gradient_norm,
-    keep_highest,
-    lambda_returns,
-    rho1_weights,
-)
 from mull.runtime.distributed import global_sum
 from mull.training.objectives.base import Batch, StepPlan, batch_states
 from mull.training.objectives.evidence import Evidence, Scored, Scorer, check_reference
 from mull.training.objectives.resources import Resources, Settings
 from mull.training.objectives.weight_statistics import RunningMoments
-
-if TYPE_CHECKING:
-    from mull.model.causal_lm import MullForCausalLM
 
 
 class Rho1Config(Settings):
@@ -94,10 +83,8 @@ class CriticConfig(ReturnConfig):
         return self
 
 
-class PretrainSection(BaseModel):
+class PretrainSection(Settings):
     """Training of the value head before ``critic-wmtp``: it learns to tell right from wrong answers; the model stays as it is."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     steps: int = Field(ge=1)
     """Optimizer steps."""
@@ -159,23 +146,22 @@ def baseline(evidence: Evidence) -> Tensor:
 
 def entropy(evidence: Evidence) -> Tensor:
     """Targets count more where the model is uncertain (EAFT, arXiv:2601.02151)."""
-    return entropy_weights(evidence.statistics.entropy, evidence.model.lm_head.out_features)
+    return token_weights.entropy_weights(evidence.statistics.entropy, evidence.model.lm_head.out_features)
 
 
 def dft(evidence: Evidence) -> Tensor:
     """Targets count less where the model finds them unlikely (dynamic fine-tuning, arXiv:2508.05629)."""
-    return dft_weights(evidence.statistics.loss)
+    return token_weights.dft_weights(evidence.statistics.loss)
 
 
 class Rho1Weighted(Scorer):
     """``exp(excess / temperature)``; normalised, the softmax over the step."""
 
-    def __init__(self, config: Rho1Config, reference: "MullForCausalLM") -> None:
-        super().__init__(
-            lambda evidence: rho1_weights(evidence.statistics.loss, evidence.reference_loss, config.temperature),
-            reference,
-        )
-        self.config = config
+    def __init__(self, config: Rho1Config, reference: MullForCausalLM) -> None:
+        def score(evidence: Evidence) -> Tensor:
+            return token_weights.rho1_weights(evidence.statistics.loss, evidence.reference_loss, config.temperature)
+
+        super().__init__(score, reference, config)
 
 
 class Rho1TokenSkip(Scorer):
@@ -183,16 +169,32 @@ class Rho1TokenSkip(Scorer):
 
     whole_step = True
 
-    def __init__(self, config: Rho1Config, reference: "MullForCausalLM") -> None:
-        super().__init__(lambda evidence: evidence.statistics.loss - evidence.reference_loss, reference)
-        self.config = config
+    def __init__(self, config: Rho1Config, reference: MullForCausalLM) -> None:
+        super().__init__(lambda evidence: evidence.statistics.loss - evidence.reference_loss, reference, config)
 
     def settle(self, scores: Tensor, valid: Tensor, training: bool) -> Scored:
         """Rank all targets of the step against each other."""
-        return Scored(scores=keep_highest(scores, valid, 1 - self.config.skip_share).to(scores.dtype))
+        kept = token_weights.keep_highest(scores, valid, 1 - self.config.skip_share)
+        return Scored(scores=kept.to(scores.dtype))
 
 
-class Critic(Scorer):
+class _ScorerWithMoments(Scorer):
+    """Keeps running moments of its scores."""
+
+    def __init__(self, score: Callable[[Evidence], Tensor | Scored], config: CriticConfig | GradientConfig) -> None:
+        super().__init__(score, config=config)
+        self._moments = RunningMoments(config.momentum)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running moments of the scores."""
+        return {"moments": self._moments.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self._moments.load_state_dict(state["moments"])
+
+
+class Critic(_ScorerWithMoments):
     """Weights by the advantage that a value head sees in each token.
 
     With the outcome of a document as the only reward, a token after which the outcome is likelier has a positive advantage.
@@ -206,10 +208,8 @@ class Critic(Scorer):
     whole_step = True
 
     def __init__(self, config: CriticConfig, value_head: ValueHead) -> None:
-        super().__init__(self._advantages)
-        self.config = config
+        super().__init__(self._advantages, config)
         self.companion: ValueHead = value_head
-        self._moments = RunningMoments(config.momentum)
 
     def _advantages(self, evidence: Evidence) -> Tensor:
         return _advantages_of(self.companion(evidence.hidden), evidence, self.config)
@@ -218,11 +218,12 @@ class Critic(Scorer):
         """Whiten with running moments, this step's included, and clip."""
         among = scores[valid].double()
         sums = torch.stack([among.sum(), among.square().sum(), valid.sum().double()])
+        # A copy, because only `end_step` changes what is kept.
         moments = copy.copy(self._moments)
         if training or not moments.ready:
             moments.update(*sums.tolist())
         config = self.config
-        weights, clipped = advantage_weights(
+        weights, clipped = token_weights.advantage_weights(
             scores, moments.mean, moments.std, config.beta, config.min_weight, config.max_weight
         )
         return Scored(scores=weights, clipped=clipped, seen=sums)
@@ -240,14 +241,6 @@ class Critic(Scorer):
             self._moments.update(*sums.tolist())
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Running moments of the advantage."""
-        return {"moments": self._moments.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`."""
-        self._moments.load_state_dict(state["moments"])
-
 
 def value_error(
     value_head: ValueHead, hidden: Tensor, evidence: Evidence, config: ReturnConfig
@@ -257,27 +250,28 @@ def value_error(
     The gradient reaches `hidden`.
     """
     values: Tensor = value_head(hidden)
-    returns = lambda_returns(_advantages_of(values, evidence, config), values.detach(), evidence.valid)
+    advantages = _advantages_of(values, evidence, config)
+    returns = token_weights.lambda_returns(advantages, values.detach(), evidence.valid)
     return value_loss(values, returns, evidence.valid), evidence.valid.sum()
 
 
 def _advantages_of(values: Tensor, evidence: Evidence, config: ReturnConfig) -> Tensor:
     rewards = evidence.batch.get("rewards")
     rewards = torch.ones_like(values) if rewards is None else rewards.to(values.dtype)
-    return advantages(values.detach(), rewards, evidence.valid, evidence.positions, config.gamma, config.gae_lambda)
+    return token_weights.advantages(
+        values.detach(), rewards, evidence.valid, evidence.positions, config.gamma, config.gae_lambda
+    )
 
 
-class _GradientScores(Scorer):
+class _GradientScores(_ScorerWithMoments):
     """A score of each target's own gradient, over its running mean.
 
     The running mean is that of the steps before; in the first step all targets count the same.
     """
 
     def __init__(self, config: GradientConfig, raw: Callable[[Evidence], Tensor]) -> None:
-        super().__init__(self._relative)
-        self.config = config
+        super().__init__(self._relative, config)
         self._raw = raw
-        self._moments = RunningMoments(config.momentum)
 
     def _relative(self, evidence: Evidence) -> Scored:
         raw = self._raw(evidence)
@@ -291,17 +285,8 @@ class _GradientScores(Scorer):
 
     def end_step(self, plan: StepPlan, seen: Sequence[Tensor]) -> dict[str, float]:
         """Update the running mean by the step's scores."""
-        total, squares, count = global_sum(torch.stack(list(seen)).sum(0)).tolist()
-        self._moments.update(total, squares, count)
+        self._moments.update(*global_sum(torch.stack(list(seen)).sum(0)).tolist())
         return {"gradient_score": self._moments.mean}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Running mean of the score."""
-        return {"moments": self._moments.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`."""
-        self._moments.load_state_dict(state["moments"])
 
 
 class GradientNorm(_GradientScores):
@@ -313,7 +298,7 @@ class GradientNorm(_GradientScores):
 
 def _norm(evidence: Evidence) -> Tensor:
     statistics = evidence.statistics
-    return gradient_norm(statistics.loss, statistics.sum_of_squares, evidence.hidden_norm)
+    return token_weights.gradient_norm(statistics.loss, statistics.sum_of_squares, evidence.hidden_norm)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -343,7 +328,7 @@ class GradientAlignment(_GradientScores):
         self._step = 0
 
     def plan_step(
-        self, model: "MullForCausalLM", batches: Sequence[Batch], iterations: int, seeds: Sequence[int]
+        self, model: MullForCausalLM, batches: Sequence[Batch], iterations: int, seeds: Sequence[int]
     ) -> StepPlan:
         """Compute the held-out gradient to compare with; in evaluation mode, that of the last training step."""
         direction = self._direction.to(model.device)
@@ -355,7 +340,7 @@ class GradientAlignment(_GradientScores):
             direction = self._gradient(model)
         return AlignmentPlan(batches=batches, iterations=iterations, direction=direction)
 
-    def _gradient(self, model: "MullForCausalLM") -> Tensor:
+    def _gradient(self, model: MullForCausalLM) -> Tensor:
         """Mean gradient of the unembedding on the next held-out batch ``[V, D]``."""
         batch = {name: tensor.to(model.device) for name, tensor in self._held_out(self._step).items()}
         with torch.no_grad():
@@ -367,7 +352,7 @@ class GradientAlignment(_GradientScores):
             cross_entropy_gradients(rows, model.lm_head.weight, targets, share, gradient)
         return gradient
 
-    def evidence(self, model: "MullForCausalLM", batch: Batch, hidden: Tensor, plan: StepPlan) -> Evidence:
+    def evidence(self, model: MullForCausalLM, batch: Batch, hidden: Tensor, plan: StepPlan) -> Evidence:
         """Add the held-out gradient."""
         assert isinstance(plan, AlignmentPlan)
         return Evidence(model, batch, hidden.detach(), direction=plan.direction)
