@@ -53,11 +53,8 @@ class ArithmeticTask:
             raise ValueError(
                 f"digits={self.digits} must lie in [1, {MAX_DIGITS}], and seed={self.seed} must not be negative."
             )
-        if (
-            not self.operations
-            or len(set(self.operations)) < len(self.operations)
-            or set(self.operations) - {*OPERATIONS}
-        ):
+        operations = set(self.operations)
+        if not operations or len(operations) < len(self.operations) or operations - {*OPERATIONS}:
             raise ValueError(f"operations={self.operations!r} must be one or more of {OPERATIONS!r}, each once.")
 
     @property

@@ -11,20 +11,9 @@ import numpy as np
 
 from mull.data.sources import Document
 
-SKIPPED_FOLDERS = frozenset(
-    {
-        "__pycache__",
-        "dist-packages",
-        "encodings",  # code pages: tables of numbers
-        "idlelib",
-        "lib2to3",
-        "pydoc_data",
-        "site-packages",
-        "test",
-        "tests",
-        "turtledemo",
-    }
-)
+INSTALLED_FOLDERS = frozenset({"__pycache__", "dist-packages", "site-packages"})
+# encodings: code pages, which are tables of numbers
+SKIPPED_FOLDERS = INSTALLED_FOLDERS | {"encodings", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "turtledemo"}
 MIN_BYTES, MAX_BYTES = 500, 200_000
 HELD_OUT_EVERY = 20
 """One file in this many is held out."""

@@ -143,11 +143,9 @@ def pack_tokens(
     position_ids = index - np.maximum.accumulate(np.where(begins, index, 0))
     labels = np.where(begins | (index >= len(stream)), IGNORED, input_ids)
 
-    labels = labels.reshape(n_rows, length)
-    has_target = (labels != IGNORED).any(1)
-    input_rows, label_rows, position_rows = (
-        torch.from_numpy(array.reshape(n_rows, length)[has_target]) for array in (input_ids, labels, position_ids)
-    )
+    has_target = (labels.reshape(n_rows, length) != IGNORED).any(1)
+    arrays = (array.reshape(n_rows, length)[has_target] for array in (input_ids, labels, position_ids))
+    input_rows, label_rows, position_rows = map(torch.from_numpy, arrays)
     return PackedDataset(input_rows, label_rows, position_rows, bytes_per_token)
 
 

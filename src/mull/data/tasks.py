@@ -29,12 +29,7 @@ logger = logging.getLogger(__name__)
 Schema = Literal["mbpp", "humaneval", "code_contests", "examples"]
 """Format of a source's records; see `load_examples`."""
 
-MBPP_SPLITS = {
-    "prompt": range(1, 11),
-    "test": range(11, 511),
-    "validation": range(511, 601),
-    "train": range(601, 975),
-}
+MBPP_SPLITS = {"prompt": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
 """``task_id`` of MBPP's splits, from the paper. The sanitized subset keeps the numbers."""
 
 MBPP_PROMPT = (
@@ -245,27 +240,9 @@ def _pairs_of(
     return list(itertools.islice(((example, bad) for example, bad in attempts if bad is not None), per_problem))
 
 
-SWAPS = {
-    "+": "-",
-    "-": "+",
-    "*": "+",
-    "/": "*",
-    "//": "/",
-    "%": "//",
-    "+=": "-=",
-    "-=": "+=",
-    "*=": "+=",
-    "<": ">",
-    "<=": ">=",
-    ">": "<",
-    ">=": "<=",
-    "==": "!=",
-    "!=": "==",
-    "and": "or",
-    "or": "and",
-    "True": "False",
-    "False": "True",
-}
+_PAIRS = [("+", "-"), ("+=", "-="), ("<", ">"), ("<=", ">="), ("==", "!="), ("and", "or"), ("True", "False")]
+_ONE_WAY = {"*": "+", "/": "*", "//": "/", "%": "//", "*=": "+="}
+SWAPS = _ONE_WAY | dict(_PAIRS) | {second: first for first, second in _PAIRS}
 """Replacements of operators and constants."""
 
 

@@ -10,6 +10,7 @@ Shapes: B rows, T tokens, W window, D model width, V vocabulary, K drafts.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -162,22 +163,14 @@ class Drafter:
         """Runs heads ``(k, h, embedded)`` at the positions of a call."""
         assert self.text.states is not None
         inputs = self.model.model.fixed_layer_inputs(self.text.states[:, : call.positions.shape[1]], call)
-
-        def run(k: int, h: Tensor, embedded: Tensor | None) -> Tensor:
-            return self.model.decode_head(k, h, embedded, self.cache, call, inputs)
-
-        return run
+        return partial(self.model.decode_head, cache=self.cache, call=call, inputs=inputs)
 
     def _states_at(self, positions: Tensor) -> Tensor:
         assert self.text.states is not None, "drafting needs the trunk's states"
         return self.text.states.gather(1, positions[..., None].expand(-1, -1, self.text.states.shape[-1]))
 
     def _embedded_at(self, positions: Tensor) -> Tensor:
-        return self._embed(self.text.tokens.gather(1, positions))
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        embedded: Tensor = self.model.model.embed_tokens(tokens)
-        return embedded
+        return self.model.model.embed_tokens(self.text.tokens.gather(1, positions))
 
     def draft(self, length: int, window: int, n_keys: int, uniform: Tensor) -> Proposal:
         """Propose tokens, and write them after the text.
@@ -188,8 +181,6 @@ class Drafter:
             n_keys: Slots of the cache that attention reads.
             uniform: ``[B, K]``, random numbers for sampling.
         """
-        if self.heads.recursive:
-            return self._draft_recursively(length, window, n_keys, uniform)
         newest = self.text.newest
         start = (newest - window).clamp(min=0)
         last = newest - 1 - start
@@ -198,27 +189,19 @@ class Drafter:
         h = self._states_at(positions)
         chooser = _Chooser(self, uniform)
         if not self.heads.sequential:
-            outs = [_at(run(k, h, None), last) for k in range(1, length + 1)]
-            return chooser.choose_all(torch.stack(outs, 1))
+            states = torch.stack([_at(run(k, h, None), last) for k in range(1, length + 1)], 1)
+            for logits in self.model.lm_head(states).unbind(1):  # one pass through the unembedding for all
+                chooser.choose(logits)
+            return chooser.proposal()
         for k in range(1, length + 1):
-            h = run(k, h, self._embedded_at(positions + k))
-            chooser.choose(self.model.lm_head(_at(h, last)))
-        return chooser.proposal()
-
-    def _draft_recursively(self, length: int, window: int, n_keys: int, uniform: Tensor) -> Proposal:
-        newest = self.text.newest
-        start = (newest - window).clamp(min=0)
-        positions = _span(start, window)
-        run = self._runner(StaticCall(positions, n_keys, n_valid=None))
-        chooser = _Chooser(self, uniform)
-        out = run(1, self._states_at(positions), self._embedded_at(positions + 1))
-        state = _at(out, newest - 1 - start)
-        chooser.choose(self.model.lm_head(state))
-        for k in range(2, length + 1):
-            # The chain continues after the text, in slots that the next round overwrites with final entries.
-            run = self._runner(StaticCall((newest + k - 2)[:, None], n_keys, n_valid=None))
-            embedded = self._embed(chooser.tokens[-1])[:, None]
-            state = run(k, state[:, None], embedded)[:, 0]
+            if k == 1 or not self.heads.recursive:
+                h = run(k, h, self._embedded_at(positions + k))
+                state = _at(h, last)
+            else:
+                # The chain continues after the text, in slots that the next round overwrites with final entries.
+                run = self._runner(StaticCall((newest + k - 2)[:, None], n_keys, n_valid=None))
+                embedded = self.model.model.embed_tokens(chooser.tokens[-1])[:, None]
+                state = run(k, state[:, None], embedded)[:, 0]
             chooser.choose(self.model.lm_head(state))
         return chooser.proposal()
 
@@ -240,7 +223,6 @@ class _Chooser:
     """Chooses drafts one after the other, because the distribution of each may depend on those before it."""
 
     def __init__(self, drafter: Drafter, uniform: Tensor) -> None:
-        self.model = drafter.model
         self.sampling = drafter.sampling
         self.text = drafter.text
         self.uniform = uniform
@@ -261,13 +243,6 @@ class _Chooser:
         if self.seen is not None:
             self.seen = self.seen.scatter(1, token[:, None], True)
         self.text.tokens.scatter_(1, (self.text.newest + k)[:, None], token[:, None])
-
-    def choose_all(self, states: Tensor) -> Proposal:
-        """Choose all drafts from the states of parallel heads ``[B, K, D]``: one pass through the unembedding."""
-        logits = self.model.lm_head(states)
-        for k in range(states.shape[1]):
-            self.choose(logits[:, k])
-        return self.proposal()
 
     def proposal(self) -> Proposal:
         """All drafts chosen so far."""

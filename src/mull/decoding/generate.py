@@ -144,21 +144,6 @@ class Streamer(Protocol):
         """Called once, after the last token."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Call:
-    """The checked arguments of a call that its rounds need."""
-
-    prompts: list[list[int]]
-    """Tokens of each row, without padding."""
-
-    max_new_tokens: int
-    end_tokens: frozenset[int]
-    generator: torch.Generator | None
-    """Source of random numbers; None for greedy decoding."""
-
-    streamer: Streamer | None
-
-
 @torch.no_grad()
 def generate(
     model: MullForCausalLM,
@@ -227,27 +212,27 @@ def generate(
         prompt_tokens=sum(map(len, prompts)),
         think_iterations=None if path is not None else model.iterations(think_iterations),
     )
-    call = _Call(
-        prompts=prompts,
-        max_new_tokens=max_new_tokens,
-        end_tokens=_end_tokens(model, eos_token_id),
-        generator=_generator(sampling, seed),
-        streamer=streamer,
-    )
-    new_tokens = _run(decoder, policy, call, stats)
-    stats.new_tokens = sum(map(len, new_tokens))
-    return GenerateOutput(_joined(input_ids, new_tokens, padding), stats)
+    rows = _Rows(len(prompts), max_new_tokens, _end_tokens(model, eos_token_id))
+    _run(decoder, policy, prompts, rows, _generator(sampling, seed), streamer, stats)
+    stats.new_tokens = sum(map(len, rows.tokens))
+    return GenerateOutput(_joined(input_ids, rows.tokens, padding), stats)
 
 
-def _run(decoder: Decoder, policy: DraftLength, call: _Call, stats: GenerationStats) -> list[list[int]]:
-    """Decode until every row has ended; return the new tokens of each."""
-    rows = _Rows(len(call.prompts), call.max_new_tokens, call.end_tokens)
-    streamer = call.streamer
+def _run(
+    decoder: Decoder,
+    policy: DraftLength,
+    prompts: list[list[int]],
+    rows: "_Rows",
+    generator: torch.Generator | None,
+    streamer: Streamer | None,
+    stats: GenerationStats,
+) -> None:
+    """Continue `prompts` in `rows`, which are empty at first, until every row has ended."""
     begin = time.perf_counter()
-    rows.append([[token] for token in decoder.start(call.prompts, call.generator)])
+    rows.append([[token] for token in decoder.start(prompts, generator)])
     stats.prefill_seconds = time.perf_counter() - begin
     if streamer is not None:
-        streamer.put(torch.tensor(call.prompts[0]))
+        streamer.put(torch.tensor(prompts[0]))
         streamer.put(torch.tensor(rows.tokens[0]))
     plain: list[float] = []
     while any(rows.running):
@@ -260,7 +245,7 @@ def _run(decoder: Decoder, policy: DraftLength, call: _Call, stats: GenerationSt
         length = chosen if decoder.preparation else min(chosen, max(left.values()) - 1)
         warm_up = not decoder.is_ready(length)
         begin = time.perf_counter()
-        gained = decoder.round(length, call.generator)
+        gained = decoder.round(length, generator)
         seconds = time.perf_counter() - begin
         kept = rows.append(gained)
         counts = [len(tokens) for tokens in gained]
@@ -275,7 +260,6 @@ def _run(decoder: Decoder, policy: DraftLength, call: _Call, stats: GenerationSt
     stats.plain_seconds = median(plain) if plain else policy.seconds.get(0)
     if streamer is not None:
         streamer.end()
-    return rows.tokens
 
 
 class _Rows:

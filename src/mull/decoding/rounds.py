@@ -84,28 +84,20 @@ class Decoder:
         weight = model.lm_head.weight
         device = weight.device
         self.model = model
-        self.path = path
         self.sampling = sampling
         self.size = size
         heads = model.mtp_heads if size.max_drafts else None
         n_blocks = 0 if heads is None or heads.pointwise else len(heads.heads)
+        config = model.config.get_text_config()
         self.cache = StaticSlotCache(
-            model.config.get_text_config(),
-            path,
-            size.n_rows,
-            size.capacity,
-            dtype=weight.dtype,
-            device=device,
-            n_head_blocks=n_blocks,
+            config, path, size.n_rows, size.capacity, dtype=weight.dtype, device=device, n_head_blocks=n_blocks
         )
         self.text = Text(
             tokens=torch.zeros(size.n_rows, size.capacity, dtype=torch.long, device=device),
             n_known=torch.ones(size.n_rows, dtype=torch.long, device=device),
             running=torch.ones(size.n_rows, dtype=torch.bool, device=device),
             states=None if heads is None else weight.new_zeros(size.n_rows, size.capacity, weight.shape[1]),
-            seen=torch.zeros(size.n_rows, weight.shape[0], dtype=torch.bool, device=device)
-            if sampling.needs_seen
-            else None,
+            seen=weight.new_zeros(size.n_rows, weight.shape[0], dtype=torch.bool) if sampling.needs_seen else None,
         )
         self._drafter = None if heads is None else Drafter(model, self.cache, self.text, sampling)
         self.uniform = torch.zeros(size.n_rows, 2 * size.max_drafts + 1, dtype=torch.float64, device=device)
@@ -157,8 +149,7 @@ class Decoder:
             self._drafter.reset()
         self._newest = [len(prompt) for prompt in prompts]
         self._running = [True] * len(prompts)
-        tokens: list[int] = token.tolist()
-        return tokens
+        return token.tolist()
 
     def _load(self, prompts: Sequence[Sequence[int]]) -> None:
         self.cache.reset()
@@ -267,15 +258,13 @@ class Decoder:
         if proposal is None:
             token = self._choose(logits[:, 0])
             verdict = Verdict(torch.zeros_like(token), token)
-            drafts = token[:, None][:, :0]
         else:
             verdict = self._judge(logits, proposal)
-            drafts = proposal.tokens
         n_gained = torch.where(text.running, verdict.n_accepted + 1, 0)
         if length:
             self.cache.commit(n_gained)
         offsets = torch.arange(length + 1, device=newest.device)
-        emitted = torch.cat([drafts, verdict.next_token[:, None]], 1)
+        emitted = torch.cat([inputs[:, 1:], verdict.next_token[:, None]], 1)
         emitted = torch.where(offsets < verdict.n_accepted[:, None], emitted, verdict.next_token[:, None])
         self._append(emitted, n_gained)
         return torch.where(offsets < n_gained[:, None], emitted, NO_TOKEN)

@@ -50,11 +50,7 @@ def sample(
     tokens, columns = input_ids, []
     for _ in range(max_new_tokens):
         logits = model(
-            tokens,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            logits_to_keep=1,
-            think_iterations=iterations,
+            tokens, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1, think_iterations=iterations
         ).logits[:, -1]
         p = torch.softmax(logits.to(accurate(logits.dtype)) / temperature, -1)
         tokens = torch.where(ended[:, None], pad_id, torch.multinomial(p, 1, generator=generator))

@@ -1,6 +1,7 @@
 """Held-out loss of every head."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,16 +53,9 @@ def held_out_losses(
     return {name: loss / count for name, loss, count in zip(names, sums, counts, strict=True) if count}
 
 
-def held_out_loss(
-    model: MullForCausalLM,
-    dataset: PackedDataset,
-    iterations: int | None,
-    *,
-    batch_size: int = 16,
-    max_rows: int | None = None,
-) -> float:
-    """Mean loss of the main head; see `held_out_losses`."""
-    return held_out_losses(model, dataset, iterations, batch_size=batch_size, max_rows=max_rows, n_heads=0)["loss"]
+def held_out_loss(model: MullForCausalLM, dataset: PackedDataset, iterations: int | None, **options: Any) -> float:
+    """Mean loss of the main head; see `held_out_losses`, whose `batch_size` and `max_rows` are the options."""
+    return held_out_losses(model, dataset, iterations, n_heads=0, **options)["loss"]
 
 
 def _sums(model: MullForCausalLM, batch: Mapping[str, Tensor], iterations: int | None, n_heads: int) -> Tensor:

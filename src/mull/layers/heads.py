@@ -39,12 +39,8 @@ class LinearHead(nn.Module):
         init.eye_(self.proj.weight)
 
 
-class ResidualHead(nn.Module):
+class ResidualHead(LinearHead):
     """``h + silu(W h)``, the head of Medusa (arXiv:2401.10774, section 2.1.1), with W = 0 at the start."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, width, bias=False)
 
     def forward(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """Map the trunk's final-normed states to the head's."""

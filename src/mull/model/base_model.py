@@ -244,7 +244,13 @@ class MullModel(MullPreTrainedModel):
         visits = self.path(think_iterations, path)
         h = self._embed(input_ids, inputs_embeds)
         if position_ids is not None and attention_mask is None and is_packed(position_ids):
-            use_cache = self._without_cache(past_key_values, use_cache)
+            # With a cache, transformers' masks would let documents see each other, silently.
+            if past_key_values is not None or use_cache:
+                raise ValueError(
+                    "position_ids restart, so the rows hold several packed documents, and these cannot continue from a cache. "
+                    "Pass use_cache=False, or one document per row."
+                )
+            use_cache = False
         cache = self._bound_cache(past_key_values, use_cache, visits)
         if cache is not None and isinstance(attention_mask, Tensor):
             check_padding_side(attention_mask, h.shape[1], self.text_config)
@@ -263,11 +269,8 @@ class MullModel(MullPreTrainedModel):
         if cache is not None:
             cache.advance(h.shape[1])
         h = self.norm(h)
-        return BaseModelOutputWithPast(
-            last_hidden_state=h,
-            past_key_values=cache,
-            hidden_states=None if stream is None else (*stream[:-1], h),
-        )
+        hidden_states = None if stream is None else (*stream[:-1], h)
+        return BaseModelOutputWithPast(last_hidden_state=h, past_key_values=cache, hidden_states=hidden_states)
 
     def hidden_states(self, input_ids: Tensor, **options: Any) -> Tensor:
         """Final-normed states ``[B, T, D]`` of the last iteration, without a cache; see `hidden_states_by_iteration`."""
@@ -334,28 +337,12 @@ class MullModel(MullPreTrainedModel):
         """
         h = self.embed_tokens(input_ids)
         inputs = self.fixed_layer_inputs(h, call)
-        states: Tensor = self.norm(
-            run(self.layers, self.kinds, cache.path, h, inputs, FixedMemory(cache, call), policy)
-        )
-        return states
+        return self.norm(run(self.layers, self.kinds, cache.path, h, inputs, FixedMemory(cache, call), policy))
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is not None:
-            return inputs_embeds
-        embedded: Tensor = self.embed_tokens(input_ids)
-        return embedded
-
-    @staticmethod
-    def _without_cache(cache: SlotCache | None, use_cache: bool | None) -> bool:
-        """Packed rows are never cached: with a cache, transformers' masks would let documents see each other, silently."""
-        if cache is not None or use_cache:
-            raise ValueError(
-                "position_ids restart, so the rows hold several packed documents, and these cannot continue from a cache. Pass "
-                "use_cache=False, or one document per row."
-            )
-        return False
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def _bound_cache(self, cache: SlotCache | None, use_cache: bool | None, visits: Path) -> SlotCache | None:
         if use_cache is None:

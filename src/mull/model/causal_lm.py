@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,12 +137,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         if labels is not None:
             if num_items_in_batch is None and not torch.compiler.is_compiling():
                 require_targets((labels[:, 1:] != IGNORED).sum(), labels)
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.text_config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
+            loss = self.loss_function(logits, labels, self.text_config.vocab_size, num_items_in_batch)
             if self.mtp_config is not None:
                 if cache is not None and cache.n_tokens != h.shape[1]:
                     raise ValueError(
@@ -257,13 +253,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         return before_norm(hidden, self.model.norm) if self._heads_read_stream else hidden
 
     def decode_head(
-        self,
-        k: int,
-        h: Tensor,
-        embedded: Tensor | None,
-        cache: StaticSlotCache,
-        call: StaticCall,
-        inputs: LayerInputs,
+        self, k: int, h: Tensor, embedded: Tensor | None, cache: StaticSlotCache, call: StaticCall, inputs: LayerInputs
     ) -> Tensor:
         """Run head ``k`` against its block's slot of a cache of fixed size.
 
@@ -284,23 +274,13 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         def run_block(block: nn.Module, x: Tensor, step: int) -> Tensor:
             return run_layer(block, "full_attention", x, inputs, cache.head_slot((step - 1) % len(heads.heads), call))
 
-        states: Tensor = heads(k, self.head_input(h) if k == 1 else h, embedded, run_block)
-        return states
+        return heads(k, self.head_input(h) if k == 1 else h, embedded, run_block)
 
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> Any:
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any) -> Any:
         """Give ``generate`` a cache with a slot per visit; its own builds one slot per layer."""
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             parent: Any = super()
-            return parent._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
+            return parent._prepare_cache_for_generation(generation_config, model_kwargs, *others)
         if generation_config.cache_implementation not in CACHE_IMPLEMENTATIONS:
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} has one slot per layer. Use one of "
@@ -316,13 +296,8 @@ def new_heads(config: MTPConfig, base: MullModel) -> MTPHeads:
     text_config = base.text_config
     n_heads, width = config.num_predict_tokens, text_config.hidden_size
     native = config.mtp_head_type == "native"
-
-    def make_block() -> nn.Module:
-        return new_block(text_config, base.layers, routed=native)
-
-    def make_norm() -> nn.Module:
-        return new_norm(text_config, base.norm)
-
+    make_block = partial(new_block, text_config, base.layers, routed=native)
+    make_norm = partial(new_norm, text_config, base.norm)
     make_heads = NativeHeads if native else MTPHeads
     return make_heads(config.mtp_head_type, n_heads, width, make_block, make_norm, config.recursive)
 

@@ -125,14 +125,13 @@ def _run_recurrent(
     options = _options(slot, padding, inputs.position_ids, inputs.rotary["linear_attention"])
     if slot is not None:
         options["cache_view"] = slot
+    rows = h if documents is None else documents.split(h)
     if active is None:
-        if documents is None:
-            return layer(h, **options)
-        return documents.join(layer(documents.split(h), **options), h)
-    rows, chosen = h, active
-    if documents is not None:
-        rows, chosen = documents.split(h), ActiveTokens.of(documents.split(active.mask))
-    # The tokens that run form a sequence without gaps; where a row ends before others, the slot keeps the rest out of its states.
-    options["attention_mask"] = None if padding is None else chosen.gather(padding)
-    rows = chosen.scatter(rows, layer(chosen.gather(rows), **options))
+        rows = layer(rows, **options)
+    else:
+        chosen = active if documents is None else ActiveTokens.of(documents.split(active.mask))
+        # The tokens that run form a sequence without gaps; where a row ends before others, the slot keeps the rest out of its
+        # states.
+        options["attention_mask"] = None if padding is None else chosen.gather(padding)
+        rows = chosen.scatter(rows, layer(chosen.gather(rows), **options))
     return rows if documents is None else documents.join(rows, h)

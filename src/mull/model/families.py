@@ -22,7 +22,8 @@ Rotary = Callable[[Any, set[str], Tensor, Tensor], dict[str, Any]]
 
 
 def _one_rotary(rotary_emb: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
-    return dict.fromkeys(kinds, rotary_emb(h, position_ids))
+    # Released OlmoHybrid checkpoints have no rotary embedding.
+    return dict.fromkeys(kinds, None if rotary_emb is None else rotary_emb(h, position_ids))
 
 
 def _rotary_by_kind(rotary_emb: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
@@ -32,11 +33,6 @@ def _rotary_by_kind(rotary_emb: Any, kinds: set[str], h: Tensor, position_ids: T
 def _multimodal_rotary(rotary_emb: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
     # Time, height and width all advance with the text.
     return dict.fromkeys(kinds, rotary_emb(h, position_ids.expand(3, h.shape[0], -1)))
-
-
-def _optional_rotary(rotary_emb: Any, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
-    # Released OlmoHybrid checkpoints have no rotary embedding.
-    return dict.fromkeys(kinds, None if rotary_emb is None else rotary_emb(h, position_ids))
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family(_one_rotary),
     "olmo3": Family(_rotary_by_kind),
-    "olmo_hybrid": Family(_optional_rotary, "olmo_hybrid.modeling_olmo_hybrid"),
+    "olmo_hybrid": Family(_one_rotary, "olmo_hybrid.modeling_olmo_hybrid"),
     "qwen3": Family(_one_rotary),
     "qwen3_5_text": Family(_multimodal_rotary, "qwen3_5.modeling_qwen3_5"),
     "qwen3_5_moe_text": Family(_multimodal_rotary, "qwen3_5_moe.modeling_qwen3_5_moe"),
@@ -122,18 +118,16 @@ def new_block(config: PreTrainedConfig, layers: nn.ModuleList, routed: bool = Fa
     Raises:
         ValueError: the backbone has no layer with full attention to take as a pattern.
     """
-    kinds = layer_kinds(config)
-    if "full_attention" not in kinds:
+    patterns = [layer for layer, kind in enumerate(layer_kinds(config)) if kind == "full_attention"]
+    if not patterns:
         raise ValueError(
             "No layer of this model has full attention, so there is no pattern for heads of type transformer or sequential: use "
             "mlp or shared_lm_head."
         )
-    patterns = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
     if routed:
         patterns.sort(key=lambda layer: not hasattr(layers[layer].mlp, "experts"))
     layer = patterns[0]
-    block: nn.Module = type(layers[layer])(config, layer)
-    return block
+    return type(layers[layer])(config, layer)
 
 
 def new_norm(config: PreTrainedConfig, norm: nn.Module) -> nn.Module:

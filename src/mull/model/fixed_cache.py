@@ -22,13 +22,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from mull.model.memory import ActiveTokens, LastKeys, Merge, head_width
 from mull.model.path import Path, Visit
-from mull.ops.gated_delta import (
-    DeltaWrites,
-    convolution_window,
-    no_op_where_inactive,
-    short_gated_delta,
-    written_state,
-)
+from mull.ops.gated_delta import DeltaWrites, convolution_window, no_op_where_inactive, short_gated_delta, written_state
 
 LONGEST_SHORT_CALL = 16
 """Calls of up to this many tokens run `short_gated_delta`; longer ones transformers' chunked rule."""
@@ -127,14 +121,7 @@ class RecurrentState:
         return inputs if call.fresh else full
 
     def delta_rule(
-        self,
-        call: StaticCall,
-        rule: Any,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        g: Tensor,
-        beta: Tensor,
-        active: Tensor | None,
-        **kwargs: Any,
+        self, call: StaticCall, rule: Any, inputs: tuple[Tensor, Tensor, Tensor], g: Tensor, beta: Tensor, **kwargs: Any
     ) -> Tensor:
         """Outputs ``[B, A, H, V]`` for `inputs`, which are queries, keys and values."""
         if call.n_valid is not None:
@@ -216,7 +203,8 @@ class StaticSlotCache:
         def new_slot(kind: str) -> AttentionSlot | RecurrentState:
             if kind == "linear_attention":
                 return RecurrentState(*_recurrent_shapes(text_config, batch_size), dtype, device)
-            return AttentionSlot(_attention_shape(text_config, batch_size, capacity), dtype, device)
+            keys = (batch_size, text_config.num_key_value_heads, capacity, head_width(text_config))
+            return AttentionSlot(keys, dtype, device)
 
         self.slots = [new_slot(kinds[visit.layer]) for visit in path]
         self._head_slots = [new_slot("full_attention") for _ in range(n_head_blocks)]
@@ -249,19 +237,12 @@ class StaticSlotCache:
         return sum(buffer.nbytes for slot in (*self.slots, *self._head_slots) for buffer in slot.buffers)
 
 
-def _attention_shape(config: PreTrainedConfig, batch_size: int, capacity: int) -> tuple[int, ...]:
-    return batch_size, config.num_key_value_heads, capacity, head_width(config)
-
-
 def _recurrent_shapes(config: PreTrainedConfig, batch_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    n_heads, key_width, value_width = (
-        config.linear_num_value_heads,
-        config.linear_key_head_dim,
-        config.linear_value_head_dim,
-    )
+    state = (batch_size, config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
+    _, n_heads, key_width, value_width = state
+    # Queries and keys have the same heads; the convolution runs over both, and over the values.
     n_channels = 2 * config.linear_num_key_heads * key_width + n_heads * value_width
-    window = (batch_size, n_channels, config.linear_conv_kernel_dim)
-    return window, (batch_size, n_heads, key_width, value_width)
+    return (batch_size, n_channels, config.linear_conv_kernel_dim), state
 
 
 class FixedMemory:
@@ -293,7 +274,7 @@ class FixedMemory:
         if isinstance(slot, RecurrentState):
             slot.passed_over = self._call.n_valid is None
             return
-        keys = self._last.of(visit.layer)
+        keys = self._last.get(visit.layer)
         known = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device) if keys is None else keys.known
         slot.mark_known(self._call, known)
         if keys is not None:
@@ -310,7 +291,8 @@ class FixedSlot:
         active: ActiveTokens | None = None,
         merge: Merge | None = None,
     ) -> None:
-        self._slot = slot
+        # Which of the two it is follows from the layer: each calls only the methods of its kind.
+        self._slot: Any = slot
         self._call = call
         self._active = None if active is None else active.mask
         self._merge = merge
@@ -325,19 +307,7 @@ class FixedSlot:
         """By position; in a fresh call, by token of the call."""
         if self._merge is None:
             return None
-        known = self._attention.known
-        assert known is not None
-        return self._merge.known if self._call.fresh else known[:, : self._call.n_keys]
-
-    @property
-    def _attention(self) -> AttentionSlot:
-        assert isinstance(self._slot, AttentionSlot)
-        return self._slot
-
-    @property
-    def _recurrent(self) -> RecurrentState:
-        assert isinstance(self._slot, RecurrentState)
-        return self._slot
+        return self._merge.known if self._call.fresh else self._slot.known[:, : self._call.n_keys]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -345,25 +315,25 @@ class FixedSlot:
         """Write keys and values at the positions of their tokens, and return those that attention looks at."""
         if self._merge is not None:
             key_states, value_states, _ = self._merge(key_states, value_states)
-        return self._attention.update(self._call, key_states, value_states)
+        return self._slot.update(self._call, key_states, value_states)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
         """The window before the call."""
-        return self._recurrent.window
+        return self._slot.window
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
         """The state before the call."""
-        return self._recurrent.state
+        return self._slot.state
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
         """Append a call's inputs to the window, or keep them until the commit."""
-        return self._recurrent.convolve(self._call, conv_states, self._active)
+        return self._slot.convolve(self._call, conv_states, self._active)
 
     def update_recurrent_state(
         self, recurrent_states: Tensor | None, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
         """Return the state: `delta_rule` has stored it already."""
-        return self._recurrent.state
+        return self._slot.state
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """True: the layer hands every token to the memory."""
@@ -373,5 +343,5 @@ class FixedSlot:
         self, rule: Any, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Run the rule and advance the state, or keep what it would write until the commit."""
-        out = self._recurrent.delta_rule(self._call, rule, (query, key, value), g, beta, self._active, **kwargs)
-        return out, self._recurrent.state
+        out = self._slot.delta_rule(self._call, rule, (query, key, value), g, beta, **kwargs)
+        return out, self._slot.state

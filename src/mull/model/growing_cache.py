@@ -40,24 +40,18 @@ class _DeltaInputs(NamedTuple):
     g: Tensor
     beta: Tensor
 
-    @classmethod
-    def nothing(cls, n_rows: int, n_tokens: int, device: torch.device) -> "_DeltaInputs":
-        """A call whose tokens did not run the layer."""
-        empty = torch.zeros(n_rows, 0, device=device)
-        return cls(torch.zeros(n_rows, n_tokens, dtype=torch.bool, device=device), *[empty] * 5)
-
     def kept(self, n_tokens: int) -> "_DeltaInputs":
         """Only the first `n_tokens` of the call."""
         active = self.active[:, :n_tokens]
         if not self.key.shape[1]:
             return self._replace(active=active)
-        first = slice(min(n_tokens, self.key.shape[1]))
+        first = slice(n_tokens)
         ran = active_first(active, self.g[:, first].shape[1])
         g, beta = no_op_where_inactive(self.g[:, first], self.beta[:, first], ran)
         return _DeltaInputs(active, self.conv[..., first], self.key[:, first], self.value[:, first], g, beta)
 
     def select_rows(self, rows: Tensor) -> "_DeltaInputs":
-        return _DeltaInputs(*(tensor.index_select(0, rows) for tensor in self))
+        return _DeltaInputs(*(tensor[rows] for tensor in self))
 
 
 def active_first(active: Tensor, width: int) -> Tensor:
@@ -139,10 +133,11 @@ class RecurrentSlot(LinearAttentionLayer):
         # The first call convolves what the layer would without a cache, so that its sums associate in the same order.
         return full if continues else conv_states
 
-    def pass_over(self, n_rows: int, n_tokens: int, device: torch.device) -> None:
-        """Record tokens that do not run the layer."""
+    def pass_over(self, h: Tensor) -> None:
+        """Record tokens, of states `h` ``[B, T, D]``, that do not run the layer."""
         if self.record_past:
-            self._calls.append(_DeltaInputs.nothing(n_rows, n_tokens, device))
+            nobody, empty = h.new_zeros(h.shape[:2], dtype=torch.bool), h.new_zeros(len(h), 0)
+            self._calls.append(_DeltaInputs(nobody, *[empty] * 5))
 
     def record(self, active: Tensor | None, key: Tensor, value: Tensor, g: Tensor, beta: Tensor) -> None:
         """Remember what the delta rule is about to be fed, if the cache is recording."""
@@ -162,27 +157,24 @@ class RecurrentSlot(LinearAttentionLayer):
         self._conv_before = self._state_before = None
 
     def _rewind(self, window: Tensor, n_keep: int) -> None:
-        kept = []
-        for call in self._calls:
-            kept.append(call.kept(min(n_keep, call.active.shape[1])))
-            n_keep -= kept[-1].active.shape[1]
         state = self._state_before
         self.has_previous_state[0] = state is not None
         if state is None:
             state = torch.zeros_like(self.state)
-        for call in kept:
-            if call.key.shape[1]:
+        for call in self._calls:
+            kept = call.kept(n_keep)
+            n_keep -= kept.active.shape[1]
+            if kept.key.shape[1]:
                 self.has_previous_state[0] = True
-                window = convolution_window(torch.cat([window, call.conv], -1), window.shape[-1], call.active.sum(1))
-                state = replay_state(state, call.key, call.value, call.g, call.beta)
+                window = convolution_window(torch.cat([window, kept.conv], -1), window.shape[-1], kept.active.sum(1))
+                state = replay_state(state, kept.key, kept.value, kept.g, kept.beta)
         self.window.copy_(window)
         self.state.copy_(state)
 
     def reset(self) -> None:
         """Forget every token."""
         super().reset()
-        self._calls = []
-        self._conv_before = self._state_before = None
+        self.crop(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows, in this order."""
@@ -199,15 +191,13 @@ class RecurrentSlot(LinearAttentionLayer):
         if not self.is_conv_states_initialized[0]:
             return
         rows = indices.to(self.window.device)
-        if rows.dtype == torch.bool:
-            rows = rows.nonzero()[:, 0]
-        self.conv_states[0] = self.window.index_select(0, rows)
-        self.recurrent_states[0] = self.state.index_select(0, rows)
+        self.conv_states[0] = self.window[rows]
+        self.recurrent_states[0] = self.state[rows]
         self._calls = [call.select_rows(rows) for call in self._calls]
         if self._conv_before is not None:
-            self._conv_before = self._conv_before.index_select(0, rows)
+            self._conv_before = self._conv_before[rows]
         if self._state_before is not None:
-            self._state_before = self._state_before.index_select(0, rows)
+            self._state_before = self._state_before[rows]
 
 
 class SlotCache(Cache):
@@ -383,9 +373,9 @@ class GrowingMemory:
         """The tokens offer what they last offered in this call, or fill the slot with what no query sees."""
         slot = self._cache.layers[number]
         if isinstance(slot, RecurrentSlot):
-            slot.pass_over(h.shape[0], h.shape[1], h.device)
+            slot.pass_over(h)
             return
-        self._cache.append(number, self._last.of(visit.layer) or self._cache.no_keys(h))
+        self._cache.append(number, self._last.get(visit.layer) or self._cache.no_keys(h))
 
 
 class GrowingSlot:

@@ -169,13 +169,7 @@ def layer_inputs(
         position_ids = (torch.arange(h.shape[1], device=h.device) + past)[None]
     masks: Any = attention_mask
     if not isinstance(attention_mask, dict):
-        masks = create_masks_for_generate(
-            config=config,
-            inputs_embeds=h,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=position_ids,
-        )
+        masks = create_masks_for_generate(config, h, attention_mask, cache, position_ids)
     if not isinstance(masks, dict):
         masks = dict.fromkeys(kinds, masks)
     attention = str(config._attn_implementation)
@@ -207,13 +201,12 @@ def fixed_layer_inputs(config: PreTrainedConfig, rotary: RotaryOfCall, h: Tensor
             "(or 'eager')."
         )
     kinds = set(layer_kinds(config))
-    n_new = h.shape[1]
-    key = torch.arange(n_new if call.fresh else call.n_keys, device=h.device)
+    reach = h.shape[1] if call.fresh else call.n_keys
+    key = torch.arange(reach, device=h.device)
     position = call.positions[:, None, :, None]
     masks: dict[str, Tensor | None] = dict.fromkeys(kinds)
     for kind in kinds - {"linear_attention"}:
         window = config.sliding_window if kind == "sliding_attention" else None
-        reach = n_new if call.fresh else call.n_keys
         if (call.fresh or call.sees_all) and attention == "sdpa" and (window is None or reach <= window):
             continue  # without a mask, sdpa is causal by itself, and a single token sees all
         visible = key <= position  # (B, 1, T, keys)

@@ -80,26 +80,15 @@ class LayerKeys(NamedTuple):
     """``[B, T]``: False for a token that offers nothing, because it never ran the layer."""
 
 
-class LastKeys:
+class LastKeys(dict[int, LayerKeys]):
     """``last_kv``: a token that does not run a visit offers the keys and values of the last time it ran that layer.
 
-    It belongs to one call, whose visits it follows in their order.
+    It belongs to one call, whose visits it follows in their order: by layer, what the tokens offered at its last visit.
     """
-
-    def __init__(self) -> None:
-        self._by_layer: dict[int, LayerKeys] = {}
-
-    def of(self, layer: int) -> LayerKeys | None:
-        """What the tokens offered at the layer's last visit in this call."""
-        return self._by_layer.get(layer)
 
     def merge(self, layer: int, active: ActiveTokens) -> "Merge":
         """The merge of the layer's next visit."""
-        return Merge(self, layer, active, self.of(layer))
-
-    def keep(self, layer: int, keys: LayerKeys) -> None:
-        """Remember what the tokens offer from now on."""
-        self._by_layer[layer] = keys
+        return Merge(self, layer, active, self.get(layer))
 
 
 @dataclass(frozen=True)
@@ -120,14 +109,12 @@ class Merge:
     def __call__(self, key: Tensor, value: Tensor) -> LayerKeys:
         """``[B, H, A, W]`` each to ``[B, H, T, W]``."""
         merged = LayerKeys(self._merged(key, 0), self._merged(value, 1), self.known)
-        self.last.keep(self.layer, merged)
+        self.last[self.layer] = merged
         return merged
 
     def _merged(self, new: Tensor, field: int) -> Tensor:
-        rows, heads, _, width = new.shape
-        old = (
-            new.new_zeros(rows, heads, self.active.mask.shape[1], width) if self.before is None else self.before[field]
-        )
+        shape = (*new.shape[:2], self.active.mask.shape[1], new.shape[-1])
+        old = new.new_zeros(shape) if self.before is None else self.before[field]
         # The tokens' dimension comes second where tokens are scattered.
         return self.active.scatter(old.transpose(1, 2), new.transpose(1, 2)).transpose(1, 2)
 
@@ -256,5 +243,4 @@ class CallSlot:
         self, rule: Any, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Inactive tokens come last in their row, so they cannot reach active ones."""
-        out: tuple[Tensor, Tensor | None] = rule(query, key, value, g=g, beta=beta, **kwargs)
-        return out
+        return rule(query, key, value, g=g, beta=beta, **kwargs)

@@ -5,8 +5,9 @@ fixed-depth export only *produce* paths; `mull.model.executor.run` executes them
 everything that is remembered between calls (keys and values, recurrent state, convolution state): see `mull.model.memory`.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import NamedTuple
 
 
@@ -37,12 +38,8 @@ def from_layers(layers: Sequence[int]) -> Path:
         raise ValueError("A path needs at least one layer: an empty list would return the embeddings unchanged.")
     if min(layers) < 0:
         raise ValueError(f"Layer indices count from 0, but the path holds {min(layers)}.")
-    seen: Counter[int] = Counter()
-    visits = []
-    for layer in layers:
-        visits.append(Visit(layer, seen[layer]))
-        seen[layer] += 1
-    return tuple(visits)
+    occurrences: dict[int, Iterator[int]] = defaultdict(count)
+    return tuple(Visit(layer, next(occurrences[layer])) for layer in layers)
 
 
 def recursion(n_encoder_layers: int, n_think_layers: int, n_decoder_layers: int, iterations: int) -> Path:
@@ -51,14 +48,9 @@ def recursion(n_encoder_layers: int, n_think_layers: int, n_decoder_layers: int,
     Source:
         Encode-Think-Decode (arXiv:2510.07358), notation ``7-4*k-5``.
     """
-    think = n_encoder_layers + n_think_layers
-    return from_layers(
-        [
-            *range(n_encoder_layers),
-            *list(range(n_encoder_layers, think)) * iterations,
-            *range(think, think + n_decoder_layers),
-        ]
-    )
+    layers = list(range(n_encoder_layers + n_think_layers + n_decoder_layers))
+    encoder, others = layers[:n_encoder_layers], layers[n_encoder_layers:]
+    return from_layers(encoder + others[:n_think_layers] * iterations + others[n_think_layers:])
 
 
 def from_actions(actions: Sequence[int]) -> Path:

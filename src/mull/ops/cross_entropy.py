@@ -170,11 +170,7 @@ def token_statistics(
             slope = F.linear(hidden[rows], direction.to(hidden.dtype)).to(p.dtype)
             values.append((p * slope).sum(-1) - slope.gather(-1, picked)[:, 0])
         measured.append(values)
-    loss, entropy, squares, *alignment = (
-        [torch.cat(values) for values in zip(*measured, strict=True)]
-        if measured
-        else [hidden.new_zeros(0, dtype=accurate(hidden.dtype))] * (3 if direction is None else 4)
-    )
+    loss, entropy, squares, *alignment = (torch.cat(values) for values in zip(*measured, strict=True))
     return TokenStatistics(loss, entropy, squares, alignment[0] if alignment else None)
 
 
@@ -188,7 +184,7 @@ def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Rows and their log-probabilities, in fp32, or in fp64 for fp64 operands."""
     size = max(CHUNK_LOGITS // len(weight), MIN_CHUNK_ROWS)
-    for start in range(0, len(hidden), size):
+    for start in range(0, max(len(hidden), 1), size):  # without rows, one empty chunk
         rows = slice(start, min(start + size, len(hidden)))
         yield rows, F.linear(hidden[rows], weight).log_softmax(-1, dtype=accurate(hidden.dtype))
 

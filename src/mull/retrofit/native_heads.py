@@ -20,7 +20,7 @@ from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -306,13 +306,9 @@ def _own_text(model: MullForCausalLM, n_rows: int, n_tokens: int) -> Tensor:
 def _step_one(model: MullForCausalLM, states: Tensor, tokens: Tensor) -> Tensor:
     """``[B, T, V]``: logits of step 1, at position ``i`` for token ``i + 2``; those of the last position are meaningless."""
     inputs = model.model.layer_inputs(states)
-
-    def run_block(block: nn.Module, h: Tensor, _k: int) -> Tensor:
-        return run_layer(block, "full_attention", h, inputs)
-
-    heads: Any = model.mtp_heads
-    logits: Tensor = model.lm_head(heads(1, states, shifted(model.model.embed_tokens(tokens), 1), run_block))
-    return logits
+    embedded = shifted(model.model.embed_tokens(tokens), 1)
+    heads = _native_heads(model)
+    return model.lm_head(heads(1, states, embedded, lambda block, h, _k: run_layer(block, "full_attention", h, inputs)))
 
 
 def export_native_heads(model: MullForCausalLM, directory: str | Path) -> None:

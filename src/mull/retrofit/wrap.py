@@ -137,16 +137,11 @@ def from_pretrained(
         if stored is not None and "native_hidden_state" not in mtp.model_fields_set:
             mtp = mtp.model_copy(update={"native_hidden_state": stored.native_hidden_state})
         config.mtp = mtp.model_dump()
-    model: MullForCausalLM = MullForCausalLM.from_pretrained(name_or_dir, config=config, **options)
-    return model
+    return MullForCausalLM.from_pretrained(name_or_dir, config=config, **options)
 
 
 def _from_base(
-    name_or_dir: str,
-    etd: ETDConfig | None,
-    mtp: MTPConfig | None,
-    hub_options: dict[str, Any],
-    options: dict[str, Any],
+    name_or_dir: str, etd: ETDConfig | None, mtp: MTPConfig | None, hub_options: dict[str, Any], options: dict[str, Any]
 ) -> MullForCausalLM:
     """Retrofit a checkpoint of transformers."""
     native = mtp is not None and mtp.mtp_head_type == "native"

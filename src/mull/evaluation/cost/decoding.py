@@ -61,13 +61,7 @@ def step_seconds(
 
 
 def draft_seconds(
-    model: MullForCausalLM,
-    machine: Machine,
-    *,
-    length: int,
-    context: int,
-    n_rows: int = 1,
-    window: int | None = None,
+    model: MullForCausalLM, machine: Machine, *, length: int, context: int, n_rows: int = 1, window: int | None = None
 ) -> float:
     """Least time to draft with the model's heads.
 

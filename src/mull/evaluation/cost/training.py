@@ -243,7 +243,7 @@ def estimate(
         beside += _trunk_flops(model, schedule.length, _visits(model, mean, schedule.backprop_iterations))
     tokens = schedule.accumulate * schedule.rows * schedule.length
     return Estimate(
-        parameters=_count(model, companion),
+        parameters=_count(model, companion, tensors),
         memory=memory,
         forward_flops=forward,
         training_flops=training,
@@ -323,15 +323,15 @@ def _state_size(optimizer: torch.optim.Optimizer) -> int:
     return copies * _size(parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _count(model: MullForCausalLM, companion: nn.Module | None) -> Parameters:
+def _count(model: MullForCausalLM, companion: nn.Module | None, tensors: Iterable[Tensor]) -> Parameters:
+    """Numbers of parameters; `tensors` are those of both modules, tied ones once."""
     beside = 0 if companion is None else _numel(companion)
-    trained = _distinct(p for module in (model, companion) if module is not None for p in module.parameters())
     encoder, think, decoder = (sum(_numel(model.model.layers[layer]) for layer in part) for part in _parts(model))
     idle = sum(p.numel() * (1 - share) for p, share in products(model, model.config.get_text_config()))
     embedding, unembedding = model.model.embed_tokens.weight, model.lm_head.weight
     return Parameters(
         total=_numel(model) + beside,
-        trainable=sum(parameter.numel() for parameter in trained if parameter.requires_grad),
+        trainable=sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
         active=round(_numel(model) - idle),
         embedding=embedding.numel(),
         unembedding=0 if unembedding is embedding else unembedding.numel(),

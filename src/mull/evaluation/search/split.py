@@ -397,13 +397,12 @@ def _propose(
     published: ETDConfig,
 ) -> tuple[ETDConfig, Literal["knees", "probe", "published"], tuple[str, ...]]:
     """The split, what decided it, and what to know about it."""
-    first, last = knees
-    if wanted is not None and first is not None and last is not None:
-        measured = f"The knees put layers {first} to {last} in the middle."
-        if wanted == (first, last + 1):
-            return _config(*wanted, published.n_layers), "knees", (measured,)
-        aligned = f"Whole attention periods make that layers {wanted[0]} to {wanted[1] - 1}."
-        return _config(*wanted, published.n_layers), "knees", (measured, aligned)
+    if wanted is not None:  # there are both knees
+        start, stop = wanted
+        notes = [f"The knees put layers {knees[0]} to {knees[1]} in the middle."]
+        if knees != (start, stop - 1):
+            notes.append(f"Whole attention periods make that layers {start} to {stop - 1}.")
+        return _config(start, stop, published.n_layers), "knees", tuple(notes)
 
     ends = [end for end, knee in zip(("front", "back"), knees, strict=True) if knee is None]
     missing = f"The distance curve has no knee from the {' and the '.join(ends)}."
