@@ -47,7 +47,7 @@ other. An import under ``TYPE_CHECKING`` is held to the same rule: a type is kno
 TOP = ("mull.__init__", "mull.__main__")
 
 BUDGETS = {
-    "runtime": 680,
+    "runtime": 650,
     "ops": 700,
     "layers": 900,
     "data": 950,
@@ -60,7 +60,7 @@ BUDGETS = {
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 10100
+MAX_CODE_LINES = 9700
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

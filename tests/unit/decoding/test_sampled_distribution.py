@@ -107,6 +107,7 @@ def deviation(run: Round, world: World, n_drafts: int, n_tokens: int) -> float:
 @pytest.mark.parametrize(("n_drafts", "n_tokens"), [(0, 2), (1, 2), (1, 3), (2, 2), (2, 3), (3, 2), (3, 3)])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["drawn", "argmax"])
 @pytest.mark.parametrize("name", ["plain", "all"])
+@pytest.mark.latin(2, "name", "deterministic", "n_drafts")
 def test_the_joint_distribution_of_emitted_tokens_is_the_targets(
     name: str, deterministic: bool, n_drafts: int, n_tokens: int
 ) -> None:
@@ -136,6 +137,7 @@ ADVERSARIES: dict[str, tuple[list[float], list[float]]] = {
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["drawn", "argmax"])
 @pytest.mark.parametrize("name", ADVERSARIES)
+@pytest.mark.latin(2, "name", "deterministic")
 def test_no_distribution_of_the_drafts_changes_the_targets(name: str, deterministic: bool) -> None:
     world = World.constant(*ADVERSARIES[name], deterministic=deterministic)
     assert deviation(exact, world, 2, 2) < 1e-12
