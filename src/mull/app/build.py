@@ -38,7 +38,7 @@ def load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> Mul
     """
     dtype = DTYPES[section.dtype]
     if section.checkpoint is not None:
-        return from_pretrained(section.checkpoint, etd=section.etd, mtp=section.mtp, dtype=dtype)
+        return from_pretrained(section.checkpoint, etd=section.etd, mtp=section.mtp, dtype=dtype, allow_missing=False)
     base = AutoModelForCausalLM.from_config(backbone_config(section, tokenizer)).to(dtype)
     return wrap_transformer_with_etd(base, section.etd, section.mtp)
 

@@ -91,7 +91,7 @@ def split(
 ) -> None:
     """Measure which layers of MODEL encode, think and decode, and propose an ETDConfig."""
     documents = load_stdlib().held_out if data is None else load_documents(data)
-    loaded = from_pretrained(model)
+    loaded = from_pretrained(model, allow_missing=False)
     text_config = loaded.config.get_text_config()
     longest = text_config.max_position_embeddings
     if length > longest:
@@ -143,7 +143,7 @@ def continue_prompt(
     """Continue a prompt, printing tokens as they come."""
     text = sys.stdin.read() if prompt == "-" else prompt
     heads = None if mtp is None else MTPConfig(mtp_head_type=mtp)
-    loaded: Any = from_pretrained(model, etd=None if etd is None else _parse_split(etd), mtp=heads)
+    loaded: Any = from_pretrained(model, etd=None if etd is None else _parse_split(etd), mtp=heads, allow_missing=False)
     tokenizer = AutoTokenizer.from_pretrained(model)
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].numel() == 0:

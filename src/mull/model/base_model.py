@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D model width.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from mull.model.configs import etd_from_dict, layer_kinds, mtp_from_dict
@@ -22,23 +22,41 @@ from mull.model.executor import OnVisit, run
 from mull.model.families import install_recurrent_hooks, require_supported
 from mull.model.fixed_cache import FixedMemory, StaticCall, StaticSlotCache
 from mull.model.growing_cache import GrowingMemory, SlotCache
-from mull.model.inputs import LayerInputs, check_padding_side, fixed_layer_inputs, is_packed, layer_inputs
+from mull.model.inputs import (
+    LayerInputs,
+    check_keywords,
+    check_padding_side,
+    fixed_layer_inputs,
+    is_packed,
+    layer_inputs,
+    packed_positions,
+)
 from mull.model.memory import CallMemory
 from mull.model.path import Path, check_path, from_layers
 from mull.model.policy import Policy
+
+
+REQUIRES = "pip install mull, and import mull before AutoModelForCausalLM.from_pretrained"
+"""Stands in ``config.json``: where mull was not imported, transformers says only that it does not know the model type."""
 
 
 @strict
 class MullConfig(PreTrainedConfig):
     """Configuration of a retrofitted model: the backbone's own configuration, and what mull adds to it.
 
+    Fields of the backbone's configuration are read and set here, too: ``config.vocab_size`` is ``config.text_config.vocab_size``.
+
     Args:
         text_config: Configuration of the backbone.
         etd: Fields of `ETDConfig`, or None for a model that runs every layer once.
         mtp: Fields of `MTPConfig`, or None for a model that predicts the next token only.
+
+    Raises:
+        ValueError: no `text_config`, as in the configuration of a model that was not retrofitted.
     """
 
     model_type = "mull"
+    has_no_defaults_at_init = True
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3")}
     keys_to_ignore_at_inference = ["past_key_values", "mtp_loss", "mtp_step_losses"]
 
@@ -48,11 +66,38 @@ class MullConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.text_config is None:
+            # transformers would make up a backbone of billions of random weights.
+            raise ValueError(
+                "A MullConfig needs text_config, the configuration of a backbone. Load a checkpoint that is not mull's with "
+                "mull.from_pretrained, which retrofits it."
+            )
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(self, name, None) is None:
-                setattr(self, name, getattr(self.text_config, name, None))
+            if not hasattr(self, name):
+                setattr(self, name, None)
+
+
+    def __getattr__(self, name: str) -> Any:
+        """Fields that only the backbone's configuration has: other libraries ask for them here."""
+        if not name.startswith("_"):
+            text_config = vars(self).get("text_config")
+            if isinstance(text_config, PreTrainedConfig):
+                return getattr(text_config, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        text_config = vars(self).get("text_config")
+        own = name.startswith("_") or name in vars(self) or hasattr(type(self), name)
+        if not own and isinstance(text_config, PreTrainedConfig) and hasattr(text_config, name):
+            setattr(text_config, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain values; ``config.json`` also says what it takes to load it."""
+        return {**super().to_dict(), "requires": REQUIRES}
 
 
 class MullPreTrainedModel(PreTrainedModel):
@@ -217,7 +262,9 @@ class MullModel(MullPreTrainedModel):
         path: Sequence[Sequence[int]] | None = None,
         policy: Policy | None = None,
         on_visit: OnVisit | None = None,
-    ) -> BaseModelOutputWithPast:
+        output_router_logits: bool | None = None,
+        **keywords: Any,
+    ) -> MoeModelOutputWithPast:
         """Run the decoder along a path.
 
         Args:
@@ -228,21 +275,30 @@ class MullModel(MullPreTrainedModel):
             past_key_values: Cache of earlier calls, from `new_cache` or a former output.
             inputs_embeds: ``[B, T, D]`` instead of `input_ids`.
             use_cache: Return a cache; default as in the backbone's configuration.
-            output_hidden_states: Return the residual stream after every visit.
+            output_hidden_states: Return the residual stream after every visit; default as in the configuration.
             think_iterations: Passes through the think block, exactly this many; default as in `ETDConfig`.
             path: Explicit visits ``(layer, occurrence)`` instead; see `mull.model.path`.
             policy: Which tokens run a visit; see `mull.model.policy`.
             on_visit: See `mull.model.executor.run`.
+            output_router_logits: Return what the routers of experts gave, ``[B * T, E]`` for each visit of a layer that has one.
+            **keywords: What collators add: packed documents as ``cu_seq_lens_q`` or ``seq_idx`` (see
+                `mull.model.inputs.packed_positions`), and `WITHOUT_EFFECT`.
 
         Returns:
             ``last_hidden_state``: final-normed states ``[B, T, D]``. ``hidden_states``: embeddings, then the residual stream
             after each visit; the last entry is the final-normed state, as in transformers.
 
         Raises:
-            ValueError: arguments that contradict each other or the cache.
+            TypeError: a keyword that is not known.
+            ValueError: arguments that contradict each other or the cache, or that cannot be obeyed.
         """
+        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if output_router_logits is None:
+            output_router_logits = getattr(self.text_config, "output_router_logits", False)
         visits = self.path(think_iterations, path)
         h = self._embed(input_ids, inputs_embeds)
+        position_ids = packed_positions(keywords, h.shape[:2], attention_mask, position_ids)
+        check_keywords(keywords)
         if position_ids is not None and attention_mask is None and is_packed(position_ids):
             # With a cache, transformers' masks would let documents see each other, silently.
             if past_key_values is not None or use_cache:
@@ -265,12 +321,34 @@ class MullModel(MullPreTrainedModel):
 
         watched = after if stream is not None or on_visit is not None else None
         memory = None if cache is None else GrowingMemory(cache)
-        h = run(self.layers, self.kinds, visits, h, inputs, memory, policy, on_visit=watched)
+        with self.router_logits() if output_router_logits else nullcontext() as routed:
+            h = run(self.layers, self.kinds, visits, h, inputs, memory, policy, on_visit=watched)
         if cache is not None:
             cache.advance(h.shape[1])
         h = self.norm(h)
         hidden_states = None if stream is None else (*stream[:-1], h)
-        return BaseModelOutputWithPast(last_hidden_state=h, past_key_values=cache, hidden_states=hidden_states)
+        return MoeModelOutputWithPast(
+            last_hidden_state=h,
+            past_key_values=cache,
+            hidden_states=hidden_states,
+            router_logits=None if routed is None else tuple(routed),
+        )
+
+    @contextmanager
+    def router_logits(self) -> Iterator[list[Tensor]]:
+        """Collect the logits ``[tokens, E]`` of every router of experts that runs meanwhile, visit by visit."""
+        collected: list[Tensor] = []
+        recorder: Any = (self.rules._can_record_outputs or {}).get("router_logits")
+        hooks = [
+            module.register_forward_hook(lambda _module, _args, output: collected.append(output[recorder.index]))
+            for module in self.layers.modules()
+            if recorder is not None and isinstance(module, recorder.target_class)
+        ]
+        try:
+            yield collected
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def hidden_states(self, input_ids: Tensor, **options: Any) -> Tensor:
         """Final-normed states ``[B, T, D]`` of the last iteration, without a cache; see `hidden_states_by_iteration`."""

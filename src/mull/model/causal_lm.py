@@ -5,6 +5,7 @@
 Shapes: B batch, T tokens, D model width, V vocabulary.
 """
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from mull.model.executor import run_layer
 from mull.model.families import new_block, new_norm
 from mull.model.fixed_cache import StaticCall, StaticSlotCache
 from mull.model.growing_cache import SlotCache
-from mull.model.inputs import LayerInputs
+from mull.model.inputs import LayerInputs, packed_positions
 from mull.ops.cross_entropy import accurate
 from mull.ops.targets import IGNORED, label_positions, require_targets, targets_of
 
@@ -45,6 +46,12 @@ class MullOutput(CausalLMOutputWithPast):
 
     mtp_step_losses: dict[str, Tensor] | None = None
     """Mean loss of each extra head in nats per target, ``mtp_1`` and following; not weighted, detached."""
+
+    aux_loss: Tensor | None = None
+    """Balancing loss of routed experts, before its coefficient; None without ``output_router_logits``."""
+
+    router_logits: tuple[Tensor, ...] | None = None
+    """``[B * T, E]`` for each visit of a layer with routed experts; None without ``output_router_logits``."""
 
 
 class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
@@ -104,6 +111,9 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         think_iterations: int | None = None,
         path: Sequence[Sequence[int]] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        **keywords: Any,
     ) -> MullOutput:
         """Run the model along a path. What is not named here is as in `MullModel.forward`.
 
@@ -113,12 +123,21 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             output_attentions: Refused: attention weights are not collected.
             logits_to_keep: Compute logits for the last positions only (0: all), or at these indices.
             num_items_in_batch: Divide the summed loss by this instead of the number of targets, as transformers' Trainer does.
+            shift_labels: ``[B, T]``, the target of each position, instead of `labels`. Refused for a model with extra heads.
+            output_router_logits: Return what the routers of experts gave, and add their balancing loss, times
+                ``router_aux_loss_coef``, to ``loss``; default as in the backbone's configuration.
 
         Raises:
-            ValueError: arguments that contradict each other or the cache, or labels without a target.
+            TypeError: a keyword that is not known.
+            ValueError: arguments that contradict each other or the cache, or that cannot be obeyed; labels without a target.
         """
-        if output_attentions:
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions=True is not supported: attention weights are not collected.")
+        if shift_labels is not None and self.mtp_config is not None:
+            raise ValueError("Extra heads predict further tokens than shift_labels names: give labels, unshifted.")
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is not None:
+            position_ids = packed_positions(keywords, tokens.shape[:2], attention_mask, position_ids)
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -129,15 +148,21 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             think_iterations=think_iterations,
             path=path,
+            output_router_logits=output_router_logits,
+            **keywords,
         )
         h, cache = out.last_hidden_state, out.past_key_values
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, keep])
         loss, mtp_loss, mtp_step_losses = None, None, None
-        if labels is not None:
-            if num_items_in_batch is None and not torch.compiler.is_compiling():
-                require_targets((labels[:, 1:] != IGNORED).sum(), labels)
-            loss = self.loss_function(logits, labels, self.text_config.vocab_size, num_items_in_batch)
+        aux_loss = self.balancing_loss(out.router_logits, attention_mask) if out.router_logits else None
+        if labels is not None or shift_labels is not None:
+            self._check_targets(labels, shift_labels, num_items_in_batch)
+            loss = self.loss_function(
+                logits, labels, self.text_config.vocab_size, num_items_in_batch, shift_labels=shift_labels
+            )
+            if aux_loss is not None:
+                loss = loss + self.text_config.router_aux_loss_coef * aux_loss
             if self.mtp_config is not None:
                 if cache is not None and cache.n_tokens != h.shape[1]:
                     raise ValueError(
@@ -155,7 +180,43 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=cache,
             hidden_states=out.hidden_states,
+            aux_loss=aux_loss,
+            router_logits=out.router_logits,
         )
+
+    def _check_targets(
+        self, labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: Tensor | int | None
+    ) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if num_items_in_batch is None:
+            targets = labels[:, 1:] if shift_labels is None and labels is not None else shift_labels
+            assert targets is not None
+            require_targets((targets != IGNORED).sum(), targets)
+        elif not num_items_in_batch > 0:
+            raise ValueError(
+                f"num_items_in_batch={num_items_in_batch} must be positive: the summed loss is divided by it."
+            )
+
+    def balancing_loss(
+        self, router_logits: Sequence[Tensor], attention_mask: Tensor | dict[str, Any] | None = None
+    ) -> Tensor:
+        """How unevenly routers use their experts (arXiv:2101.03961, equations 4 to 6), computed by the backbone's own function.
+
+        Args:
+            router_logits: From `MullModel.router_logits`: every visit counts, so looped layers count more often.
+            attention_mask: ``[B, T]``: padding is left out. Masks of other forms leave nothing out.
+        """
+        modeling: Any = importlib.import_module(type(self.model.rules).__module__)
+        config = self.text_config
+        is_padding = isinstance(attention_mask, Tensor) and attention_mask.numel() == len(router_logits[0])
+        loss: Tensor = modeling.load_balancing_loss_func(
+            tuple(router_logits),
+            config.num_experts,
+            config.num_experts_per_tok,
+            attention_mask if is_padding else None,
+        )
+        return loss
 
     def hidden_states(self, input_ids: Tensor, **options: Any) -> Tensor:
         """Final-normed states ``[B, T, D]``; logits are ``lm_head`` of them. See `MullModel.hidden_states`."""
@@ -189,6 +250,17 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         )
         means = losses.sum((0, 1)) / counts
         return loss, {f"mtp_{k}": means[k] for k in range(1, 1 + n_heads)}
+
+    def unembedding(self) -> Tensor:
+        """What `lm_head` multiplies states by, ``[V, D]``, with a gradient to all of its parameters.
+
+        Adapters, such as LoRA, change what a module computes and not its weight.
+        """
+        weight: Tensor = self.lm_head.weight
+        if type(self.lm_head) is nn.Linear:
+            return weight
+        columns: Tensor = self.lm_head(torch.eye(self.text_config.hidden_size, dtype=self.dtype, device=weight.device))
+        return columns.T
 
     def head_losses(
         self,
@@ -234,7 +306,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         inputs = self.model.layer_inputs(hidden, attention_mask, position_ids)
         task = HeadTask(self.mtp_heads, targets, coefficients, self._run_block(hidden, inputs), trunk_gradient)
         read = self.head_input(hidden)
-        return head_losses(hidden, embedded, self.lm_head.weight, task, None if read is hidden else read)
+        return head_losses(hidden, embedded, self.unembedding(), task, None if read is hidden else read)
 
     def _run_block(self, hidden: Tensor, inputs: LayerInputs) -> RunBlock:
         """Run the layers of heads on the tokens of one call, without a cache."""
@@ -287,8 +359,35 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
                 f"{', '.join(repr(name) for name in CACHE_IMPLEMENTATIONS)}."
             )
         offloading = CACHE_IMPLEMENTATIONS[generation_config.cache_implementation]
-        model_kwargs["past_key_values"] = self.new_cache(offloading)
+        cache = model_kwargs["past_key_values"] = self.new_cache(offloading)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()  # its drafts may have to be taken back
         return None
+
+    def _validate_generated_length(self, generation_config: Any, input_ids_length: int, *others: Any) -> None:
+        """Refuse, before anything runs, what `generate` of transformers would get wrong."""
+        parent: Any = super()
+        parent._validate_generated_length(generation_config, input_ids_length, *others)
+        if generation_config.assistant_early_exit is not None:
+            # transformers cuts the layers off while it drafts, which no think block survives.
+            raise ValueError("assistant_early_exit is not supported. Draft with the model's heads: mull.generate(draft='mtp').")
+        limit = self.text_config.max_position_embeddings
+        if generation_config.max_length > limit:
+            raise ValueError(
+                f"The prompt's {input_ids_length} tokens and max_length={generation_config.max_length} exceed the model's {limit} "
+                "positions: shorten one."
+            )
+
+    def init_continuous_batching(self, *_args: Any, **_options: Any) -> Any:
+        """Refused, and with it ``generate_batch``: transformers' paged cache has one slot per layer.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "Continuous batching (generate_batch) needs a paged cache, which has one slot per layer and none per visit. Use "
+            "model.generate or mull.generate."
+        )
 
 
 def new_heads(config: MTPConfig, base: MullModel) -> MTPHeads:

@@ -7,12 +7,13 @@ All of it is computed once per call. Recurrent layers need two things that atten
 * Padding after a token in a cached call (right padding): it must not enter the states that the next call continues from.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
 
@@ -23,6 +24,12 @@ from mull.model.memory import ActiveTokens
 
 MASKED_ATTENTION = ("sdpa", "eager")
 """Implementations of attention that obey any mask, one row of queries at a time."""
+
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""Keywords of ``forward`` that describe packed documents, as collators of transformers give them."""
+
+WITHOUT_EFFECT = ("token_type_ids", "mm_token_type_ids", "cache_position")
+"""Keywords of ``forward`` that tokenizers and other versions of transformers give, and text models of transformers ignore."""
 
 RotaryOfCall = Callable[[set[str], Tensor, Tensor], dict[str, Any]]
 """``(kinds of layers, hidden states, position_ids) -> position embeddings by kind``."""
@@ -45,6 +52,62 @@ class Documents:
     def join(self, rows: Tensor, like: Tensor) -> Tensor:
         """Undo `split`."""
         return rows.flatten(0, 1)[self.inverse].view_as(like)
+
+
+def packed_positions(
+    keywords: Mapping[str, Any],
+    shape: Sequence[int],
+    attention_mask: Tensor | dict[str, Any] | None,
+    position_ids: Tensor | None,
+) -> Tensor | None:
+    """`position_ids` ``[B, T]`` that restart where the keywords `PACKING` say that a document begins.
+
+    Args:
+        keywords: Of these, ``cu_seq_lens_q`` ``[S + 1]`` are the borders of the documents of a single row, and ``seq_idx``
+            ``[B, T]`` is the number of each token's document. The other ones follow from them.
+        shape: B and T.
+        attention_mask: Has to be None where documents are packed.
+        position_ids: Positions, if they were given too.
+
+    Returns:
+        `position_ids` as they were without such keywords.
+
+    Raises:
+        ValueError: the arguments contradict each other.
+    """
+    borders, numbers = keywords.get("cu_seq_lens_q"), keywords.get("seq_idx")
+    if borders is None and numbers is None:
+        return position_ids
+    if attention_mask is not None:
+        raise ValueError(
+            "Packed documents (cu_seq_lens_q, seq_idx) and an attention_mask contradict each other: leave the mask out."
+        )
+    column = torch.arange(shape[1], device=(numbers if borders is None else borders).device).expand(*shape)
+    if numbers is not None:
+        begins = F.pad(numbers.diff(dim=1) != 0, (1, 0), value=True)
+    else:
+        if shape[0] != 1:
+            raise ValueError(f"cu_seq_lens_q describes a batch of one row, and there are {shape[0]}.")
+        begins = torch.isin(column, borders)
+    positions = column - torch.where(begins, column, 0).cummax(1).values
+    if position_ids is None:
+        return positions
+    if not torch.compiler.is_compiling() and not torch.equal(
+        F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True).expand(*shape), begins
+    ):
+        raise ValueError("position_ids restart at other tokens than cu_seq_lens_q or seq_idx say.")
+    return position_ids
+
+
+def check_keywords(keywords: Mapping[str, Any]) -> None:
+    """Refuse keywords of ``forward`` that it would have to ignore.
+
+    Raises:
+        TypeError: one is neither in `PACKING` nor in `WITHOUT_EFFECT`.
+    """
+    for name in keywords:
+        if name not in (*PACKING, *WITHOUT_EFFECT):
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
 
 
 def is_packed(position_ids: Tensor) -> bool:
@@ -163,7 +226,7 @@ def layer_inputs(
     kinds = set(layer_kinds(config))
     past = 0 if cache is None else cache.n_tokens
     if isinstance(attention_mask, Tensor):
-        _check_mask(attention_mask, past + h.shape[1], "linear_attention" in kinds)
+        attention_mask = _checked_mask(attention_mask, h, past, config, "linear_attention" in kinds)
     may_be_packed = position_ids is not None and attention_mask is None and cache is None
     if position_ids is None:
         position_ids = (torch.arange(h.shape[1], device=h.device) + past)[None]
@@ -221,21 +284,43 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
-def _check_mask(mask: Tensor, n_keys: int, recurrent: bool) -> None:
+def _checked_mask(mask: Tensor, h: Tensor, past: int, config: PreTrainedConfig, recurrent: bool) -> Tensor:
+    """The mask, one of 4 dimensions in the form that the backbone's attention takes."""
+    n_new, n_keys = h.shape[1], past + h.shape[1]
     if mask.ndim == 2 and mask.shape[1] != n_keys:
         raise ValueError(
             f"attention_mask covers {mask.shape[1]} tokens, but there are {n_keys}: it has to cover those in the cache and the "
             "new ones."
         )
-    if mask.ndim not in (2, 4):
+    if mask.ndim == 2:
+        return mask
+    if mask.ndim != 4:
         raise ValueError(
             f"attention_mask has {mask.ndim} dimensions; use [batch, tokens] or [batch, 1, queries, keys]."
         )
-    if mask.ndim == 4 and recurrent:
+    if recurrent:
         raise ValueError(
             "Recurrent layers cannot obey a 4-dimensional attention_mask. Use a [batch, tokens] mask for padding, and "
             "position_ids that restart for packed documents."
         )
+    if config._attn_implementation not in MASKED_ATTENTION:
+        raise ValueError(
+            f"attn_implementation={config._attn_implementation!r} cannot obey a 4-dimensional attention_mask. Use 'sdpa' or "
+            "'eager'."
+        )
+    if tuple(mask.shape[2:]) != (n_new, n_keys):
+        raise ValueError(
+            f"attention_mask has the shape {tuple(mask.shape)}, but there are {n_new} queries and {n_keys} keys."
+        )
+    if mask.dtype == torch.bool:
+        return mask if config._attn_implementation == "sdpa" else additive(mask, h.dtype)
+    # Ones and zeros would be added to the scores, where they hide nothing.
+    if not mask.is_floating_point() or (not torch.compiler.is_compiling() and bool((mask > 0).any())):
+        raise ValueError(
+            f"A 4-dimensional attention_mask of {mask.dtype} is added to the scores, so it must hold 0 where a query sees a key "
+            "and a large negative number elsewhere. Where it holds ones and zeros, give attention_mask.bool()."
+        )
+    return mask.to(h.dtype)
 
 
 def _recurrent_padding(mask: Tensor | None, n_new: int, cached: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -247,7 +332,8 @@ def _recurrent_padding(mask: Tensor | None, n_new: int, cached: bool) -> tuple[T
         return None, None
     # transformers drops the mask of a single token, so a left-padded row that is fed token by token would read its padding.
     padded_later = ((new == 0) & (mask.cumsum(1)[:, -n_new:] > 0)).any(1, keepdim=True)
-    if cached and bool(padded_later.any()):
+    # While tracing, values cannot be read.
+    if cached and (torch.compiler.is_compiling() or bool(padded_later.any())):
         return new, (new == 1) | ~padded_later
     return new, None
 

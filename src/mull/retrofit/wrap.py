@@ -100,7 +100,12 @@ def certify_identity(wrapped: MullForCausalLM, model: PreTrainedModel) -> None:
 
 
 def from_pretrained(
-    name_or_dir: str, etd: ETDConfig | None = None, mtp: MTPConfig | None = None, **options: Any
+    name_or_dir: str,
+    etd: ETDConfig | None = None,
+    mtp: MTPConfig | None = None,
+    *,
+    allow_missing: bool = True,
+    **options: Any,
 ) -> MullForCausalLM:
     """Load a checkpoint, retrofitted.
 
@@ -111,20 +116,25 @@ def from_pretrained(
         mtp: Extra heads. For a model that mull saved, they replace the stored configuration, which is the default; weights that
             the checkpoint lacks start as the model's own next-token prediction. Native heads are read from a Hugging Face
             checkpoint. Unless `native_hidden_state` is given, it is looked up or measured; see `mull.retrofit.native_heads`.
-        options: Passed to ``from_pretrained`` of transformers, such as ``dtype``, ``device_map`` or ``revision``.
+        allow_missing: Whether weights of the trunk that the checkpoint lacks may start at random, with a warning of transformers.
+        options: Passed to ``from_pretrained`` of transformers, such as ``dtype``, ``device_map`` or ``revision``, and fields of
+            the configuration, such as ``use_cache``.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
         OSError: no checkpoint at `name_or_dir`.
-        ValueError: as in `wrap_transformer_with_etd`; or the checkpoint lacks native heads, or has some that do not fit.
+        ValueError: as in `wrap_transformer_with_etd`; or the checkpoint lacks native heads, or has some that do not fit; or it
+            lacks other weights, and `allow_missing` is False.
     """
     hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
     config = AutoConfig.from_pretrained(name_or_dir, **hub_options)
     if not isinstance(config, MullConfig):
         require_supported(config.get_text_config())
-        return _from_base(name_or_dir, etd, mtp, hub_options, options)
+        return _from_base(name_or_dir, etd, mtp, hub_options, options, allow_missing)
+    for name in [name for name in options if name not in ("dtype", "torch_dtype") and hasattr(config, name)]:
+        setattr(config, name, options.pop(name))
     if etd is not None:
         config.etd = etd.model_dump()
     if mtp is not None:
@@ -137,17 +147,34 @@ def from_pretrained(
         if stored is not None and "native_hidden_state" not in mtp.model_fields_set:
             mtp = mtp.model_copy(update={"native_hidden_state": stored.native_hidden_state})
         config.mtp = mtp.model_dump()
-    return MullForCausalLM.from_pretrained(name_or_dir, config=config, **options)
+    model: MullForCausalLM = _loaded(MullForCausalLM, name_or_dir, allow_missing, {"config": config, **options})
+    return model
+
+
+def _loaded(auto: Any, name_or_dir: str, allow_missing: bool, options: dict[str, Any]) -> Any:
+    model, found = auto.from_pretrained(name_or_dir, output_loading_info=True, **options)
+    # Heads start as the model's own prediction.
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(("mtp_heads.", "mtp.")))
+    if missing and not allow_missing:
+        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(f"{name_or_dir} is not a whole checkpoint: it lacks the weights {named}.")
+    return model
 
 
 def _from_base(
-    name_or_dir: str, etd: ETDConfig | None, mtp: MTPConfig | None, hub_options: dict[str, Any], options: dict[str, Any]
+    name_or_dir: str,
+    etd: ETDConfig | None,
+    mtp: MTPConfig | None,
+    hub_options: dict[str, Any],
+    options: dict[str, Any],
+    allow_missing: bool,
 ) -> MullForCausalLM:
     """Retrofit a checkpoint of transformers."""
     native = mtp is not None and mtp.mtp_head_type == "native"
     # Read first, so that a checkpoint without them is refused before a large trunk is loaded.
     tensors = read_native_heads(name_or_dir, **hub_options) if native else {}
-    model = wrap_transformer_with_etd(AutoModelForCausalLM.from_pretrained(name_or_dir, **options), etd, mtp)
+    base: PreTrainedModel = _loaded(AutoModelForCausalLM, name_or_dir, allow_missing, options)
+    model = wrap_transformer_with_etd(base, etd, mtp)
     if mtp is not None and native:
         load_native_heads(model, tensors, name_or_dir)
         if "native_hidden_state" not in mtp.model_fields_set:

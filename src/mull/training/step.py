@@ -85,8 +85,18 @@ class Stage(nn.Module):
         self.objective = objective
 
     def forward(self, plan: StepPlan, index: int) -> LossOutput:
-        """Compute the loss of a micro-batch."""
-        return self.objective.loss(self.model, plan, index)
+        """Compute the loss of a micro-batch, with the balancing loss of experts where the backbone's configuration has one."""
+        config = self.model.text_config
+        if not getattr(config, "output_router_logits", False):
+            return self.objective.loss(self.model, plan, index)
+        with self.model.model.router_logits() as routed:
+            output = self.objective.loss(self.model, plan, index)
+        if not routed:
+            return output
+        balance = self.model.balancing_loss(routed, plan.batches[index].get("attention_mask"))
+        # Micro-batches count by their weight, as in the mean loss.
+        total = output.sum + config.router_aux_loss_coef * balance * output.weight
+        return output._replace(sum=total, metrics={**output.metrics, "balancing_loss": float(balance.detach())})
 
     def plan_step(self, batches: Sequence[Batch]) -> StepPlan:
         """Let the objective decide about the step."""

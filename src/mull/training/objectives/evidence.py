@@ -72,7 +72,7 @@ class Evidence:
 
     def _statistics(self, model: MullForCausalLM, hidden: Tensor, direction: Tensor | None = None) -> TokenStatistics:
         rows = hidden[:, :-1][self.valid[:, 1:]] / self.temperature  # (N, D)
-        measured = token_statistics(rows, model.lm_head.weight, self.batch["labels"][self.valid], direction)
+        measured = token_statistics(rows, model.unembedding(), self.batch["labels"][self.valid], direction)
         return TokenStatistics(*(None if values is None else self._at_targets(values) for values in measured))  # type: ignore[arg-type]
 
     def _at_targets(self, values: Tensor) -> Tensor:

@@ -49,6 +49,6 @@ class NextToken(Objective):
         hidden = batch_states(model, batch, iterations, self.iterations.backprop(iterations))
         rows = hidden[:, :-1][valid]  # (N, D)
         ones = torch.ones(len(rows), device=rows.device)
-        total, _ = weighted_cross_entropy(rows, model.lm_head.weight, targets[valid], ones)
+        total, _ = weighted_cross_entropy(rows, model.unembedding(), targets[valid], ones)
         metrics = {"loss": float(total.detach() / n_targets), "iterations": float(iterations)}
         return LossOutput(total, n_targets, metrics)

@@ -347,9 +347,10 @@ class GradientAlignment(_GradientScores):
             hidden = batch_states(model, batch)
             evidence = Evidence(model, batch, hidden)
             rows, targets = hidden[:, :-1][evidence.valid[:, 1:]], batch["labels"][evidence.valid]
-            gradient = torch.zeros_like(model.lm_head.weight, dtype=torch.float32)
+            unembedding = model.unembedding()
+            gradient = torch.zeros_like(unembedding, dtype=torch.float32)
             share = rows.new_full((len(rows),), 1 / max(len(rows), 1), dtype=torch.float32)
-            cross_entropy_gradients(rows, model.lm_head.weight, targets, share, gradient)
+            cross_entropy_gradients(rows, unembedding, targets, share, gradient)
         return gradient
 
     def evidence(self, model: MullForCausalLM, batch: Batch, hidden: Tensor, plan: StepPlan) -> Evidence:
