@@ -60,7 +60,7 @@ BUDGETS = {
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 9700
+MAX_CODE_LINES = 10400
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
@@ -346,7 +346,7 @@ CHECKS: dict[str, tuple[Callable[[Sources], list[str]], list[Sources]]] = {
             {"mull.ops.a": "x = 1\n" * 701},
             {"mull.ops.a": "x = (\n    1\n)\n" * 240},
             {f"mull.{folder}.a": "x = 1\n" * 1090 for folder in ("model", "training", "evaluation")}
-            | {"mull.a": "x = 1\n" * 7000},
+            | {"mull.a": "x = 1\n" * 7200},
             {"mull.ops.a": '"""\n' + "words\n" * 400 + '"""\n' + "x = 1\n" * 100},
         ],
     ),

@@ -293,6 +293,7 @@ def _prompts(
     model: MullForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
 ) -> list[list[int]]:
     """The tokens of each row, without padding."""
+    model.require_in_memory()
     if model.training:
         raise ValueError("The model is in training mode, where dropout changes its output: call model.eval() first.")
     if max_new_tokens < 1:

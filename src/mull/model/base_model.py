@@ -5,6 +5,7 @@ Its weights keep their Hugging Face names, so a base checkpoint loads without re
 Shapes: B batch, T tokens, D model width.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -34,7 +35,6 @@ from mull.model.inputs import (
 from mull.model.memory import CallMemory
 from mull.model.path import Path, check_path, from_layers
 from mull.model.policy import Policy
-
 
 REQUIRES = "pip install mull, and import mull before AutoModelForCausalLM.from_pretrained"
 """Stands in ``config.json``: where mull was not imported, transformers says only that it does not know the model type."""
@@ -78,7 +78,6 @@ class MullConfig(PreTrainedConfig):
             if not hasattr(self, name):
                 setattr(self, name, None)
 
-
     def __getattr__(self, name: str) -> Any:
         """Fields that only the backbone's configuration has: other libraries ask for them here."""
         if not name.startswith("_"):
@@ -97,7 +96,14 @@ class MullConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values; ``config.json`` also says what it takes to load it."""
+        self._name_adapter_targets()
         return {**super().to_dict(), "requires": REQUIRES}
+
+    def _name_adapter_targets(self) -> None:
+        # PEFT looks up by model type which modules to adapt, in the dictionary that it asked for just before.
+        for targets in vars(sys.modules.get("peft.utils.constants", sys)).values():
+            if isinstance(targets, dict) and "llama" in targets:
+                targets["mull"] = targets.get(self.get_text_config().model_type)
 
 
 class MullPreTrainedModel(PreTrainedModel):
@@ -195,6 +201,8 @@ class MullModel(MullPreTrainedModel):
         # transformers looks the functions of recurrent layers up when a layer runs, so they are in place before any model runs.
         install_recurrent_hooks(self._family)
         self.gradient_checkpointing = False
+        self.heads_beside: tuple[nn.Module, ...] = ()
+        """Extra heads that `MullForCausalLM` trains on this model's states."""
         self.adopt(AutoModel.from_config(self.text_config))
         self.post_init()
 
@@ -263,6 +271,7 @@ class MullModel(MullPreTrainedModel):
         policy: Policy | None = None,
         on_visit: OnVisit | None = None,
         output_router_logits: bool | None = None,
+        heads_follow: bool = False,
         **keywords: Any,
     ) -> MoeModelOutputWithPast:
         """Run the decoder along a path.
@@ -281,6 +290,7 @@ class MullModel(MullPreTrainedModel):
             policy: Which tokens run a visit; see `mull.model.policy`.
             on_visit: See `mull.model.executor.run`.
             output_router_logits: Return what the routers of experts gave, ``[B * T, E]`` for each visit of a layer that has one.
+            heads_follow: The caller runs the extra heads. Otherwise training would leave them as they are without a word.
             **keywords: What collators add: packed documents as ``cu_seq_lens_q`` or ``seq_idx`` (see
                 `mull.model.inputs.packed_positions`), and `WITHOUT_EFFECT`.
 
@@ -290,9 +300,14 @@ class MullModel(MullPreTrainedModel):
 
         Raises:
             TypeError: a keyword that is not known.
-            ValueError: arguments that contradict each other or the cache, or that cannot be obeyed.
+            ValueError: arguments that contradict each other or the cache, or that cannot be obeyed; or the model is in training
+                mode, with extra heads that could be trained and do not follow.
         """
-        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if self.training and torch.is_grad_enabled() and not heads_follow:
+            self._refuse_to_leave_heads_out()
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
         if output_router_logits is None:
             output_router_logits = getattr(self.text_config, "output_router_logits", False)
         visits = self.path(think_iterations, path)
@@ -331,8 +346,15 @@ class MullModel(MullPreTrainedModel):
             last_hidden_state=h,
             past_key_values=cache,
             hidden_states=hidden_states,
-            router_logits=None if routed is None else tuple(routed),
+            router_logits=None if routed is None else tuple(routed),  # type: ignore[arg-type]
         )
+
+    def _refuse_to_leave_heads_out(self) -> None:
+        if any(parameter.requires_grad for heads in self.heads_beside for parameter in heads.parameters()):
+            raise ValueError(
+                "The base model is trained by itself, as TRL does it, so its extra heads would stay untrained. Freeze them "
+                "(model.mtp_heads.requires_grad_(False)), or train with mull train or transformers' Trainer."
+            )
 
     @contextmanager
     def router_logits(self) -> Iterator[list[Tensor]]:
@@ -432,7 +454,7 @@ class MullModel(MullPreTrainedModel):
         if not isinstance(cache, SlotCache):
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__}, which has one slot per layer; a looped layer needs one per visit. "
-                "Use model.new_cache()."
+                "Use model.new_cache(). Prefix tuning makes caches of this kind: use LoRA or prompt tuning instead."
             )
         cache.bind(visits)
         return cache

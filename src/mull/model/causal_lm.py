@@ -94,6 +94,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
     def attach_heads(self, heads: MTPHeads) -> None:
         """Make these the model's extra heads."""
         setattr(self, "mtp" if heads.kind == "native" else "mtp_heads", heads)
+        self.model.heads_beside = (heads,)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -149,6 +150,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             think_iterations=think_iterations,
             path=path,
             output_router_logits=output_router_logits,
+            heads_follow=True,
             **keywords,
         )
         h, cache = out.last_hidden_state, out.past_key_values
@@ -163,7 +165,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             )
             if aux_loss is not None:
                 loss = loss + self.text_config.router_aux_loss_coef * aux_loss
-            if self.mtp_config is not None:
+            if self.mtp_config is not None and labels is not None:
                 if cache is not None and cache.n_tokens != h.shape[1]:
                     raise ValueError(
                         "Extra heads see the tokens of one call, so their loss cannot continue from a cache: give labels with "
@@ -190,9 +192,10 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         if torch.compiler.is_compiling():
             return
         if num_items_in_batch is None:
-            targets = labels[:, 1:] if shift_labels is None and labels is not None else shift_labels
-            assert targets is not None
-            require_targets((targets != IGNORED).sum(), targets)
+            given = labels if shift_labels is None else shift_labels
+            assert given is not None
+            targets = given[:, 1:] if shift_labels is None else given
+            require_targets((targets != IGNORED).sum(), given)
         elif not num_items_in_batch > 0:
             raise ValueError(
                 f"num_items_in_batch={num_items_in_batch} must be positive: the summed loss is divided by it."
@@ -210,11 +213,9 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         modeling: Any = importlib.import_module(type(self.model.rules).__module__)
         config = self.text_config
         is_padding = isinstance(attention_mask, Tensor) and attention_mask.numel() == len(router_logits[0])
+        mask = attention_mask if is_padding else None
         loss: Tensor = modeling.load_balancing_loss_func(
-            tuple(router_logits),
-            config.num_experts,
-            config.num_experts_per_tok,
-            attention_mask if is_padding else None,
+            tuple(router_logits), config.num_experts, config.num_experts_per_tok, mask
         )
         return loss
 
@@ -250,6 +251,18 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         )
         means = losses.sum((0, 1)) / counts
         return loss, {f"mtp_{k}": means[k] for k in range(1, 1 + n_heads)}
+
+    def require_in_memory(self) -> None:
+        """Refuse weights that accelerate left on disk or in another memory: only a whole call of their module brings them in.
+
+        Raises:
+            ValueError: a weight is offloaded.
+        """
+        if hasattr(self, "hf_device_map") and any(parameter.is_meta for parameter in self.parameters()):
+            raise ValueError(
+                "Some weights are offloaded (device_map). Losses of extra heads and mull.generate read weights directly: load "
+                "the whole model on one device, or leave labels out and use model.generate."
+            )
 
     def unembedding(self) -> Tensor:
         """What `lm_head` multiplies states by, ``[V, D]``, with a gradient to all of its parameters.
@@ -288,8 +301,9 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             The sum, differentiable once; and the loss of each computed target ``[B, T, H]``, detached, 0 elsewhere.
 
         Raises:
-            ValueError: targets for more heads than the model has, or sequential heads without `input_ids`.
+            ValueError: targets for more heads than the model has, sequential heads without `input_ids`, or offloaded weights.
         """
+        self.require_in_memory()
         n_heads = 1 + (0 if self.mtp_config is None else self.mtp_config.num_predict_tokens)
         if targets.shape[-1] > n_heads:
             raise ValueError(
@@ -370,12 +384,14 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         parent._validate_generated_length(generation_config, input_ids_length, *others)
         if generation_config.assistant_early_exit is not None:
             # transformers cuts the layers off while it drafts, which no think block survives.
-            raise ValueError("assistant_early_exit is not supported. Draft with the model's heads: mull.generate(draft='mtp').")
+            raise ValueError(
+                "assistant_early_exit is not supported. Draft with the model's heads: mull.generate(draft='mtp')."
+            )
         limit = self.text_config.max_position_embeddings
         if generation_config.max_length > limit:
             raise ValueError(
-                f"The prompt's {input_ids_length} tokens and max_length={generation_config.max_length} exceed the model's {limit} "
-                "positions: shorten one."
+                f"The prompt's {input_ids_length} tokens and max_length={generation_config.max_length} exceed the model's "
+                f"{limit} positions: shorten one."
             )
 
     def init_continuous_batching(self, *_args: Any, **_options: Any) -> Any:

@@ -82,13 +82,14 @@ def packed_positions(
         raise ValueError(
             "Packed documents (cu_seq_lens_q, seq_idx) and an attention_mask contradict each other: leave the mask out."
         )
-    column = torch.arange(shape[1], device=(numbers if borders is None else borders).device).expand(*shape)
+    marks: Tensor = borders if numbers is None else numbers
+    column = torch.arange(shape[1], device=marks.device).expand(*shape)
     if numbers is not None:
-        begins = F.pad(numbers.diff(dim=1) != 0, (1, 0), value=True)
+        begins = F.pad(marks.diff(dim=1) != 0, (1, 0), value=True)
+    elif shape[0] == 1:
+        begins = torch.isin(column, marks)
     else:
-        if shape[0] != 1:
-            raise ValueError(f"cu_seq_lens_q describes a batch of one row, and there are {shape[0]}.")
-        begins = torch.isin(column, borders)
+        raise ValueError(f"cu_seq_lens_q describes a batch of one row, and there are {shape[0]}.")
     positions = column - torch.where(begins, column, 0).cummax(1).values
     if position_ids is None:
         return positions

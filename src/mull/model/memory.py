@@ -47,7 +47,7 @@ class ActiveTokens:
     @property
     def any(self) -> bool:
         """Whether a token runs."""
-        return bool(self.filled.any())
+        return self.index.shape[1] > 0
 
     def gather(self, x: Tensor) -> Tensor:
         """``[B or 1, T, ...]`` to ``[B, A, ...]``."""
