@@ -112,7 +112,6 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         think_iterations: int | None = None,
         path: Sequence[Sequence[int]] | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         output_router_logits: bool | None = None,
         **keywords: Any,
     ) -> MullOutput:
@@ -124,9 +123,10 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             output_attentions: Refused: attention weights are not collected.
             logits_to_keep: Compute logits for the last positions only (0: all), or at these indices.
             num_items_in_batch: Divide the summed loss by this instead of the number of targets, as transformers' Trainer does.
-            shift_labels: ``[B, T]``, the target of each position, instead of `labels`. Refused for a model with extra heads.
             output_router_logits: Return what the routers of experts gave, and add their balancing loss, times
                 ``router_aux_loss_coef``, to ``loss``; default as in the backbone's configuration.
+            **keywords: ``shift_labels`` ``[B, T]``, the target of each position, instead of `labels`, but not for a model with
+                extra heads; otherwise as in `MullModel.forward`.
 
         Raises:
             TypeError: a keyword that is not known.
@@ -134,6 +134,8 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions=True is not supported: attention weights are not collected.")
+        # Not a parameter: transformers' Trainer takes every parameter with this name for labels that a batch must have.
+        shift_labels = keywords.pop("shift_labels", None)
         if shift_labels is not None and self.mtp_config is not None:
             raise ValueError("Extra heads predict further tokens than shift_labels names: give labels, unshifted.")
         tokens = input_ids if inputs_embeds is None else inputs_embeds

@@ -82,7 +82,7 @@ def packed_positions(
         raise ValueError(
             "Packed documents (cu_seq_lens_q, seq_idx) and an attention_mask contradict each other: leave the mask out."
         )
-    marks: Tensor = borders if numbers is None else numbers
+    marks: Any = borders if numbers is None else numbers
     column = torch.arange(shape[1], device=marks.device).expand(*shape)
     if numbers is not None:
         begins = F.pad(marks.diff(dim=1) != 0, (1, 0), value=True)
