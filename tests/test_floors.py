@@ -51,7 +51,7 @@ BUDGETS = {
     "ops": 700,
     "layers": 900,
     "data": 950,
-    "model": 1700,
+    "model": 1750,
     "decoding": 1100,
     "retrofit": 1200,
     "training": 2600,

@@ -331,7 +331,6 @@ def _recurrent_padding(mask: Tensor | None, n_new: int, cached: bool) -> tuple[T
     new = mask[:, -n_new:].contiguous()
     if not torch.compiler.is_compiling() and bool((new == 1).all()):
         return None, None
-    # transformers drops the mask of a single token, so a left-padded row that is fed token by token would read its padding.
     padded_later = ((new == 0) & (mask.cumsum(1)[:, -n_new:] > 0)).any(1, keepdim=True)
     # While tracing, values cannot be read.
     if cached and (torch.compiler.is_compiling() or bool(padded_later.any())):
