@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mull.runtime.checkpoint import CheckpointConfig, CheckpointWriter, latest, load_checkpoint, stored_tensors
 from mull.runtime.distributed import gather_objects, on_first_rank, rank, same_everywhere, world_size
+from mull.runtime.progress import Progress
 from mull.runtime.timing import synchronize
 from mull.runtime.tracking import MetricsLog, flat
 from mull.training.objectives.base import Batch, Objective
@@ -37,7 +38,6 @@ from mull.training.optimization import (
     resolve_precision,
     update,
 )
-from mull.training.progress import Progress
 from mull.training.state import rng_state, rng_tensors, set_rng_state, set_rng_tensors, training_tensors
 from mull.training.step import (
     DistributedConfig,
@@ -300,7 +300,7 @@ def train(
             writer = CheckpointWriter(url, checkpoint.keep_last, checkpoint.asynchronous)
             stack.callback(writer.close)
         stack.enter_context(_training_mode(run))
-        progress = stack.enter_context(Progress(config.steps, run.step))
+        progress = stack.enter_context(Progress(config.steps, "step", done=run.step))
         loop = _Loop(run, [log, *(logs if rank() == 0 else ())], progress, evaluation, until)
         stopped = loop.run_to_end(writer, checkpoint.every)
     return TrainResult(run.step, run.seconds, run.tokens, log.records, stopped, run.precision, run.terminated)
@@ -332,7 +332,7 @@ class _Loop:
             if last or evaluated or run.step == 1 or _is_due(run.step, config.log_every):
                 for log in self.logs:
                     log.log(record)
-            self.progress.show(record, run.tokens / run.seconds, last)
+            self.progress.advance(text=_shown(record, run.tokens / run.seconds), last=last)
             if writer is not None:
                 writer.poll()
                 if last or _is_due(run.step, save_every):
@@ -399,6 +399,12 @@ def _utilisation(run: _Run, tokens_per_second: float) -> dict[str, float]:
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _shown(record: Record, tokens_per_second: float) -> str:
+    """What the user sees of a step; the speed is that of the whole run."""
+    utilisation = f", MFU {record['mfu']:.1%}" if "mfu" in record else ""
+    return f"loss {record['loss']:.4f}, {tokens_per_second:,.0f} tokens/s{utilisation}"
 
 
 def _evaluate(run: _Run, evaluate: Callable[["MullForCausalLM"], Mapping[str, float]]) -> Mapping[str, float]:
