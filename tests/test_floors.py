@@ -36,7 +36,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     ),
     "evaluation": (7, "held_out lossless acceptance rewards cost search"),
     "evaluation.cost": (7, "count training decoding"),
-    "evaluation.search": (7, "split"),
+    "evaluation.search": (7, "loop_probe split"),
     "app": (8, "yaml_text recipe prepare build run report demo cli"),
     "app.report": (8, "figures page"),
     "app.demo": (8, "chapter loops weights speculation chain demo"),
@@ -56,11 +56,11 @@ BUDGETS = {
     "retrofit": 1200,
     "training": 2600,
     "evaluation": 2000,
-    "app": 1900,
+    "app": 1940,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 10100
+MAX_CODE_LINES = 10260
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
