@@ -85,13 +85,18 @@ def split(
     model: ModelArgument,
     data: Annotated[list[str] | None, Option(help="Files, folders, s3://… or hf:…; default: Python's library.")] = None,
     out: Annotated[Path, Option(help="Folder for split.json and split.html.")] = Path("out/split"),
-    length: Annotated[int, Option(help="Tokens per row.")] = 256,
-    batches: Annotated[int, Option(help="Number of batches to measure on.")] = 8,
-    batch_size: Annotated[int, Option(help="Rows per batch.")] = 8,
+    length: Annotated[int, Option(help="Tokens per row.")] = 128,
+    batches: Annotated[int, Option(help="Number of batches to measure on.")] = 16,
+    batch_size: Annotated[int, Option(help="Rows per batch; windows may drop out after each batch.")] = 4,
+    probe_batches: Annotated[int, Option(help="At most so many of them for the loop probe; 0: no probe.")] = 8,
+    width: Annotated[
+        list[int] | None, Option(help="Layers of the probed windows; default: the published width and its half.")
+    ] = None,
+    precision: Annotated[Literal["auto", "fp32", "bf16"], Option(help="auto takes the faster one.")] = "auto",
 ) -> None:
     """Measure which layers of MODEL encode, think and decode, and propose an ETDConfig."""
     documents = load_stdlib().held_out if data is None else load_documents(data)
-    loaded = from_pretrained(model, allow_missing=False)
+    loaded: Any = from_pretrained(model, allow_missing=False)
     text_config = loaded.config.get_text_config()
     longest = text_config.max_position_embeddings
     if length > longest:
@@ -100,25 +105,58 @@ def split(
     tokenizer = AutoTokenizer.from_pretrained(model)
     dataset = pack_texts(texts, tokenizer, length=length, vocab_size=text_config.vocab_size)
     measured = list(dataset.in_order(batch_size))[:batches]
-    report = find_split(loaded, measured.__getitem__, n_batches=len(measured), n_probe_batches=min(4, len(measured)))
+    report = find_split(
+        loaded.to(device()),
+        measured.__getitem__,
+        n_batches=len(measured),
+        n_probe_batches=min(probe_batches, len(measured)),
+        probe_widths=width,
+        precision=precision,
+    )
     out.mkdir(parents=True, exist_ok=True)
     (out / "split.json").write_text(report.to_json())
     page = Report(f"Split of {model}", command=" ".join(["mull", *sys.argv[1:]]))
-    page.section("Angular distance and loop probe").figure(angular_distance_figure(report), _describe(report))
+    section = page.section("Loop probe and angular distance").prose(_describe(report))
+    section.figure(angular_distance_figure(report), "Angular distance of each layer, and the loop probe.")
+    if report.probe:
+        section.table(PROBE_COLUMNS, _probe_rows(report), "Losses in nats per token. All windows are in split.json.")
     page.write(out / "split.html")
+    _print_split(report)
+    print(f"figure: {out / 'split.html'}")
+
+
+PROBE_COLUMNS = ("layers", "extra loss", "standard error", "per layer", "rows", "dropped")
+"""What is shown of a probed window; losses in nats per token."""
+
+SHOWN_WINDOWS = 15
+
+
+def _probe_rows(report: SplitReport) -> list[tuple[str, float, float | None, float, int, str]]:
+    """The windows that cost least per layer; those that dropped out come last."""
+    order = sorted(report.probe, key=lambda cost: (cost.dropped, cost.per_layer))[:SHOWN_WINDOWS]
+    return [
+        (f"{c.start}-{c.stop - 1}", c.extra_loss, c.standard_error, c.per_layer, c.n_rows, "yes" if c.dropped else "")
+        for c in order
+    ]
+
+
+def _print_split(report: SplitReport) -> None:
+    """The measurements, and what follows from them."""
     for layer, distance in enumerate(report.distances):
         print(f"layer {layer:3d}  distance {distance:.4f}")
+    for row in [PROBE_COLUMNS, *_probe_rows(report)] if report.probe else []:
+        print(*(f"{cell:.4f}".rjust(15) if isinstance(cell, float) else f"{cell or '':>15}" for cell in row), sep="")
     print(_describe(report))
     print(f"{report.etd!r}")
-    print(f"figure: {out / 'split.html'}")
 
 
 def _describe(report: SplitReport) -> str:
     etd = report.etd
     return (
         f"Proposed split {etd.n_encoder_layers}-{etd.n_think_layers}*k-{etd.n_decoder_layers} by {report.method}, measured on "
-        f"{report.n_tokens} tokens in {report.n_batches} batches. {' '.join(report.notes)}"
-    ).strip()
+        f"{report.n_tokens} tokens in {report.n_batches} batches: {report.n_passes:.0f} passes in {report.precision}, "
+        f"{report.seconds:.0f} s. {' '.join(report.notes)}"
+    )
 
 
 @app.command("generate")

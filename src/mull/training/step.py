@@ -86,8 +86,8 @@ class Stage(nn.Module):
 
     def forward(self, plan: StepPlan, index: int) -> LossOutput:
         """Compute the loss of a micro-batch, with the balancing loss of experts where the backbone's configuration has one."""
-        config = self.model.text_config
-        if not getattr(config, "output_router_logits", False):
+        config = getattr(self.model, "text_config", None)  # any module may be trained with an objective of its own
+        if config is None or not getattr(config, "output_router_logits", False):
             return self.objective.loss(self.model, plan, index)
         with self.model.model.router_logits() as routed:
             output = self.objective.loss(self.model, plan, index)

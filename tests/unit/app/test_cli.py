@@ -137,11 +137,18 @@ def test_split_measures_and_proposes(
         32,
         "--batches",
         2,
+        "--probe-batches",
+        1,
+        "--width",
+        2,
     ]
     assert run(monkeypatch, *arguments) == 0
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert told.startswith("split: at most ")
+    assert "standard error" in printed
     report = json.loads((tmp_path / "split.json").read_text())
     assert len(report["distances"]) == 6
+    assert {(window["stop"] - window["start"], window["n_rows"]) for window in report["probe"]} == {(2, 4)}
     etd = report["etd"]
     assert etd["n_encoder_layers"] + etd["n_think_layers"] + etd["n_decoder_layers"] == 6
     assert f"Proposed split {etd['n_encoder_layers']}-{etd['n_think_layers']}*k-{etd['n_decoder_layers']}" in printed
