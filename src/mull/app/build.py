@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from mull.app.prepare import Prepared, arithmetic_task, backbone_config
@@ -39,7 +38,8 @@ def load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> Mul
     dtype = DTYPES[section.dtype]
     if section.checkpoint is not None:
         return from_pretrained(section.checkpoint, etd=section.etd, mtp=section.mtp, dtype=dtype)
-    base = AutoModelForCausalLM.from_config(backbone_config(section, tokenizer)).to(dtype)
+    # Not built in fp32 and converted: `to` would round the buffers too, and no checkpoint brings them back.
+    base = AutoModelForCausalLM.from_config(backbone_config(section, tokenizer), dtype=dtype)
     return wrap_transformer_with_etd(base, section.etd, section.mtp)
 
 
@@ -60,8 +60,7 @@ def meta_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> Mul
     if section.mtp is not None:
         config.mtp = section.mtp.model_dump()
     with torch.device("meta"):
-        # transformers wraps `to`, and the type of the wrapper does not fit a call.
-        model = nn.Module.to(MullForCausalLM(config), DTYPES[section.dtype])
+        model: MullForCausalLM = AutoModelForCausalLM.from_config(config, dtype=DTYPES[section.dtype])
     model.tie_weights()
     return model
 
