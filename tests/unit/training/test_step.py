@@ -13,12 +13,11 @@ from mull.layers.value_head import ValueHead
 from mull.model.causal_lm import MullForCausalLM
 from mull.training.loop import TrainConfig, train
 from mull.training.objectives.base import Objective
-from mull.training.objectives.critic import ValueTraining
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.next_token import NextToken
+from mull.training.objectives.resources import Resources
 from mull.training.objectives.step_supervision import StepSupervision
 from mull.training.objectives.table import make_objective
-from mull.training.objectives.resources import Resources
 from mull.training.objectives.weightings import ReturnConfig
 from mull.training.step import DistributedConfig, shard
 

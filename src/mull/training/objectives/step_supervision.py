@@ -109,8 +109,8 @@ class StepSupervision(Objective):
         counts = torch.stack([(labels[..., 0] != IGNORED).sum() for labels in step_labels])
         if global_sum(counts.sum()) == 0:
             raise ValueError(
-                f"No first iteration of this step has a label, in batches of shape {tuple(step_labels[0].shape)}: all are {IGNORED}. "
-                "Drop such batches when building the data."
+                f"No first iteration of this step has a label, in batches of shape {tuple(step_labels[0].shape)}: all are "
+                f"{IGNORED}. Drop such batches when building the data."
             )
 
 
