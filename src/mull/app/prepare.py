@@ -15,6 +15,7 @@ from mull.data.sampler import ShuffledBatches
 from mull.data.sources import Document, load_documents
 from mull.data.tasks import Example, load_examples, pairs
 from mull.data.tokenizer import train_tokenizer
+from mull.model.families import require_supported
 from mull.runtime.distributed import rank
 from mull.training.loop import Batches
 from mull.training.objectives.critic import ValueSection
@@ -113,19 +114,21 @@ def _prepare_arithmetic(model: ModelSection, stages: Sequence[Stage]) -> Prepare
                 f"The tokenizer of {model.checkpoint} does not read arithmetic character by character: start from a model that "
                 "was trained with data.format=arithmetic."
             )
-    known = backbone_config(model, tokenizer).get_text_config().vocab_size
-    if known < task.vocab_size:
+    config = backbone_config(model, tokenizer).get_text_config()
+    if config.vocab_size < task.vocab_size:
         raise ValueError(
-            f"Arithmetic has {task.vocab_size} tokens, outside the model's vocabulary of {known} tokens: use a larger one."
+            f"Arithmetic has {task.vocab_size} tokens, outside the model's vocabulary of {config.vocab_size} tokens: use a "
+            "larger one."
         )
-    return Prepared(tokenizer, [_arithmetic_data(stage) for stage in stages])
+    return Prepared(tokenizer, [_arithmetic_data(stage, config) for stage in stages])
 
 
-def _arithmetic_data(stage: Stage) -> StageData:
+def _arithmetic_data(stage: Stage, config: PreTrainedConfig) -> StageData:
     data, task = stage.data, arithmetic_task(stage)
     if find_entry(stage.train.algo).data == "prompts":
         return StageData(lambda number: task.prompts(number, data.batch_size))
     assert data.arithmetic is not None
+    check_length("data.length", data.length, config)
     packed = task.demonstrations(data.arithmetic.questions, data.length)
     return StageData(ShuffledBatches(packed, data.batch_size, stage.train.seed), packed)
 
@@ -134,7 +137,7 @@ def backbone_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -
     """Configuration of the checkpoint, or of the backbone with random weights.
 
     Raises:
-        ValueError: its padding token is outside its vocabulary, where no model can be built.
+        ValueError: as in `mull.model.families.require_supported`.
     """
     if section.checkpoint is not None:
         config: PreTrainedConfig = AutoConfig.from_pretrained(section.checkpoint)
@@ -143,12 +146,7 @@ def backbone_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -
         special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
         fields = {"vocab_size": len(tokenizer), **special, **section.architecture}
         config = CONFIG_MAPPING[fields.pop("model_type")](**fields)
-    text = config.get_text_config()
-    if text.pad_token_id is not None and not -text.vocab_size <= text.pad_token_id < text.vocab_size:
-        raise ValueError(
-            f"pad_token_id={text.pad_token_id} of {section.checkpoint or 'model.architecture'} is outside the model's vocabulary "
-            f"of {text.vocab_size} tokens: choose a token inside, such as the end of a text."
-        )
+    require_supported(config.get_text_config())
     return config
 
 

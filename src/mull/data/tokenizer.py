@@ -1,6 +1,7 @@
 """How text becomes tokens, in training and in use; and a small byte-level BPE tokenizer that is trained on documents."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -8,6 +9,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256
@@ -25,8 +28,8 @@ class TextEncoder:
     * ``eos_token`` ends a text, in training only; in use the model writes it.
     * A prompt is tokenized alone. Its completion is tokenized as the inside of a text, without the space that some tokenizers
       put before a text, so that prompt and completion decode to the text that they are.
-    * A text that spells a special token is text: no document can end itself, and no prompt either. Chats, whose special tokens
-      are meant, have to be given as tokens.
+    * A text that spells a special token is text, with a warning: no document can end itself, and no prompt either. Chats, whose
+      special tokens are meant, have to be given as tokens.
 
     Args:
         tokenizer: As a checkpoint has it.
@@ -39,6 +42,8 @@ class TextEncoder:
         self.begin: list[int] = whole[: next(places, 0)]
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = {*special, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        names = map(str, tokenizer.convert_ids_to_tokens(sorted(self._special)))
+        self._names = [name for name in names if name[1:]]
 
     @property
     def end(self) -> int:
@@ -93,10 +98,13 @@ class TextEncoder:
     def _encoded(self, texts: Sequence[str], inside: bool = False) -> list[list[int]]:
         if not texts:
             return []
+        spelled = [found[0] for text in texts if (found := self._spelled.search(text))]
+        if spelled:
+            message = "%d of %d texts spell a special token, such as %s, and it is read as text."
+            logger.warning(message, len(spelled), len(texts), spelled[0])
         tokenizer = self._inside if inside else self.tokenizer
-        encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        encoded: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
         for index, ids in enumerate(encoded):
             if self._special.isdisjoint(ids):
                 continue
@@ -108,10 +116,14 @@ class TextEncoder:
         return encoded
 
     @cached_property
+    def _spelled(self) -> re.Pattern[str]:
+        """Finds special tokens, except those of a single character, which text may well hold."""
+        return re.compile("|".join(map(re.escape, self._names)) or "(?!)")
+
+    @cached_property
     def _seams(self) -> re.Pattern[str]:
-        """Between the first and the second character of each special token that has a second."""
-        names = [str(name) for name in self.tokenizer.convert_ids_to_tokens(sorted(self._special))]
-        seams = [f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names if name[1:]]
+        """Finds the places between the first and the second character of these."""
+        seams = (f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in self._names)
         return re.compile("|".join(seams) or "(?!)")
 
     @cached_property

@@ -490,6 +490,10 @@ def arithmetic_without_its_tokens(tmp_path: Path) -> Any:
     return parse_recipe(arithmetic(tmp_path, "tiny", model__architecture__vocab_size=15))
 
 
+def arithmetic_in_long_rows(tmp_path: Path) -> Any:
+    return parse_recipe(changed(arithmetic(tmp_path, "tiny"), data__length=65))
+
+
 def unsaveable(tmp_path: Path) -> Any:
     base = save_checkpoint(tmp_path / "base")
     # transformers saves such a configuration only as long as nobody changes it, and the end of texts changes.
@@ -511,9 +515,10 @@ def occupied(place: str) -> Any:
     ("recipe", "message"),
     [
         (unpadded, "The padding token 300 is outside the model's vocabulary of 300 tokens"),
-        (unpadded_configuration, "pad_token_id=280 of model.architecture is outside"),
-        (unpadded_checkpoint, "pad_token_id=300 of .*base is outside"),
+        (unpadded_configuration, "pad_token_id=280 is outside the model's vocabulary of 280"),
+        (unpadded_checkpoint, "pad_token_id=300 is outside the model's vocabulary of 300"),
         (arithmetic_without_its_tokens, "Arithmetic has 16 tokens, outside the model's vocabulary of 15"),
+        (arithmetic_in_long_rows, "data.length=65 exceeds the 64 positions"),
         (unsaveable, "The trained model could not be saved: .*temperature"),
         (occupied("tiny"), "could not be written to .*tiny/model"),
         (occupied("tiny/model"), "could not be written to .*tiny/model"),

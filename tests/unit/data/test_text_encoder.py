@@ -121,10 +121,12 @@ def test_an_end_of_one_character_stays_what_the_user_made_it() -> None:
     assert len(TextEncoder(tokenizer).documents(["c d"])[0]) == 4
 
 
-def test_byte_level_texts_that_spell_the_end_are_decoded_exactly() -> None:
+def test_byte_level_texts_that_spell_the_end_are_decoded_exactly(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = train_tokenizer(TEXTS, 280)
     text = "a<|endoftext|>b<|endoftext|>"
-    [document] = TextEncoder(tokenizer).documents([text])
+    document, _ = TextEncoder(tokenizer).documents([text, "plain"])
+    said = [record.getMessage() for record in caplog.records if record.name == "mull.data.tokenizer"]
+    assert said == ["1 of 2 texts spell a special token, such as <|endoftext|>, and it is read as text."]
     assert document.count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(document[:-1]) == text
 
