@@ -50,7 +50,7 @@ BUDGETS = {
     "runtime": 730,
     "ops": 700,
     "layers": 900,
-    "data": 950,
+    "data": 1000,
     "model": 1750,
     "decoding": 1100,
     "retrofit": 1200,
@@ -60,7 +60,7 @@ BUDGETS = {
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 10600
+MAX_CODE_LINES = 10700
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from pydantic import ValidationError
 from transformers import AutoTokenizer, TextStreamer
@@ -20,6 +21,7 @@ from mull.app.run import estimate_recipe, run_recipe
 from mull.data.corpus import load_stdlib
 from mull.data.packing import pack_texts
 from mull.data.sources import load_documents
+from mull.data.tokenizer import TextEncoder
 from mull.decoding.generate import GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position, describe_call
 from mull.evaluation.search.split import SplitReport, find_split
@@ -183,15 +185,16 @@ def continue_prompt(
     heads = None if mtp is None else MTPConfig(mtp_head_type=mtp)
     loaded: Any = from_pretrained(model, etd=None if etd is None else _parse_split(etd), mtp=heads, allow_missing=False)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    if inputs["input_ids"].numel() == 0:
+    encoder = TextEncoder(tokenizer)
+    tokens = encoder.prompts([text])
+    if not tokens[0]:
         raise ValueError("The prompt is empty: give at least one token to continue.")
     known = loaded.lm_head.out_features
     if len(tokenizer) > known:
         raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, the model {known}: it belongs to another model.")
     output = generate(
         loaded.to(device()),
-        inputs["input_ids"],
+        torch.tensor(tokens),
         max_new_tokens=max_new_tokens,
         draft=draft,
         draft_length=draft_length,
@@ -201,6 +204,7 @@ def continue_prompt(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        eos_token_id=encoder.ends(loaded.generation_config.eos_token_id),
         think_iterations=think_iterations,
         streamer=TextStreamer(tokenizer),
         compile=compile_,
