@@ -26,7 +26,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise"),
     "layers": (3, "heads recursive_heads value_head"),
     "model": (4, "path configs memory growing_cache fixed_cache families inputs policy executor base_model causal_lm"),
-    "retrofit": (5, "native_heads wrap presets"),
+    "retrofit": (5, "reading native_heads wrap presets"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
     "training": (6, "optimization objectives trainable state step progress loop"),
     "training.objectives": (

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mull.app.recipe import DataSection, ModelSection, Recipe, Stage
@@ -15,6 +15,7 @@ from mull.data.sampler import ShuffledBatches
 from mull.data.sources import Document, load_documents
 from mull.data.tasks import Example, load_examples, pairs
 from mull.data.tokenizer import train_tokenizer
+from mull.retrofit.reading import read_config, read_tokenizer
 from mull.runtime.distributed import rank
 from mull.training.loop import Batches
 from mull.training.objectives.critic import ValueSection
@@ -128,7 +129,7 @@ def _arithmetic_data(stage: Stage) -> StageData:
 def backbone_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """Configuration of the checkpoint, or of the backbone with random weights."""
     if section.checkpoint is not None:
-        return AutoConfig.from_pretrained(section.checkpoint)
+        return read_config(section.checkpoint)
     assert section.architecture is not None
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     fields = {"vocab_size": len(tokenizer), **special, **section.architecture}
@@ -143,8 +144,8 @@ def arithmetic_task(stage: Stage) -> ArithmeticTask:
 
 
 def _load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
-    AutoConfig.from_pretrained(checkpoint)  # its error about a place that is not a checkpoint is clearer
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint)
+    read_config(checkpoint)  # its error about a place that is not a checkpoint is clearer
+    tokenizer = read_tokenizer(checkpoint)
     if not tokenizer(CHARACTERS)["input_ids"]:  # transformers makes an empty one if there are no files
         raise ValueError(
             f"{checkpoint} has no tokenizer: save the model's own beside it, with tokenizer.save_pretrained."

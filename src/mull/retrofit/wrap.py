@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mull.model.base_model import MullConfig
 from mull.model.causal_lm import MullForCausalLM, new_heads
 from mull.model.configs import ETDConfig, MTPConfig, mtp_from_dict
 from mull.model.families import require_supported
 from mull.retrofit.native_heads import HUB_OPTIONS, choose_hidden_state, load_native_heads, read_native_heads
+from mull.retrofit.reading import NO_CODE, TRUST, explained, read_config
 
 
 def wrap_transformer_with_etd(
@@ -111,17 +112,20 @@ def from_pretrained(
         mtp: Extra heads. For a model that mull saved, they replace the stored configuration, which is the default; weights that
             the checkpoint lacks start as the model's own next-token prediction. Native heads are read from a Hugging Face
             checkpoint. Unless `native_hidden_state` is given, it is looked up or measured; see `mull.retrofit.native_heads`.
-        options: Passed to ``from_pretrained`` of transformers, such as ``dtype``, ``device_map`` or ``revision``.
+        options: Passed to ``from_pretrained`` of transformers, such as ``dtype``, ``device_map`` or ``revision``. Code of a
+            checkpoint runs only with ``trust_remote_code=True``.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
         OSError: no checkpoint at `name_or_dir`.
-        ValueError: as in `wrap_transformer_with_etd`; or the checkpoint lacks native heads, or has some that do not fit.
+        ValueError: as in `wrap_transformer_with_etd`; or the checkpoint lacks native heads, or has some that do not fit; or a
+            file of it is damaged, or it needs code of its own.
     """
     hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
-    config = AutoConfig.from_pretrained(name_or_dir, **hub_options)
+    options = NO_CODE | options
+    config = read_config(name_or_dir, **hub_options, **{TRUST: options[TRUST]})
     if not isinstance(config, MullConfig):
         require_supported(config.get_text_config())
         return _from_base(name_or_dir, etd, mtp, hub_options, options)
@@ -137,7 +141,8 @@ def from_pretrained(
         if stored is not None and "native_hidden_state" not in mtp.model_fields_set:
             mtp = mtp.model_copy(update={"native_hidden_state": stored.native_hidden_state})
         config.mtp = mtp.model_dump()
-    return MullForCausalLM.from_pretrained(name_or_dir, config=config, **options)
+    with explained(name_or_dir, weights=True):
+        return MullForCausalLM.from_pretrained(name_or_dir, config=config, **options)
 
 
 def _from_base(
@@ -147,7 +152,9 @@ def _from_base(
     native = mtp is not None and mtp.mtp_head_type == "native"
     # Read first, so that a checkpoint without them is refused before a large trunk is loaded.
     tensors = read_native_heads(name_or_dir, **hub_options) if native else {}
-    model = wrap_transformer_with_etd(AutoModelForCausalLM.from_pretrained(name_or_dir, **options), etd, mtp)
+    with explained(name_or_dir, weights=True):
+        base = AutoModelForCausalLM.from_pretrained(name_or_dir, **options)
+    model = wrap_transformer_with_etd(base, etd, mtp)
     if mtp is not None and native:
         load_native_heads(model, tensors, name_or_dir)
         if "native_hidden_state" not in mtp.model_fields_set:
