@@ -39,7 +39,14 @@ from mull.training.optimization import (
     update,
 )
 from mull.training.progress import Progress
-from mull.training.state import rng_state, rng_tensors, set_rng_state, set_rng_tensors, training_tensors
+from mull.training.state import (
+    first_not_finite,
+    rng_state,
+    rng_tensors,
+    set_rng_state,
+    set_rng_tensors,
+    training_tensors,
+)
 from mull.training.step import (
     DistributedConfig,
     WrongStepError,
@@ -217,6 +224,19 @@ class _Run:
         plain = {name: value for name, value in objective.items() if not isinstance(value, Tensor)}
         return {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "objective": plain}
 
+    def not_finite(self) -> str | None:
+        """Name of a tensor with a NaN or an infinity on any rank; all ranks together."""
+        found = gather_objects(first_not_finite(self.stage, self.optimizers))
+        return next((name for name in found if name is not None), None)
+
+    def check_finite(self) -> None:
+        """Refuse a state that must not be saved or exported, all ranks together."""
+        if (wrong := self.not_finite()) is not None:
+            raise RuntimeError(
+                f"Training stopped after step {self.step}: {wrong} is not finite, so nothing of this state is saved, and earlier "
+                "checkpoints stay as they are. Lower the learning rate and start a new run; a resumed one repeats its steps."
+            )
+
     def save(self, writer: CheckpointWriter) -> None:
         """Save the state, all ranks together."""
         tensors = {**self.tensors(), **rng_tensors(rank())}
@@ -231,6 +251,11 @@ class _Run:
         own = {name.removeprefix(OWN): tensor for name, tensor in tensors.items() if name.startswith(OWN)}
         self.stage.objective.load_state_dict({**values["objective"], **own})
         self.step, self.seconds, self.tokens = values["step"], values["seconds"], values["tokens"]
+        if (wrong := self.not_finite()) is not None:
+            raise RuntimeError(
+                f"{checkpoint} holds values of {wrong} that are not finite. Remove the folder to resume from the previous "
+                "checkpoint."
+            )
         if rng:
             set_rng_tensors(tensors, rank())
         else:
@@ -281,7 +306,8 @@ def train(
             is trainable or what is trainable does not influence the loss, `resume` without a place of checkpoints, or
             micro-batches that ranks cannot share.
         RuntimeError: a loss or gradient is not finite, or no micro-batch of a step has a target (the weights are those of
-            the step before, and every rank raises); a checkpoint cannot be written.
+            the step before, and every rank raises); weights or optimizer state to be saved or returned are not finite; a
+            checkpoint is damaged or cannot be written.
     """
     directory = None if out_dir is None else Path(out_dir)
     url = checkpoint.url or (None if directory is None else str(directory / CHECKPOINTS))
@@ -328,9 +354,12 @@ def _run_to_end(
             for sink in sinks:
                 sink.log(record)
         progress.show(record, run.tokens / run.seconds, last)
+        saves = last or (writer is not None and _is_due(run.step, save_every))
+        if saves:
+            run.check_finite()
         if writer is not None:
             writer.poll()
-            if last or _is_due(run.step, save_every):
+            if saves:
                 run.save(writer)
         if last and not finished:
             return "until" if reached else "sigterm"
@@ -350,9 +379,10 @@ def _optimizer_step(run: _Run) -> Record:
         norm = normalise(trained, parts, config.clip_norm)
     except WrongStepError as error:
         run.stage.zero_grad()
+        run.check_finite()  # otherwise the cause is in an earlier update
         raise RuntimeError(
             f"Training stopped in step {run.step + 1}, before the weights changed: {error}. Look at the data of that step, "
-            "or lower the learning rate and resume from a checkpoint."
+            "or lower the learning rate and start a new run; a resumed one repeats its steps."
         ) from None
     update(run.optimizers, factor)
     tokens = sum(part.tokens for part in parts)

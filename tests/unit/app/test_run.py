@@ -158,6 +158,15 @@ def test_a_reference_that_is_the_model_itself_weighs_all_tokens_alike(tmp_path: 
     assert second["weights/ess"] < 0.999, "after a step the model differs from its reference"
 
 
+def test_a_model_that_is_not_finite_is_not_exported(tmp_path: Path) -> None:
+    recipe = named(
+        tmp_path, "tiny", train__steps=3, train__peak_lr=3e38, train__weight_decay=1.0, checkpoint={"every": 1}
+    )
+    with pytest.raises(RuntimeError, match=r"after step \d: .* is not finite, so nothing of this state is saved"):
+        carry_out(recipe)
+    assert not (tmp_path / "tiny" / "model").exists()
+
+
 def critic(tmp_path: Path, name: str, **values: Any) -> dict[str, Any]:
     recipe = named(tmp_path, name, train__algo="critic-wmtp", train__accumulate=2, train__seed=3)
     recipe["data"] = {"paths": [str(answers(tmp_path))], "format": "examples", "vocab_size": 280, "length": 32}
