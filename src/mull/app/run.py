@@ -3,6 +3,7 @@
 The same on one process (``mull train``) and on several (``torchrun -m mull train``).
 """
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -60,9 +61,12 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
         ValueError: data, tokenizer and model do not fit each other, or the folder holds another run.
         FileNotFoundError: a path of the data does not exist.
         OSError: no checkpoint of a model where one is named.
-        RuntimeError: as in `mull.training.loop.train`; a package is missing; or MLflow cannot be reached.
+        RuntimeError: as in `mull.training.loop.train`; a package is missing; MLflow cannot be reached; or another process uses
+            the run's folder.
     """
-    with session():
+    folder = recipe.run.out / recipe.run.name
+    with session(), contextlib.ExitStack() as stack:
+        on_first_rank(lambda: stack.enter_context(storage.exclusive(folder)))
         stages = recipe.schedule()
         places = [*(str(stage.name) for stage in stages[:-1]), ""]
         if not resume:
@@ -80,7 +84,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
                 return result
             if result.terminated and place:
                 return replace(result, stopped="sigterm")
-        _export(model, objectives[-1].companion, prepared.tokenizer, recipe.run.out / recipe.run.name)
+        _export(model, objectives[-1].companion, prepared.tokenizer, folder)
         return result
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mull.model.causal_lm import MullForCausalLM
 from mull.runtime.checkpoint import CheckpointConfig, CheckpointWriter, latest, load_checkpoint, stored_tensors
 from mull.runtime.distributed import gather_objects, on_first_rank, rank, same_everywhere, world_size
+from mull.runtime.storage import exclusive, is_local, local_path
 from mull.runtime.timing import synchronize
 from mull.runtime.tracking import MetricsLog, flat
 from mull.training.objectives.base import Batch, Objective
@@ -307,12 +308,15 @@ def train(
             micro-batches that ranks cannot share.
         RuntimeError: a loss or gradient is not finite, or no micro-batch of a step has a target (the weights are those of
             the step before, and every rank raises); weights or optimizer state to be saved or returned are not finite; a
-            checkpoint is damaged or cannot be written.
+            checkpoint is damaged or cannot be written; another process trains there.
     """
     directory = None if out_dir is None else Path(out_dir)
     url = checkpoint.url or (None if directory is None else str(directory / CHECKPOINTS))
-    source = on_first_rank(lambda: checkpoint_to_resume(directory, url, resume))
     with contextlib.ExitStack() as stack:
+        if url is not None and is_local(url):
+            place = local_path(url)
+            on_first_rank(lambda: stack.enter_context(exclusive(place)))
+        source = on_first_rank(lambda: checkpoint_to_resume(directory, url, resume))
         stack.enter_context(frozen_except(model, config.trainable if objective.trains_model else ()))
         run = _Run(model, objective, batches, config, distributed, flops_per_token)
         if source is not None:

@@ -29,6 +29,7 @@ from mull.data.packing import pack_tokens
 from mull.evaluation.held_out import held_out_loss, held_out_losses
 from mull.model.configs import ETDConfig, MTPConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
+from mull.runtime.storage import exclusive
 from mull.runtime.tracking import MlflowLog, sqlite_uri
 from mull.training.loop import train
 
@@ -156,6 +157,20 @@ def test_a_reference_that_is_the_model_itself_weighs_all_tokens_alike(tmp_path: 
     first, second = records(tmp_path / "tiny")
     assert first["weights/ess"] == pytest.approx(1, abs=1e-6)
     assert second["weights/ess"] < 0.999, "after a step the model differs from its reference"
+
+
+def test_a_second_process_is_refused_and_disturbs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mull.runtime.storage.LOCK_PATIENCE_SECONDS", 0.1)
+    recipe = named(tmp_path, "tiny")
+    for resume in (False, True):
+        with exclusive(tmp_path / "tiny"), pytest.raises(RuntimeError, match=r"tiny is in use by process \d+\. Wait"):
+            carry_out(recipe, resume)
+        assert not (tmp_path / "tiny").exists()
+    elsewhere = changed(recipe, checkpoint={"url": str(tmp_path / "elsewhere")})
+    with exclusive(tmp_path / "elsewhere"), pytest.raises(RuntimeError, match="elsewhere is in use by process"):
+        carry_out(elsewhere)
+    assert carry_out(elsewhere).stopped == "finished"
+    assert not list(tmp_path.rglob("*.lock"))
 
 
 def test_a_model_that_is_not_finite_is_not_exported(tmp_path: Path) -> None:
