@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ from mull.evaluation.cost.training import Estimate, Schedule, estimate, training
 from mull.evaluation.held_out import held_out_losses
 from mull.evaluation.rewards import right_answers
 from mull.model.causal_lm import MullForCausalLM
+from mull.retrofit.reading import TokenizersErrors
 from mull.runtime import storage
 from mull.runtime.checkpoint import CheckpointConfig
 from mull.runtime.distributed import device, full_state_dict, on_first_rank, rank, session, world_size
@@ -35,6 +37,9 @@ from mull.training.optimization import peak_flops, resolve_precision
 from mull.training.trainable import frozen_except, summary
 
 logger = logging.getLogger(__name__)
+
+STAGING = ".export"
+"""Where a run writes its models before they get their names."""
 
 MLFLOW_STATUS = {"finished": "FINISHED", "until": "FINISHED", "sigterm": "KILLED"}
 
@@ -67,6 +72,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
     folder = recipe.run.out / recipe.run.name
     with session(), contextlib.ExitStack() as stack:
         on_first_rank(lambda: stack.enter_context(storage.exclusive(folder)))
+        on_first_rank(lambda: _remove_unfinished(folder))
         stages = recipe.schedule()
         places = [*(str(stage.name) for stage in stages[:-1]), ""]
         if not resume:
@@ -198,7 +204,11 @@ def _open_mlflow(recipe: Recipe, folder: Path, place: str) -> MlflowLog | None:
 def _export(
     model: MullForCausalLM, companion: nn.Module | None, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Write the whole model, its backbone and the value head. All ranks call this, and rank 0 writes."""
+    """Write the whole model, its backbone and the value head. All ranks call this, and rank 0 writes.
+
+    Raises:
+        RuntimeError: it cannot be written, such as to a full disk. What was there before stays, and nothing half-written does.
+    """
     state = full_state_dict(model)
     value_head = {} if companion is None else full_state_dict(companion)
     if rank() > 0:
@@ -207,14 +217,34 @@ def _export(
     with torch.device("meta"):
         whole, backbone = MullForCausalLM(model.config), AutoModelForCausalLM.from_config(text_config)
     trunk = {name: state[name] for name in backbone.state_dict()}
-    for name, skeleton, weights in (("model", whole, state), ("trunk", backbone, trunk)):
-        skeleton.load_state_dict(weights, assign=True)
-        skeleton.tie_weights()
-        skeleton.generation_config = model.generation_config
-        skeleton.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    if value_head:
-        save_file(value_head, folder / "model" / "value_head.safetensors")
+    staging = folder / STAGING
+    try:
+        for name, skeleton, weights in (("model", whole, state), ("trunk", backbone, trunk)):
+            skeleton.load_state_dict(weights, assign=True)
+            skeleton.tie_weights()
+            skeleton.generation_config = model.generation_config
+            skeleton.save_pretrained(staging / name)
+            with TokenizersErrors():
+                tokenizer.save_pretrained(staging / name)
+        if value_head:
+            save_file(value_head, staging / "model" / "value_head.safetensors")
+        for name in ("trunk", "model"):
+            storage.publish(staging / name, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(
+            f"The trained model could not be written to {folder}: {error}. Its checkpoints are intact: make room on the disk, "
+            "and resume the run."
+        ) from error
+    finally:
+        _remove_unfinished(folder)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a killed export left: its folder, or files of the safetensors library in those of earlier versions."""
+    storage.remove_tree(str(folder / STAGING))
+    for name in ("model", "trunk"):
+        for file in (folder / name).glob(".tmp??????"):
+            file.unlink()
 
 
 def estimate_recipe(recipe: Recipe) -> str:

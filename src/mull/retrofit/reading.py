@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -44,7 +45,7 @@ def read_tokenizer(name_or_dir: str) -> PreTrainedTokenizerBase:
     Raises:
         OSError, ValueError: as in `read_config`.
     """
-    with explained(name_or_dir):
+    with explained(name_or_dir), TokenizersErrors():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_dir, **NO_CODE)
     return tokenizer
 
@@ -78,6 +79,14 @@ def explained(name_or_dir: str, weights: bool = False) -> Iterator[None]:
             f"{name_or_dir} brings Python code of its own, which mull does not run. Use a checkpoint of an architecture that "
             f"transformers has, or, if you trust the code, call mull.from_pretrained with {TRUST}=True."
         ) from None
+
+
+class TokenizersErrors(contextlib.AbstractContextManager[None]):
+    """Turn what the tokenizers library raises, which is a bare `Exception`, into an `OSError`."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is Exception:
+            raise OSError(str(error)) from error
 
 
 def _check_json(file: Path) -> None:

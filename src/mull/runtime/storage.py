@@ -182,6 +182,20 @@ def flush_folder(url: str) -> None:
         _flush(changed)
 
 
+def publish(staged: Path, target: Path) -> None:
+    """Move the files of a folder where readers look for them, so that each of them is there completely or not at all.
+
+    A target that does not exist appears at once. In one that does, files of the same name are replaced and others stay.
+    """
+    flush_folder(str(staged))
+    if not target.exists():
+        staged.rename(target)
+    else:
+        for file in staged.iterdir():
+            file.replace(target / file.name)
+    flush_folder(str(target))
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Keep a folder for this process; other processes of this machine that ask are refused.

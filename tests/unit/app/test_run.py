@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import tiny
 from recipes import ARCHITECTURE, answers, changed, content
@@ -171,6 +173,54 @@ def test_a_second_process_is_refused_and_disturbs_nothing(tmp_path: Path, monkey
         carry_out(elsewhere)
     assert carry_out(elsewhere).stopped == "finished"
     assert not list(tmp_path.rglob("*.lock"))
+
+
+@pytest.mark.parametrize("bytes_left", [100, 3000, 20_000], ids=["configuration", "tokenizer", "weights"])
+def test_a_full_disk_ends_an_export_in_a_sentence_and_leaves_nothing(tmp_path: Path, bytes_left: int) -> None:
+    recipe = named(tmp_path, "tiny", checkpoint={"asynchronous": False})
+    real = transformers.PreTrainedModel.save_pretrained
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(self: Any, folder: Path, **options: Any) -> None:
+        """The operating system refuses to grow files, as on a full disk; for the tokenizer, only once the model is saved."""
+        if bytes_left == 3000:
+            real(self, folder, **options)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
+        if bytes_left != 3000:
+            real(self, folder, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+        try:
+            with pytest.raises(
+                RuntimeError, match=r"tiny: .*File too large.*checkpoints are intact: make room.*resume"
+            ) as error:
+                carry_out(recipe)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert sorted(file.name for file in (tmp_path / "tiny").iterdir()) == ["checkpoints", "metrics.jsonl"]
+    carry_out(recipe, resume=True)
+    assert weights(tmp_path / "tiny")
+
+
+def test_what_a_killed_export_left_goes_at_the_next_start_and_the_users_files_stay(tmp_path: Path) -> None:
+    carry_out(named(tmp_path, "tiny"))
+    folder = tmp_path / "tiny"
+    whole = weights(folder)
+    (folder / "model" / "model.safetensors").unlink()  # `whole` is mapped from it
+    (folder / "model" / "model.safetensors").write_bytes(b"damaged")
+    (folder / "model" / "README.md").write_text("mine")
+    (folder / "model" / ".tmpAb12cd").write_bytes(b"half a model")
+    (folder / ".export" / "model").mkdir(parents=True)
+    (folder / ".export" / "model" / "model.safetensors").write_bytes(b"half a model")
+    with pytest.raises(ValueError, match="already holds a run"):
+        carry_out(named(tmp_path, "tiny"))
+    assert not (folder / ".export").exists()
+    assert not (folder / "model" / ".tmpAb12cd").exists()
+    carry_out(named(tmp_path, "tiny"), resume=True)
+    assert (folder / "model" / "README.md").read_text() == "mine"
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(folder).items())
 
 
 def test_a_model_that_is_not_finite_is_not_exported(tmp_path: Path) -> None:
