@@ -28,7 +28,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "model": (4, "path configs memory growing_cache fixed_cache families inputs policy executor base_model causal_lm"),
     "retrofit": (5, "reading native_heads wrap presets"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
-    "training": (6, "optimization objectives trainable state step progress loop"),
+    "training": (6, "optimization objectives trainable state content step progress loop"),
     "training.objectives": (
         6,
         "base iterations resources next_token step_supervision evidence weight_statistics weightings weighted_mtp critic grpo "

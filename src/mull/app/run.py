@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from mull.app.build import build_objectives, load_model, meta_model
 from mull.app.prepare import StageData, arithmetic_task, check_length, prepare
 from mull.app.recipe import Recipe, Stage
+from mull.data.sampler import ShuffledBatches
 from mull.evaluation.cost.training import Estimate, Schedule, estimate, training_flops_per_token
 from mull.evaluation.held_out import held_out_losses
 from mull.evaluation.rewards import right_answers
@@ -28,6 +30,7 @@ from mull.runtime import storage
 from mull.runtime.checkpoint import CheckpointConfig
 from mull.runtime.distributed import device, full_state_dict, on_first_rank, rank, session, world_size
 from mull.runtime.tracking import MlflowLog, flat, sqlite_uri
+from mull.training.content import batches_content, tokenizer_digest
 from mull.training.loop import CHECKPOINTS, Evaluation, TrainConfig, TrainResult, checkpoint_to_resume, train
 from mull.training.objectives.base import Objective
 from mull.training.objectives.grpo import GRPOSection
@@ -85,7 +88,8 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
             _check_stage(stage, model)
         objectives = build_objectives(recipe, prepared, model, load_model)
         for place, stage, data, objective in zip(places, stages, prepared.stages, objectives, strict=True):
-            result = _run_stage(recipe, stage, data, model, objective, place, resume)
+            content = _content(stage, data, prepared.tokenizer)
+            result = _run_stage(recipe, stage, data, model, objective, place, resume, content)
             if result.stopped != "finished":
                 return result
             if result.terminated and place:
@@ -123,6 +127,7 @@ def _run_stage(
     objective: Objective,
     place: str,
     resume: bool,
+    content: dict[str, Any],
 ) -> TrainResult:
     """Train one stage; `place` is its folder in the run's, empty for the last stage. A finished stage is loaded."""
     folder = recipe.run.out / recipe.run.name / place
@@ -145,12 +150,25 @@ def _run_stage(
             distributed=recipe.distributed,
             logs=[] if tracker is None else [tracker],
             flops_per_token=flops,
+            content=content,
         )
         status = MLFLOW_STATUS[result.stopped]
     finally:
         if tracker is not None:
             tracker.close(status)
     return result
+
+
+def _content(stage: Stage, data: StageData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What decides the result of a stage besides its settings; not where it was read from."""
+    task = stage.data.arithmetic
+    found: dict[str, Any] = {"tokenizer": tokenizer_digest(tokenizer)}
+    for name, batches in (("data", data.batches), ("aligned", data.aligned)):
+        if isinstance(batches, ShuffledBatches):
+            found[name] = batches_content(batches)
+        elif batches is not None:  # questions without end
+            found[name] = {"batch_size": stage.data.batch_size, **({} if task is None else task.model_dump())}
+    return found
 
 
 def train_config(stage: Stage) -> TrainConfig:

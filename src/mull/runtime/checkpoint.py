@@ -223,7 +223,9 @@ def stored_tensors(url: str) -> set[str]:
     return set(_open(url, _read_marker(url))[1].state_dict_metadata)
 
 
-def load_checkpoint(url: str, tensors: Mapping[str, Tensor], configuration: Mapping[str, Any]) -> dict[str, Any]:
+def load_checkpoint(
+    url: str, tensors: Mapping[str, Tensor], configuration: Mapping[str, Any], newer: str = "-"
+) -> dict[str, Any]:
     """Fill tensors from a checkpoint, after checking that it belongs to this run.
 
     Every rank reads its own part; the ranks do not communicate. Other tensors in the checkpoint are ignored.
@@ -233,6 +235,7 @@ def load_checkpoint(url: str, tensors: Mapping[str, Tensor], configuration: Mapp
         tensors: Tensors to overwrite in place, by name, on any device. A `DTensor` may be sharded over another number of ranks
             than when it was stored.
         configuration: Settings of the run that resumes.
+        newer: Prefix of settings that checkpoints of earlier versions lack. Where none is stored, a warning says so.
 
     Returns:
         The values given to `CheckpointWriter.save`.
@@ -245,7 +248,12 @@ def load_checkpoint(url: str, tensors: Mapping[str, Tensor], configuration: Mapp
         OSError: the storage cannot be reached.
     """
     content = _read_marker(url)
-    _check_configuration(url, content["configuration"], configuration)
+    stored = content["configuration"]
+    known = any(name.startswith(newer) for name in stored)
+    absent = [] if known else sorted(name for name in configuration if name.startswith(newer))
+    if absent and distributed.rank() == 0:
+        logger.warning("%s is of an earlier version, so these are not compared: %s.", url, ", ".join(absent))
+    _check_configuration(url, stored, {name: value for name, value in configuration.items() if name not in absent})
     reader, metadata = _open(url, content)
     _check_tensors(url, tensors, metadata)
     # Not DCP's `load`: it reads the metadata again, and turns each error into a `CheckpointException`, which is no `Exception`.

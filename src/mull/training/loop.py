@@ -23,13 +23,16 @@ import torch
 from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from mull.data.sampler import ShuffledBatches
 from mull.model.causal_lm import MullForCausalLM
 from mull.runtime.checkpoint import CheckpointConfig, CheckpointWriter, latest, load_checkpoint, stored_tensors
 from mull.runtime.distributed import gather_objects, on_first_rank, rank, same_everywhere, world_size
 from mull.runtime.storage import exclusive, is_local, local_path
 from mull.runtime.timing import synchronize
 from mull.runtime.tracking import MetricsLog, flat
+from mull.training.content import batches_content, module_digest
 from mull.training.objectives.base import Batch, Objective
+from mull.training.objectives.weighted_mtp import WeightedMTP
 from mull.training.optimization import (
     OptimizationConfig,
     Precision,
@@ -71,6 +74,9 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 OWN = "objective."
 """Prefix of the objective's tensors in a checkpoint."""
+
+CONTENT = "content."
+"""Prefix of digests in the configuration that a checkpoint stores."""
 
 DEFAULT_CHECKPOINTS = CheckpointConfig()
 DEFAULT_SHARDING = DistributedConfig()
@@ -180,6 +186,7 @@ class _Run:
         config: TrainConfig,
         distributed: DistributedConfig,
         flops_per_token: Callable[[], float] | float | None,
+        content: Mapping[str, Any] | None,
     ) -> None:
         if config.accumulate % world_size():
             raise ValueError(
@@ -192,6 +199,9 @@ class _Run:
         ranks = "" if world_size() == 1 else f" and {world_size() - 1} other ranks"
         _tell("Training on %s%s in %s (precision=%s).", self.device, ranks, self.precision, config.precision)
         self.configuration = run_configuration(model, objective, config, distributed)
+        if content is not None:
+            found = flat({**content, **_reference_content(objective)})
+            self.configuration |= {CONTENT + name: value for name, value in found.items()}
         self.stage = make_stage(model, objective, distributed)
         self.stage.zero_grad()  # the caller may have left gradients in the model
         _seed(config.seed + rank())
@@ -248,7 +258,7 @@ class _Run:
         stored = stored_tensors(checkpoint)
         rng = {name: tensor for name, tensor in rng_tensors(rank()).items() if name in stored}
         tensors = {**self.tensors(), **rng}
-        values = load_checkpoint(checkpoint, tensors, self.configuration)
+        values = load_checkpoint(checkpoint, tensors, self.configuration, CONTENT)
         own = {name.removeprefix(OWN): tensor for name, tensor in tensors.items() if name.startswith(OWN)}
         self.stage.objective.load_state_dict({**values["objective"], **own})
         self.step, self.seconds, self.tokens = values["step"], values["seconds"], values["tokens"]
@@ -277,6 +287,7 @@ def train(
     distributed: DistributedConfig = DEFAULT_SHARDING,
     logs: Sequence[MetricSink] = (),
     flops_per_token: Callable[[], float] | float | None = None,
+    content: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train `model` in place.
 
@@ -299,6 +310,9 @@ def train(
         flops_per_token: FLOPs of training on one token, forward and backward, or a function that returns them at each step.
             Records then have ``mfu``, the share of the devices' `mull.training.optimization.peak_flops`.
 
+        content: What decides the result besides the settings, as JSON, such as digests of the data (`mull.training.content`). A
+            resumed run must have the same. None takes those of `batches` if it is a `ShuffledBatches`.
+
     Returns:
         Steps, seconds, tokens, records, and why the run ended.
 
@@ -318,7 +332,11 @@ def train(
             on_first_rank(lambda: stack.enter_context(exclusive(place)))
         source = on_first_rank(lambda: checkpoint_to_resume(directory, url, resume))
         stack.enter_context(frozen_except(model, config.trainable if objective.trains_model else ()))
-        run = _Run(model, objective, batches, config, distributed, flops_per_token)
+        if url is None:
+            content = None  # nothing is saved
+        elif content is None:
+            content = {"data": batches_content(batches)} if isinstance(batches, ShuffledBatches) else {}
+        run = _Run(model, objective, batches, config, distributed, flops_per_token, content)
         if source is not None:
             run.load(source)
             _tell("Resuming from %s.", source)
@@ -474,6 +492,12 @@ def run_configuration(
         for name in ("transformers_version", "_name_or_path"):
             settings["model"].pop(name, None)
     return flat(settings)
+
+
+def _reference_content(objective: Objective) -> dict[str, str]:
+    """Digest of the frozen model that weights are computed with, if there is one."""
+    reference = objective.scorer.reference if isinstance(objective, WeightedMTP) else None
+    return {} if reference is None else {"reference": module_digest(reference)}
 
 
 def checkpoint_to_resume(directory: Path | None, url: str | None, resume: bool) -> str | None:

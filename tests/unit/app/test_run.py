@@ -161,6 +161,89 @@ def test_a_reference_that_is_the_model_itself_weighs_all_tokens_alike(tmp_path: 
     assert second["weights/ess"] < 0.999, "after a step the model differs from its reference"
 
 
+def rho1(tmp_path: Path, **values: Any) -> dict[str, Any]:
+    for name, steps in (("base", 1), ("other", 2)):
+        carry_out(named(tmp_path, name, train__steps=steps))
+    reference = {"mode": "weighted", "reference": str(tmp_path / "base" / "model")}
+    return named(tmp_path, "tiny", train__algo="rho1-wmtp", rho1=reference, **values)
+
+
+def aligned(tmp_path: Path, **values: Any) -> dict[str, Any]:
+    recipe = named(tmp_path, "tiny", train__algo="gradient-wmtp", **values)
+    shutil.copy(tmp_path / "text" / "b.py", tmp_path / "aligned.py")
+    return changed(recipe, gradient={"mode": "alignment", "paths": [str(tmp_path / "aligned.py")]})
+
+
+def edit(file: Path) -> None:
+    """Change one letter; the number of tokens stays."""
+    file.write_text(file.read_text().replace("x + 7\n", "y + 7\n"))
+
+
+def text(tmp_path: Path, **values: Any) -> dict[str, Any]:
+    return named(tmp_path, "tiny", **values)
+
+
+def sums(tmp_path: Path, **values: Any) -> dict[str, Any]:
+    return arithmetic(tmp_path, "tiny", **values)
+
+
+CHANGED: dict[str, tuple[Any, Any, str]] = {
+    "paths": (text, lambda p, r: r["data"].update(paths=[str(p / "text" / "b.py")]), "content.tokenizer"),
+    "more paths": (text, lambda _, r: r["data"].update(paths=r["data"]["paths"] * 2), "content.data.rows"),
+    "letter": (text, lambda p, _: edit(p / "text" / "a.py"), r"content\.data\.rows: '\w+' stored, '\w+' given"),
+    "length": (text, lambda _, r: r["data"].update(length=16), "content.data.rows"),
+    "batch_size": (text, lambda _, r: r["data"].update(batch_size=2), "content.data.batch_size: 4 stored, 2 given"),
+    "aligned": (aligned, lambda p, _: edit(p / "aligned.py"), "content.aligned.rows"),
+    "reference": (rho1, lambda p, r: r["rho1"].update(reference=str(p / "other" / "model")), "content.reference"),
+    "sums": (sums, lambda _, r: r["data"]["arithmetic"].update(operations="+-"), "content.data.rows"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_a_run_resumes_with_the_same_content_only(tmp_path: Path, what: str) -> None:
+    make, change, message = CHANGED[what]
+    recipe = make(tmp_path, train__steps=2)
+    carry_out(recipe)
+    assert carry_out(recipe, resume=True).step == 2
+    change(tmp_path, recipe)
+    with pytest.raises(ValueError, match=message):
+        carry_out(recipe, resume=True)
+
+
+def test_another_tokenizer_with_the_same_rows_is_another_run(tmp_path: Path) -> None:
+    carry_out(named(tmp_path, "base", train__steps=1))
+    recipe = named(tmp_path, "tiny", model={"checkpoint": str(tmp_path / "base" / "model")}, train__steps=1)
+    carry_out(recipe)
+    file = tmp_path / "base" / "model" / "tokenizer.json"
+    other = {"type": "Replace", "pattern": {"String": "never in the text"}, "content": "x"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": other}))
+    with pytest.raises(ValueError, match=r"content\.tokenizer: '\w+' stored, '\w+' given\)"):
+        carry_out(recipe, resume=True)
+
+
+def test_where_content_comes_from_may_change(tmp_path: Path) -> None:
+    recipe = rho1(tmp_path, train__steps=2)
+    carry_out(recipe)
+    shutil.copytree(tmp_path / "base" / "model", tmp_path / "moved")
+    shutil.copytree(tmp_path / "text", tmp_path / "texts")
+    moved = changed(recipe, rho1__reference=str(tmp_path / "moved"), data__paths=[str(tmp_path / "texts" / "a.py")])
+    changed(moved, data__held_out_paths=None, eval={"rows": 3}, train__log_every=2, checkpoint={"keep_last": 1})
+    assert carry_out(moved, resume=True).step == 2
+
+
+def test_a_checkpoint_of_earlier_versions_resumes_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = named(tmp_path, "tiny", train__steps=2)
+    carry_out(recipe)
+    marker = tmp_path / "tiny" / "checkpoints" / "step-000002" / "checkpoint.json"
+    stored = json.loads(marker.read_text())
+    stored["configuration"] = {k: v for k, v in stored["configuration"].items() if not k.startswith("content.")}
+    marker.write_text(json.dumps({k: v for k, v in stored.items() if k != "digest"}))
+    assert carry_out(recipe, resume=True).step == 2
+    assert "of an earlier version, so these are not compared: content.data.batch_size, content.data.rows" in caplog.text
+
+
 def test_a_second_process_is_refused_and_disturbs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mull.runtime.storage.LOCK_PATIENCE_SECONDS", 0.1)
     recipe = named(tmp_path, "tiny")

@@ -17,6 +17,8 @@ import torch
 from conftest import SPLIT, tiny
 from torch import Tensor, nn
 
+from mull.data.packing import pack_tokens
+from mull.data.sampler import ShuffledBatches
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.checkpoint import CheckpointConfig, checkpoints, latest
 from mull.runtime.tracking import read_metrics
@@ -287,6 +289,25 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_returned(tmp_path: Pa
         assert len(calls) == 2
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
     assert train(Thinker(), fixed(), rows, config(steps=whole), tmp_path, resume=True).step == whole
+
+
+def test_shuffled_batches_are_compared_when_a_run_resumes(tmp_path: Path) -> None:
+    def data(changed: int = 0, batch_size: int = 2, seed: int = 0) -> ShuffledBatches:
+        tokens = [[1 + (place + number) % 9 for place in range(6)] for number in range(8)]
+        tokens[-1][-1] += changed
+        return ShuffledBatches(pack_tokens(tokens, length=6, pad_id=0), batch_size, seed)
+
+    train(Thinker(), fixed(), data(), config(steps=2), tmp_path)
+    assert train(Thinker(), fixed(), data(), config(steps=2), tmp_path, resume=True).step == 2
+    for other, message in (
+        (data(1), "rows"),
+        (data(0, 4), "batch_size: 2 stored, 4"),
+        (data(0, 2, 1), "seed: 0 stored, 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"content\.data\.{message}"):
+            train(Thinker(), fixed(), other, config(steps=2), tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"content\.mine: None stored, 3 given"):
+        train(Thinker(), fixed(), data(), config(steps=2), tmp_path, resume=True, content={"mine": 3, "data": {}})
 
 
 def test_a_checkpoint_of_earlier_versions_that_is_not_finite_is_refused(tmp_path: Path) -> None:
