@@ -27,6 +27,7 @@ from mull.model.configs import ETDConfig, MTPConfig
 from mull.retrofit.reading import read_tokenizer
 from mull.retrofit.wrap import from_pretrained
 from mull.runtime.distributed import device
+from mull.runtime.storage import redact
 
 TRACEBACK = "MULL_TRACEBACK"
 """Environment variable that shows the traceback of an error, for bug reports."""
@@ -206,7 +207,7 @@ def main() -> None:
         verb = sys.argv[1] if len(sys.argv) > 1 else ""
         rank = os.environ.get("RANK", "0")
         who = f"mull {verb}" if rank == "0" else f"mull {verb} (rank {rank})"
-        print(f"{who}: {' '.join(_message(error).split())}", file=sys.stderr)
+        print(redact(f"{who}: {' '.join(_message(error).split())}"), file=sys.stderr)
         sys.exit(2)
 
 

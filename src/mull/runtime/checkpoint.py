@@ -252,7 +252,9 @@ def load_checkpoint(
     known = any(name.startswith(newer) for name in stored)
     absent = [] if known else sorted(name for name in configuration if name.startswith(newer))
     if absent and distributed.rank() == 0:
-        logger.warning("%s is of an earlier version, so these are not compared: %s.", url, ", ".join(absent))
+        logger.warning(
+            "%s is of an earlier version, so these are not compared: %s.", storage.redact(url), ", ".join(absent)
+        )
     _check_configuration(url, stored, {name: value for name, value in configuration.items() if name not in absent})
     reader, metadata = _open(url, content)
     _check_tensors(url, tensors, metadata)

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -30,12 +31,19 @@ LOCK_PATIENCE_SECONDS = 2.0
 # fsspec's default read-ahead would fetch a new block (50 MB in S3) for each such jump.
 _READING: dict[str, Any] = {"cache_type": "blockcache", "cache_options": {"maxblocks": 4}}
 _PATTERN = frozenset("*?[]")
+_USER = re.compile(r"(?<=://)(?:[^\s/@:]*:\S*|[^\s/@]+)@")
+_SECRET = re.compile(r"([?&][^=&\s]*(?:token|key|secret|passw|pwd|sig|credential)[^=&\s]*=)[^&\s'\")]+", re.IGNORECASE)
 _MISSING = (FileNotFoundError, NotADirectoryError)
 
 
 def join(url: str, *names: str) -> str:
     """Append names to a folder's URL."""
     return "/".join([url.rstrip("/"), *names])
+
+
+def redact(text: str) -> str:
+    """Text with ``***`` for users, passwords and tokens inside URLs. Everything shown, logged or sent passes through here."""
+    return _SECRET.sub(r"\1***", _USER.sub("***@", text))
 
 
 def is_local(url: str) -> bool:
@@ -255,11 +263,11 @@ def os_errors(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{url} was not found: {error}.") from error
+        raise FileNotFoundError(redact(f"{url} was not found: {error}.")) from error
     except PermissionError as error:
-        raise PermissionError(f"{url} was refused: {error}. Check the credentials and their rights.") from error
+        raise PermissionError(redact(f"{url} was refused: {error}. Check the credentials and their rights.")) from error
     except _client_errors() as error:
-        raise OSError(f"{url} could not be reached: {error}.") from error
+        raise OSError(redact(f"{url} could not be reached: {error}.")) from error
 
 
 def _client_errors() -> tuple[type[Exception], ...]:

@@ -27,7 +27,7 @@ from mull.data.sampler import ShuffledBatches
 from mull.model.causal_lm import MullForCausalLM
 from mull.runtime.checkpoint import CheckpointConfig, CheckpointWriter, latest, load_checkpoint, stored_tensors
 from mull.runtime.distributed import gather_objects, on_first_rank, rank, same_everywhere, world_size
-from mull.runtime.storage import exclusive, is_local, local_path
+from mull.runtime.storage import exclusive, is_local, local_path, redact
 from mull.runtime.timing import synchronize
 from mull.runtime.tracking import MetricsLog, flat
 from mull.training.content import batches_content, module_digest
@@ -566,4 +566,4 @@ def _sigterm(run: _Run) -> Iterator[None]:
 def _tell(message: str, *details: object) -> None:
     """Log on rank 0."""
     if rank() == 0:
-        logger.info(message, *details)
+        logger.info(message, *(redact(str(detail)) for detail in details))

@@ -160,6 +160,32 @@ def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, caplog):
     assert "cannot be locked ([Errno 37] No locks available): take care" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://ann:s3cret@db:5432/x is down", "postgresql://***@db:5432/x is down"),
+        ("mysql+pymysql://ann:p/w@d@db/x", "mysql+pymysql://***@db/x"),
+        ("'https://tok3n@host/a', https://u:p@h", "'https://***@host/a', https://***@h"),
+        ("https://:s3cret@host", "https://***@host"),
+        ("https://h/a?X-Amz-Signature=abc&b=1&api_key=2", "https://h/a?X-Amz-Signature=***&b=1&api_key=***"),
+        ("postgresql://db/x?user=a&password=s3cret", "postgresql://db/x?user=a&password=***"),
+        *(
+            (text, text)
+            for text in ("http://127.0.0.1:5000/x", "s3://bucket/a@b", "sqlite:////a/b@c:d", "a@b.c", "x: y")
+        ),
+    ],
+)
+def test_secrets_in_urls_are_not_shown(text, shown):
+    assert storage.redact(text) == shown
+    assert storage.redact(shown) == shown
+
+
+def test_an_error_of_remote_storage_shows_no_secret():
+    message = r"^ftp://\*\*\*@h/x could not be reached: ftp://\*\*\*@h\.$"
+    with pytest.raises(OSError, match=message), storage.os_errors("ftp://u:s3cret@h/x"):
+        raise OSError("ftp://u:s3cret@h")
+
+
 def test_join_and_is_local():
     assert storage.join("/a/", "b", "c") == "/a/b/c"
     assert storage.join("s3://bucket", "b") == "s3://bucket/b"
