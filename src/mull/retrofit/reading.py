@@ -6,7 +6,7 @@ Here nothing asks: such code does not run unless ``trust_remote_code=True`` is g
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,9 @@ TRUST = "trust_remote_code"
 
 NO_CODE: dict[str, Any] = {TRUST: False}
 """What every ``from_pretrained`` of transformers is given first."""
+
+HEADS = ("mtp_heads.", "model.mtp.", "mtp.")
+"""How the names of extra heads begin."""
 
 JSON_FILES = ("config", "generation_config", "tokenizer", "tokenizer_config", "model.safetensors.index")
 
@@ -72,6 +75,13 @@ def explained(name_or_dir: str, weights: bool = False) -> Iterator[None]:
         raise ValueError(
             f"{name_or_dir} has a file that transformers cannot read: {error!r}. Fetch it again."
         ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{name_or_dir} has weights of other shapes than its configuration says: its files belong to different models. Fetch "
+            "it again."
+        ) from error
     except ValueError as error:
         if TRUST not in str(error):
             raise
@@ -79,6 +89,22 @@ def explained(name_or_dir: str, weights: bool = False) -> Iterator[None]:
             f"{name_or_dir} brings Python code of its own, which mull does not run. Use a checkpoint of an architecture that "
             f"transformers has, or, if you trust the code, call mull.from_pretrained with {TRUST}=True."
         ) from None
+
+
+def complete(loaded: tuple[Any, Mapping[str, Any]], name_or_dir: str) -> Any:
+    """The model of what ``from_pretrained(..., output_loading_info=True)`` returns. Only extra heads may start without weights.
+
+    Raises:
+        ValueError: the checkpoint lacks weights, which transformers would draw at random.
+    """
+    model, found = loaded
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(HEADS))
+    if missing:
+        raise ValueError(
+            f"{name_or_dir} lacks {len(missing)} of the weights that its configuration asks for, such as {missing[0]}: its files "
+            "belong to different models, or some are missing. Fetch it again."
+        )
+    return model
 
 
 class TokenizersErrors(contextlib.AbstractContextManager[None]):

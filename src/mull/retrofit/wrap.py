@@ -11,7 +11,7 @@ from mull.model.causal_lm import MullForCausalLM, new_heads
 from mull.model.configs import ETDConfig, MTPConfig, mtp_from_dict
 from mull.model.families import require_supported
 from mull.retrofit.native_heads import HUB_OPTIONS, choose_hidden_state, load_native_heads, read_native_heads
-from mull.retrofit.reading import NO_CODE, TRUST, explained, read_config
+from mull.retrofit.reading import NO_CODE, TRUST, complete, explained, read_config
 
 
 def wrap_transformer_with_etd(
@@ -142,7 +142,8 @@ def from_pretrained(
             mtp = mtp.model_copy(update={"native_hidden_state": stored.native_hidden_state})
         config.mtp = mtp.model_dump()
     with explained(name_or_dir, weights=True):
-        return MullForCausalLM.from_pretrained(name_or_dir, config=config, **options)
+        loaded: Any = MullForCausalLM.from_pretrained(name_or_dir, config=config, **options, output_loading_info=True)
+    return complete(loaded, name_or_dir)
 
 
 def _from_base(
@@ -153,8 +154,8 @@ def _from_base(
     # Read first, so that a checkpoint without them is refused before a large trunk is loaded.
     tensors = read_native_heads(name_or_dir, **hub_options) if native else {}
     with explained(name_or_dir, weights=True):
-        base = AutoModelForCausalLM.from_pretrained(name_or_dir, **options)
-    model = wrap_transformer_with_etd(base, etd, mtp)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_dir, **options, output_loading_info=True)
+    model = wrap_transformer_with_etd(complete(loaded, name_or_dir), etd, mtp)
     if mtp is not None and native:
         load_native_heads(model, tensors, name_or_dir)
         if "native_hidden_state" not in mtp.model_fields_set:

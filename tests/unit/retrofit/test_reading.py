@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny
+from safetensors.torch import load_file, save_file
 from test_floors import ROOT
 
 import mull
@@ -153,6 +154,23 @@ def test_a_foreign_file_is_said_in_one_sentence(saved, tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {}}')
     with pytest.raises(ValueError, match=r"has a file that transformers cannot read: KeyError"):
         read_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["base", "mull"])
+@pytest.mark.parametrize("change", ["foreign", "missing", "shapes"])
+def test_weights_of_another_model_are_refused(saved, tmp_path, kind, change):
+    for file in (saved / kind).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(saved / kind / "model.safetensors")
+    wrong = {
+        "foreign": {"theirs": torch.zeros(3)},
+        "missing": {name: value for name, value in weights.items() if "layers.1.mlp.up" not in name},
+        "shapes": {name: torch.cat([value, value]) for name, value in weights.items()},
+    }[change]
+    save_file(wrong, tmp_path / "model.safetensors", {"format": "pt"})
+    message = "weights of other shapes than its" if change == "shapes" else r"lacks \d+ of the weights .* such as \w+\."
+    with pytest.raises(ValueError, match=rf"{message}.*Fetch it again\.$"):
+        mull.from_pretrained(str(tmp_path))
 
 
 def test_whole_ones_load(saved):
