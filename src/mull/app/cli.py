@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from pydantic import ValidationError
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 from typer import Argument, Option
 
@@ -26,8 +26,10 @@ from mull.decoding.generate import GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position, describe_call
 from mull.evaluation.search.split import SplitReport, find_split
 from mull.model.configs import ETDConfig, MTPConfig
+from mull.retrofit.reading import read_tokenizer
 from mull.retrofit.wrap import from_pretrained
 from mull.runtime.distributed import device
+from mull.runtime.storage import redact
 
 TRACEBACK = "MULL_TRACEBACK"
 """Environment variable that shows the traceback of an error, for bug reports."""
@@ -104,7 +106,7 @@ def split(
     if length > longest:
         raise ValueError(f"--length {length} exceeds the model's {longest} positions: measure shorter rows.")
     texts = (document.text for document in documents)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = read_tokenizer(model)
     dataset = pack_texts(texts, tokenizer, length=length, vocab_size=text_config.vocab_size)
     measured = list(dataset.in_order(batch_size))[:batches]
     report = find_split(
@@ -184,7 +186,7 @@ def continue_prompt(
     text = sys.stdin.read() if prompt == "-" else prompt
     heads = None if mtp is None else MTPConfig(mtp_head_type=mtp)
     loaded: Any = from_pretrained(model, etd=None if etd is None else _parse_split(etd), mtp=heads, allow_missing=False)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = read_tokenizer(model)
     encoder = TextEncoder(tokenizer)
     tokens = encoder.prompts([text])
     if not tokens[0]:
@@ -247,7 +249,7 @@ def main() -> None:
         verb = sys.argv[1] if len(sys.argv) > 1 else ""
         rank = os.environ.get("RANK", "0")
         who = f"mull {verb}" if rank == "0" else f"mull {verb} (rank {rank})"
-        print(f"{who}: {' '.join(_message(error).split())}", file=sys.stderr)
+        print(redact(f"{who}: {' '.join(_message(error).split())}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mull.app.recipe import DataSection, ModelSection, Recipe, Stage
@@ -16,6 +16,7 @@ from mull.data.sources import Document, load_documents
 from mull.data.tasks import Example, load_examples, pairs
 from mull.data.tokenizer import train_tokenizer
 from mull.model.families import require_supported
+from mull.retrofit.reading import read_config, read_tokenizer
 from mull.runtime.distributed import rank
 from mull.training.loop import Batches
 from mull.training.objectives.critic import ValueSection
@@ -140,7 +141,7 @@ def backbone_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -
         ValueError: as in `mull.model.families.require_supported`.
     """
     if section.checkpoint is not None:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(section.checkpoint)
+        config: PreTrainedConfig = read_config(section.checkpoint)
     else:
         assert section.architecture is not None
         special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
@@ -164,8 +165,8 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
         OSError: no checkpoint at this place.
         ValueError: a checkpoint without a tokenizer.
     """
-    AutoConfig.from_pretrained(checkpoint)  # its error about a place that is not a checkpoint is clearer
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint)
+    read_config(checkpoint)  # its error about a place that is not a checkpoint is clearer
+    tokenizer = read_tokenizer(checkpoint)
     if not tokenizer(CHARACTERS)["input_ids"]:  # transformers makes an empty one if there are no files
         raise ValueError(
             f"{checkpoint} has no tokenizer: save the model's own beside it, with tokenizer.save_pretrained."

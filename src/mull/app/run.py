@@ -3,14 +3,17 @@
 The same on one process (``mull train``) and on several (``torchrun -m mull train``).
 """
 
+import contextlib
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,15 +21,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from mull.app.build import build_objectives, load_model, meta_model
 from mull.app.prepare import StageData, arithmetic_task, check_length, prepare
 from mull.app.recipe import Recipe, Stage
+from mull.data.sampler import ShuffledBatches
 from mull.data.tokenizer import TextEncoder
 from mull.evaluation.cost.training import Estimate, Schedule, estimate, training_flops_per_token
 from mull.evaluation.held_out import held_out_losses
 from mull.evaluation.rewards import right_answers
 from mull.model.causal_lm import MullForCausalLM
+from mull.retrofit.reading import TokenizersErrors
 from mull.runtime import storage
 from mull.runtime.checkpoint import CheckpointConfig
 from mull.runtime.distributed import device, full_state_dict, on_first_rank, rank, session, world_size
 from mull.runtime.tracking import MlflowLog, flat, sqlite_uri
+from mull.training.content import batches_content, tokenizer_digest
 from mull.training.loop import CHECKPOINTS, Evaluation, TrainConfig, TrainResult, checkpoint_to_resume, train
 from mull.training.objectives.base import Objective
 from mull.training.objectives.grpo import GRPOSection
@@ -36,6 +42,9 @@ from mull.training.optimization import peak_flops, resolve_precision
 from mull.training.trainable import frozen_except, summary
 
 logger = logging.getLogger(__name__)
+
+STAGING = ".export"
+"""Where a run writes its models before they get their names."""
 
 MLFLOW_STATUS = {"finished": "FINISHED", "until": "FINISHED", "sigterm": "KILLED"}
 
@@ -62,12 +71,15 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
         ValueError: data, tokenizer and model do not fit each other, or the folder holds another run.
         FileNotFoundError: a path of the data does not exist.
         OSError: no checkpoint of a model where one is named, or the run's folder cannot be written.
-        RuntimeError: as in `mull.training.loop.train`; a package is missing; or MLflow cannot be reached.
+        RuntimeError: as in `mull.training.loop.train`; a package is missing; MLflow cannot be reached; or another process uses
+            the run's folder.
     """
-    with session():
+    folder = recipe.run.out / recipe.run.name
+    with session(), contextlib.ExitStack() as stack:
+        on_first_rank(lambda: stack.enter_context(storage.exclusive(folder)))
+        on_first_rank(lambda: _remove_unfinished(folder))
         stages = recipe.schedule()
         places = [*(str(stage.name) for stage in stages[:-1]), ""]
-        folder = recipe.run.out / recipe.run.name
         on_first_rank(partial(_check_writable, folder))
         if not resume:
             _check_unused(recipe, places)  # before the first stage has run for hours
@@ -81,7 +93,8 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
             _check_stage(stage, model)
         objectives = build_objectives(recipe, prepared, model, load_model)
         for place, stage, data, objective in zip(places, stages, prepared.stages, objectives, strict=True):
-            result = _run_stage(recipe, stage, data, model, objective, place, resume)
+            content = _content(stage, data, prepared.tokenizer)
+            result = _run_stage(recipe, stage, data, model, objective, place, resume, content)
             if result.stopped != "finished":
                 return result
             if result.terminated and place:
@@ -136,6 +149,7 @@ def _run_stage(
     objective: Objective,
     place: str,
     resume: bool,
+    content: dict[str, Any],
 ) -> TrainResult:
     """Train one stage; `place` is its folder in the run's, empty for the last stage. A finished stage is loaded."""
     folder = recipe.run.out / recipe.run.name / place
@@ -158,12 +172,25 @@ def _run_stage(
             distributed=recipe.distributed,
             logs=[] if tracker is None else [tracker],
             flops_per_token=flops,
+            content=content,
         )
         status = MLFLOW_STATUS[result.stopped]
     finally:
         if tracker is not None:
             tracker.close(status)
     return result
+
+
+def _content(stage: Stage, data: StageData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What decides the result of a stage besides its settings; not where it was read from."""
+    task = stage.data.arithmetic
+    found: dict[str, Any] = {"tokenizer": tokenizer_digest(tokenizer)}
+    for name, batches in (("data", data.batches), ("aligned", data.aligned)):
+        if isinstance(batches, ShuffledBatches):
+            found[name] = batches_content(batches)
+        elif batches is not None:  # questions without end
+            found[name] = {"batch_size": stage.data.batch_size, **({} if task is None else task.model_dump())}
+    return found
 
 
 def train_config(stage: Stage) -> TrainConfig:
@@ -217,16 +244,40 @@ def _open_mlflow(recipe: Recipe, folder: Path, place: str) -> MlflowLog | None:
 def _export(
     model: MullForCausalLM, companion: nn.Module | None, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Write the whole model, its backbone and the value head. All ranks call this, and rank 0 writes."""
+    """Write the whole model, its backbone and the value head. All ranks call this, and rank 0 writes.
+
+    Raises:
+        RuntimeError: it cannot be written, such as to a full disk. What was there before stays, and nothing half-written does.
+    """
     state = full_state_dict(model)
     value_head = {} if companion is None else full_state_dict(companion)
     if rank() > 0:
         return
-    for name, skeleton in _skeletons(model, state).items():
-        skeleton.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    if value_head:
-        save_file(value_head, folder / "model" / "value_head.safetensors")
+    staging = folder / STAGING
+    try:
+        for name, skeleton in _skeletons(model, state).items():
+            skeleton.save_pretrained(staging / name)
+            with TokenizersErrors():
+                tokenizer.save_pretrained(staging / name)
+        if value_head:
+            save_file(value_head, staging / "model" / "value_head.safetensors")
+        for name in ("trunk", "model"):
+            storage.publish(staging / name, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(
+            f"The trained model could not be written to {folder}: {error}. Its checkpoints are intact: make room on the disk, "
+            "and resume the run."
+        ) from error
+    finally:
+        _remove_unfinished(folder)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a killed export left: its folder, or files of the safetensors library in those of earlier versions."""
+    storage.remove_tree(str(folder / STAGING))
+    for name in ("model", "trunk"):
+        for file in (folder / name).glob(".tmp??????"):
+            file.unlink()
 
 
 def _skeletons(model: MullForCausalLM, state: Mapping[str, Tensor]) -> dict[str, PreTrainedModel]:

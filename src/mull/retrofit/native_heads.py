@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, cached_files
 
@@ -30,6 +30,7 @@ from mull.layers.heads import MTPHeads, before_norm, shifted
 from mull.model.base_model import MullConfig
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.executor import run_layer
+from mull.retrofit.reading import read_config
 from mull.runtime import storage
 
 logger = logging.getLogger(__name__)
@@ -376,7 +377,7 @@ def _check_export(model: MullForCausalLM, folder: Path) -> str:
         raise ValueError("The heads are on the meta device and have no values to export. Load the model first.")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not the directory of a checkpoint: it has no config.json.")
-    there = AutoConfig.from_pretrained(folder)
+    there = read_config(str(folder))
     if isinstance(there, MullConfig):
         raise ValueError(
             f"{folder} is a model that mull saved, which serving engines cannot read. Give the directory of the Hugging Face "

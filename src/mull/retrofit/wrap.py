@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mull.model.base_model import MullConfig
 from mull.model.causal_lm import MullForCausalLM, new_heads
 from mull.model.configs import ETDConfig, MTPConfig, mtp_from_dict
 from mull.model.families import require_supported
 from mull.retrofit.native_heads import HUB_OPTIONS, choose_hidden_state, load_native_heads, read_native_heads
+from mull.retrofit.reading import HEADS, NO_CODE, TRUST, explained, read_config
 
 
 def wrap_transformer_with_etd(
@@ -118,18 +119,19 @@ def from_pretrained(
             checkpoint. Unless `native_hidden_state` is given, it is looked up or measured; see `mull.retrofit.native_heads`.
         allow_missing: Whether weights of the trunk that the checkpoint lacks may start at random, with a warning of transformers.
         options: Passed to ``from_pretrained`` of transformers, such as ``dtype``, ``device_map`` or ``revision``, and fields of
-            the configuration, such as ``use_cache``.
+            the configuration, such as ``use_cache``. Code of a checkpoint runs only with ``trust_remote_code=True``.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
         OSError: no checkpoint at `name_or_dir`.
-        ValueError: as in `wrap_transformer_with_etd`; or the checkpoint lacks native heads, or has some that do not fit; or it
-            lacks other weights, and `allow_missing` is False.
+        ValueError: as in `wrap_transformer_with_etd`; or the checkpoint lacks native heads, or has some that do not fit; or a
+            file of it is damaged, or it needs code of its own; or it lacks other weights, and `allow_missing` is False.
     """
     hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
-    config = AutoConfig.from_pretrained(name_or_dir, **hub_options)
+    options = NO_CODE | options
+    config = read_config(name_or_dir, **hub_options, **{TRUST: options[TRUST]})
     if not isinstance(config, MullConfig):
         require_supported(config.get_text_config())
         return _from_base(name_or_dir, etd, mtp, hub_options, options, allow_missing)
@@ -152,12 +154,15 @@ def from_pretrained(
 
 
 def _loaded(auto: Any, name_or_dir: str, allow_missing: bool, options: dict[str, Any]) -> Any:
-    model, found = auto.from_pretrained(name_or_dir, output_loading_info=True, **options)
+    with explained(name_or_dir, weights=True):
+        model, found = auto.from_pretrained(name_or_dir, output_loading_info=True, **options)
     # Heads start as the model's own prediction.
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith(("mtp_heads.", "mtp.")))
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(HEADS))
     if missing and not allow_missing:
-        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ValueError(f"{name_or_dir} is not a whole checkpoint: it lacks the weights {named}.")
+        raise ValueError(
+            f"{name_or_dir} lacks {len(missing)} of the weights that its configuration asks for, such as "
+            f"{', '.join(missing[:3])}: its files belong to different models, or some are missing. Fetch it again."
+        )
     return model
 
 

@@ -4,9 +4,12 @@ A checkpoint is a folder ``step-000123`` with
 
 * ``__0_0.distcp``, ``__1_0.distcp``, …: the tensors, one file per rank, by `torch.distributed.checkpoint` (DCP). A sharded
   tensor is stored as its shards and can be read into any other sharding.
-* ``.metadata``: which file has which shard. torch writes it as a pickle, so load only checkpoints you trust.
-* ``checkpoint.json``: settings and plain values, written last and atomically. Only a folder with this file is a checkpoint.
-  Nothing depends on renaming a folder, which object stores cannot do.
+* ``.metadata``: which file has which shard, and the digest of each. torch writes it as a pickle. It is read as plain data: one
+  that refers to anything but DCP's own descriptions, or to a file outside the folder, is refused and no code runs.
+* ``checkpoint.json``: settings, plain values and digests, written last and atomically. Only a folder with this file is a
+  checkpoint. Nothing depends on renaming a folder, which object stores cannot do.
+
+Every tensor and file is compared with its SHA-256 when it is read. Checkpoints of versions before that have none.
 
 All ranks must see the same folder.
 """
@@ -14,14 +17,13 @@ All ranks must see the same folder.
 import contextlib
 import json
 import logging
-import pickle
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from os import PathLike
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -29,16 +31,33 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
+from torch.distributed.checkpoint.storage import WriteResult
 
 from mull.runtime import distributed, storage
+from mull.runtime.shards import (
+    DIGEST,
+    SHARD,
+    UNREADABLE,
+    CheckingReader,
+    DigestingStream,
+    check_digest,
+    read_metadata,
+    sealed,
+    unsealed,
+)
 from mull.runtime.timing import synchronize
 
 logger = logging.getLogger(__name__)
 
 MARKER = "checkpoint.json"
+METADATA = ".metadata"
+DIGESTS = "digests"
+"""Key of `MARKER` with the digests of other files by name."""
+
 FORMAT = 1
 """Number of the layout; a version of mull refuses checkpoints with a larger one."""
 
@@ -46,7 +65,7 @@ PATIENCE = timedelta(hours=2)
 """How long a rank waits for the others to write their part."""
 
 _NAME = re.compile(r"step-(\d+)")
-_FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|checkpoint\.json(\.partial)?")
+_FILE = re.compile(rf"{SHARD.pattern}|\.metadata(\.tmp)?|checkpoint\.json(\.partial)?")
 
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
@@ -156,8 +175,8 @@ class CheckpointWriter:
         try:
             if distributed.on_first_rank(lambda: _prepare(folder), group):
                 return
-            _save_tensors(folder, tensors, group)
-            distributed.on_first_rank(lambda: _commit(folder, marker), group)
+            digest = _save_tensors(folder, tensors, group)
+            distributed.on_first_rank(lambda: _commit(folder, marker, digest), group)
         except (OSError, CheckpointException) as error:
             raise RuntimeError(self._failure(step, folder, _reason(error))) from error
         if distributed.rank() == 0:
@@ -201,11 +220,12 @@ def stored_tensors(url: str) -> set[str]:
     Raises:
         FileNotFoundError: `url` is not a complete checkpoint.
     """
-    _read_marker(url)
-    return set(_open(url)[1].state_dict_metadata)
+    return set(_open(url, _read_marker(url))[1].state_dict_metadata)
 
 
-def load_checkpoint(url: str, tensors: Mapping[str, Tensor], configuration: Mapping[str, Any]) -> dict[str, Any]:
+def load_checkpoint(
+    url: str, tensors: Mapping[str, Tensor], configuration: Mapping[str, Any], newer: str = "-"
+) -> dict[str, Any]:
     """Fill tensors from a checkpoint, after checking that it belongs to this run.
 
     Every rank reads its own part; the ranks do not communicate. Other tensors in the checkpoint are ignored.
@@ -215,6 +235,7 @@ def load_checkpoint(url: str, tensors: Mapping[str, Tensor], configuration: Mapp
         tensors: Tensors to overwrite in place, by name, on any device. A `DTensor` may be sharded over another number of ranks
             than when it was stored.
         configuration: Settings of the run that resumes.
+        newer: Prefix of settings that checkpoints of earlier versions lack. Where none is stored, a warning says so.
 
     Returns:
         The values given to `CheckpointWriter.save`.
@@ -223,12 +244,19 @@ def load_checkpoint(url: str, tensors: Mapping[str, Tensor], configuration: Mapp
         FileNotFoundError: `url` is not a complete checkpoint.
         ValueError: the checkpoint was written with other settings (names each one with both values), lacks tensors, or has them
             in another shape or type (names them). Nothing is overwritten.
-        RuntimeError: a file of the checkpoint is damaged.
+        RuntimeError: a file of the checkpoint is damaged, or is not of this checkpoint; names it.
         OSError: the storage cannot be reached.
     """
     content = _read_marker(url)
-    _check_configuration(url, content["configuration"], configuration)
-    reader, metadata = _open(url)
+    stored = content["configuration"]
+    known = any(name.startswith(newer) for name in stored)
+    absent = [] if known else sorted(name for name in configuration if name.startswith(newer))
+    if absent and distributed.rank() == 0:
+        logger.warning(
+            "%s is of an earlier version, so these are not compared: %s.", storage.redact(url), ", ".join(absent)
+        )
+    _check_configuration(url, stored, {name: value for name, value in configuration.items() if name not in absent})
+    reader, metadata = _open(url, content)
     _check_tensors(url, tensors, metadata)
     # Not DCP's `load`: it reads the metadata again, and turns each error into a `CheckpointException`, which is no `Exception`.
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -246,14 +274,27 @@ class _Files(FileSystem):
     fetch 50 MB each.
     """
 
+    def __init__(self) -> None:
+        self.written: dict[str, DigestingStream] = {}
+        """What was written, by name of the file."""
+
     @contextlib.contextmanager
-    def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[IO[bytes]]:  # type: ignore[override]
+    def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[Any]:
+        name = str(path).rsplit("/", 1)[-1]
         try:
             with storage.open_stream(str(path), mode) as stream:
-                yield stream
-        except RuntimeError as error:
+                if mode == "rb":
+                    yield stream
+                    return
+                self.written[name] = DigestingStream(stream)
+                yield self.written[name]
+                self.written[name].tell()
+        except UNREADABLE as error:
             # If a write fails, torch raises an error about its archive. The user needs the cause, such as a full disk.
-            raise _root_cause(error) from None
+            cause = _root_cause(error)
+            if mode == "rb" and cause is error:
+                raise RuntimeError(f"{name}: {error}") from error
+            raise cause from None
 
     def concat_path(self, path: str | PathLike[str], suffix: str) -> str:
         return storage.join(str(path), suffix)
@@ -276,16 +317,26 @@ class _Writer(FileSystemWriter):
     def __init__(self, folder: str) -> None:
         # Only a local file has a descriptor to flush; without one, DCP would flush all disks of the machine.
         super().__init__(folder, sync_files=storage.is_local(folder), per_thread_copy_ahead=0)
-        self.fs = _Files()
+        self.fs: _Files = _Files()
         self.path = folder
 
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        results = super().write_data(plan, planner)
+        for info in (result.storage_data for result in results.value()):
+            # DCP stores the descriptions of all ranks in the metadata, with whatever attributes they have.
+            setattr(info, DIGEST, self.fs.written[info.relative_path].digests[info.offset])
+        return results
 
-def _save_tensors(folder: str, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
+
+def _save_tensors(folder: str, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> str | None:
+    """Write all files but the marker. Returns the digest of the metadata on rank 0, which writes them."""
     # DCP warns whenever one process saves alone. The filter is set once and for all: in a thread it could not be undone safely.
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     writer, alone = _Writer(folder), group is None
     save_state_dict(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
+    metadata = writer.fs.written.get(f"{METADATA}.tmp")  # under this name DCP writes it
+    return None if metadata is None else metadata.digests[0]
 
 
 def _reason(error: OSError | CheckpointException) -> str:
@@ -311,10 +362,11 @@ def _prepare(folder: str) -> bool:
     return False
 
 
-def _commit(folder: str, marker: str) -> None:
+def _commit(folder: str, marker: str, digest: str | None) -> None:
     """Turn a folder with all its files into a checkpoint."""
     storage.flush_folder(folder)
-    storage.write_text_atomic(storage.join(folder, MARKER), marker)
+    content = {**json.loads(marker), DIGESTS: {METADATA: digest}}
+    storage.write_text_atomic(storage.join(folder, MARKER), sealed(content))
 
 
 def _prune(url: str, step: int, keep_last: int | None) -> None:
@@ -350,37 +402,44 @@ def _is_complete(folder: str) -> bool:
 
 def _read_marker(url: str) -> dict[str, Any]:
     try:
-        text = storage.read_bytes(storage.join(url, MARKER)).decode()
+        text = storage.read_bytes(storage.join(url, MARKER))
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{url} is not a complete checkpoint: it has no {MARKER}, which is written last."
         ) from None
-    content: dict[str, Any] = json.loads(text)
-    if content["format"] > FORMAT:
-        raise ValueError(
-            f"{url} has format {content['format']}; this version of mull reads up to {FORMAT}. Install a later one to load it."
-        )
-    return content
+    with _damage(url, MARKER):
+        stated = json.loads(text)["format"]
+        if stated <= FORMAT:
+            content = unsealed(text.decode())
+            if not all(isinstance(content[name], dict) for name in ("configuration", "values")):
+                raise ValueError("it has no settings or values")
+            return content
+    raise ValueError(
+        f"{url} has format {stated}; this version of mull reads up to {FORMAT}. Install a later one to load it."
+    )
 
 
-def _open(url: str) -> tuple[FileSystemReader, Metadata]:
+def _open(url: str, marker: Mapping[str, Any]) -> tuple[CheckingReader, Metadata]:
     """A reader of DCP for a checkpoint, and which tensors it has."""
-    reader = FileSystemReader(url)
+    reader = CheckingReader(url)
     reader.fs, reader.path = _Files(), url
-    with _damage(url):
-        return reader, reader.read_metadata()
+    with _damage(url, METADATA):
+        content = storage.read_bytes(storage.join(url, METADATA))
+        check_digest(content, marker.get(DIGESTS, {}).get(METADATA))
+        return reader, read_metadata(content)
 
 
 @contextlib.contextmanager
-def _damage(url: str) -> Iterator[None]:
-    """Name the checkpoint when torch cannot read one of its files."""
+def _damage(url: str, name: str | None = None) -> Iterator[None]:
+    """Name the checkpoint, and the file if the error does not, when one of its files cannot be read."""
     advice = "Remove the folder to resume from the previous checkpoint"
     try:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{url} lacks a file ({error}). {advice}.") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise RuntimeError(f"{url} is damaged ({error}). {advice}.") from error
+    except UNREADABLE as error:
+        file = "" if name is None else f"{name}: "
+        raise RuntimeError(f"{url} is damaged ({file}{error}). {advice}.") from error
 
 
 def _check_configuration(url: str, stored: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:

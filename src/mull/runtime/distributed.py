@@ -4,7 +4,11 @@ Every process group is made here, by `session` and `side_group`, and nothing els
 """
 
 import contextlib
+import logging
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,7 +18,12 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+WATCH_SECONDS = 0.5
+"""How often a rank looks whether its launcher is alive."""
 
 
 @contextlib.contextmanager
@@ -22,11 +31,15 @@ def session() -> Iterator[None]:
     """Join the processes that ``torchrun`` started into one group, and close it at the end. Without torchrun, do nothing.
 
     Where there are GPUs, rank r of a machine uses GPU r. After an error the group is not closed, because that could wait for
-    ranks that are stuck; this process should then end, and torchrun ends the others.
+    ranks that are stuck; this process should then end, and torchrun ends the others. A rank also ends when its torchrun does,
+    even if that was killed: otherwise it would go on writing beside the run that is started next.
 
     Raises:
         ValueError: more processes on this machine than GPUs.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Not `PR_SET_PDEATHSIG`, which follows the thread that started this process instead of the launcher.
+        threading.Thread(target=_end_with, args=(os.getppid(),), name="launcher", daemon=True).start()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
@@ -37,6 +50,14 @@ def session() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo")
     yield
     dist.destroy_process_group()
+
+
+def _end_with(launcher: int) -> None:
+    """Wait until this process has another parent than its launcher, and end it."""
+    while os.getppid() == launcher:
+        time.sleep(WATCH_SECONDS)
+    logger.error("The launcher (process %d) has ended, so process %d ends, too.", launcher, os.getpid())
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextlib.contextmanager

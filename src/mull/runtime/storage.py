@@ -9,8 +9,12 @@ buckets, and passes on the errors of S3's client.
 """
 
 import contextlib
+import fcntl
+import logging
 import os
+import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -18,16 +22,28 @@ from typing import IO, Any
 import fsspec
 from fsspec import AbstractFileSystem
 
+logger = logging.getLogger(__name__)
+
+LOCK_PATIENCE_SECONDS = 2.0
+"""How long a folder that is in use is waited for: ranks of a run whose launcher was killed need a moment to end."""
+
 # Large files are read tensor by tensor. Blocks are kept, because torch reads the end of a tensor's archive before its start:
 # fsspec's default read-ahead would fetch a new block (50 MB in S3) for each such jump.
 _READING: dict[str, Any] = {"cache_type": "blockcache", "cache_options": {"maxblocks": 4}}
 _PATTERN = frozenset("*?[]")
+_USER = re.compile(r"(?<=://)(?:[^\s/@:]*:\S*|[^\s/@]+)@")
+_SECRET = re.compile(r"([?&][^=&\s]*(?:token|key|secret|passw|pwd|sig|credential)[^=&\s]*=)[^&\s'\")]+", re.IGNORECASE)
 _MISSING = (FileNotFoundError, NotADirectoryError)
 
 
 def join(url: str, *names: str) -> str:
     """Append names to a folder's URL."""
     return "/".join([url.rstrip("/"), *names])
+
+
+def redact(text: str) -> str:
+    """Text with ``***`` for users, passwords and tokens inside URLs. Everything shown, logged or sent passes through here."""
+    return _SECRET.sub(r"\1***", _USER.sub("***@", text))
 
 
 def is_local(url: str) -> bool:
@@ -174,6 +190,67 @@ def flush_folder(url: str) -> None:
         _flush(changed)
 
 
+def publish(staged: Path, target: Path) -> None:
+    """Move the files of a folder where readers look for them, so that each of them is there completely or not at all.
+
+    A target that does not exist appears at once. In one that does, files of the same name are replaced and others stay.
+    """
+    flush_folder(str(staged))
+    if not target.exists():
+        staged.rename(target)
+    else:
+        for file in staged.iterdir():
+            file.replace(target / file.name)
+    flush_folder(str(target))
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process; other processes of this machine that ask are refused.
+
+    The lock is the file ``.<name>.lock`` beside the folder, locked by the operating system, which frees it when the process ends,
+    however it ends. Where the file system has no locks, a warning says so. Other machines are not kept out of a shared folder.
+
+    Raises:
+        RuntimeError: another process uses the folder; names it.
+    """
+    target = folder.expanduser().resolve()
+    file = target.with_name(f".{target.name}.lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+    while (descriptor := _try_lock(file)) is None:
+        if time.monotonic() > deadline:
+            holder = file.read_text(encoding="utf-8") if file.exists() else "another process"
+            raise RuntimeError(
+                f"{folder} is in use by {holder or 'another process'}. Wait until it ends, or choose another folder."
+            )
+        time.sleep(0.05)
+    try:
+        os.write(descriptor, f"process {os.getpid()}".encode())
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _try_lock(file: Path) -> int | None:
+    """Descriptor of the locked file; None if somebody else has it."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever had it may have removed the file meanwhile, and a third process may have made another.
+        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+            os.truncate(descriptor, 0)
+            return descriptor
+    except BlockingIOError:
+        pass
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): take care that only one process uses the folder.", file, error)
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
 @contextlib.contextmanager
 def os_errors(url: str) -> Iterator[None]:
     """Add the URL to errors of remote storage, and turn those of S3's client that are no `OSError` into one.
@@ -186,11 +263,11 @@ def os_errors(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{url} was not found: {error}.") from error
+        raise FileNotFoundError(redact(f"{url} was not found: {error}.")) from error
     except PermissionError as error:
-        raise PermissionError(f"{url} was refused: {error}. Check the credentials and their rights.") from error
+        raise PermissionError(redact(f"{url} was refused: {error}. Check the credentials and their rights.")) from error
     except _client_errors() as error:
-        raise OSError(f"{url} could not be reached: {error}.") from error
+        raise OSError(redact(f"{url} could not be reached: {error}.")) from error
 
 
 def _client_errors() -> tuple[type[Exception], ...]:

@@ -111,8 +111,8 @@ class MlflowLog:
         experiment: Name of the experiment, which is made if missing.
         run_name: Name of the run.
         run_id_file: Stores the identifier of the MLflow run. If the file exists, that run is continued.
-        parameters: Settings of the run, flat. MLflow cannot change a parameter: one that differs in a resumed run becomes a tag
-            ``resumed.<name>``.
+        parameters: Settings of the run, flat; logged without the secrets of URLs. MLflow cannot change a parameter: one that
+            differs in a resumed run becomes a tag ``resumed.<name>``.
         tags: Labels of the run.
 
     Attributes:
@@ -147,7 +147,7 @@ class MlflowLog:
                 self.run_id = self._continue(run_id_file) if run_id_file.exists() else self._begin(experiment, run_name)
                 self._describe(parameters, tags)
             except self._failures as error:
-                raise RuntimeError(f"MLflow at {uri} cannot be used: {_brief(error)}") from error
+                raise RuntimeError(f"MLflow at {storage.redact(uri)} cannot be used: {_brief(error)}") from error
         run_id_file.write_text(self.run_id + "\n", encoding="utf-8")
 
     def _begin(self, experiment: str, run_name: str) -> str:
@@ -163,14 +163,14 @@ class MlflowLog:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             raise ValueError(
-                f"MLflow at {self._uri} has no run {run_id}, which {run_id_file} names: give the uri where that run was logged, "
-                "or remove the file to log to a new run."
+                f"MLflow at {storage.redact(self._uri)} has no run {run_id}, which {run_id_file} names: give the uri where that "
+                "run was logged, or remove the file to log to a new run."
             ) from None
         return run_id
 
     def _describe(self, parameters: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         stored = self._client.get_run(self.run_id).data.params
-        given = {_clean(name): str(value) for name, value in parameters.items()}
+        given = {_clean(name): storage.redact(str(value)) for name, value in parameters.items()}
         new = [self._mlflow.entities.Param(name, value) for name, value in given.items() if name not in stored]
         changed = {f"resumed.{name}": value for name, value in given.items() if stored.get(name, value) != value}
         labels = {_clean(name): value for name, value in {**tags, **changed}.items()}
@@ -228,7 +228,7 @@ class MlflowLog:
                 yield
         except self._failures as error:
             if self._failed_at == -math.inf:
-                logger.warning("MLflow at %s failed, and %s: %s", self._uri, consequence, _brief(error))
+                logger.warning("MLflow at %s failed, and %s: %s", storage.redact(self._uri), consequence, _brief(error))
             self._failed_at = time.monotonic()
 
 
@@ -273,7 +273,8 @@ def _check_uri(uri: str) -> None:
     if scheme in ("", "file"):
         advice = f" MLflow no longer writes to plain folders: use {sqlite_uri(Path(uri.removeprefix('file://')))}."
     allowed = ", ".join(f"{name}:" for name in MLFLOW_SCHEMES)
-    raise ValueError(f"tracking.uri={uri!r} is neither a database nor a server ({allowed}).{advice}")
+    shown = storage.redact(uri)
+    raise ValueError(f"tracking.uri={shown!r} is neither a database nor a server ({allowed}).{advice}")
 
 
 def _artifacts(uri: str) -> str | None:
@@ -288,4 +289,4 @@ def _clean(name: str) -> str:
 
 
 def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
+    return storage.redact(" ".join(str(error).split()))[:500]

@@ -23,13 +23,17 @@ import torch
 from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from mull.data.sampler import ShuffledBatches
 from mull.model.causal_lm import MullForCausalLM
 from mull.runtime.checkpoint import CheckpointConfig, CheckpointWriter, latest, load_checkpoint, stored_tensors
 from mull.runtime.distributed import gather_objects, on_first_rank, rank, same_everywhere, world_size
 from mull.runtime.progress import Progress
+from mull.runtime.storage import exclusive, is_local, local_path, redact
 from mull.runtime.timing import synchronize
 from mull.runtime.tracking import MetricsLog, flat
+from mull.training.content import batches_content, module_digest
 from mull.training.objectives.base import Batch, Objective
+from mull.training.objectives.weighted_mtp import WeightedMTP
 from mull.training.optimization import (
     OptimizationConfig,
     Precision,
@@ -39,7 +43,14 @@ from mull.training.optimization import (
     resolve_precision,
     update,
 )
-from mull.training.state import rng_state, rng_tensors, set_rng_state, set_rng_tensors, training_tensors
+from mull.training.state import (
+    first_not_finite,
+    rng_state,
+    rng_tensors,
+    set_rng_state,
+    set_rng_tensors,
+    training_tensors,
+)
 from mull.training.step import (
     DistributedConfig,
     WrongStepError,
@@ -63,6 +74,9 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 OWN = "objective."
 """Prefix of the objective's tensors in a checkpoint."""
+
+CONTENT = "content."
+"""Prefix of digests in the configuration that a checkpoint stores."""
 
 DEFAULT_CHECKPOINTS = CheckpointConfig()
 DEFAULT_SHARDING = DistributedConfig()
@@ -172,6 +186,7 @@ class _Run:
         config: TrainConfig,
         distributed: DistributedConfig,
         flops_per_token: Callable[[], float] | float | None,
+        content: Mapping[str, Any] | None,
     ) -> None:
         if config.accumulate % world_size():
             raise ValueError(
@@ -184,6 +199,9 @@ class _Run:
         ranks = "" if world_size() == 1 else f" and {world_size() - 1} other ranks"
         _tell("Training on %s%s in %s (precision=%s).", self.device, ranks, self.precision, config.precision)
         self.configuration = run_configuration(model, objective, config, distributed)
+        if content is not None:
+            found = flat({**content, **_reference_content(objective)})
+            self.configuration |= {CONTENT + name: value for name, value in found.items()}
         self.stage = make_stage(model, objective, distributed)
         self.stage.zero_grad()  # the caller may have left gradients in the model
         _seed(config.seed + rank())
@@ -217,6 +235,19 @@ class _Run:
         plain = {name: value for name, value in objective.items() if not isinstance(value, Tensor)}
         return {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "objective": plain}
 
+    def not_finite(self) -> str | None:
+        """Name of a tensor with a NaN or an infinity on any rank; all ranks together."""
+        found = gather_objects(first_not_finite(self.stage, self.optimizers))
+        return next((name for name in found if name is not None), None)
+
+    def check_finite(self) -> None:
+        """Refuse a state that must not be saved or exported, all ranks together."""
+        if (wrong := self.not_finite()) is not None:
+            raise RuntimeError(
+                f"Training stopped after step {self.step}: {wrong} is not finite, so nothing of this state is saved, and earlier "
+                "checkpoints stay as they are. Lower the learning rate and start a new run; a resumed one repeats its steps."
+            )
+
     def save(self, writer: CheckpointWriter) -> None:
         """Save the state, all ranks together."""
         tensors = {**self.tensors(), **rng_tensors(rank())}
@@ -227,10 +258,15 @@ class _Run:
         stored = stored_tensors(checkpoint)
         rng = {name: tensor for name, tensor in rng_tensors(rank()).items() if name in stored}
         tensors = {**self.tensors(), **rng}
-        values = load_checkpoint(checkpoint, tensors, self.configuration)
+        values = load_checkpoint(checkpoint, tensors, self.configuration, CONTENT)
         own = {name.removeprefix(OWN): tensor for name, tensor in tensors.items() if name.startswith(OWN)}
         self.stage.objective.load_state_dict({**values["objective"], **own})
         self.step, self.seconds, self.tokens = values["step"], values["seconds"], values["tokens"]
+        if (wrong := self.not_finite()) is not None:
+            raise RuntimeError(
+                f"{checkpoint} holds values of {wrong} that are not finite. Remove the folder to resume from the previous "
+                "checkpoint."
+            )
         if rng:
             set_rng_tensors(tensors, rank())
         else:
@@ -251,6 +287,7 @@ def train(
     distributed: DistributedConfig = DEFAULT_SHARDING,
     logs: Sequence[MetricSink] = (),
     flops_per_token: Callable[[], float] | float | None = None,
+    content: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train `model` in place.
 
@@ -273,6 +310,9 @@ def train(
         flops_per_token: FLOPs of training on one token, forward and backward, or a function that returns them at each step.
             Records then have ``mfu``, the share of the devices' `mull.training.optimization.peak_flops`.
 
+        content: What decides the result besides the settings, as JSON, such as digests of the data (`mull.training.content`). A
+            resumed run must have the same. None takes those of `batches` if it is a `ShuffledBatches`.
+
     Returns:
         Steps, seconds, tokens, records, and why the run ended.
 
@@ -281,14 +321,22 @@ def train(
             is trainable or what is trainable does not influence the loss, `resume` without a place of checkpoints, or
             micro-batches that ranks cannot share.
         RuntimeError: a loss or gradient is not finite, or no micro-batch of a step has a target (the weights are those of
-            the step before, and every rank raises); a checkpoint cannot be written.
+            the step before, and every rank raises); weights or optimizer state to be saved or returned are not finite; a
+            checkpoint is damaged or cannot be written; another process trains there.
     """
     directory = None if out_dir is None else Path(out_dir)
     url = checkpoint.url or (None if directory is None else str(directory / CHECKPOINTS))
-    source = on_first_rank(lambda: checkpoint_to_resume(directory, url, resume))
     with contextlib.ExitStack() as stack:
+        if url is not None and is_local(url):
+            place = local_path(url)
+            on_first_rank(lambda: stack.enter_context(exclusive(place)))
+        source = on_first_rank(lambda: checkpoint_to_resume(directory, url, resume))
         stack.enter_context(frozen_except(model, config.trainable if objective.trains_model else ()))
-        run = _Run(model, objective, batches, config, distributed, flops_per_token)
+        if url is None:
+            content = None  # nothing is saved
+        elif content is None:
+            content = {"data": batches_content(batches)} if isinstance(batches, ShuffledBatches) else {}
+        run = _Run(model, objective, batches, config, distributed, flops_per_token, content)
         if source is not None:
             run.load(source)
             _tell("Resuming from %s.", source)
@@ -328,9 +376,12 @@ def _run_to_end(
             for sink in sinks:
                 sink.log(record)
         progress.advance(text=_shown(record, run.tokens / run.seconds), last=last)
+        saves = last or (writer is not None and _is_due(run.step, save_every))
+        if saves:
+            run.check_finite()
         if writer is not None:
             writer.poll()
-            if last or _is_due(run.step, save_every):
+            if saves:
                 run.save(writer)
         if last and not finished:
             return "until" if reached else "sigterm"
@@ -350,9 +401,10 @@ def _optimizer_step(run: _Run) -> Record:
         norm = normalise(trained, parts, config.clip_norm)
     except WrongStepError as error:
         run.stage.zero_grad()
+        run.check_finite()  # otherwise the cause is in an earlier update
         raise RuntimeError(
             f"Training stopped in step {run.step + 1}, before the weights changed: {error}. Look at the data of that step, "
-            "or lower the learning rate and resume from a checkpoint."
+            "or lower the learning rate and start a new run; a resumed one repeats its steps."
         ) from None
     update(run.optimizers, factor)
     tokens = sum(part.tokens for part in parts)
@@ -448,6 +500,12 @@ def run_configuration(
     return flat(settings)
 
 
+def _reference_content(objective: Objective) -> dict[str, str]:
+    """Digest of the frozen model that weights are computed with, if there is one."""
+    reference = objective.scorer.reference if isinstance(objective, WeightedMTP) else None
+    return {} if reference is None else {"reference": module_digest(reference)}
+
+
 def checkpoint_to_resume(directory: Path | None, url: str | None, resume: bool) -> str | None:
     """The checkpoint that a run in these places continues from; None starts from the beginning.
 
@@ -514,4 +572,4 @@ def _sigterm(run: _Run) -> Iterator[None]:
 def _tell(message: str, *details: object) -> None:
     """Log on rank 0."""
     if rank() == 0:
-        logger.info(message, *details)
+        logger.info(message, *(redact(str(detail)) for detail in details))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def training_tensors(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -47,6 +48,23 @@ def training_tensors(module: nn.Module, optimizers: Sequence[torch.optim.Optimiz
                 state = optimizer.state.get(parameter, {})
                 tensors |= {f"optimizer.{names[id(parameter)]}.{entry}": tensor for entry, tensor in state.items()}
     return tensors
+
+
+def first_not_finite(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> str | None:
+    """Name of the first tensor with a NaN or an infinity, among weights, buffers and optimizer state.
+
+    Of sharded tensors, this rank's shards are looked at.
+    """
+    tensors: dict[str, Any] = dict(module.state_dict())
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            tensors |= {f"{entry} of {names[id(parameter)]}": value for entry, value in state.items()}
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if isinstance(local, Tensor) and local.is_floating_point() and not bool(local.isfinite().all()):
+            return name
+    return None
 
 
 def rng_state() -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny
+from recipes import changed, content
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3Config
 
@@ -45,6 +46,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     (folder / "text.txt").write_text(TEXT)
     return folder
+
+
+def test_an_error_shows_no_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = changed(content(tmp_path), tracking={"mlflow": True, "uri": "http://ann:s3cret@127.0.0.1:1"})
+    for wrong in ({}, {"checkpoint": {"url": "ftpx://ann:s3cret@host/x"}}, {"tracking__uri": "nope://ann:s3cret@host"}):
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(changed(recipe, **wrong)))
+        monkeypatch.setattr(sys, "argv", ["mull", "train", str(tmp_path / "recipe.yaml")])
+        with pytest.raises(SystemExit, match="2"):
+            cli.main()
+        shown = capsys.readouterr()
+        assert "***@" in shown.err
+        assert "s3cret" not in shown.err + shown.out
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import tiny
 from recipes import ARCHITECTURE, answers, changed, content
@@ -30,6 +32,7 @@ from mull.data.tokenizer import train_tokenizer
 from mull.evaluation.held_out import held_out_loss, held_out_losses
 from mull.model.configs import ETDConfig, MTPConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
+from mull.runtime.storage import exclusive
 from mull.runtime.tracking import MlflowLog, sqlite_uri
 from mull.training.loop import train
 
@@ -157,6 +160,160 @@ def test_a_reference_that_is_the_model_itself_weighs_all_tokens_alike(tmp_path: 
     first, second = records(tmp_path / "tiny")
     assert first["weights/ess"] == pytest.approx(1, abs=1e-6)
     assert second["weights/ess"] < 0.999, "after a step the model differs from its reference"
+
+
+def rho1(tmp_path: Path, **values: Any) -> dict[str, Any]:
+    for name, steps in (("base", 1), ("other", 2)):
+        carry_out(named(tmp_path, name, train__steps=steps))
+    reference = {"mode": "weighted", "reference": str(tmp_path / "base" / "model")}
+    return named(tmp_path, "tiny", train__algo="rho1-wmtp", rho1=reference, **values)
+
+
+def aligned(tmp_path: Path, **values: Any) -> dict[str, Any]:
+    recipe = named(tmp_path, "tiny", train__algo="gradient-wmtp", **values)
+    shutil.copy(tmp_path / "text" / "b.py", tmp_path / "aligned.py")
+    return changed(recipe, gradient={"mode": "alignment", "paths": [str(tmp_path / "aligned.py")]})
+
+
+def edit(file: Path) -> None:
+    """Change one letter; the number of tokens stays."""
+    file.write_text(file.read_text().replace("x + 7\n", "y + 7\n"))
+
+
+def text(tmp_path: Path, **values: Any) -> dict[str, Any]:
+    return named(tmp_path, "tiny", **values)
+
+
+def sums(tmp_path: Path, **values: Any) -> dict[str, Any]:
+    return arithmetic(tmp_path, "tiny", **values)
+
+
+CHANGED: dict[str, tuple[Any, Any, str]] = {
+    "paths": (text, lambda p, r: r["data"].update(paths=[str(p / "text" / "b.py")]), "content.tokenizer"),
+    "more paths": (text, lambda _, r: r["data"].update(paths=r["data"]["paths"] * 2), "content.data.rows"),
+    "letter": (text, lambda p, _: edit(p / "text" / "a.py"), r"content\.data\.rows: '\w+' stored, '\w+' given"),
+    "length": (text, lambda _, r: r["data"].update(length=16), "content.data.rows"),
+    "batch_size": (text, lambda _, r: r["data"].update(batch_size=2), "content.data.batch_size: 4 stored, 2 given"),
+    "aligned": (aligned, lambda p, _: edit(p / "aligned.py"), "content.aligned.rows"),
+    "reference": (rho1, lambda p, r: r["rho1"].update(reference=str(p / "other" / "model")), "content.reference"),
+    "sums": (sums, lambda _, r: r["data"]["arithmetic"].update(operations="+-"), "content.data.rows"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_a_run_resumes_with_the_same_content_only(tmp_path: Path, what: str) -> None:
+    make, change, message = CHANGED[what]
+    recipe = make(tmp_path, train__steps=2)
+    carry_out(recipe)
+    assert carry_out(recipe, resume=True).step == 2
+    change(tmp_path, recipe)
+    with pytest.raises(ValueError, match=message):
+        carry_out(recipe, resume=True)
+
+
+def test_another_tokenizer_with_the_same_rows_is_another_run(tmp_path: Path) -> None:
+    carry_out(named(tmp_path, "base", train__steps=1))
+    recipe = named(tmp_path, "tiny", model={"checkpoint": str(tmp_path / "base" / "model")}, train__steps=1)
+    carry_out(recipe)
+    file = tmp_path / "base" / "model" / "tokenizer.json"
+    other = {"type": "Replace", "pattern": {"String": "never in the text"}, "content": "x"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": other}))
+    with pytest.raises(ValueError, match=r"content\.tokenizer: '\w+' stored, '\w+' given\)"):
+        carry_out(recipe, resume=True)
+
+
+def test_where_content_comes_from_may_change(tmp_path: Path) -> None:
+    recipe = rho1(tmp_path, train__steps=2)
+    carry_out(recipe)
+    shutil.copytree(tmp_path / "base" / "model", tmp_path / "moved")
+    shutil.copytree(tmp_path / "text", tmp_path / "texts")
+    moved = changed(recipe, rho1__reference=str(tmp_path / "moved"), data__paths=[str(tmp_path / "texts" / "a.py")])
+    changed(moved, data__held_out_paths=None, eval={"rows": 3}, train__log_every=2, checkpoint={"keep_last": 1})
+    assert carry_out(moved, resume=True).step == 2
+
+
+def test_a_checkpoint_of_earlier_versions_resumes_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = named(tmp_path, "tiny", train__steps=2)
+    carry_out(recipe)
+    marker = tmp_path / "tiny" / "checkpoints" / "step-000002" / "checkpoint.json"
+    stored = json.loads(marker.read_text())
+    stored["configuration"] = {k: v for k, v in stored["configuration"].items() if not k.startswith("content.")}
+    marker.write_text(json.dumps({k: v for k, v in stored.items() if k != "digest"}))
+    assert carry_out(recipe, resume=True).step == 2
+    assert "of an earlier version, so these are not compared: content.data.batch_size, content.data.rows" in caplog.text
+
+
+def test_a_second_process_is_refused_and_disturbs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mull.runtime.storage.LOCK_PATIENCE_SECONDS", 0.1)
+    recipe = named(tmp_path, "tiny")
+    for resume in (False, True):
+        with exclusive(tmp_path / "tiny"), pytest.raises(RuntimeError, match=r"tiny is in use by process \d+\. Wait"):
+            carry_out(recipe, resume)
+        assert not (tmp_path / "tiny").exists()
+    elsewhere = changed(recipe, checkpoint={"url": str(tmp_path / "elsewhere")})
+    with exclusive(tmp_path / "elsewhere"), pytest.raises(RuntimeError, match="elsewhere is in use by process"):
+        carry_out(elsewhere)
+    assert carry_out(elsewhere).stopped == "finished"
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+@pytest.mark.parametrize("bytes_left", [100, 3000, 20_000], ids=["configuration", "tokenizer", "weights"])
+def test_a_full_disk_ends_an_export_in_a_sentence_and_leaves_nothing(tmp_path: Path, bytes_left: int) -> None:
+    recipe = named(tmp_path, "tiny", checkpoint={"asynchronous": False})
+    real = transformers.PreTrainedModel.save_pretrained
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(self: Any, folder: Path, **options: Any) -> None:
+        """The operating system refuses to grow files, as on a full disk; for the tokenizer, only once the model is saved."""
+        if bytes_left == 3000:
+            real(self, folder, **options)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
+        if bytes_left != 3000:
+            real(self, folder, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+        try:
+            with pytest.raises(
+                RuntimeError, match=r"tiny: .*File too large.*checkpoints are intact: make room.*resume"
+            ) as error:
+                carry_out(recipe)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert sorted(file.name for file in (tmp_path / "tiny").iterdir()) == ["checkpoints", "metrics.jsonl"]
+    carry_out(recipe, resume=True)
+    assert weights(tmp_path / "tiny")
+
+
+def test_what_a_killed_export_left_goes_at_the_next_start_and_the_users_files_stay(tmp_path: Path) -> None:
+    carry_out(named(tmp_path, "tiny"))
+    folder = tmp_path / "tiny"
+    whole = weights(folder)
+    (folder / "model" / "model.safetensors").unlink()  # `whole` is mapped from it
+    (folder / "model" / "model.safetensors").write_bytes(b"damaged")
+    (folder / "model" / "README.md").write_text("mine")
+    (folder / "model" / ".tmpAb12cd").write_bytes(b"half a model")
+    (folder / ".export" / "model").mkdir(parents=True)
+    (folder / ".export" / "model" / "model.safetensors").write_bytes(b"half a model")
+    with pytest.raises(ValueError, match="already holds a run"):
+        carry_out(named(tmp_path, "tiny"))
+    assert not (folder / ".export").exists()
+    assert not (folder / "model" / ".tmpAb12cd").exists()
+    carry_out(named(tmp_path, "tiny"), resume=True)
+    assert (folder / "model" / "README.md").read_text() == "mine"
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(folder).items())
+
+
+def test_a_model_that_is_not_finite_is_not_exported(tmp_path: Path) -> None:
+    recipe = named(
+        tmp_path, "tiny", train__steps=3, train__peak_lr=3e38, train__weight_decay=1.0, checkpoint={"every": 1}
+    )
+    with pytest.raises(RuntimeError, match=r"after step \d: .* is not finite, so nothing of this state is saved"):
+        carry_out(recipe)
+    assert not (tmp_path / "tiny" / "model").exists()
 
 
 def critic(tmp_path: Path, name: str, **values: Any) -> dict[str, Any]:

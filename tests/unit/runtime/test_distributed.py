@@ -3,7 +3,13 @@
 What several ranks do is tested in equivalence/test_one_gradient.py.
 """
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +67,51 @@ def test_each_rank_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyP
         distributed.device()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.device() == torch.device("cpu")
+
+
+RANK = """
+import sys, time
+from mull.runtime.distributed import session
+with session():
+    print("started", flush=True)
+    time.sleep(60)
+"""
+LAUNCHER = f"""
+import subprocess, sys
+rank = subprocess.Popen([sys.executable, "-c", {RANK!r}])
+print(rank.pid, flush=True)
+rank.wait()
+"""
+
+
+@pytest.mark.parametrize("elastic", [True, False], ids=["torchrun", "by hand"])
+def test_a_rank_ends_when_its_torchrun_is_killed(monkeypatch: pytest.MonkeyPatch, elastic: bool) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    if elastic:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    command = [sys.executable, "-W", "ignore", "-c", LAUNCHER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as launcher:
+        assert launcher.stdout is not None
+        pid = int(launcher.stdout.readline())
+        assert launcher.stdout.readline() == "started\n"
+        launcher.kill()
+        launcher.wait()
+        try:
+            deadline = time.monotonic() + (20 if elastic else 2)
+            while alive(pid) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert alive(pid) is not elastic
+        finally:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_the_state_of_one_process_is_unchanged() -> None:

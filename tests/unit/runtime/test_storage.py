@@ -2,7 +2,11 @@
 
 import errno
 import os
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -86,6 +90,100 @@ def test_text_is_on_the_disk_before_it_gets_its_name_and_the_name_after(tmp_path
     monkeypatch.setattr(Path, "replace", lambda self, other: (events.append("rename"), real_replace(self, other)))
     storage.write_text_atomic(str(tmp_path / "a"), "text")
     assert events == [tmp_path / "a.partial", "rename", tmp_path]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from mull.runtime.storage import exclusive
+with exclusive(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has a folder for itself."""
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_folder_has_one_process_and_a_dead_one_gives_it_back(tmp_path, monkeypatch, holder):
+    monkeypatch.setattr(storage, "LOCK_PATIENCE_SECONDS", 0.1)
+    for name in ("run", "link/run"):
+        with (
+            pytest.raises(RuntimeError, match=rf"run is in use by process {holder.pid}\. Wait until it ends"),
+            storage.exclusive(tmp_path / name),
+        ):
+            pass
+    with storage.exclusive(tmp_path / "other"):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / ".run.lock").exists(), "the dead process left its file, which holds nothing"
+    with storage.exclusive(tmp_path / "run"):
+        assert (tmp_path / ".run.lock").read_text() == f"process {os.getpid()}"
+    assert not (tmp_path / ".run.lock").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_that_is_given_back_is_waited_for_and_never_shared(tmp_path):
+    inside, most = 0, 0
+
+    def use(_: int) -> None:
+        nonlocal inside, most
+        for _ in range(20):
+            with storage.exclusive(tmp_path / "run"):
+                inside += 1
+                most = max(most, inside)
+                inside -= 1
+
+    with ThreadPoolExecutor(4) as pool, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "LOCK_PATIENCE_SECONDS", 60)
+        list(pool.map(use, range(4)))
+    assert most == 1
+
+
+def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, caplog):
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(storage.fcntl, "flock", unsupported)
+    with storage.exclusive(tmp_path / "run"):
+        pass
+    assert "cannot be locked ([Errno 37] No locks available): take care" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://ann:s3cret@db:5432/x is down", "postgresql://***@db:5432/x is down"),
+        ("mysql+pymysql://ann:p/w@d@db/x", "mysql+pymysql://***@db/x"),
+        ("'https://tok3n@host/a', https://u:p@h", "'https://***@host/a', https://***@h"),
+        ("https://:s3cret@host", "https://***@host"),
+        ("https://h/a?X-Amz-Signature=abc&b=1&api_key=2", "https://h/a?X-Amz-Signature=***&b=1&api_key=***"),
+        ("postgresql://db/x?user=a&password=s3cret", "postgresql://db/x?user=a&password=***"),
+        *(
+            (text, text)
+            for text in ("http://127.0.0.1:5000/x", "s3://bucket/a@b", "sqlite:////a/b@c:d", "a@b.c", "x: y")
+        ),
+    ],
+)
+def test_secrets_in_urls_are_not_shown(text, shown):
+    assert storage.redact(text) == shown
+    assert storage.redact(shown) == shown
+
+
+def test_an_error_of_remote_storage_shows_no_secret():
+    message = r"^ftp://\*\*\*@h/x could not be reached: ftp://\*\*\*@h\.$"
+    with pytest.raises(OSError, match=message), storage.os_errors("ftp://u:s3cret@h/x"):
+        raise OSError("ftp://u:s3cret@h")
 
 
 def test_join_and_is_local():

@@ -208,6 +208,29 @@ def test_an_address_that_cannot_be_used_is_one_sentence(database: str, tmp_path:
         begin(database, tmp_path)
 
 
+def test_no_password_reaches_mlflow_or_a_log(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    secrets = {"tracking.uri": "http://ann:s3cret@host", "data.paths": ("s3://a", "https://h/x?token=s3cret")}
+    log = begin(database, tmp_path, **secrets)
+    stored = mlflow.MlflowClient(tracking_uri=database).get_run(log.run_id).data.params
+    assert stored == {"tracking.uri": "http://***@host", "data.paths": "('s3://a', 'https://h/x?token=***')"}
+    log._uri = "http://ann:s3cret@host"
+
+    def fail(*_: object, **__: object) -> None:
+        raise mlflow.MlflowException("http://ann:s3cret@host is down")
+
+    monkeypatch.setattr(log._client, "log_batch", fail)
+    log.log({"step": 1, "loss": 1.0})
+    log.close()
+    assert "MLflow at http://***@host failed" in caplog.text
+    assert "s3cret" not in caplog.text
+    for uri in ("http://ann:s3cret@127.0.0.1:1", "nope://ann:s3cret@host"):
+        with pytest.raises((RuntimeError, ValueError), match=r"\*\*\*@") as error:
+            begin(uri, tmp_path / "other")
+        assert "s3cret" not in str(error.value)
+
+
 def test_without_mlflow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(RuntimeError, match=r"needs a package that is missing \(mlflow\): pip install 'mull\[mlflow\]'"):

@@ -17,6 +17,8 @@ import torch
 from conftest import SPLIT, tiny
 from torch import Tensor, nn
 
+from mull.data.packing import pack_tokens
+from mull.data.sampler import ShuffledBatches
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.checkpoint import CheckpointConfig, checkpoints, latest
 from mull.runtime.tracking import read_metrics
@@ -261,6 +263,64 @@ def test_a_step_that_is_not_finite_leaves_the_weights(objective: Callable[[], Ob
         train(model, objective(), rows, config(steps=2, **settings))
     assert same(weights(model), weights(one_step))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("steps", [1, 3], ids=["last", "not the last"])
+@pytest.mark.parametrize("factor", [math.inf, 1e30], ids=["infinite", "huge"])
+def test_weights_that_are_not_finite_are_neither_saved_nor_returned(tmp_path: Path, steps: int, factor: float) -> None:
+    """The first step is right, and each one after it destroys the weights."""
+    saving = CheckpointConfig(every=1, asynchronous=False)
+    whole = steps + 1
+
+    def broken(optimizers: Any, _factor: float) -> None:
+        calls.append(1)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            for parameter in group["params"]:
+                parameter.data.mul_(1 if len(calls) == 1 else factor * factor)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for folder in (tmp_path, None):
+        calls: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mull.training.loop.update", broken)
+            with pytest.raises(
+                RuntimeError, match=r"after step 2: .* is not finite, so nothing of this state is saved.*new run"
+            ):
+                train(Thinker(), fixed(), rows, config(steps=whole), folder, checkpoint=saving)
+        assert len(calls) == 2
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    assert train(Thinker(), fixed(), rows, config(steps=whole), tmp_path, resume=True).step == whole
+
+
+def test_shuffled_batches_are_compared_when_a_run_resumes(tmp_path: Path) -> None:
+    def data(changed: int = 0, batch_size: int = 2, seed: int = 0) -> ShuffledBatches:
+        tokens = [[1 + (place + number) % 9 for place in range(6)] for number in range(8)]
+        tokens[-1][-1] += changed
+        return ShuffledBatches(pack_tokens(tokens, length=6, pad_id=0), batch_size, seed)
+
+    train(Thinker(), fixed(), data(), config(steps=2), tmp_path)
+    assert train(Thinker(), fixed(), data(), config(steps=2), tmp_path, resume=True).step == 2
+    for other, message in (
+        (data(1), "rows"),
+        (data(0, 4), "batch_size: 2 stored, 4"),
+        (data(0, 2, 1), "seed: 0 stored, 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"content\.data\.{message}"):
+            train(Thinker(), fixed(), other, config(steps=2), tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"content\.mine: None stored, 3 given"):
+        train(Thinker(), fixed(), data(), config(steps=2), tmp_path, resume=True, content={"mine": 3, "data": {}})
+
+
+def test_a_checkpoint_of_earlier_versions_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    model = Thinker()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mull.training.loop.update", lambda *_: model.think.bias.data.fill_(math.nan))
+        patch.setattr("mull.training.loop.first_not_finite", lambda *_: None)
+        train(model, fixed(), rows, config(steps=1), tmp_path)
+    with pytest.raises(RuntimeError, match=r"step-000001 holds values of .* that are not finite. Remove the folder"):
+        train(Thinker(), fixed(), rows, config(steps=1), tmp_path, resume=True)
 
 
 def test_a_step_without_weight_is_refused() -> None:

@@ -146,7 +146,7 @@ class Samples:
                 rows.append([repr(prompt), k, "yes" if same else "no"])
                 texts.append(str(tokenizer.decode(cached[0])))
         ids = loops.text.held_out.input_ids[:2]
-        reloaded = AutoModelForCausalLM.from_pretrained(bench.out / "model")
+        reloaded = AutoModelForCausalLM.from_pretrained(bench.out / "model", trust_remote_code=False)
         return cls(texts, rows, torch.equal(reloaded(ids).logits, looped(ids).logits))
 
     def tell(self) -> dict[str, Any]:

@@ -1,0 +1,119 @@
+"""Read the configuration and the tokenizer of a checkpoint, from a folder or the hub.
+
+transformers asks on standard input whether to run code that a checkpoint brings (``auto_map``), and runs it if a pipe says yes.
+Here nothing asks: such code does not run unless ``trust_remote_code=True`` is given by name.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+TRUST = "trust_remote_code"
+"""Option of transformers' ``from_pretrained``: whether to run Python code of the checkpoint."""
+
+NO_CODE: dict[str, Any] = {TRUST: False}
+"""What every ``from_pretrained`` of transformers is given first."""
+
+HEADS = ("mtp_heads.", "model.mtp.", "mtp.")
+"""How the names of extra heads begin."""
+
+JSON_FILES = ("config", "generation_config", "tokenizer", "tokenizer_config", "model.safetensors.index")
+
+
+def read_config(name_or_dir: str, **options: Any) -> PreTrainedConfig:
+    """Configuration of a checkpoint.
+
+    Args:
+        name_or_dir: Directory or hub name.
+        options: Passed to ``AutoConfig.from_pretrained``.
+
+    Raises:
+        OSError: no checkpoint at `name_or_dir`.
+        ValueError: a file is damaged (names it), or the checkpoint needs code of its own.
+    """
+    with explained(name_or_dir):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_dir, **NO_CODE | options)
+    return config
+
+
+def read_tokenizer(name_or_dir: str) -> PreTrainedTokenizerBase:
+    """Tokenizer of a checkpoint.
+
+    Raises:
+        OSError, ValueError: as in `read_config`.
+    """
+    with explained(name_or_dir), TokenizersErrors():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_dir, **NO_CODE)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def explained(name_or_dir: str, weights: bool = False) -> Iterator[None]:
+    """Say which file of a folder is damaged, before transformers reads them; and what to do about code of a checkpoint.
+
+    Args:
+        name_or_dir: Directory or hub name.
+        weights: Whether they are read, too.
+
+    Raises:
+        ValueError: a file is damaged, or the checkpoint needs code of its own.
+    """
+    folder = Path(name_or_dir)
+    for name in JSON_FILES if folder.is_dir() else ():
+        _check_json(folder / f"{name}.json")
+    for file in sorted(folder.glob("*.safetensors")) if weights else ():
+        _check_weights(file)
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{name_or_dir} has a file that transformers cannot read: {error!r}. Fetch it again."
+        ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{name_or_dir} has weights of other shapes than its configuration says: its files belong to different models. Fetch "
+            "it again."
+        ) from error
+    except ValueError as error:
+        if TRUST not in str(error):
+            raise
+        raise ValueError(
+            f"{name_or_dir} brings Python code of its own, which mull does not run. Use a checkpoint of an architecture that "
+            f"transformers has, or, if you trust the code, call mull.from_pretrained with {TRUST}=True."
+        ) from None
+
+
+class TokenizersErrors(contextlib.AbstractContextManager[None]):
+    """Turn what the tokenizers library raises, which is a bare `Exception`, into an `OSError`."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is Exception:
+            raise OSError(str(error)) from error
+
+
+def _check_json(file: Path) -> None:
+    try:
+        content = json.loads(file.read_bytes()) if file.exists() else {}
+        if not isinstance(content, dict):
+            raise ValueError(f"it has a {type(content).__name__} instead of an object")
+        if content and file.name == "tokenizer.json" and not isinstance(content.get("model"), dict):
+            raise ValueError("it describes no tokenizer")
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}. Fetch it again.") from None
+
+
+def _check_weights(file: Path) -> None:
+    """Its header, and that it has as many bytes as that says."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}. Fetch it again.") from None
