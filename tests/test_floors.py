@@ -21,12 +21,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYOUT: dict[str, tuple[int, str]] = {
-    "runtime": (1, "storage distributed timing checkpoint tracking"),
+    "runtime": (1, "arguments storage distributed timing checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
     "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise"),
     "layers": (3, "heads recursive_heads value_head"),
     "model": (4, "path configs memory growing_cache fixed_cache families inputs policy executor base_model causal_lm"),
-    "retrofit": (5, "native_heads wrap presets"),
+    "retrofit": (5, "source native_heads wrap presets"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
     "training": (6, "optimization objectives trainable state step progress loop"),
     "training.objectives": (
@@ -47,7 +47,7 @@ other. An import under ``TYPE_CHECKING`` is held to the same rule: a type is kno
 TOP = ("mull.__init__", "mull.__main__")
 
 BUDGETS = {
-    "runtime": 650,
+    "runtime": 740,
     "ops": 700,
     "layers": 900,
     "data": 950,
@@ -60,7 +60,7 @@ BUDGETS = {
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 9700
+MAX_CODE_LINES = 10100
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 from typer import Argument, Option
 
@@ -24,6 +24,7 @@ from mull.decoding.generate import GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position, describe_call
 from mull.evaluation.search.split import SplitReport, find_split
 from mull.model.configs import ETDConfig, MTPConfig
+from mull.retrofit.source import load_tokenizer
 from mull.retrofit.wrap import from_pretrained
 from mull.runtime.distributed import device
 
@@ -38,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ModelArgument = Annotated[str, Argument(help="Directory or hub name of a checkpoint.", metavar="MODEL")]
+ModelArgument = Annotated[str, Argument(help="Folder, .gguf file or hub name of a checkpoint.", metavar="MODEL")]
 
 
 @app.command()
@@ -97,7 +98,7 @@ def split(
     if length > longest:
         raise ValueError(f"--length {length} exceeds the model's {longest} positions: measure shorter rows.")
     texts = (document.text for document in documents)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     dataset = pack_texts(texts, tokenizer, length=length, vocab_size=text_config.vocab_size)
     measured = list(dataset.in_order(batch_size))[:batches]
     report = find_split(loaded, measured.__getitem__, n_batches=len(measured), n_probe_batches=min(4, len(measured)))
@@ -144,7 +145,7 @@ def continue_prompt(
     text = sys.stdin.read() if prompt == "-" else prompt
     heads = None if mtp is None else MTPConfig(mtp_head_type=mtp)
     loaded: Any = from_pretrained(model, etd=None if etd is None else _parse_split(etd), mtp=heads)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].numel() == 0:
         raise ValueError("The prompt is empty: give at least one token to continue.")

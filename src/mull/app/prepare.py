@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mull.app.recipe import DataSection, ModelSection, Recipe, Stage
@@ -15,6 +15,7 @@ from mull.data.sampler import ShuffledBatches
 from mull.data.sources import Document, load_documents
 from mull.data.tasks import Example, load_examples, pairs
 from mull.data.tokenizer import train_tokenizer
+from mull.retrofit.source import find_source, load_config, load_tokenizer
 from mull.runtime.distributed import rank
 from mull.training.loop import Batches
 from mull.training.objectives.critic import ValueSection
@@ -68,7 +69,7 @@ def prepare(recipe: Recipe) -> Prepared:
     # By section, because stages that share one read their files once.
     sources = {stage.data: (_read_train(stage.data), _read_held_out(stage.data)) for stage in stages}
     if recipe.model.checkpoint is not None:
-        tokenizer = _load_tokenizer(recipe.model.checkpoint)
+        tokenizer = load_tokenizer(recipe.model.checkpoint)
     else:
         texts, _ = sources[stages[0].data]
         tokenizer = train_tokenizer(map(_text, texts), stages[0].data.vocab_size)
@@ -106,7 +107,7 @@ def _prepare_arithmetic(checkpoint: str | None, stages: Sequence[Stage]) -> Prep
     tokenizer: PreTrainedTokenizerBase = character_tokenizer()
     if checkpoint is not None:
         task = arithmetic_task(stages[0])
-        tokenizer = _load_tokenizer(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
         expected = (task.encode(CHARACTERS), task.eos_id, task.pad_id)
         if (tokenizer(CHARACTERS)["input_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id) != expected:
             raise ValueError(
@@ -128,7 +129,7 @@ def _arithmetic_data(stage: Stage) -> StageData:
 def backbone_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """Configuration of the checkpoint, or of the backbone with random weights."""
     if section.checkpoint is not None:
-        return AutoConfig.from_pretrained(section.checkpoint)
+        return load_config(find_source(section.checkpoint), {})
     assert section.architecture is not None
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     fields = {"vocab_size": len(tokenizer), **special, **section.architecture}
@@ -140,16 +141,6 @@ def arithmetic_task(stage: Stage) -> ArithmeticTask:
     section = stage.data.arithmetic
     assert section is not None
     return ArithmeticTask(digits=section.digits, operations=section.operations, seed=stage.train.seed)
-
-
-def _load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
-    AutoConfig.from_pretrained(checkpoint)  # its error about a place that is not a checkpoint is clearer
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint)
-    if not tokenizer(CHARACTERS)["input_ids"]:  # transformers makes an empty one if there are no files
-        raise ValueError(
-            f"{checkpoint} has no tokenizer: save the model's own beside it, with tokenizer.save_pretrained."
-        )
-    return tokenizer
 
 
 def _read(data: DataSection, paths: Sequence[str] | None, split: str | None) -> list[Document] | list[Example]:

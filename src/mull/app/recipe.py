@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, field_validator, model_validator
 
 from mull.app.yaml_text import override, read_yaml
 from mull.data.arithmetic import MAX_DIGITS, OPERATIONS, ArithmeticTask
 from mull.evaluation.rewards import REWARDS
 from mull.model.configs import ETDConfig, MTPConfig
 from mull.model.families import FAMILIES
+from mull.runtime.arguments import Frozen
 from mull.runtime.checkpoint import CheckpointConfig
 from mull.training.loop import TrainConfig
 from mull.training.objectives.critic import ValueSection
@@ -36,8 +37,8 @@ SECTIONS = {entry.section[0]: name for name, entry in OBJECTIVES.items() if entr
 _SETTINGS = dict(entry.section for entry in OBJECTIVES.values() if entry.section is not None)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+class _Section(Frozen):
+    """A part of a recipe."""
 
 
 class RunSection(_Section):
@@ -96,7 +97,7 @@ class ArithmeticSection(_Section):
     operations: str = OPERATIONS
     """Some of ``+``, ``-`` and ``*``."""
 
-    questions: int = Field(default=10_000, ge=1)
+    questions: int = Field(default=10_000, ge=1, le=1_000_000)
     """Questions with answers to train on; ``grpo-wmtp`` asks new ones in every step."""
 
     @field_validator("operations")
@@ -138,13 +139,13 @@ class DataSection(_Section):
     max_bytes: int | None = Field(default=None, ge=1)
     """Train on a random sample of the texts, at most this large."""
 
-    vocab_size: int = Field(default=2048, ge=257)
+    vocab_size: int = Field(default=2048, ge=257, le=1_000_000)
     """Size of the byte-level BPE that is trained when the model starts from random weights."""
 
     length: int = Field(default=256, ge=2)
     """Tokens per row; documents are packed."""
 
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=100_000)
     """Rows per micro-batch."""
 
     @model_validator(mode="after")

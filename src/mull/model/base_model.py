@@ -24,8 +24,9 @@ from mull.model.fixed_cache import FixedMemory, StaticCall, StaticSlotCache
 from mull.model.growing_cache import GrowingMemory, SlotCache
 from mull.model.inputs import LayerInputs, check_padding_side, fixed_layer_inputs, is_packed, layer_inputs
 from mull.model.memory import CallMemory
-from mull.model.path import Path, check_path, from_layers
+from mull.model.path import MAX_ITERATIONS, Path, check_path, from_layers
 from mull.model.policy import Policy
+from mull.runtime.arguments import require, require_callable, require_count, require_ids, require_tensors
 
 
 @strict
@@ -105,7 +106,8 @@ class MullPreTrainedModel(PreTrainedModel):
             path: Explicit visits ``(layer, occurrence)`` instead.
 
         Raises:
-            ValueError: both are given, iterations below 1 or without a think block, or a path that does not fit the model.
+            TypeError: iterations that are no whole number, or a path that is no list of pairs.
+            ValueError: both are given, iterations outside 1 to 1000 or without a think block, or a path that does not fit the model.
         """
         n_layers = self.text_config.num_hidden_layers
         if path is not None:
@@ -115,6 +117,8 @@ class MullPreTrainedModel(PreTrainedModel):
                 )
             return check_path(path, n_layers)
         if self.etd_config is None:
+            if think_iterations is not None:
+                require_count("think_iterations", think_iterations, 1, MAX_ITERATIONS)
             if think_iterations not in (None, 1):
                 raise ValueError(
                     f"think_iterations={think_iterations} needs a think block, and this model has none: load it with "
@@ -127,14 +131,15 @@ class MullPreTrainedModel(PreTrainedModel):
         """Passes through the think block of a call with this argument; 1 for a model without one.
 
         Raises:
-            ValueError: iterations below 1.
+            TypeError: no whole number.
+            ValueError: iterations outside 1 to 1000.
         """
         if self.etd_config is None:
             return 1
-        iterations = self.etd_config.max_think_iterations if think_iterations is None else think_iterations
-        if iterations < 1:
-            raise ValueError(f"think_iterations={iterations} must be at least 1, which is the unmodified model.")
-        return iterations
+        if think_iterations is None:
+            return self.etd_config.max_think_iterations
+        require_count("think_iterations", think_iterations, 1, MAX_ITERATIONS)
+        return think_iterations
 
 
 class MullModel(MullPreTrainedModel):
@@ -239,8 +244,15 @@ class MullModel(MullPreTrainedModel):
             after each visit; the last entry is the final-normed state, as in transformers.
 
         Raises:
+            TypeError: an argument of another type.
             ValueError: arguments that contradict each other or the cache.
         """
+        if not isinstance(attention_mask, dict):  # transformers' masks by kind of layer
+            require_tensors(attention_mask=attention_mask)
+        if position_ids is not None:
+            require_ids("position_ids", position_ids)
+        if policy is not None:
+            require_callable("policy.active", getattr(policy, "active", policy), "a policy of mull.model.policy")
         visits = self.path(think_iterations, path)
         h = self._embed(input_ids, inputs_embeds)
         if position_ids is not None and attention_mask is None and is_packed(position_ids):
@@ -286,6 +298,7 @@ class MullModel(MullPreTrainedModel):
                 without gradient. None back-propagates through all.
 
         Raises:
+            TypeError: an argument of another type.
             ValueError: `backprop_iterations` below 1.
         """
         return self._decoded(input_ids, every_iteration=True, **options)
@@ -301,7 +314,10 @@ class MullModel(MullPreTrainedModel):
         backprop_iterations: int | None = None,
         policy: Policy | None = None,
     ) -> list[Tensor]:
+        require_tensors(attention_mask=attention_mask, position_ids=position_ids)
         iterations = self.iterations(think_iterations)
+        if backprop_iterations is not None:
+            require("backprop_iterations", backprop_iterations, int, "a whole number, or leave it out")
         if backprop_iterations is not None and backprop_iterations < 1:
             raise ValueError(f"backprop_iterations={backprop_iterations} must be at least 1, or nothing is trained.")
         n_detached = 0 if backprop_iterations is None else max(iterations - backprop_iterations, 0)
@@ -342,6 +358,10 @@ class MullModel(MullPreTrainedModel):
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if input_ids is not None:
+            require_ids("input_ids", input_ids)
+        else:
+            require("inputs_embeds", inputs_embeds, Tensor, "a tensor [rows, tokens, width]")
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def _bound_cache(self, cache: SlotCache | None, use_cache: bool | None, visits: Path) -> SlotCache | None:

@@ -27,6 +27,7 @@ from mull.model.growing_cache import SlotCache
 from mull.model.inputs import LayerInputs
 from mull.ops.cross_entropy import accurate
 from mull.ops.targets import IGNORED, label_positions, require_targets, targets_of
+from mull.runtime.arguments import require_count, require_ids
 
 CACHE_IMPLEMENTATIONS = {None: False, "dynamic": False, "offloaded": True}
 """``cache_implementation`` of ``generate`` that a `SlotCache` serves, and whether it offloads."""
@@ -115,10 +116,15 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             num_items_in_batch: Divide the summed loss by this instead of the number of targets, as transformers' Trainer does.
 
         Raises:
+            TypeError: an argument of another type.
             ValueError: arguments that contradict each other or the cache, or labels without a target.
         """
         if output_attentions:
             raise ValueError("output_attentions=True is not supported: attention weights are not collected.")
+        if not isinstance(logits_to_keep, Tensor):
+            require_count("logits_to_keep", logits_to_keep, 0)
+        if labels is not None:
+            require_ids("labels", labels)
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

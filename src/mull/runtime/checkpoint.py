@@ -24,7 +24,7 @@ from os import PathLike
 from typing import IO, Annotated, Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
 from mull.runtime import distributed, storage
+from mull.runtime.arguments import Frozen
 from mull.runtime.timing import synchronize
 
 logger = logging.getLogger(__name__)
@@ -51,10 +52,8 @@ _FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|checkpoint\.json(\.par
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
 
-class CheckpointConfig(BaseModel):
+class CheckpointConfig(Frozen):
     """Where, how often and how a run saves what it needs to continue."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     url: Annotated[str, AfterValidator(storage.check_url)] | None = None
     """Folder of the checkpoints: a path, ``file://…`` or ``s3://bucket/…``. ``None`` is ``checkpoints`` in the run's folder."""
