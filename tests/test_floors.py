@@ -37,7 +37,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "evaluation": (7, "held_out lossless acceptance rewards cost search"),
     "evaluation.cost": (7, "count training decoding"),
     "evaluation.search": (7, "split"),
-    "app": (8, "yaml_text recipe prepare build run report demo cli"),
+    "app": (8, "yaml_text architecture recipe prepare build run report demo cli"),
     "app.report": (8, "figures page"),
     "app.demo": (8, "chapter loops weights speculation chain demo"),
 }

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from mull.app.architecture import make_config, try_config
 from mull.app.recipe import DataSection, ModelSection, Recipe, Stage
 from mull.data.arithmetic import CHARACTERS, ArithmeticTask, character_tokenizer
 from mull.data.corpus import load_stdlib, subsample
@@ -64,6 +64,8 @@ def prepare(recipe: Recipe) -> Prepared:
         RuntimeError: a package is missing.
     """
     stages = recipe.schedule()
+    if recipe.model.architecture is not None:
+        try_config(make_config(recipe.model.architecture))  # before the data is read
     if stages[0].data.arithmetic is not None:
         return _prepare_arithmetic(recipe.model.checkpoint, stages)
     # By section, because stages that share one read their files once.
@@ -132,8 +134,7 @@ def backbone_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -
         return load_config(find_source(section.checkpoint), {})
     assert section.architecture is not None
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    fields = {"vocab_size": len(tokenizer), **special, **section.architecture}
-    return CONFIG_MAPPING[fields.pop("model_type")](**fields)
+    return make_config({"vocab_size": len(tokenizer), **special, **section.architecture})
 
 
 def arithmetic_task(stage: Stage) -> ArithmeticTask:

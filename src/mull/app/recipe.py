@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, ValidationError, create_model, field_validator, model_validator
 
-from mull.app.yaml_text import override, read_yaml
+from mull.app.architecture import make_config
+from mull.app.yaml_text import MAX_CHARACTERS, override, read_yaml
 from mull.data.arithmetic import MAX_DIGITS, OPERATIONS, ArithmeticTask
 from mull.evaluation.rewards import REWARDS
 from mull.model.configs import ETDConfig, MTPConfig
-from mull.model.families import FAMILIES
-from mull.runtime.arguments import Frozen
+from mull.runtime import storage
+from mull.runtime.arguments import Frozen, require
 from mull.runtime.checkpoint import CheckpointConfig
 from mull.training.loop import TrainConfig
 from mull.training.objectives.critic import ValueSection
@@ -78,9 +79,8 @@ class ModelSection(_Section):
     def _one_start(self) -> Self:
         if (self.checkpoint is None) == (self.architecture is None):
             raise ValueError("give either checkpoint or architecture")
-        if self.architecture is not None and (kind := self.architecture.get("model_type")) not in FAMILIES:
-            known = ", ".join(sorted(FAMILIES))
-            raise ValueError(f"architecture.model_type={kind!r} is not supported; supported are {known}")
+        if self.architecture is not None:
+            make_config(self.architecture)
         return self
 
 
@@ -392,7 +392,7 @@ def _pretraining(stage: Stage, pretrain: PretrainSection) -> Stage:
     return StageSection.model_validate({"name": name, "data": stage.data, "train": train, "value_head": value_head})
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
@@ -404,11 +404,21 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: not YAML, a key given twice, an environment variable that is not set, an unknown key (the nearest known one is
             named), or a value that does not fit.
     """
+    path = storage.local_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe at {path}.")
-    content = read_yaml(path.read_text(encoding="utf-8"), str(path), ())
+    with path.open("rb") as file:
+        raw = file.read(4 * MAX_CHARACTERS + 1)  # UTF-8 has at most four bytes per character
+    try:
+        content = read_yaml(
+            raw.decode("utf-8-sig", "strict" if len(raw) <= 4 * MAX_CHARACTERS else "replace"), str(path), ()
+        )
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path} is not UTF-8 in line {line}: is it a recipe?") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold sections such as run, model and train, but holds {type(content).__name__}.")
+    require("overrides", overrides, (list, tuple), "a list of section.key=value")
     for assignment in overrides:
         override(content, assignment)
     return parse_recipe(content)
@@ -420,6 +430,7 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: unknown, missing or unfitting keys.
     """
+    require("content", content, Mapping, "sections such as run, model and train")
     shared = {key: value for key, value in content.items() if key in SHARED}
     stages = [shared] if "stages" not in content else _with_defaults(content["stages"], shared)
     whole = {key: value for key, value in content.items() if key not in SHARED} | {"stages": stages}

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from mull.runtime.arguments import require, require_count
 
-
 MAX_ITERATIONS = 1000
 """Most passes through a think block; a path holds every visit of all of them. Published models run at most 132
 (arXiv:2502.05171)."""
