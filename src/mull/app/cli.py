@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -27,6 +26,7 @@ from mull.model.configs import ETDConfig, MTPConfig
 from mull.retrofit.source import load_tokenizer
 from mull.retrofit.wrap import from_pretrained
 from mull.runtime.distributed import device
+from mull.runtime.storage import local_path
 
 TRACEBACK = "MULL_TRACEBACK"
 """Environment variable that shows the traceback of an error, for bug reports."""
@@ -44,16 +44,16 @@ ModelArgument = Annotated[str, Argument(help="Folder, .gguf file or hub name of 
 
 @app.command()
 def demo(
-    out: Annotated[Path, Option(help="Folder for the report and the models.")] = Path("out/demo"),
+    out: Annotated[str, Option(help="Folder for the report and the models.")] = "out/demo",
     seed: Annotated[int, Option(help="Seed of weights, data order and sampled iterations.")] = 0,
 ) -> None:
     """Train a small model on real text, teach it to think in loops, and write a report: minutes on one CPU, no downloads."""
-    print(f"report: {run_demo(out, seed)}")
+    print(f"report: {run_demo(local_path(out), seed)}")
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, Argument(help="YAML file that describes the run.")],
+    recipe: Annotated[str, Argument(help="YAML file that describes the run.")],
     set_: Annotated[list[str] | None, Option("--set", help="section.key=value; overrides the recipe.")] = None,
     resume: Annotated[bool, Option(help="Continue from the run's newest checkpoint.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Check everything and print the cost; train nothing.")] = False,
@@ -85,12 +85,13 @@ def _print_once(text: str) -> None:
 def split(
     model: ModelArgument,
     data: Annotated[list[str] | None, Option(help="Files, folders, s3://… or hf:…; default: Python's library.")] = None,
-    out: Annotated[Path, Option(help="Folder for split.json and split.html.")] = Path("out/split"),
+    out: Annotated[str, Option(help="Folder for split.json and split.html.")] = "out/split",
     length: Annotated[int, Option(help="Tokens per row.")] = 256,
     batches: Annotated[int, Option(help="Number of batches to measure on.")] = 8,
     batch_size: Annotated[int, Option(help="Rows per batch.")] = 8,
 ) -> None:
     """Measure which layers of MODEL encode, think and decode, and propose an ETDConfig."""
+    folder = local_path(out)
     documents = load_stdlib().held_out if data is None else load_documents(data)
     loaded = from_pretrained(model)
     text_config = loaded.config.get_text_config()
@@ -102,16 +103,16 @@ def split(
     dataset = pack_texts(texts, tokenizer, length=length, vocab_size=text_config.vocab_size)
     measured = list(dataset.in_order(batch_size))[:batches]
     report = find_split(loaded, measured.__getitem__, n_batches=len(measured), n_probe_batches=min(4, len(measured)))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "split.json").write_text(report.to_json())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "split.json").write_text(report.to_json())
     page = Report(f"Split of {model}", command=" ".join(["mull", *sys.argv[1:]]))
     page.section("Angular distance and loop probe").figure(angular_distance_figure(report), _describe(report))
-    page.write(out / "split.html")
+    page.write(folder / "split.html")
     for layer, distance in enumerate(report.distances):
         print(f"layer {layer:3d}  distance {distance:.4f}")
     print(_describe(report))
     print(f"{report.etd!r}")
-    print(f"figure: {out / 'split.html'}")
+    print(f"figure: {folder / 'split.html'}")
 
 
 def _describe(report: SplitReport) -> str:

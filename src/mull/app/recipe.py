@@ -11,9 +11,9 @@ and ``{…}`` YAML itself reads braces, so quote it there.
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model, field_validator, model_validator
 
 from mull.app.architecture import make_config
 from mull.app.yaml_text import MAX_CHARACTERS, override, read_yaml
@@ -45,14 +45,21 @@ class _Section(Frozen):
 class RunSection(_Section):
     """Where a run lives."""
 
-    name: str
+    name: str = Field(min_length=1)
     """Name of the run, and of its folder."""
 
-    out: Path = Path("out")
+    out: Annotated[Path, BeforeValidator(storage.local_path)] = Path("out")
     """Folder that holds the run's own folder."""
 
     tags: dict[str, str] = {}
     """Labels of the run in MLflow."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts or Path(name) == Path():
+            raise ValueError(f"{name!r} is no name of a folder inside run.out")
+        return name
 
 
 class ModelSection(_Section):

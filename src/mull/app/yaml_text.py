@@ -28,7 +28,7 @@ CORE = {
     ),
     "merge": re.compile("<<"),
 }
-"""Plain values that are no texts, from the core schema of YAML 1.2 (yaml.org/spec/1.2.2, 10.3.2), in this order; and merge keys."""
+"""Plain values that are no texts, by the core schema of YAML 1.2 (yaml.org/spec/1.2.2, 10.3.2), in this order; and merge keys."""
 
 
 class _Loader(yaml.SafeLoader):

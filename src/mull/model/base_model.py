@@ -107,7 +107,7 @@ class MullPreTrainedModel(PreTrainedModel):
 
         Raises:
             TypeError: iterations that are no whole number, or a path that is no list of pairs.
-            ValueError: both are given, iterations outside 1 to 1000 or without a think block, or a path that does not fit the model.
+            ValueError: both are given, iterations outside 1 to 1000 or without a think block, or a path that does not fit.
         """
         n_layers = self.text_config.num_hidden_layers
         if path is not None:
