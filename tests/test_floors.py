@@ -64,7 +64,7 @@ MAX_CODE_LINES = 10100
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
-OPTIONAL = {"datasets", "moto", "s3fs", "mlflow", "lm_eval", "peft", "fla", "mkdocs"}
+OPTIONAL = {"datasets", "gguf", "moto", "s3fs", "mlflow", "lm_eval", "peft", "fla", "mkdocs"}
 """Packages of the extras: importing mull must work, and be the same, without them."""
 
 MAX_FILE_LINES = 600

@@ -27,6 +27,7 @@ from mull.retrofit.source import load_tokenizer
 from mull.retrofit.wrap import from_pretrained
 from mull.runtime.distributed import device
 from mull.runtime.storage import local_path
+from mull.training.loop import MAX_SEED
 
 TRACEBACK = "MULL_TRACEBACK"
 """Environment variable that shows the traceback of an error, for bug reports."""
@@ -45,7 +46,7 @@ ModelArgument = Annotated[str, Argument(help="Folder, .gguf file or hub name of 
 @app.command()
 def demo(
     out: Annotated[str, Option(help="Folder for the report and the models.")] = "out/demo",
-    seed: Annotated[int, Option(help="Seed of weights, data order and sampled iterations.")] = 0,
+    seed: Annotated[int, Option(help="Seed of weights, data order and sampled iterations.", min=0, max=MAX_SEED)] = 0,
 ) -> None:
     """Train a small model on real text, teach it to think in loops, and write a report: minutes on one CPU, no downloads."""
     print(f"report: {run_demo(local_path(out), seed)}")
@@ -86,9 +87,9 @@ def split(
     model: ModelArgument,
     data: Annotated[list[str] | None, Option(help="Files, folders, s3://… or hf:…; default: Python's library.")] = None,
     out: Annotated[str, Option(help="Folder for split.json and split.html.")] = "out/split",
-    length: Annotated[int, Option(help="Tokens per row.")] = 256,
-    batches: Annotated[int, Option(help="Number of batches to measure on.")] = 8,
-    batch_size: Annotated[int, Option(help="Rows per batch.")] = 8,
+    length: Annotated[int, Option(help="Tokens per row.", min=2)] = 256,
+    batches: Annotated[int, Option(help="Number of batches to measure on.", min=1)] = 8,
+    batch_size: Annotated[int, Option(help="Rows per batch.", min=1)] = 8,
 ) -> None:
     """Measure which layers of MODEL encode, think and decode, and propose an ETDConfig."""
     folder = local_path(out)
@@ -138,7 +139,7 @@ def continue_prompt(
     top_p: Annotated[float | None, Option(help="Sample from the likeliest tokens of this total probability.")] = None,
     min_p: Annotated[float | None, Option(help="Least probability, relative to the likeliest token's.")] = None,
     repetition_penalty: Annotated[float, Option(help="Divides the logits of used tokens; 1 is off.")] = 1.0,
-    seed: Annotated[int, Option(help="Seed for sampling.")] = 0,
+    seed: Annotated[int, Option(help="Seed for sampling.", min=0, max=2**63 - 1)] = 0,
     compile_: Annotated[bool, Option("--compile", help="Compile: minutes at first, then faster.")] = False,
     stats: Annotated[bool, Option("--stats", help="Print time and acceptance to standard error.")] = False,
 ) -> None:

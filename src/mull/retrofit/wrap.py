@@ -166,7 +166,11 @@ def _from_base(
     native = mtp is not None and mtp.mtp_head_type == "native"
     # Read first, so that a checkpoint without them is refused before a large trunk is loaded.
     tensors = read_native_heads(name_or_dir, **hub_options) if native else {}
-    model = wrap_transformer_with_etd(AutoModelForCausalLM.from_pretrained(name_or_dir, **options), etd, mtp)
+    base = AutoModelForCausalLM.from_pretrained(name_or_dir, **options)
+    if "gguf_file" in options:
+        # transformers has unpacked the weights. The note that they are packed would be saved with them, and spoil a checkpoint.
+        vars(base.config).pop("quantization_config", None)
+    model = wrap_transformer_with_etd(base, etd, mtp)
     if mtp is not None and native:
         load_native_heads(model, tensors, name_or_dir)
         if "native_hidden_state" not in mtp.model_fields_set:

@@ -282,7 +282,9 @@ def _check_uri(uri: str) -> None:
         return
     advice = ""
     if scheme in ("", "file"):
-        advice = f" MLflow no longer writes to plain folders: use sqlite:///{storage.local_path(uri).absolute()}/mlflow.db."
+        advice = (
+            f" MLflow no longer writes to plain folders: use sqlite:///{storage.local_path(uri).absolute()}/mlflow.db."
+        )
     allowed = ", ".join(f"{name}:" for name in MLFLOW_SCHEMES)
     raise ValueError(f"tracking.uri={uri!r} is neither a database nor a server ({allowed}).{advice}")
 

@@ -294,14 +294,22 @@ def test_files_are_read_as_people_have_them(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud83d"}\n', r"a\.jsonl:2 has half of a surrogate pair"),
-        ("a.jsonl", b'{"text": "x"}\n{"n": ' + b"9" * 5000 + b"}\n", r"a\.jsonl:2 has a number of more than 4,300 digits"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"n": ' + b"9" * 5000 + b"}\n",
+            r"a\.jsonl:2 has a number of more than 4,300 digits",
+        ),
         ("a.jsonl", b'{"text": "x"}\n{"n": ' + b"[" * 200_000 + b"}\n", r"a\.jsonl:2 is (nested too deeply|not JSON)"),
         ("a.json", b'[{"text": "x"},\n{"text": y}]', r"a\.json:2 is not JSON"),
         ("a.json", b'{"text": "x"}', r"a\.json has a dict: a \.json file must be a list of objects, or have one"),
         ("a.json", b'{"text": "x"}\n{"text": 3}\n', r"a\.json:2 has int under 'text'"),
         ("a.txt", b"good\ncaf\xe9\n", r"a\.txt is not valid UTF-8 in line 2"),
         ("a.txt.gz", gzip.compress(b"x" * 99)[:-1] + b"?", r"a\.txt\.gz is not a complete gzip file"),
-        ("a.txt.gz", gzip.compress(bytes(range(256)) * 9)[:12] + b"\xff" * 40, r"a\.txt\.gz is not a complete gzip file"),
+        (
+            "a.txt.gz",
+            gzip.compress(bytes(range(256)) * 9)[:12] + b"\xff" * 40,
+            r"a\.txt\.gz is not a complete gzip file",
+        ),
         ("a.txt.gz", b"no gzip", r"a\.txt\.gz is not a complete gzip file"),
     ],
 )
