@@ -37,8 +37,8 @@ ALL = "all"
 
 LINE_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 TEXT_SUFFIXES = LINE_SUFFIXES | {".md", ".py", ".txt"}
-"""Files to look for in a folder, also with ``.gz``. A file that is given itself may have any suffix. Files and folders whose names
-begin with a dot are left out: ``.venv``, ``.git``, and the ``._a.txt`` that macOS writes beside ``a.txt``."""
+"""Files to look for in a folder, also with ``.gz``. A file that is given itself may have any suffix. Files and folders with names
+that begin with a dot are left out: ``.venv``, ``.git``, and the ``._a.txt`` that macOS writes beside ``a.txt``."""
 
 RECORD_SUFFIXES = LINE_SUFFIXES | {".json"}
 TABLE_BUILDERS = {".arrow": "arrow", ".csv": "csv", ".parquet": "parquet"}

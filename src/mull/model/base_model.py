@@ -247,7 +247,10 @@ class MullModel(MullPreTrainedModel):
             TypeError: an argument of another type.
             ValueError: arguments that contradict each other or the cache.
         """
-        if not isinstance(attention_mask, dict):  # transformers' masks by kind of layer
+        if isinstance(attention_mask, dict):  # transformers' masks by kind of layer
+            if missing := sorted({kind for kind in self.kinds if kind != "linear_attention"} - attention_mask.keys()):
+                raise ValueError(f"attention_mask has no mask for layers of the kind {missing[0]}.")
+        else:
             require_tensors(attention_mask=attention_mask)
         if position_ids is not None:
             require_ids("position_ids", position_ids)

@@ -121,6 +121,8 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         """
         if output_attentions:
             raise ValueError("output_attentions=True is not supported: attention weights are not collected.")
+        if isinstance(logits_to_keep, Tensor) and logits_to_keep.is_floating_point():
+            raise ValueError(f"logits_to_keep has the type {logits_to_keep.dtype}: indices are whole numbers.")
         if not isinstance(logits_to_keep, Tensor):
             require_count("logits_to_keep", logits_to_keep, 0)
         if labels is not None:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedConfig
 
 from mull.model.path import MAX_ITERATIONS, MAX_LAYERS, Path, recursion
-from mull.runtime.arguments import Frozen
+from mull.runtime.arguments import Frozen, require
 
 SPLITS: dict[str, tuple[float, float]] = {"published": (7 / 16, 4 / 16), "quarters": (1 / 4, 1 / 2)}
 """Encoder and think fractions of the depth. ``published`` is 7-4-5 of 16 layers (arXiv:2510.07358), ``quarters`` 25/50/25."""
@@ -72,7 +72,9 @@ class ETDConfig(Frozen):
             split: ``published`` scales 7-4-5 of 16 layers, ``quarters`` 25/50/25.
             options: Further fields of the configuration.
         """
-        config = getattr(model, "config", model).get_text_config()
+        config = getattr(model, "config", model)
+        require("model", config, PreTrainedConfig, "a model or its configuration")
+        config = config.get_text_config()
         encoder, think, decoder = split_for(config.num_hidden_layers, layer_kinds(config), split)
         return cls(n_encoder_layers=encoder, n_think_layers=think, n_decoder_layers=decoder, **options)
 

@@ -243,7 +243,8 @@ def sqlite_uri(folder: Path) -> str:
     place = folder.absolute()
     if set("?%") & set(str(place)):
         raise ValueError(
-            f"MLflow cannot keep a database in {place}: a URI cannot name a folder with ? or %. Choose another run.out, or set tracking.uri."
+            f"MLflow cannot keep a database in {place}, because of the ? or % in its name: choose another run.out, or set "
+            "tracking.uri."
         )
     return f"sqlite:///{place / 'mlflow.db'}"
 

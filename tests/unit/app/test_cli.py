@@ -235,11 +235,11 @@ def test_of_several_ranks_the_first_one_reports(
         (["generate", "{dir}/text.txt", "--prompt", "x"], "is a file: give the folder that holds config.json"),
         (
             ["generate", "{dir}", "--prompt", "x", "--seed", "-1", "--temperature", "1"],
-            "Invalid value for '--seed': -1 is not in the range",
+            "Invalid value for '--seed'",
         ),
         (
             ["split", "{dir}", "--data", "{dir}/text.txt", "--batches", "0"],
-            "Invalid value for '--batches': 0 is not in the range",
+            "Invalid value for '--batches'",
         ),
         (["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "100"], "exceed the model's 64 positions"),
         (

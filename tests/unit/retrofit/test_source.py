@@ -1,4 +1,4 @@
-"""Claim: a model is found by folder, GGUF file or hub name, and what is missing is named; a GGUF file gives transformers' model."""
+"""Claim: a model is found by folder, GGUF file or hub name, what is missing is named, and a GGUF file is the model in it."""
 
 import importlib
 import json
