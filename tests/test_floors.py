@@ -50,17 +50,17 @@ BUDGETS = {
     "runtime": 740,
     "ops": 700,
     "layers": 900,
-    "data": 950,
+    "data": 960,
     "model": 1700,
     "decoding": 1100,
     "retrofit": 1200,
     "training": 2600,
     "evaluation": 2000,
-    "app": 2040,
+    "app": 2000,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 10100
+MAX_CODE_LINES = 10150
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

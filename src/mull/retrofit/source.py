@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from mull.data.arithmetic import CHARACTERS
 from mull.runtime import storage
 from mull.runtime.arguments import require
 
@@ -100,6 +101,6 @@ def load_tokenizer(written: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     source = find_source(written)
     load_config(source, {})  # its error about a place that is not a checkpoint is clearer
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.name, **source.options)
-    if not tokenizer("0a")["input_ids"]:  # transformers makes an empty one if there are no files
+    if not tokenizer(CHARACTERS)["input_ids"]:  # transformers makes an empty one if there are no files
         raise ValueError(f"{written} has no tokenizer: save the model's own beside it, with tokenizer.save_pretrained.")
     return tokenizer

@@ -459,3 +459,16 @@ def test_the_recipes_of_the_repository_are_valid() -> None:
     assert files
     for file in files:
         load_recipe(file)
+
+
+def test_the_place_of_a_run_is_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for out, place in {
+        "~/a?b": tmp_path / "a?b",
+        f"file://{tmp_path}/#%": tmp_path / "#%",
+        "[x] y": Path("[x] y"),
+    }.items():
+        assert parse_recipe(changed(content(tmp_path), run__out=out)).run.out == place
+    for key, value in {"run__out": "s3://bucket/x", "run__name": "../x", "checkpoint__url": "~no-such-user/x"}.items():
+        with pytest.raises(ValueError, match=key.replace("__", r"\.")):
+            parse_recipe(changed(content(tmp_path), **{key: value}))
