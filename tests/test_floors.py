@@ -21,12 +21,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYOUT: dict[str, tuple[int, str]] = {
-    "runtime": (1, "storage distributed progress timing shards checkpoint tracking"),
+    "runtime": (1, "arguments storage distributed progress timing shards checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
     "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise"),
     "layers": (3, "heads recursive_heads value_head"),
     "model": (4, "path configs memory growing_cache fixed_cache families inputs policy executor base_model causal_lm"),
-    "retrofit": (5, "reading native_heads wrap presets"),
+    "retrofit": (5, "reading source native_heads wrap presets"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
     "training": (6, "optimization objectives trainable state content step loop"),
     "training.objectives": (
@@ -37,7 +37,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "evaluation": (7, "held_out lossless acceptance rewards cost search"),
     "evaluation.cost": (7, "count training decoding"),
     "evaluation.search": (7, "loop_probe split"),
-    "app": (8, "yaml_text recipe prepare build run report demo cli"),
+    "app": (8, "yaml_text architecture recipe prepare build run report demo cli"),
     "app.report": (8, "figures page"),
     "app.demo": (8, "chapter loops weights speculation chain demo"),
 }
@@ -47,7 +47,7 @@ other. An import under ``TYPE_CHECKING`` is held to the same rule: a type is kno
 TOP = ("mull.__init__", "mull.__main__")
 
 BUDGETS = {
-    "runtime": 950,
+    "runtime": 1050,
     "ops": 700,
     "layers": 900,
     "data": 1000,
@@ -56,15 +56,15 @@ BUDGETS = {
     "retrofit": 1200,
     "training": 2600,
     "evaluation": 2000,
-    "app": 1940,
+    "app": 2100,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 11200
+MAX_CODE_LINES = 11700
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
-OPTIONAL = {"datasets", "moto", "s3fs", "mlflow", "lm_eval", "peft", "fla", "mkdocs"}
+OPTIONAL = {"datasets", "gguf", "moto", "s3fs", "mlflow", "lm_eval", "peft", "fla", "mkdocs"}
 """Packages of the extras: importing mull must work, and be the same, without them."""
 
 MAX_FILE_LINES = 600

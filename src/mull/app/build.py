@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from mull.app.prepare import Prepared, arithmetic_task, backbone_config, load_tokenizer
+from mull.app.prepare import Prepared, arithmetic_task, backbone_config
 from mull.app.recipe import ModelSection, Recipe, Stage
 from mull.evaluation.rewards import REWARDS
 from mull.layers.value_head import ValueHead
 from mull.model.base_model import MullConfig
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.families import require_supported
+from mull.retrofit.source import GGUF, find_source, load_tokenizer
 from mull.retrofit.wrap import from_pretrained, wrap_transformer_with_etd
 from mull.training.objectives.base import Objective
 from mull.training.objectives.evidence import check_reference
@@ -22,6 +23,8 @@ from mull.training.objectives.grpo import GRPOSection
 from mull.training.objectives.resources import Resources
 from mull.training.objectives.table import make_objective
 from mull.training.objectives.weightings import ReturnConfig
+
+WEIGHTS = (".safetensors", ".bin", GGUF)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -72,9 +75,10 @@ def meta_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> Mul
 
 def _check_weights(checkpoint: str | None) -> None:
     """Refuse a local checkpoint without weights, which only loading would find."""
-    if checkpoint is None or not Path(checkpoint).is_dir():
+    folder = None if checkpoint is None else Path(find_source(checkpoint).name)
+    if folder is None or not folder.is_dir():
         return
-    if not any(file.suffix in (".safetensors", ".bin") for file in Path(checkpoint).iterdir()):
+    if not any(file.suffix.lower() in WEIGHTS for file in folder.iterdir()):
         raise FileNotFoundError(f"{checkpoint} holds no weights (.safetensors): it is no finished checkpoint.")
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -26,10 +25,11 @@ from mull.decoding.generate import GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position, describe_call
 from mull.evaluation.search.split import SplitReport, find_split
 from mull.model.configs import ETDConfig, MTPConfig
-from mull.retrofit.reading import read_tokenizer
+from mull.retrofit.source import load_tokenizer
 from mull.retrofit.wrap import from_pretrained
 from mull.runtime.distributed import device
-from mull.runtime.storage import redact
+from mull.runtime.storage import local_path, redact
+from mull.training.loop import MAX_SEED
 
 TRACEBACK = "MULL_TRACEBACK"
 """Environment variable that shows the traceback of an error, for bug reports."""
@@ -42,21 +42,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ModelArgument = Annotated[str, Argument(help="Directory or hub name of a checkpoint.", metavar="MODEL")]
+ModelArgument = Annotated[str, Argument(help="Folder, .gguf file or hub name of a checkpoint.", metavar="MODEL")]
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, Option(help="Folder for the report and the models.")] = Path("out/demo"),
-    seed: Annotated[int, Option(help="Seed of weights, data order and sampled iterations.")] = 0,
+    out: Annotated[str, Option(help="Folder for the report and the models.")] = "out/demo",
+    seed: Annotated[int, Option(help="Seed of weights, data order and sampled iterations.", min=0, max=MAX_SEED)] = 0,
 ) -> None:
     """Train a small model on real text, teach it to think in loops, and write a report: minutes on one CPU, no downloads."""
-    print(f"report: {run_demo(out, seed)}")
+    print(f"report: {run_demo(local_path(out), seed)}")
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, Argument(help="YAML file that describes the run.")],
+    recipe: Annotated[str, Argument(help="YAML file that describes the run.")],
     set_: Annotated[list[str] | None, Option("--set", help="section.key=value; overrides the recipe.")] = None,
     resume: Annotated[bool, Option(help="Continue from the run's newest checkpoint.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Check everything and print the cost; train nothing.")] = False,
@@ -88,17 +88,18 @@ def _print_once(text: str) -> None:
 def split(
     model: ModelArgument,
     data: Annotated[list[str] | None, Option(help="Files, folders, s3://… or hf:…; default: Python's library.")] = None,
-    out: Annotated[Path, Option(help="Folder for split.json and split.html.")] = Path("out/split"),
-    length: Annotated[int, Option(help="Tokens per row.")] = 128,
-    batches: Annotated[int, Option(help="Number of batches to measure on.")] = 16,
-    batch_size: Annotated[int, Option(help="Rows per batch; windows may drop out after each batch.")] = 4,
-    probe_batches: Annotated[int, Option(help="At most so many of them for the loop probe; 0: no probe.")] = 8,
+    out: Annotated[str, Option(help="Folder for split.json and split.html.")] = "out/split",
+    length: Annotated[int, Option(help="Tokens per row.", min=2)] = 128,
+    batches: Annotated[int, Option(help="Number of batches to measure on.", min=1)] = 16,
+    batch_size: Annotated[int, Option(help="Rows per batch; windows may drop out after each batch.", min=1)] = 4,
+    probe_batches: Annotated[int, Option(help="At most so many of them for the loop probe; 0: no probe.", min=0)] = 8,
     width: Annotated[
         list[int] | None, Option(help="Layers of the probed windows; default: the published width and its half.")
     ] = None,
     precision: Annotated[Literal["auto", "fp32", "bf16"], Option(help="auto takes the faster one.")] = "auto",
 ) -> None:
     """Measure which layers of MODEL encode, think and decode, and propose an ETDConfig."""
+    folder = local_path(out)
     documents = load_stdlib().held_out if data is None else load_documents(data)
     loaded: Any = from_pretrained(model, allow_missing=False)
     text_config = loaded.config.get_text_config()
@@ -106,7 +107,7 @@ def split(
     if length > longest:
         raise ValueError(f"--length {length} exceeds the model's {longest} positions: measure shorter rows.")
     texts = (document.text for document in documents)
-    tokenizer = read_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     dataset = pack_texts(texts, tokenizer, length=length, vocab_size=text_config.vocab_size)
     measured = list(dataset.in_order(batch_size))[:batches]
     report = find_split(
@@ -117,16 +118,16 @@ def split(
         probe_widths=width,
         precision=precision,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "split.json").write_text(report.to_json())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "split.json").write_text(report.to_json())
     page = Report(f"Split of {model}", command=" ".join(["mull", *sys.argv[1:]]))
     section = page.section("Loop probe and angular distance").prose(_describe(report))
     section.figure(angular_distance_figure(report), "Angular distance of each layer, and the loop probe.")
     if report.probe:
         section.table(PROBE_COLUMNS, _probe_rows(report), "Losses in nats per token. All windows are in split.json.")
-    page.write(out / "split.html")
+    page.write(folder / "split.html")
     _print_split(report)
-    print(f"figure: {out / 'split.html'}")
+    print(f"figure: {folder / 'split.html'}")
 
 
 PROBE_COLUMNS = ("layers", "extra loss", "standard error", "per layer", "rows", "dropped")
@@ -178,7 +179,7 @@ def continue_prompt(
     top_p: Annotated[float | None, Option(help="Sample from the likeliest tokens of this total probability.")] = None,
     min_p: Annotated[float | None, Option(help="Least probability, relative to the likeliest token's.")] = None,
     repetition_penalty: Annotated[float, Option(help="Divides the logits of used tokens; 1 is off.")] = 1.0,
-    seed: Annotated[int, Option(help="Seed for sampling.")] = 0,
+    seed: Annotated[int, Option(help="Seed for sampling.", min=0, max=2**63 - 1)] = 0,
     compile_: Annotated[bool, Option("--compile", help="Compile: minutes at first, then faster.")] = False,
     stats: Annotated[bool, Option("--stats", help="Print time and acceptance to standard error.")] = False,
 ) -> None:
@@ -186,7 +187,7 @@ def continue_prompt(
     text = sys.stdin.read() if prompt == "-" else prompt
     heads = None if mtp is None else MTPConfig(mtp_head_type=mtp)
     loaded: Any = from_pretrained(model, etd=None if etd is None else _parse_split(etd), mtp=heads, allow_missing=False)
-    tokenizer = read_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     encoder = TextEncoder(tokenizer)
     tokens = encoder.prompts([text])
     if not tokens[0]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from mull.app.architecture import make_config, try_config
 from mull.app.recipe import DataSection, ModelSection, Recipe, Stage
 from mull.data.arithmetic import CHARACTERS, ArithmeticTask, character_tokenizer
 from mull.data.corpus import load_stdlib, subsample
@@ -16,7 +16,7 @@ from mull.data.sources import Document, load_documents
 from mull.data.tasks import Example, load_examples, pairs
 from mull.data.tokenizer import train_tokenizer
 from mull.model.families import require_supported
-from mull.retrofit.reading import read_config, read_tokenizer
+from mull.retrofit.source import find_source, load_config, load_tokenizer
 from mull.runtime.distributed import rank
 from mull.training.loop import Batches
 from mull.training.objectives.critic import ValueSection
@@ -65,6 +65,8 @@ def prepare(recipe: Recipe) -> Prepared:
         RuntimeError: a package is missing.
     """
     stages = recipe.schedule()
+    if recipe.model.architecture is not None:
+        try_config(make_config(recipe.model.architecture))  # before the data is read
     if stages[0].data.arithmetic is not None:
         return _prepare_arithmetic(recipe.model, stages)
     # By section, because stages that share one read their files once.
@@ -141,12 +143,11 @@ def backbone_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -
         ValueError: as in `mull.model.families.require_supported`.
     """
     if section.checkpoint is not None:
-        config: PreTrainedConfig = read_config(section.checkpoint)
+        config = load_config(find_source(section.checkpoint), {})
     else:
         assert section.architecture is not None
         special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-        fields = {"vocab_size": len(tokenizer), **special, **section.architecture}
-        config = CONFIG_MAPPING[fields.pop("model_type")](**fields)
+        config = make_config({"vocab_size": len(tokenizer), **special, **section.architecture})
     require_supported(config.get_text_config())
     return config
 
@@ -156,22 +157,6 @@ def arithmetic_task(stage: Stage) -> ArithmeticTask:
     section = stage.data.arithmetic
     assert section is not None
     return ArithmeticTask(digits=section.digits, operations=section.operations, seed=stage.train.seed)
-
-
-def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model.
-
-    Raises:
-        OSError: no checkpoint at this place.
-        ValueError: a checkpoint without a tokenizer.
-    """
-    read_config(checkpoint)  # its error about a place that is not a checkpoint is clearer
-    tokenizer = read_tokenizer(checkpoint)
-    if not tokenizer(CHARACTERS)["input_ids"]:  # transformers makes an empty one if there are no files
-        raise ValueError(
-            f"{checkpoint} has no tokenizer: save the model's own beside it, with tokenizer.save_pretrained."
-        )
-    return tokenizer
 
 
 def _read(data: DataSection, paths: Sequence[str] | None, split: str | None) -> list[Document] | list[Example]:

@@ -11,15 +11,17 @@ and ``{…}`` YAML itself reads braces, so quote it there.
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model, field_validator, model_validator
 
-from mull.app.yaml_text import override, read_yaml
+from mull.app.architecture import make_config
+from mull.app.yaml_text import MAX_CHARACTERS, override, read_yaml
 from mull.data.arithmetic import MAX_DIGITS, OPERATIONS, ArithmeticTask
 from mull.evaluation.rewards import REWARDS
 from mull.model.configs import ETDConfig, MTPConfig
-from mull.model.families import FAMILIES
+from mull.runtime import storage
+from mull.runtime.arguments import Frozen, require
 from mull.runtime.checkpoint import CheckpointConfig
 from mull.training.loop import TrainConfig
 from mull.training.objectives.critic import ValueSection
@@ -36,21 +38,28 @@ SECTIONS = {entry.section[0]: name for name, entry in OBJECTIVES.items() if entr
 _SETTINGS = dict(entry.section for entry in OBJECTIVES.values() if entry.section is not None)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+class _Section(Frozen):
+    """A part of a recipe."""
 
 
 class RunSection(_Section):
     """Where a run lives."""
 
-    name: str
+    name: str = Field(min_length=1)
     """Name of the run, and of its folder."""
 
-    out: Path = Path("out")
+    out: Annotated[Path, BeforeValidator(storage.local_path)] = Path("out")
     """Folder that holds the run's own folder."""
 
     tags: dict[str, str] = {}
     """Labels of the run in MLflow."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts or Path(name) == Path():
+            raise ValueError(f"{name!r} is no name of a folder inside run.out")
+        return name
 
 
 class ModelSection(_Section):
@@ -77,9 +86,8 @@ class ModelSection(_Section):
     def _one_start(self) -> Self:
         if (self.checkpoint is None) == (self.architecture is None):
             raise ValueError("give either checkpoint or architecture")
-        if self.architecture is not None and (kind := self.architecture.get("model_type")) not in FAMILIES:
-            known = ", ".join(sorted(FAMILIES))
-            raise ValueError(f"architecture.model_type={kind!r} is not supported; supported are {known}")
+        if self.architecture is not None:
+            make_config(self.architecture)
         return self
 
 
@@ -96,7 +104,7 @@ class ArithmeticSection(_Section):
     operations: str = OPERATIONS
     """Some of ``+``, ``-`` and ``*``."""
 
-    questions: int = Field(default=10_000, ge=1)
+    questions: int = Field(default=10_000, ge=1, le=1_000_000)
     """Questions with answers to train on; ``grpo-wmtp`` asks new ones in every step."""
 
     @field_validator("operations")
@@ -138,13 +146,13 @@ class DataSection(_Section):
     max_bytes: int | None = Field(default=None, ge=1)
     """Train on a random sample of the texts, at most this large."""
 
-    vocab_size: int = Field(default=2048, ge=257)
+    vocab_size: int = Field(default=2048, ge=257, le=1_000_000)
     """Size of the byte-level BPE that is trained when the model starts from random weights."""
 
     length: int = Field(default=256, ge=2)
     """Tokens per row; documents are packed."""
 
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=100_000)
     """Rows per micro-batch."""
 
     @model_validator(mode="after")
@@ -391,7 +399,7 @@ def _pretraining(stage: Stage, pretrain: PretrainSection) -> Stage:
     return StageSection.model_validate({"name": name, "data": stage.data, "train": train, "value_head": value_head})
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
@@ -403,11 +411,21 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: not YAML, a key given twice, an environment variable that is not set, an unknown key (the nearest known one is
             named), or a value that does not fit.
     """
+    path = storage.local_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe at {path}.")
-    content = read_yaml(path.read_text(encoding="utf-8"), str(path), ())
+    with path.open("rb") as file:
+        raw = file.read(4 * MAX_CHARACTERS + 1)  # UTF-8 has at most four bytes per character
+    try:
+        content = read_yaml(
+            raw.decode("utf-8-sig", "strict" if len(raw) <= 4 * MAX_CHARACTERS else "replace"), str(path), ()
+        )
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path} is not UTF-8 in line {line}: is it a recipe?") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold sections such as run, model and train, but holds {type(content).__name__}.")
+    require("overrides", overrides, (list, tuple), "a list of section.key=value")
     for assignment in overrides:
         override(content, assignment)
     return parse_recipe(content)
@@ -419,6 +437,7 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: unknown, missing or unfitting keys.
     """
+    require("content", content, Mapping, "sections such as run, model and train")
     shared = {key: value for key, value in content.items() if key in SHARED}
     stages = [shared] if "stages" not in content else _with_defaults(content["stages"], shared)
     whole = {key: value for key, value in content.items() if key not in SHARED} | {"stages": stages}

@@ -1,4 +1,8 @@
-"""The YAML of recipes: numbers as in YAML 1.2, environment variables, no key twice, and overrides of single values."""
+"""The YAML of recipes: YAML 1.2, environment variables, no key twice, and overrides of single values.
+
+PyYAML parses; its own reading of plain values is that of YAML 1.1, where ``3:20`` is 200 and ``0200`` is 128. ruamel.yaml would
+bring YAML 1.2, but also dates and ``1_000``, which the core schema does not have.
+"""
 
 import os
 import re
@@ -8,14 +12,49 @@ from typing import Any
 
 import yaml
 
+MAX_CHARACTERS = 100_000
+"""Of a recipe. Ours have a thousand; PyYAML takes up to three seconds for 100,000."""
+
+MAX_VALUES = 20_000
+"""Of a document whose aliases are written out."""
+
+TAG = "tag:yaml.org,2002:"
+CORE = {
+    "null": re.compile(r"~|null|Null|NULL|"),
+    "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
+    "int": re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
+    "float": re.compile(
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+    ),
+    "merge": re.compile("<<"),
+}
+"""Plain values that are no texts, by the core schema of YAML 1.2 (yaml.org/spec/1.2.2, 10.3.2), in this order; and merge keys."""
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``1e-4`` is a number, as in YAML 1.2; PyYAML reads version 1.1, which wants ``1.0e-4``."""
+    """PyYAML with the core schema of YAML 1.2."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
-)
+def _integer(_loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = node.value
+    try:
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+    except ValueError:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{text[:40]!r} is no whole number of at most 4,300 digits", node.start_mark
+        ) from None
+
+
+def _real(_loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+for _kind, _pattern in CORE.items():
+    _Loader.add_implicit_resolver(TAG + _kind, re.compile(f"(?:{_pattern.pattern})$"), None)
+_Loader.add_constructor(TAG + "int", _integer)
+_Loader.add_constructor(TAG + "float", _real)
 
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\})?")
 
@@ -29,21 +68,65 @@ def read_yaml(text: str, source: str, place: tuple[str, ...]) -> Any:
         place: Keys above the document, for error messages.
 
     Raises:
-        ValueError: not YAML, a key given twice, or an environment variable that is not set.
+        ValueError: not YAML, too large, an alias inside what it stands for, a key given twice, or an environment variable that is
+            not set.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(
+            f"{source} has {len(text):,} characters, and a recipe at most {MAX_CHARACTERS:,}: is it a recipe?"
+        )
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
+        _check_size(node, source)
         for scalar, key in _scalars(node, place):
             if "${" in scalar.value:
                 scalar.value = _VARIABLE.sub(partial(_expand, key), scalar.value)
                 if scalar.style is None:  # not quoted
                     scalar.tag = loader.resolve(yaml.ScalarNode, scalar.value, (True, False))
+            _check_tag(scalar)
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{source} is nested too deeply for a recipe.") from None
+
+
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
+def _check_size(root: yaml.Node, source: str) -> None:
+    """Refuse aliases that stand inside what they stand for, or that would make a small file huge."""
+    sizes: dict[int, int] = {}
+    above: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in above:
+            line = node.start_mark.line + 1
+            raise ValueError(f"{source} has an alias in line {line} or below that stands inside what it stands for.")
+        if id(node) not in sizes:
+            above.add(id(node))
+            sizes[id(node)] = 1 + sum(map(size, _parts(node)))
+            above.discard(id(node))
+        return sizes[id(node)]
+
+    if (found := size(root)) > MAX_VALUES:
+        raise ValueError(f"{source} has {found:,} values once its aliases are written out, more than {MAX_VALUES:,}.")
+
+
+def _check_tag(node: yaml.Node) -> None:
+    """Refuse values with a tag that they do not fit, such as ``!!int x``, and tags outside the core schema, such as dates."""
+    kind = node.tag.removeprefix(TAG)
+    fits = kind in ("map", "seq", "str")
+    if isinstance(node, yaml.ScalarNode):
+        fits = kind == "str" or (kind in CORE and CORE[kind].fullmatch(node.value) is not None)
+    if not fits:
+        raise ValueError(f"The tag {node.tag} in line {node.start_mark.line + 1} does not fit its value: leave it out.")
 
 
 def _scalars(node: yaml.Node, place: tuple[str, ...]) -> Iterator[tuple[yaml.ScalarNode, str]]:
@@ -52,6 +135,8 @@ def _scalars(node: yaml.Node, place: tuple[str, ...]) -> Iterator[tuple[yaml.Sca
     waiting = [(node, place)]
     while waiting:
         current, where = waiting.pop()
+        if not isinstance(current, yaml.ScalarNode):
+            _check_tag(current)
         if isinstance(current, yaml.ScalarNode):
             found[id(current)] = (current, ".".join(where))
         elif isinstance(current, yaml.SequenceNode):
@@ -60,7 +145,10 @@ def _scalars(node: yaml.Node, place: tuple[str, ...]) -> Iterator[tuple[yaml.Sca
             seen: dict[str, int] = {}
             for key, value in current.value:
                 line = key.start_mark.line + 1
-                if key.value in seen and isinstance(key, yaml.ScalarNode):
+                if not isinstance(key, yaml.ScalarNode):
+                    raise ValueError(f"A key in line {line} is a list or a section: keys are texts.")
+                _check_tag(key)
+                if key.value in seen:
                     name = ".".join((*where, key.value))
                     raise ValueError(f"the key {name} is given twice, in lines {seen[key.value]} and {line}")
                 seen[str(key.value)] = line
@@ -97,9 +185,11 @@ def override(content: dict[str, Any], assignment: str) -> None:
     if not separator:
         raise ValueError(f"--set {assignment} lacks a value: write --set section.key=value.")
     *sections, last = key.split(".")
+    if not all((*sections, last)):
+        raise ValueError(f"--set {assignment} has an empty key: write --set section.key=value.")
     place: Any = content
     for section in sections:
-        if isinstance(place, list) and section.isdigit() and int(section) < len(place):
+        if isinstance(place, list) and section.isdecimal() and int(section) < len(place):
             place = place[int(section)]
         else:
             place = place.setdefault(section, {}) if isinstance(place, dict) else None

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mull.runtime.arguments import require
+
 
 @runtime_checkable
 class RowDataset(Protocol):
@@ -33,6 +35,8 @@ class ShuffledBatches:
     """
 
     def __init__(self, dataset: RowDataset, batch_size: int, seed: int = 0) -> None:
+        require("batch_size", batch_size, int, "a whole number")
+        require("seed", seed, int, "a whole number")
         if batch_size < 1 or seed < 0:
             raise ValueError(f"batch_size={batch_size} must be positive, and seed={seed} must not be negative.")
         if len(dataset) < batch_size:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -108,6 +108,8 @@ def load_examples(
         ValueError: a record lacks a key of its schema or has another type there, or there are no examples.
         FileNotFoundError, ConnectionError, RuntimeError: as in `mull.data.sources.load_documents`.
     """
+    if schema not in get_args(Schema):
+        raise ValueError(f"schema={schema!r} is not known: give one of {', '.join(get_args(Schema))}.")
     if schema == "mbpp":
         return _load_mbpp(source, split, config)
     read, columns = SCHEMAS[schema]

@@ -20,6 +20,7 @@ from mull.decoding.drafting import Drafter
 from mull.decoding.rounds import Decoder
 from mull.model.causal_lm import MullForCausalLM
 from mull.ops.sampling import Sampling
+from mull.runtime.arguments import require, require_count, require_ids, require_seed, require_tensors, shown
 
 UNSTEADY_ROPES = {"dynamic", "longrope"}
 """Rotary embeddings of transformers that depend on the largest position of a call."""
@@ -194,6 +195,7 @@ def generate(
         The rows, and what it took.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: arguments that do not fit the model or each other.
     """
     sampling = Sampling(
@@ -201,6 +203,8 @@ def generate(
     )
     prompts = _prompts(model, input_ids, attention_mask, max_new_tokens)
     padding = _padding(model, pad_token_id, len(prompts))
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise TypeError(f"streamer is {shown(streamer)}: give an object with put and end, such as TextStreamer.")
     if streamer is not None and len(prompts) > 1:
         raise ValueError(f"A streamer takes one row, and input_ids has {len(prompts)}.")
     visits = model.path(think_iterations, path)
@@ -293,13 +297,15 @@ def _prompts(
     model: MullForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
 ) -> list[list[int]]:
     """The tokens of each row, without padding."""
+    require("model", model, MullForCausalLM, "a model of mull.from_pretrained or wrap_transformer_with_etd")
     model.require_in_memory()
+    require_ids("input_ids", input_ids)
+    require_tensors(attention_mask=attention_mask)
+    require("max_new_tokens", max_new_tokens, int, "a whole number")
     if model.training:
         raise ValueError("The model is in training mode, where dropout changes its output: call model.eval() first.")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give [rows, tokens].")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids has {tuple(input_ids.shape)}."
@@ -348,6 +354,7 @@ def _max_drafts(model: MullForCausalLM, draft: str | None, draft_length: int | N
     usual = Drafter.max_drafts(model.mtp_config)
     if draft_length is None:
         return usual
+    require("draft_length", draft_length, int, "a whole number, or leave it out")
     if draft_length < 0:
         raise ValueError(f"draft_length={draft_length} must be at least 0, which is plain decoding.")
     possible = Drafter.max_drafts(model.mtp_config, draft_length)
@@ -364,10 +371,17 @@ def _end_tokens(model: MullForCausalLM, eos_token_id: int | Sequence[int] | None
         eos_token_id = model.generation_config.eos_token_id
     if eos_token_id is None:
         return frozenset()
-    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+    if not isinstance(eos_token_id, int):
+        require("eos_token_id", eos_token_id, (list, tuple, set, frozenset), "a token number, or a list of them")
+    tokens = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+    for token in tokens:
+        require_count("eos_token_id", token, -1)  # some checkpoints say -1 for none
+    return tokens
 
 
 def _padding(model: MullForCausalLM, pad_token_id: int | None, n_rows: int) -> int:
+    if pad_token_id is not None:
+        require_count("pad_token_id", pad_token_id, 0, model.config.get_text_config().vocab_size - 1)
     for candidate in (pad_token_id, model.generation_config.pad_token_id, model.config.pad_token_id):
         if candidate is not None:
             return int(candidate)
@@ -378,6 +392,8 @@ def _padding(model: MullForCausalLM, pad_token_id: int | None, n_rows: int) -> i
 
 def _generator(sampling: Sampling, seed: int | None) -> torch.Generator | None:
     """A generator on the CPU, so that a seed gives the same draws on every device; None for greedy decoding."""
+    if seed is not None:
+        require_seed("seed", seed)
     if sampling.greedy:
         return None
     return torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)

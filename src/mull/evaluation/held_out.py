@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mull.data.packing import PackedDataset
 from mull.model.causal_lm import MullForCausalLM
 from mull.ops.targets import label_positions, targets_of
+from mull.runtime.arguments import require, require_count
 from mull.runtime.distributed import global_sum, rank, world_size
 
 
@@ -37,7 +38,18 @@ def held_out_losses(
     Returns:
         ``loss`` of the main head, and ``head1_loss``, ``head2_loss``, … of the extra heads. A head without a target in the rows
         is left out.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: a number below its limit.
     """
+    require("model", model, nn.Module, "a model of mull")
+    require("dataset", dataset, PackedDataset, "a PackedDataset")
+    require_count("batch_size", batch_size, 1)
+    if max_rows is not None:
+        require_count("max_rows", max_rows, 1)
+    if n_heads is not None:
+        require_count("n_heads", n_heads, 0)
     if n_heads is None:
         n_heads = 0 if model.mtp_config is None else model.mtp_config.num_predict_tokens
     rows = torch.arange(min(len(dataset), max_rows or len(dataset)))

@@ -33,8 +33,9 @@ from mull.model.inputs import (
     packed_positions,
 )
 from mull.model.memory import CallMemory
-from mull.model.path import Path, check_path, from_layers
+from mull.model.path import MAX_ITERATIONS, Path, check_path, from_layers
 from mull.model.policy import Policy
+from mull.runtime.arguments import require, require_callable, require_count, require_ids, require_tensors
 
 REQUIRES = "pip install mull, and import mull before AutoModelForCausalLM.from_pretrained"
 """Stands in ``config.json``: where mull was not imported, transformers says only that it does not know the model type."""
@@ -156,7 +157,8 @@ class MullPreTrainedModel(PreTrainedModel):
             path: Explicit visits ``(layer, occurrence)`` instead.
 
         Raises:
-            ValueError: both are given, iterations below 1 or without a think block, or a path that does not fit the model.
+            TypeError: iterations that are no whole number, or a path that is no list of pairs.
+            ValueError: both are given, iterations outside 1 to 1000 or without a think block, or a path that does not fit.
         """
         n_layers = self.text_config.num_hidden_layers
         if path is not None:
@@ -166,6 +168,8 @@ class MullPreTrainedModel(PreTrainedModel):
                 )
             return check_path(path, n_layers)
         if self.etd_config is None:
+            if think_iterations is not None:
+                require_count("think_iterations", think_iterations, 1, MAX_ITERATIONS)
             if think_iterations not in (None, 1):
                 raise ValueError(
                     f"think_iterations={think_iterations} needs a think block, and this model has none: load it with "
@@ -178,14 +182,15 @@ class MullPreTrainedModel(PreTrainedModel):
         """Passes through the think block of a call with this argument; 1 for a model without one.
 
         Raises:
-            ValueError: iterations below 1.
+            TypeError: no whole number.
+            ValueError: iterations outside 1 to 1000.
         """
         if self.etd_config is None:
             return 1
-        iterations = self.etd_config.max_think_iterations if think_iterations is None else think_iterations
-        if iterations < 1:
-            raise ValueError(f"think_iterations={iterations} must be at least 1, which is the unmodified model.")
-        return iterations
+        if think_iterations is None:
+            return self.etd_config.max_think_iterations
+        require_count("think_iterations", think_iterations, 1, MAX_ITERATIONS)
+        return think_iterations
 
 
 class MullModel(MullPreTrainedModel):
@@ -299,10 +304,19 @@ class MullModel(MullPreTrainedModel):
             after each visit; the last entry is the final-normed state, as in transformers.
 
         Raises:
-            TypeError: a keyword that is not known.
+            TypeError: a keyword that is not known, or an argument of another type.
             ValueError: arguments that contradict each other or the cache, or that cannot be obeyed; or the model is in training
                 mode, with extra heads that could be trained and do not follow.
         """
+        if isinstance(attention_mask, dict):  # transformers' masks by kind of layer
+            if missing := sorted({kind for kind in self.kinds if kind != "linear_attention"} - attention_mask.keys()):
+                raise ValueError(f"attention_mask has no mask for layers of the kind {missing[0]}.")
+        else:
+            require_tensors(attention_mask=attention_mask)
+        if position_ids is not None:
+            require_ids("position_ids", position_ids)
+        if policy is not None:
+            require_callable("policy.active", getattr(policy, "active", policy), "a policy of mull.model.policy")
         if self.training and torch.is_grad_enabled() and not heads_follow:
             self._refuse_to_leave_heads_out()
         output_hidden_states = (
@@ -386,6 +400,7 @@ class MullModel(MullPreTrainedModel):
                 without gradient. None back-propagates through all.
 
         Raises:
+            TypeError: an argument of another type.
             ValueError: `backprop_iterations` below 1.
         """
         return self._decoded(input_ids, every_iteration=True, **options)
@@ -401,7 +416,10 @@ class MullModel(MullPreTrainedModel):
         backprop_iterations: int | None = None,
         policy: Policy | None = None,
     ) -> list[Tensor]:
+        require_tensors(attention_mask=attention_mask, position_ids=position_ids)
         iterations = self.iterations(think_iterations)
+        if backprop_iterations is not None:
+            require("backprop_iterations", backprop_iterations, int, "a whole number, or leave it out")
         if backprop_iterations is not None and backprop_iterations < 1:
             raise ValueError(f"backprop_iterations={backprop_iterations} must be at least 1, or nothing is trained.")
         n_detached = 0 if backprop_iterations is None else max(iterations - backprop_iterations, 0)
@@ -442,6 +460,10 @@ class MullModel(MullPreTrainedModel):
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if input_ids is not None:
+            require_ids("input_ids", input_ids)
+        else:
+            require("inputs_embeds", inputs_embeds, Tensor, "a tensor [rows, tokens, width]")
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def _bound_cache(self, cache: SlotCache | None, use_cache: bool | None, visits: Path) -> SlotCache | None:

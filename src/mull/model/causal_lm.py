@@ -28,6 +28,7 @@ from mull.model.growing_cache import SlotCache
 from mull.model.inputs import LayerInputs, packed_positions
 from mull.ops.cross_entropy import accurate
 from mull.ops.targets import IGNORED, label_positions, require_targets, targets_of
+from mull.runtime.arguments import require_count, require_ids
 
 CACHE_IMPLEMENTATIONS = {None: False, "dynamic": False, "offloaded": True}
 """``cache_implementation`` of ``generate`` that a `SlotCache` serves, and whether it offloads."""
@@ -129,11 +130,17 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
                 extra heads; otherwise as in `MullModel.forward`.
 
         Raises:
-            TypeError: a keyword that is not known.
+            TypeError: a keyword that is not known, or an argument of another type.
             ValueError: arguments that contradict each other or the cache, or that cannot be obeyed; labels without a target.
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions=True is not supported: attention weights are not collected.")
+        if isinstance(logits_to_keep, Tensor) and logits_to_keep.is_floating_point():
+            raise ValueError(f"logits_to_keep has the type {logits_to_keep.dtype}: indices are whole numbers.")
+        if not isinstance(logits_to_keep, Tensor):
+            require_count("logits_to_keep", logits_to_keep, 0)
+        if labels is not None:
+            require_ids("labels", labels)
         # Not a parameter: transformers' Trainer takes every parameter with this name for labels that a batch must have.
         shift_labels = keywords.pop("shift_labels", None)
         if shift_labels is not None and self.mtp_config is not None:

@@ -4,16 +4,17 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from transformers import PreTrainedConfig
 
-from mull.model.path import Path, recursion
+from mull.model.path import MAX_ITERATIONS, MAX_LAYERS, Path, recursion
+from mull.runtime.arguments import Frozen, require
 
 SPLITS: dict[str, tuple[float, float]] = {"published": (7 / 16, 4 / 16), "quarters": (1 / 4, 1 / 2)}
 """Encoder and think fractions of the depth. ``published`` is 7-4-5 of 16 layers (arXiv:2510.07358), ``quarters`` 25/50/25."""
 
 
-class ETDConfig(BaseModel):
+class ETDConfig(Frozen):
     """Which decoder layers encode, think and decode, and how often the think block runs.
 
     Source:
@@ -21,18 +22,16 @@ class ETDConfig(BaseModel):
         scales that split to other depths, and ``mull split`` measures one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    n_encoder_layers: int = Field(ge=0)
+    n_encoder_layers: int = Field(ge=0, le=MAX_LAYERS)
     """Layers that run once, before the loop."""
 
-    n_think_layers: int = Field(ge=1)
+    n_think_layers: int = Field(ge=1, le=MAX_LAYERS)
     """Layers of the block that is iterated."""
 
-    n_decoder_layers: int = Field(ge=0)
+    n_decoder_layers: int = Field(ge=0, le=MAX_LAYERS)
     """Layers that run once, after the loop."""
 
-    max_think_iterations: int = Field(default=5, ge=1)
+    max_think_iterations: int = Field(default=5, ge=1, le=MAX_ITERATIONS)
     """Passes through the think block when a call does not say ``think_iterations``; 1 is the unmodified model. A call may
     ask for more, to measure how the model extrapolates."""
 
@@ -73,12 +72,14 @@ class ETDConfig(BaseModel):
             split: ``published`` scales 7-4-5 of 16 layers, ``quarters`` 25/50/25.
             options: Further fields of the configuration.
         """
-        config = getattr(model, "config", model).get_text_config()
+        config = getattr(model, "config", model)
+        require("model", config, PreTrainedConfig, "a model or its configuration")
+        config = config.get_text_config()
         encoder, think, decoder = split_for(config.num_hidden_layers, layer_kinds(config), split)
         return cls(n_encoder_layers=encoder, n_think_layers=think, n_decoder_layers=decoder, **options)
 
 
-class MTPConfig(BaseModel):
+class MTPConfig(Frozen):
     """How many tokens beyond the next one a model predicts, and with which extra heads.
 
     Source:
@@ -86,9 +87,7 @@ class MTPConfig(BaseModel):
         (arXiv:2509.18362). Native heads: the ``mtp.*`` weights of released Qwen3-Next and Qwen3.5 checkpoints.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    num_predict_tokens: int = Field(default=4, ge=1)
+    num_predict_tokens: int = Field(default=4, ge=1, le=64)
     """Number of extra heads. Head ``k`` at position ``i`` predicts token ``i + 1 + k``."""
 
     mtp_head_type: Literal["transformer", "mlp", "shared_lm_head", "sequential", "native"] = "transformer"
@@ -102,14 +101,14 @@ class MTPConfig(BaseModel):
     native_hidden_state: Literal["normed", "stream"] = "normed"
     """What ``native`` heads read from the trunk: its final-normed state, or the stream before the final norm."""
 
-    speculation_lookahead: int = Field(default=3, ge=0)
+    speculation_lookahead: int = Field(default=3, ge=0, le=64)
     """Most tokens that decoding drafts per round; 0 drafts none. Heads with weights of their own draft at most
     `num_predict_tokens`, recursive ones any number."""
 
     loss_weight_decay: float = Field(default=0.5, gt=0, le=1)
     """Ratio of the weights of two consecutive heads in the loss: ``α_k ∝ decay^(k-1)``, and the ``α_k`` sum to 1."""
 
-    mtp_loss_weight: float = Field(default=0.3, ge=0)
+    mtp_loss_weight: float = Field(default=0.3, ge=0, le=1000)
     """Weight of all extra heads together, relative to the main head."""
 
     @model_validator(mode="after")

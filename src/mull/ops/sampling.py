@@ -41,7 +41,10 @@ class Sampling(BaseModel):
     of ignored.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    # Strict: True is no number.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, strict=True
+    )
 
     temperature: float = Field(default=0.0, ge=0)
     """Divides the logits. 0 is greedy decoding, 1 the model's own distribution; otherwise at least 1e-6."""

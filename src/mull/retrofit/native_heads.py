@@ -31,7 +31,9 @@ from mull.model.base_model import MullConfig
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.executor import run_layer
 from mull.retrofit.reading import read_config
+from mull.retrofit.source import find_source
 from mull.runtime import storage
+from mull.runtime.arguments import require
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +118,7 @@ def read_native_heads(name_or_dir: str, **hub_options: Any) -> dict[str, Tensor]
         OSError: no checkpoint in safetensors at `name_or_dir`.
         ValueError: the checkpoint has no such tensors, more than one layer of them, or fewer than its index lists.
     """
+    name_or_dir = find_source(name_or_dir, **hub_options).name
     tensors: dict[str, Tensor] = {}
     for file, names in _files_with_heads(name_or_dir, hub_options).items():
         with _opened(file) as shard:
@@ -211,6 +214,7 @@ def load_native_heads(model: MullForCausalLM, tensors: Mapping[str, Tensor], sou
 
 
 def _native_heads(model: MullForCausalLM) -> MTPHeads:
+    require("model", model, MullForCausalLM, "a model of mull.from_pretrained")
     config, heads = model.mtp_config, model.mtp_heads
     if config is None or heads is None or config.mtp_head_type != "native":
         given = "no heads" if config is None else f"heads of type {config.mtp_head_type}"
@@ -332,7 +336,7 @@ def export_native_heads(model: MullForCausalLM, directory: str | Path) -> None:
         ValueError: the model has no native heads, no engine reads them for this architecture, or the directory belongs to another
             model.
     """
-    folder = Path(directory)
+    folder = storage.local_path(directory)
     field = _check_export(model, folder)
     weight_map = _read_weight_map(folder)
     files = sorted(set(weight_map.values()))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Olmo3Config, PreTrainedConfig
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
+from mull.runtime.arguments import require_count
 
 OLMO3_VOCAB_SIZE = 100278
 """Size of the OLMo 3 tokenizer."""
@@ -31,6 +32,7 @@ class TransformerConfig:
     @classmethod
     def olmo3_7B(cls, vocab_size: int = OLMO3_VOCAB_SIZE) -> "TransformerConfig":  # noqa: N802 - the promised name
         """OLMo 3 7B: 32 layers, width 4096, 32 heads, a sliding window of 4096 in three layers of four."""
+        require_count("vocab_size", vocab_size, 1)
         return cls(Olmo3Config(vocab_size=vocab_size))
 
     @classmethod

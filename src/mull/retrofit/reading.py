@@ -42,14 +42,14 @@ def read_config(name_or_dir: str, **options: Any) -> PreTrainedConfig:
     return config
 
 
-def read_tokenizer(name_or_dir: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(name_or_dir: str, **options: Any) -> PreTrainedTokenizerBase:
     """Tokenizer of a checkpoint.
 
     Raises:
         OSError, ValueError: as in `read_config`.
     """
     with explained(name_or_dir), TokenizersErrors():
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_dir, **NO_CODE)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_dir, **NO_CODE | options)
     return tokenizer
 
 

@@ -1,5 +1,7 @@
 """Retrofit an existing model, in memory or from a checkpoint."""
 
+import os
+from types import NoneType
 from typing import Any
 
 import torch
@@ -11,7 +13,9 @@ from mull.model.causal_lm import MullForCausalLM, new_heads
 from mull.model.configs import ETDConfig, MTPConfig, mtp_from_dict
 from mull.model.families import require_supported
 from mull.retrofit.native_heads import HUB_OPTIONS, choose_hidden_state, load_native_heads, read_native_heads
-from mull.retrofit.reading import HEADS, NO_CODE, TRUST, explained, read_config
+from mull.retrofit.reading import HEADS, NO_CODE, TRUST, explained
+from mull.retrofit.source import find_source, load_config
+from mull.runtime.arguments import require
 
 
 def wrap_transformer_with_etd(
@@ -29,12 +33,20 @@ def wrap_transformer_with_etd(
         The retrofitted model, in training mode if `model` is.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: unsupported architecture, a split that does not fit, a model that is wrapped already, or a wrapped model
             whose single-iteration logits differ from the base model's.
     """
+    require("model", model, PreTrainedModel, "a causal language model of transformers")
+    _require_configs(config, mtp)
     wrapped = _share_weights(model, config, mtp)
     certify_identity(wrapped, model)
     return wrapped
+
+
+def _require_configs(etd: ETDConfig | None, mtp: MTPConfig | None) -> None:
+    require("The configuration of the think block", etd, (ETDConfig, NoneType), "an ETDConfig, or None")
+    require("mtp", mtp, (MTPConfig, NoneType), "an MTPConfig, or None")
 
 
 def _share_weights(model: PreTrainedModel, config: ETDConfig | None, mtp: MTPConfig | None) -> MullForCausalLM:
@@ -75,8 +87,11 @@ def certify_identity(wrapped: MullForCausalLM, model: PreTrainedModel) -> None:
     precision. A model on the meta device has no weights and is not checked.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: the logits differ.
     """
+    require("wrapped", wrapped, MullForCausalLM, "a wrapped model")
+    require("model", model, PreTrainedModel, "the causal language model of transformers that it was made from")
     weight = model.lm_head.weight
     if weight.is_meta:
         return
@@ -101,7 +116,7 @@ def certify_identity(wrapped: MullForCausalLM, model: PreTrainedModel) -> None:
 
 
 def from_pretrained(
-    name_or_dir: str,
+    name_or_dir: str | os.PathLike[str],
     etd: ETDConfig | None = None,
     mtp: MTPConfig | None = None,
     *,
@@ -112,7 +127,7 @@ def from_pretrained(
 
     Args:
         name_or_dir: Directory or hub name of a Hugging Face checkpoint of a supported architecture, or of a model that mull
-            saved.
+            saved; or a ``.gguf`` file, which transformers unpacks (extra ``gguf``).
         etd: Which layers think. For a model that mull saved, it replaces the stored configuration, which is the default.
         mtp: Extra heads. For a model that mull saved, they replace the stored configuration, which is the default; weights that
             the checkpoint lacks start as the model's own next-token prediction. Native heads are read from a Hugging Face
@@ -125,13 +140,16 @@ def from_pretrained(
         The model in evaluation mode.
 
     Raises:
+        TypeError: an argument of another type.
         OSError: no checkpoint at `name_or_dir`.
         ValueError: as in `wrap_transformer_with_etd`; or the checkpoint lacks native heads, or has some that do not fit; or a
             file of it is damaged, or it needs code of its own; or it lacks other weights, and `allow_missing` is False.
     """
+    _require_configs(etd, mtp)
     hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
-    options = NO_CODE | options
-    config = read_config(name_or_dir, **hub_options, **{TRUST: options[TRUST]})
+    source = find_source(name_or_dir, **(NO_CODE | options))
+    name_or_dir, options = source
+    config = load_config(source, {**hub_options, TRUST: options[TRUST]})
     if not isinstance(config, MullConfig):
         require_supported(config.get_text_config())
         return _from_base(name_or_dir, etd, mtp, hub_options, options, allow_missing)
@@ -179,6 +197,9 @@ def _from_base(
     # Read first, so that a checkpoint without them is refused before a large trunk is loaded.
     tensors = read_native_heads(name_or_dir, **hub_options) if native else {}
     base: PreTrainedModel = _loaded(AutoModelForCausalLM, name_or_dir, allow_missing, options)
+    if "gguf_file" in options:
+        # transformers has unpacked the weights. The note that they are packed would be saved with them, and spoil a checkpoint.
+        vars(base.config).pop("quantization_config", None)
     model = wrap_transformer_with_etd(base, etd, mtp)
     if mtp is not None and native:
         load_native_heads(model, tensors, name_or_dir)

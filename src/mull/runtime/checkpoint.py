@@ -26,7 +26,7 @@ from os import PathLike
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state_dic
 from torch.distributed.checkpoint.storage import WriteResult
 
 from mull.runtime import distributed, storage
+from mull.runtime.arguments import Frozen
 from mull.runtime.shards import (
     DIGEST,
     SHARD,
@@ -70,10 +71,8 @@ _FILE = re.compile(rf"{SHARD.pattern}|\.metadata(\.tmp)?|checkpoint\.json(\.part
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
 
-class CheckpointConfig(BaseModel):
+class CheckpointConfig(Frozen):
     """Where, how often and how a run saves what it needs to continue."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     url: Annotated[str, AfterValidator(storage.check_url)] | None = None
     """Folder of the checkpoints: a path, ``file://…`` or ``s3://bucket/…``. ``None`` is ``checkpoints`` in the run's folder."""

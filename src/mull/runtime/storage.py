@@ -22,6 +22,8 @@ from typing import IO, Any
 import fsspec
 from fsspec import AbstractFileSystem
 
+from mull.runtime.arguments import require
+
 logger = logging.getLogger(__name__)
 
 LOCK_PATIENCE_SECONDS = 2.0
@@ -51,9 +53,27 @@ def is_local(url: str) -> bool:
     return "://" not in url or url.startswith("file://")
 
 
-def local_path(url: str) -> Path:
-    """Path of a local URL; ``~`` is the home folder."""
-    return Path(url.removeprefix("file://")).expanduser()
+def local_path(written: str | os.PathLike[str]) -> Path:
+    """The local path that a user wrote as a path or as ``file://…``; every option that names a local place is read by this.
+
+    A leading ``~`` is the home folder. All other characters stand for themselves: nothing is a pattern, a query or percent-coded.
+
+    Raises:
+        TypeError: neither text nor a path.
+        ValueError: an empty path, a URL of remote storage, the home of an unknown user, or a character that no path may have.
+    """
+    require("The path", written, (str, os.PathLike), "a path as text")
+    text = os.fspath(written)
+    require("The path", text, str, "a path as text")
+    if not is_local(text):
+        raise ValueError(f"{text} is no local path: this has to be on a local disk.")
+    path = text.removeprefix("file://")
+    if not path.strip() or "\0" in path:
+        raise ValueError(f"The path {text!r} is empty or has a null character: give a path such as out/model.")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{text}: there is no such user. Write ./{path} for a name that begins with ~.") from None
 
 
 def check_url(url: str) -> str:
@@ -68,6 +88,7 @@ def check_url(url: str) -> str:
     if not url.strip():
         raise ValueError("The URL is empty: give a path, file://… or s3://bucket/folder.")
     if is_local(url):
+        local_path(url)
         return url
     protocol = url.split("://", 1)[0]
     if protocol not in fsspec.available_protocols():

@@ -133,6 +133,8 @@ class MlflowLog:
         parameters: Mapping[str, Any],
         tags: Mapping[str, str],
     ) -> None:
+        if uri.startswith("sqlite:///~"):
+            uri = f"sqlite:///{storage.local_path(uri.removeprefix('sqlite:///'))}"
         _check_uri(uri)
         self._uri = uri
         # None: a new run repeats nothing.
@@ -233,8 +235,18 @@ class MlflowLog:
 
 
 def sqlite_uri(folder: Path) -> str:
-    """URI of the MLflow database ``mlflow.db`` in a folder."""
-    return f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+    """URI of the MLflow database ``mlflow.db`` in a folder.
+
+    Raises:
+        ValueError: MLflow could not find the folder again, because a URI ends at ``?``, and ``%`` begins a code.
+    """
+    place = folder.absolute()
+    if set("?%") & set(str(place)):
+        raise ValueError(
+            f"MLflow cannot keep a database in {place}, because of the ? or % in its name: choose another run.out, or set "
+            "tracking.uri."
+        )
+    return f"sqlite:///{place / 'mlflow.db'}"
 
 
 def _import_mlflow() -> tuple[Any, tuple[type[Exception], ...]]:
@@ -271,7 +283,9 @@ def _check_uri(uri: str) -> None:
         return
     advice = ""
     if scheme in ("", "file"):
-        advice = f" MLflow no longer writes to plain folders: use {sqlite_uri(Path(uri.removeprefix('file://')))}."
+        advice = (
+            f" MLflow no longer writes to plain folders: use sqlite:///{storage.local_path(uri).absolute()}/mlflow.db."
+        )
     allowed = ", ".join(f"{name}:" for name in MLFLOW_SCHEMES)
     shown = storage.redact(uri)
     raise ValueError(f"tracking.uri={shown!r} is neither a database nor a server ({allowed}).{advice}")

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from mull.data.sampler import ShuffledBatches
 from mull.model.causal_lm import MullForCausalLM
+from mull.runtime import storage
+from mull.runtime.arguments import require, require_callable
 from mull.runtime.checkpoint import CheckpointConfig, CheckpointWriter, latest, load_checkpoint, stored_tensors
 from mull.runtime.distributed import gather_objects, on_first_rank, rank, same_everywhere, world_size
 from mull.runtime.progress import Progress
@@ -80,6 +82,9 @@ CONTENT = "content."
 
 DEFAULT_CHECKPOINTS = CheckpointConfig()
 DEFAULT_SHARDING = DistributedConfig()
+MAX_SEED = 2**32 - 2**20
+"""Numpy's global generator takes seeds below 2^32, and every rank adds its number."""
+
 REPORTING = {"log_every"}
 """Fields of `TrainConfig` that do not influence the weights and may change when a run resumes."""
 
@@ -118,14 +123,14 @@ class TrainConfig(OptimizationConfig):
     that mull added to the backbone; or a list of patterns of names, such as ``model.layers.2?.*``. The others are frozen: they
     have no gradient and no optimizer state. What an objective trains beside the model is always trained."""
 
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1, le=1_000_000)
     """Micro-batches per optimizer step, over all ranks. Each rank runs an equal share, and the training is the same on any number
     of ranks. Step ``s`` (from 0) starts at batch ``s · accumulate``; ranks take the batches in turns."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seed of the global random generators of torch, numpy and Python, set at the start of the run; rank r uses ``seed + r``."""
 
     log_every: int = Field(default=10, ge=1)
@@ -317,6 +322,7 @@ def train(
         Steps, seconds, tokens, records, and why the run ended.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: `out_dir` holds another run and `resume` is False, the checkpoint belongs to another configuration, nothing
             is trainable or what is trainable does not influence the loss, `resume` without a place of checkpoints, or
             micro-batches that ranks cannot share.
@@ -324,7 +330,13 @@ def train(
             the step before, and every rank raises); weights or optimizer state to be saved or returned are not finite; a
             checkpoint is damaged or cannot be written; another process trains there.
     """
-    directory = None if out_dir is None else Path(out_dir)
+    require("model", model, nn.Module, "a model of mull")
+    require("objective", objective, Objective, "an objective of make_objective")
+    require_callable("batches", batches, "a function from the number of a batch to the batch")
+    require("config", config, TrainConfig, "a TrainConfig")
+    require("checkpoint", checkpoint, CheckpointConfig, "a CheckpointConfig")
+    require("distributed", distributed, DistributedConfig, "a DistributedConfig")
+    directory = None if out_dir is None else storage.local_path(out_dir)
     url = checkpoint.url or (None if directory is None else str(directory / CHECKPOINTS))
     with contextlib.ExitStack() as stack:
         if url is not None and is_local(url):

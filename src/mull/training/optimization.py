@@ -4,13 +4,14 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mull.runtime.arguments import Frozen
 from mull.runtime.distributed import whole
 from mull.runtime.timing import measured_peak
 
@@ -31,25 +32,29 @@ PEAK_BF16_FLOPS = {
 """Dense bf16 peak of GPUs in FLOP per second, without sparsity, from NVIDIA's data sheets, by a pattern for the device's name."""
 
 
-class OptimizationConfig(BaseModel):
-    """Optimizer, schedule and precision."""
+MAX_LR = 100.0
+"""Above it a learning rate, or a decay per unit of it, is a slip of the pen."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+Average = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizationConfig(Frozen):
+    """Optimizer, schedule and precision."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """``muon`` trains the two-dimensional hidden matrices of the model with Muon, and everything else with AdamW: embeddings,
     unembedding, norms, biases, convolutions, and what an objective trains beside the model."""
 
-    peak_lr: float = Field(default=3e-4, gt=0)
+    peak_lr: float = Field(default=3e-4, gt=0, le=MAX_LR)
     """Learning rate of AdamW after warm-up."""
 
-    muon_lr: float = Field(default=0.02, gt=0)
+    muon_lr: float = Field(default=0.02, gt=0, le=MAX_LR)
     """Learning rate of Muon after warm-up. Its updates are orthogonal matrices times ``sqrt(max(1, rows / columns))``."""
 
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, le=MAX_LR)
     """Decoupled weight decay, per unit of learning rate. Embeddings, norms and biases do not decay."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Average, Average] = (0.9, 0.95)
     """Decay of AdamW's two moving averages."""
 
     clip_norm: float | None = Field(default=1.0, gt=0)

@@ -9,21 +9,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from mull.model.causal_lm import MullForCausalLM
+from mull.runtime.arguments import Frozen
 from mull.runtime.distributed import gather_objects, world_size
 from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan
 from mull.training.optimization import Precision, gradient_norm
 
 
-class DistributedConfig(BaseModel):
+class DistributedConfig(Frozen):
     """How several ranks share the weights. Has no effect with one process."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     reshard_after_forward: bool = True
     """Free a decoder layer's gathered weights after each visit and gather them again for the next one and for the backward pass.

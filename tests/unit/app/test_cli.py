@@ -276,6 +276,22 @@ def test_of_several_ranks_the_first_one_reports(
     [
         (["generate", "{dir}/none", "--prompt", "x"], "none"),
         (["generate", "{dir}", "--prompt", ""], "The prompt is empty"),
+        (["generate", "{bare}", "--prompt", "x"], "bare has no tokenizer: save the model's own beside it"),
+        (["split", "{bare}", "--data", "{dir}/text.txt"], "bare has no tokenizer"),
+        (
+            ["generate", "out/none/model", "--prompt", "x"],
+            "There is no model at out/none/model. The run none writes it",
+        ),
+        (["generate", "s3://bucket/model", "--prompt", "x"], "cannot be read as a model"),
+        (["generate", "{dir}/text.txt", "--prompt", "x"], "is a file: give the folder that holds config.json"),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--seed", "-1", "--temperature", "1"],
+            "Invalid value for '--seed'",
+        ),
+        (
+            ["split", "{dir}", "--data", "{dir}/text.txt", "--batches", "0"],
+            "Invalid value for '--batches'",
+        ),
         (["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "100"], "exceed the model's 64 positions"),
         (
             ["generate", "{dir}", "--prompt", "x", "--etd", "7,4,5"],
@@ -339,6 +355,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     places["typo"].write_text("run: {name: a}\nmodel: {checkpoint: b}\ntrain: {steps: 1, peek_lr: 1}\n")
     if "{gpt2}" in arguments:
         GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=17)).save_pretrained(places["gpt2"])
+    places["bare"] = tmp_path / "bare"
+    if "{bare}" in arguments:
+        tiny("qwen3").save_pretrained(places["bare"])
     if "{other}" in arguments:
         tiny("qwen3").save_pretrained(places["other"])
         train_tokenizer([TEXT], 300).save_pretrained(places["other"])

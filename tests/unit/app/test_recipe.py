@@ -9,6 +9,7 @@ import yaml
 from recipes import changed, content
 
 from mull.app.recipe import SECTIONS, SHARED, Recipe, load_recipe, parse_recipe, recipe_schema
+from mull.app.yaml_text import MAX_CHARACTERS, read_yaml
 
 RHO1 = {"reference": "somewhere"}
 CRITIC = {"pretrain": {"steps": 3}}
@@ -244,10 +245,132 @@ RECIPE = "run: {name: x}\nmodel:\n  checkpoint: y\ntrain:\n  steps: 3\n"
 
 
 def test_numbers_are_read_as_everyone_writes_them(tmp_path: Path) -> None:
-    text = RECIPE.replace("checkpoint: y", "architecture: {model_type: qwen3, rms_norm_eps: 1e-5, a: 1e+5, b: -2.5E3}")
+    text = RECIPE.replace("checkpoint: y", "architecture: {model_type: qwen3, rms_norm_eps: 1e-5, rope_theta: 1e+5}")
     architecture = load_recipe(written(tmp_path, text)).model.architecture
-    assert architecture == {"model_type": "qwen3", "rms_norm_eps": 1e-5, "a": 1e5, "b": -2500.0}
+    assert architecture == {"model_type": "qwen3", "rms_norm_eps": 1e-5, "rope_theta": 1e5}
+    assert read_yaml("b: -2.5E3", "here", ()) == {"b": -2500.0}
     assert load_recipe(written(tmp_path, RECIPE.replace("x}", "'1e5'}"))).run.name == "1e5"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3:20", "3:20"),
+        ("0200", 200),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("1e3", 1000.0),
+        (".5", 0.5),
+        ("1_000", "1_000"),
+        ("yes", "yes"),
+        ("off", "off"),
+        ("True", True),
+        ("~", None),
+        ("-.INF", float("-inf")),
+        ("2026-11-28", "2026-11-28"),
+        ("0b11", "0b11"),
+        ("!!float 3", 3.0),
+    ],
+)
+def test_plain_values_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+    found = read_yaml(f"key: {text}", "here", ())["key"]
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: &a {x: *a}", "has an alias in line 1 or below that stands inside what it stands for"),
+        (
+            "a: &a [x, x, x, x, x, x, x, x, x]\n"
+            + "".join(
+                f"{k}: &{k} [{', '.join([f'*{before}'] * 9)}]\n" for before, k in zip("abcdefg", "bcdefgh", strict=True)
+            ),
+            "values once its aliases are written out",
+        ),
+        ("a: " + "x" * MAX_CHARACTERS, "characters, and a recipe at most"),
+        ("[" * 5000, "nested too deeply"),
+        ("seed: " + "9" * 5000, "is no whole number of at most 4,300 digits"),
+        ("a: !!int x", "The tag tag:yaml.org,2002:int in line 1 does not fit its value"),
+        ("!!bool x: 1", "in line 1 does not fit its value"),
+        ("a: !!python/name:os.system {}", "in line 1 does not fit its value"),
+        ("? [a]\n: b", "A key in line 1 is a list or a section"),
+    ],
+)
+def test_files_that_would_hang_or_mean_something_else_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared below
+        load_recipe(written(tmp_path, text))
+    assert message in str(error.value)
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark_and_must_be_utf_8(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(b"\xef\xbb\xbf" + RECIPE.encode())
+    assert load_recipe(file).run.name == "x"
+    file.write_bytes(RECIPE.encode() + b"# caf\xe9\n")
+    with pytest.raises(ValueError, match=r"recipe.yaml is not UTF-8 in line 6"):
+        load_recipe(file)
+    file.write_bytes(b"a: x\n" * MAX_CHARACTERS)
+    with pytest.raises(ValueError, match="characters, and a recipe at most"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.peak_lr", "true"),
+        ("train.peak_lr", ".inf"),
+        ("train.peak_lr", ".nan"),
+        ("train.peak_lr", "1e6"),
+        ("train.betas", "[true, 0.9]"),
+        ("train.betas", "[0.9, 1.5]"),
+        ("train.steps", "true"),
+        ("train.steps", "1" + "0" * 30),
+        ("train.max_seconds", ".inf"),
+        ("train.seed", "4294967296"),
+        ("train.seed", "-1"),
+        ("train.accumulate", "100000000"),
+        ("loss.iterations.maximum", "100000000"),
+        ("model.etd.max_think_iterations", "100000000"),
+        ("model.etd.n_think_layers", "100000000"),
+        ("data.batch_size", "1000000000"),
+        ("train.clip_norm", ".inf"),
+        ("train.weight_decay", ".inf"),
+        ("loss.heads.warmup_steps", "1" + "0" * 20),
+    ],
+)
+def test_numbers_are_finite_and_bounded(tmp_path: Path, key: str, value: str) -> None:
+    file = written(tmp_path, yaml.safe_dump(changed(content(tmp_path), train__algo="baseline-mtp")))
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        load_recipe(file, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_hidden_layer", 4, "unknown key architecture.num_hidden_layer. Did you mean num_hidden_layers?"),
+        ("dtype", "bf16", "unknown key architecture.dtype."),
+        ("hidden_size", "32", "Field 'hidden_size' expected int, got str"),
+        ("hidden_size", True, "Field 'hidden_size' expected int, got bool"),
+        ("hidden_size", -3, "architecture.hidden_size=-3 must be a number from 1"),
+        ("num_hidden_layers", 10**6, "architecture.num_hidden_layers=1000000 must be a number from 1 to 1,000"),
+        ("rms_norm_eps", float("inf"), "architecture.rms_norm_eps=inf must be a number"),
+        ("rope_parameters", {"rope_theta": 0.0}, "architecture.rope_parameters.rope_theta=0.0 must be a number"),
+        ("attention_dropout", 1.0, "architecture.attention_dropout=1.0 must be below 1"),
+        ("layer_types", ["x"], "layer_types"),
+        ("pad_token_id", 10**6, "architecture.pad_token_id=1000000 is outside the vocabulary of 300 tokens"),
+    ],
+)
+def test_an_architecture_has_the_fields_of_its_configuration_and_possible_values(
+    tmp_path: Path, field: str, value: Any, message: str
+) -> None:
+    recipe = changed(
+        content(tmp_path), **{f"model__architecture__{field}": value, "model__architecture__vocab_size": 300}
+    )
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared below
+        parse_recipe(recipe)
+    assert message in str(error.value)
+    assert str(error.value).startswith("model: ")
 
 
 def test_environment_variables_stand_in_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,3 +459,16 @@ def test_the_recipes_of_the_repository_are_valid() -> None:
     assert files
     for file in files:
         load_recipe(file)
+
+
+def test_the_place_of_a_run_is_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for out, place in {
+        "~/a?b": tmp_path / "a?b",
+        f"file://{tmp_path}/#%": tmp_path / "#%",
+        "[x] y": Path("[x] y"),
+    }.items():
+        assert parse_recipe(changed(content(tmp_path), run__out=out)).run.out == place
+    for key, value in {"run__out": "s3://bucket/x", "run__name": "../x", "checkpoint__url": "~no-such-user/x"}.items():
+        with pytest.raises(ValueError, match=key.replace("__", r"\.")):
+            parse_recipe(changed(content(tmp_path), **{key: value}))

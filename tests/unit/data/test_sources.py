@@ -265,3 +265,77 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(RuntimeError, match=r"hf:owner/name needs the datasets library: pip install 'mull\[data\]'"):
         texts("hf:owner/name")
+
+
+def test_files_are_read_as_people_have_them(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    folder = tmp_path / "folder"
+    (folder / ".venv").mkdir(parents=True)
+    (folder / "a.TXT").write_bytes(mark + b"one")
+    (folder / "b.JSONL").write_bytes(mark + b'{"text": "two"}\r\n{"text": "three"}\r\n')
+    (folder / "c.ndjson").write_bytes(b'{"text": "four"}\n')
+    (folder / "d.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "five"}\n'))
+    (folder / "._a.txt").write_bytes(b"\x00\x05\x16\x07\xff")
+    (folder / ".venv" / "module.py").write_text("hidden = 1\n")
+    assert [document.text for document in load_documents([folder])] == ["one", "two", "three", "four", "five"]
+    assert [record.fields["text"] for record in read_records(folder)] == ["two", "three", "four", "five"]
+    assert [document.text for document in load_documents([folder / ".venv"])] == ["hidden = 1\n"], "asked for by name"
+    lines, listed = tmp_path / "lines.json", tmp_path / "list.json"
+    lines.write_bytes(mark + b'{"text": "six"}\n{"text": "seven"}\n')
+    listed.write_bytes(mark + b'[{"text": "eight"}]')
+    assert load_documents([lines, listed]) == [
+        Document(f"{lines}:1", "six"),
+        Document(f"{lines}:2", "seven"),
+        Document(f"{listed}:1", "eight"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud83d"}\n', r"a\.jsonl:2 has half of a surrogate pair"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"n": ' + b"9" * 5000 + b"}\n",
+            r"a\.jsonl:2 has a number of more than 4,300 digits",
+        ),
+        ("a.jsonl", b'{"text": "x"}\n{"n": ' + b"[" * 200_000 + b"}\n", r"a\.jsonl:2 is (nested too deeply|not JSON)"),
+        ("a.json", b'[{"text": "x"},\n{"text": y}]', r"a\.json:2 is not JSON"),
+        ("a.json", b'{"text": "x"}', r"a\.json has a dict: a \.json file must be a list of objects, or have one"),
+        ("a.json", b'{"text": "x"}\n{"text": 3}\n', r"a\.json:2 has int under 'text'"),
+        ("a.txt", b"good\ncaf\xe9\n", r"a\.txt is not valid UTF-8 in line 2"),
+        ("a.txt.gz", gzip.compress(b"x" * 99)[:-1] + b"?", r"a\.txt\.gz is not a complete gzip file"),
+        (
+            "a.txt.gz",
+            gzip.compress(bytes(range(256)) * 9)[:12] + b"\xff" * 40,
+            r"a\.txt\.gz is not a complete gzip file",
+        ),
+        ("a.txt.gz", b"no gzip", r"a\.txt\.gz is not a complete gzip file"),
+    ],
+)
+def test_damage_is_named_with_file_and_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_documents([tmp_path / name])
+
+
+def test_a_path_means_the_same_with_any_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a b", "[a]", "a?b", "a*", "50%", "a%20b", "a#b", "~a", "a&b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "t.txt").write_text(name)
+        for written in (f"{folder}", f"file://{folder}", f"~/{name}", f"~/{name}/t.txt"):
+            assert [document.text for document in load_documents([written])] == [name], written
+
+
+def test_a_dataset_may_lie_in_a_folder_of_any_name(
+    tmp_path: Path, datasets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rows = datasets.Dataset.from_dict(ROWS)
+    for name in ("a b", "[a]", "a?b", "50%", "a#b"):
+        rows.to_parquet(str(tmp_path / name / "T.PARQUET"))
+        rows.save_to_disk(str(tmp_path / name / "saved"))
+        for written in (f"{tmp_path}/{name}/T.PARQUET", f"~/{name}/T.PARQUET", f"file://{tmp_path}/{name}/saved"):
+            assert [document.text for document in load_documents([f"hf:{written}"])] == ROWS["text"], written

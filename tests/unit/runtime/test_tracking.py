@@ -250,3 +250,16 @@ log.close()
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize("name", ["a?b", "100%41"])
+def test_no_database_lands_where_a_uri_would_end_early(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="MLflow cannot keep a database in"):
+        sqlite_uri(tmp_path / name)
+
+
+def test_the_home_folder_is_read_in_the_uri_of_a_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    MlflowLog("sqlite:///~/a b.db", "e", "r", tmp_path / "id", parameters={}, tags={}).close()
+    assert (tmp_path / "a b.db").is_file()

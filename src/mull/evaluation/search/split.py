@@ -35,11 +35,13 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig, attention_period, layer_kinds
 from mull.model.path import Visit, from_layers
 from mull.retrofit.wrap import wrap_transformer_with_etd
+from mull.runtime.arguments import require, require_callable, require_count, require_number
 from mull.runtime.progress import Progress
 from mull.runtime.timing import fastest
 from mull.training.optimization import resolve_precision
 
 Tokens = Literal["all", "last"]
+MAX_BATCHES = 1_000_000
 
 LARGEST_SHARE = 1 / 3
 """Largest think block by default, as a share of the layers. The published split has a quarter."""
@@ -280,20 +282,26 @@ def find_split(
         progress: Show on stderr how many passes there are, how long they will take, and how far they are.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: fewer than 3 layers, no batch, no token that is not padding, or widths that do not fit the model.
 
     Source:
         Encode-Think-Decode (arXiv:2510.07358), which averages the last token over 10,000 sequences of C4, decides by the knees
         and has no probe.
     """
+    require("model", model, PreTrainedModel, "a causal language model")
+    require_callable("batches", batches, "a function from the number of a batch to the batch")
+    require_count("n_batches", n_batches, 1, MAX_BATCHES)
+    require_count("n_probe_batches", n_probe_batches, 0, MAX_BATCHES)
+    require_number("sensitivity", sensitivity)
+    for width in probe_widths or ():
+        require("A width to probe", width, int, "a whole number")
     config = model.config.get_text_config()
     n_layers = config.num_hidden_layers
     if n_layers < 3:
         raise ValueError(
             f"A model of {n_layers} layers has no split to find: encode, think and decode need a layer each."
         )
-    if n_batches < 1 or n_probe_batches < 0:
-        raise ValueError(f"n_batches={n_batches} must be at least 1, and n_probe_batches={n_probe_batches} at least 0.")
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is not known. Choose one of {', '.join(PRECISIONS)}.")
     started, training = time.perf_counter(), model.training

@@ -34,7 +34,7 @@ from mull.training.objectives.resources import Resources, Reward, Settings
 class GRPOConfig(Settings):
     """How answers are sampled and compared."""
 
-    group_size: int = Field(default=8, ge=2)
+    group_size: int = Field(default=8, ge=2, le=10_000)
     """Answers per prompt. A micro-batch of B prompts trains on ``B * group_size`` rows."""
 
     max_new_tokens: int = Field(default=256, ge=1)

@@ -4,13 +4,16 @@ import math
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from mull.model.path import MAX_ITERATIONS
+from mull.runtime.arguments import Frozen
 
 SIGMA = 0.5
 """Sigma of the log-normal rate in Huginn's sampler."""
 
 
-class IterationSampling(BaseModel):
+class IterationSampling(Frozen):
     """Fixed or sampled number of think iterations, and how many of them back-propagate.
 
     `sample` is called once per optimizer step, so all micro-batches of a step run equally deep.
@@ -20,19 +23,17 @@ class IterationSampling(BaseModel):
         `maximum`, because one long draw would decide the memory of the whole run.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
     kind: Literal["fixed", "uniform", "poisson_lognormal"] = "fixed"
     """``fixed`` always runs `maximum`; ``uniform`` draws from ``minimum..maximum``, both included; ``poisson_lognormal`` draws
     ``1 + Poisson(rate)`` with ``rate ~ LogNormal(ln(mean) - sigma²/2, sigma)``, sigma 0.5."""
 
-    maximum: int = Field(ge=1)
+    maximum: int = Field(ge=1, le=MAX_ITERATIONS)
     """Largest number of iterations."""
 
     minimum: int | None = Field(default=None, ge=1)
     """Smallest number of iterations of ``uniform``; 1 when not given."""
 
-    mean: float | None = Field(default=None, gt=0)
+    mean: float | None = Field(default=None, gt=0, le=MAX_ITERATIONS)
     """Expected rate of ``poisson_lognormal``. Draws average ``mean + 1`` before they are clamped to `maximum`."""
 
     backprop_iterations: int | None = Field(default=None, ge=1)

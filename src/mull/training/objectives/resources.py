@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from mull.layers.value_head import ValueHead
 from mull.model.causal_lm import MullForCausalLM
+from mull.runtime.arguments import Frozen, require, require_callable, require_count
 from mull.training.objectives.base import Batch
 from mull.training.objectives.iterations import IterationSampling
 
@@ -18,10 +19,8 @@ that of the data with every row repeated for its samples, so it can carry what g
 the callable looks up. A reward that reads text owns the tokenizer to decode with."""
 
 
-class Settings(BaseModel):
+class Settings(Frozen):
     """Settings of an objective; also its section in a recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     sources: ClassVar[frozenset[str]] = frozenset()
     """Fields that say where something comes from. A resumed run may change them, so no checkpoint compares them."""
@@ -62,3 +61,21 @@ class Resources:
 
     pad_id: int = 0
     """For ``grpo-wmtp``: fills rows after their end."""
+
+    def __post_init__(self) -> None:
+        """Refuse what an objective could not use.
+
+        Raises:
+            TypeError: a field of another type.
+        """
+        require("model", self.model, nn.Module, "a model of mull")
+        require("iterations", self.iterations, IterationSampling, "an IterationSampling")
+        require("reference", self.reference, (nn.Module, NoneType), "a model of mull, or None")
+        require("value_head", self.value_head, (nn.Module, NoneType), "a ValueHead, or None")
+        for name in ("held_out", "reward"):
+            if (given := getattr(self, name)) is not None:
+                require_callable(name, given, "a function, or None")
+        require("end_ids", self.end_ids, (list, tuple), "a list of token numbers")
+        for token in self.end_ids:
+            require("An entry of end_ids", token, int, "a token number")
+        require_count("pad_id", self.pad_id, 0)

@@ -7,10 +7,12 @@ a weighting by an entry point of the group ``mull.objectives``, whose value is a
 
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any, Literal, NamedTuple
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
+from mull.runtime.arguments import require, require_seed
 from mull.training.objectives import critic, grpo, weightings
 from mull.training.objectives.base import Objective
 from mull.training.objectives.evidence import Evidence, Scored, Scorer
@@ -98,9 +100,19 @@ def make_objective(
         seed: Seed of the control, and of what the objective samples.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: unknown name, or a resource that the objective needs is missing or does not fit.
     """
+    require("name", name, str, f"one of {', '.join(objective_names())}")
     entry = find_entry(name)
+    require("resources", resources, Resources, "Resources(model=…)")
+    if settings is not None:
+        wanted = "leave it out" if entry.settings is None else f"{entry.settings.__name__}(…)"
+        require("settings", settings, entry.settings or NoneType, wanted)
+    require("heads", heads, (HeadTraining, NoneType), "a HeadTraining, or None")
+    if control not in get_args(Control):
+        raise ValueError(f"control={control!r} is not known: give one of {', '.join(get_args(Control))}.")
+    require_seed("seed", seed)
     if settings is None and entry.settings is not None:
         settings = entry.settings()
     built = entry.build(settings, resources)

@@ -21,6 +21,7 @@ from mull.training.objectives.base import Batch, StepPlan, batch_states
 from mull.training.objectives.evidence import Evidence, Scored, Scorer, check_reference
 from mull.training.objectives.resources import Resources, Settings
 from mull.training.objectives.weight_statistics import RunningMoments
+from mull.training.optimization import MAX_LR
 
 
 class Rho1Config(Settings):
@@ -89,7 +90,7 @@ class PretrainSection(Settings):
     steps: int = Field(ge=1)
     """Optimizer steps."""
 
-    peak_lr: float = Field(default=1e-3, gt=0)
+    peak_lr: float = Field(default=1e-3, gt=0, le=MAX_LR)
     """Learning rate of the value head after warm-up; everything else is as in ``train``."""
 
     per_problem: int | None = Field(default=None, ge=1)
