@@ -56,7 +56,7 @@ check: $(VENV)/test.stamp
 	$(BIN)/mypy
 
 test: $(VENV)/test.stamp
-	$(PYTEST) -m "not slow and not gpu and not hub"
+	$(PYTEST) -m "not slow and not gpu and not hub and not real"
 
 test-all: $(VENV)/test.stamp
 	$(PYTEST)

@@ -1,6 +1,7 @@
 """Tiny random models of every supported family, on the CPU."""
 
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -136,3 +137,12 @@ def ids() -> Callable[..., torch.Tensor]:
         return torch.randint(3, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
     return make
+
+
+@pytest.fixture
+def real_model() -> str:
+    """Directory of a pretrained model of a few hundred million parameters, with its tokenizer."""
+    directory = os.environ.get("MULL_REAL_MODEL")
+    if directory is None:
+        pytest.skip("MULL_REAL_MODEL names no directory with a pretrained model.")
+    return directory

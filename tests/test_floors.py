@@ -21,14 +21,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYOUT: dict[str, tuple[int, str]] = {
-    "runtime": (1, "storage distributed timing checkpoint tracking"),
+    "runtime": (1, "storage distributed progress timing checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
     "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise"),
     "layers": (3, "heads recursive_heads value_head"),
     "model": (4, "path configs memory growing_cache fixed_cache families inputs policy executor base_model causal_lm"),
     "retrofit": (5, "native_heads wrap presets"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
-    "training": (6, "optimization objectives trainable state step progress loop"),
+    "training": (6, "optimization objectives trainable state step loop"),
     "training.objectives": (
         6,
         "base iterations resources next_token step_supervision evidence weight_statistics weightings weighted_mtp critic grpo "
@@ -36,7 +36,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     ),
     "evaluation": (7, "held_out lossless acceptance rewards cost search"),
     "evaluation.cost": (7, "count training decoding"),
-    "evaluation.search": (7, "split"),
+    "evaluation.search": (7, "loop_probe split"),
     "app": (8, "yaml_text recipe prepare build run report demo cli"),
     "app.report": (8, "figures page"),
     "app.demo": (8, "chapter loops weights speculation chain demo"),
@@ -47,20 +47,20 @@ other. An import under ``TYPE_CHECKING`` is held to the same rule: a type is kno
 TOP = ("mull.__init__", "mull.__main__")
 
 BUDGETS = {
-    "runtime": 650,
+    "runtime": 730,
     "ops": 700,
     "layers": 900,
-    "data": 950,
+    "data": 1000,
     "model": 1750,
     "decoding": 1100,
     "retrofit": 1200,
     "training": 2600,
     "evaluation": 2000,
-    "app": 1900,
+    "app": 1940,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 10400
+MAX_CODE_LINES = 10700
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
@@ -345,8 +345,7 @@ CHECKS: dict[str, tuple[Callable[[Sources], list[str]], list[Sources]]] = {
         [
             {"mull.ops.a": "x = 1\n" * 701},
             {"mull.ops.a": "x = (\n    1\n)\n" * 240},
-            {f"mull.{folder}.a": "x = 1\n" * 1090 for folder in ("model", "training", "evaluation")}
-            | {"mull.a": "x = 1\n" * 7200},
+            {"mull.a": "x = 1\n" * (MAX_CODE_LINES + 1)},
             {"mull.ops.a": '"""\n' + "words\n" * 400 + '"""\n' + "x = 1\n" * 100},
         ],
     ),

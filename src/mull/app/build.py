@@ -1,14 +1,14 @@
 """Build what a recipe names: models, with or without weights, and objectives."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from mull.app.prepare import Prepared, arithmetic_task, backbone_config
+from mull.app.prepare import Prepared, arithmetic_task, backbone_config, load_tokenizer
 from mull.app.recipe import ModelSection, Recipe, Stage
 from mull.evaluation.rewards import REWARDS
 from mull.layers.value_head import ValueHead
@@ -17,6 +17,7 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.model.families import require_supported
 from mull.retrofit.wrap import from_pretrained, wrap_transformer_with_etd
 from mull.training.objectives.base import Objective
+from mull.training.objectives.evidence import check_reference
 from mull.training.objectives.grpo import GRPOSection
 from mull.training.objectives.resources import Resources
 from mull.training.objectives.table import make_objective
@@ -39,7 +40,8 @@ def load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> Mul
     dtype = DTYPES[section.dtype]
     if section.checkpoint is not None:
         return from_pretrained(section.checkpoint, etd=section.etd, mtp=section.mtp, dtype=dtype, allow_missing=False)
-    base = AutoModelForCausalLM.from_config(backbone_config(section, tokenizer)).to(dtype)
+    # Not built in fp32 and converted: `to` would round the buffers too, and no checkpoint brings them back.
+    base = AutoModelForCausalLM.from_config(backbone_config(section, tokenizer), dtype=dtype)
     return wrap_transformer_with_etd(base, section.etd, section.mtp)
 
 
@@ -60,9 +62,11 @@ def meta_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> Mul
     if section.mtp is not None:
         config.mtp = section.mtp.model_dump()
     with torch.device("meta"):
-        # transformers wraps `to`, and the type of the wrapper does not fit a call.
-        model = nn.Module.to(MullForCausalLM(config), DTYPES[section.dtype])
+        model: MullForCausalLM = AutoModelForCausalLM.from_config(config, dtype=DTYPES[section.dtype])
     model.tie_weights()
+    if section.checkpoint is not None:
+        with contextlib.suppress(OSError):  # a checkpoint may lack one
+            model.generation_config = GenerationConfig.from_pretrained(section.checkpoint)
     return model
 
 
@@ -82,7 +86,7 @@ def build_objectives(recipe: Recipe, prepared: Prepared, model: MullForCausalLM,
 
     Raises:
         OSError: no checkpoint of a reference model where one is named.
-        ValueError: a resource does not fit the model.
+        ValueError: a resource does not fit the model, or a reference has another tokenizer.
     """
     value_head: ValueHead | None = None
     objectives = []
@@ -93,10 +97,13 @@ def build_objectives(recipe: Recipe, prepared: Prepared, model: MullForCausalLM,
         if (name := getattr(settings, "reference", None)) is not None:
             section = ModelSection(checkpoint=name, dtype=recipe.model.dtype)
             reference = load(section, prepared.tokenizer).eval().requires_grad_(False).to(model.device)
+            check_reference(model, reference, len(prepared.tokenizer))
+            _check_same_tokens(prepared.tokenizer, load_tokenizer(name), name)
         resources = Resources(
             model=model,
             iterations=stage.loss.iterations,
             reference=reference,
+            n_tokens=len(prepared.tokenizer),
             value_head=value_head,
             held_out=data.aligned,
             **_grading(stage),
@@ -109,6 +116,17 @@ def build_objectives(recipe: Recipe, prepared: Prepared, model: MullForCausalLM,
         # for it change it.
         objective.companion = value_head
     return objectives
+
+
+def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a reference to whose model a token means something else, or nothing."""
+    theirs = other.get_vocab()
+    for token, index in tokenizer.get_vocab().items():
+        if theirs.get(token) != index:
+            raise ValueError(
+                f"The reference {name} has another tokenizer: {token!r} is token {index} for the model, and "
+                f"{theirs.get(token)} for the reference. Use a reference with the model's tokenizer."
+            )
 
 
 def _grading(stage: Stage) -> dict[str, Any]:

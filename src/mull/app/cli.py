@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from pydantic import ValidationError
 from transformers import AutoTokenizer, TextStreamer
@@ -20,6 +21,7 @@ from mull.app.run import estimate_recipe, run_recipe
 from mull.data.corpus import load_stdlib
 from mull.data.packing import pack_texts
 from mull.data.sources import load_documents
+from mull.data.tokenizer import TextEncoder
 from mull.decoding.generate import GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position, describe_call
 from mull.evaluation.search.split import SplitReport, find_split
@@ -85,13 +87,18 @@ def split(
     model: ModelArgument,
     data: Annotated[list[str] | None, Option(help="Files, folders, s3://… or hf:…; default: Python's library.")] = None,
     out: Annotated[Path, Option(help="Folder for split.json and split.html.")] = Path("out/split"),
-    length: Annotated[int, Option(help="Tokens per row.")] = 256,
-    batches: Annotated[int, Option(help="Number of batches to measure on.")] = 8,
-    batch_size: Annotated[int, Option(help="Rows per batch.")] = 8,
+    length: Annotated[int, Option(help="Tokens per row.")] = 128,
+    batches: Annotated[int, Option(help="Number of batches to measure on.")] = 16,
+    batch_size: Annotated[int, Option(help="Rows per batch; windows may drop out after each batch.")] = 4,
+    probe_batches: Annotated[int, Option(help="At most so many of them for the loop probe; 0: no probe.")] = 8,
+    width: Annotated[
+        list[int] | None, Option(help="Layers of the probed windows; default: the published width and its half.")
+    ] = None,
+    precision: Annotated[Literal["auto", "fp32", "bf16"], Option(help="auto takes the faster one.")] = "auto",
 ) -> None:
     """Measure which layers of MODEL encode, think and decode, and propose an ETDConfig."""
     documents = load_stdlib().held_out if data is None else load_documents(data)
-    loaded = from_pretrained(model, allow_missing=False)
+    loaded: Any = from_pretrained(model, allow_missing=False)
     text_config = loaded.config.get_text_config()
     longest = text_config.max_position_embeddings
     if length > longest:
@@ -100,25 +107,58 @@ def split(
     tokenizer = AutoTokenizer.from_pretrained(model)
     dataset = pack_texts(texts, tokenizer, length=length, vocab_size=text_config.vocab_size)
     measured = list(dataset.in_order(batch_size))[:batches]
-    report = find_split(loaded, measured.__getitem__, n_batches=len(measured), n_probe_batches=min(4, len(measured)))
+    report = find_split(
+        loaded.to(device()),
+        measured.__getitem__,
+        n_batches=len(measured),
+        n_probe_batches=min(probe_batches, len(measured)),
+        probe_widths=width,
+        precision=precision,
+    )
     out.mkdir(parents=True, exist_ok=True)
     (out / "split.json").write_text(report.to_json())
     page = Report(f"Split of {model}", command=" ".join(["mull", *sys.argv[1:]]))
-    page.section("Angular distance and loop probe").figure(angular_distance_figure(report), _describe(report))
+    section = page.section("Loop probe and angular distance").prose(_describe(report))
+    section.figure(angular_distance_figure(report), "Angular distance of each layer, and the loop probe.")
+    if report.probe:
+        section.table(PROBE_COLUMNS, _probe_rows(report), "Losses in nats per token. All windows are in split.json.")
     page.write(out / "split.html")
+    _print_split(report)
+    print(f"figure: {out / 'split.html'}")
+
+
+PROBE_COLUMNS = ("layers", "extra loss", "standard error", "per layer", "rows", "dropped")
+"""What is shown of a probed window; losses in nats per token."""
+
+SHOWN_WINDOWS = 15
+
+
+def _probe_rows(report: SplitReport) -> list[tuple[str, float, float | None, float, int, str]]:
+    """The windows that cost least per layer; those that dropped out come last."""
+    order = sorted(report.probe, key=lambda cost: (cost.dropped, cost.per_layer))[:SHOWN_WINDOWS]
+    return [
+        (f"{c.start}-{c.stop - 1}", c.extra_loss, c.standard_error, c.per_layer, c.n_rows, "yes" if c.dropped else "")
+        for c in order
+    ]
+
+
+def _print_split(report: SplitReport) -> None:
+    """The measurements, and what follows from them."""
     for layer, distance in enumerate(report.distances):
         print(f"layer {layer:3d}  distance {distance:.4f}")
+    for row in [PROBE_COLUMNS, *_probe_rows(report)] if report.probe else []:
+        print(*(f"{cell:.4f}".rjust(15) if isinstance(cell, float) else f"{cell or '':>15}" for cell in row), sep="")
     print(_describe(report))
     print(f"{report.etd!r}")
-    print(f"figure: {out / 'split.html'}")
 
 
 def _describe(report: SplitReport) -> str:
     etd = report.etd
     return (
         f"Proposed split {etd.n_encoder_layers}-{etd.n_think_layers}*k-{etd.n_decoder_layers} by {report.method}, measured on "
-        f"{report.n_tokens} tokens in {report.n_batches} batches. {' '.join(report.notes)}"
-    ).strip()
+        f"{report.n_tokens} tokens in {report.n_batches} batches: {report.n_passes:.0f} passes in {report.precision}, "
+        f"{report.seconds:.0f} s. {' '.join(report.notes)}"
+    )
 
 
 @app.command("generate")
@@ -146,15 +186,16 @@ def continue_prompt(
     heads = None if mtp is None else MTPConfig(mtp_head_type=mtp)
     loaded: Any = from_pretrained(model, etd=None if etd is None else _parse_split(etd), mtp=heads, allow_missing=False)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    if inputs["input_ids"].numel() == 0:
+    encoder = TextEncoder(tokenizer)
+    tokens = encoder.prompts([text])
+    if not tokens[0]:
         raise ValueError("The prompt is empty: give at least one token to continue.")
     known = loaded.lm_head.out_features
     if len(tokenizer) > known:
         raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, the model {known}: it belongs to another model.")
     output = generate(
         loaded.to(device()),
-        inputs["input_ids"],
+        torch.tensor(tokens),
         max_new_tokens=max_new_tokens,
         draft=draft,
         draft_length=draft_length,
@@ -164,6 +205,7 @@ def continue_prompt(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        eos_token_id=encoder.ends(loaded.generation_config.eos_token_id),
         think_iterations=think_iterations,
         streamer=TextStreamer(tokenizer),
         compile="max" if compile_max else compile_,

@@ -15,6 +15,7 @@ from mull.data.sampler import ShuffledBatches
 from mull.data.sources import Document, load_documents
 from mull.data.tasks import Example, load_examples, pairs
 from mull.data.tokenizer import train_tokenizer
+from mull.model.families import require_supported
 from mull.runtime.distributed import rank
 from mull.training.loop import Batches
 from mull.training.objectives.critic import ValueSection
@@ -64,11 +65,11 @@ def prepare(recipe: Recipe) -> Prepared:
     """
     stages = recipe.schedule()
     if stages[0].data.arithmetic is not None:
-        return _prepare_arithmetic(recipe.model.checkpoint, stages)
+        return _prepare_arithmetic(recipe.model, stages)
     # By section, because stages that share one read their files once.
     sources = {stage.data: (_read_train(stage.data), _read_held_out(stage.data)) for stage in stages}
     if recipe.model.checkpoint is not None:
-        tokenizer = _load_tokenizer(recipe.model.checkpoint)
+        tokenizer = load_tokenizer(recipe.model.checkpoint)
     else:
         texts, _ = sources[stages[0].data]
         tokenizer = train_tokenizer(map(_text, texts), stages[0].data.vocab_size)
@@ -101,38 +102,52 @@ def _stage_data(
     return StageData(shuffled(rows), rows, pack(_right(held_out)) if held_out else None, aligned)
 
 
-def _prepare_arithmetic(checkpoint: str | None, stages: Sequence[Stage]) -> Prepared:
+def _prepare_arithmetic(model: ModelSection, stages: Sequence[Stage]) -> Prepared:
     """Questions in characters; the tokenizer of a checkpoint must read them as the task writes them."""
     tokenizer: PreTrainedTokenizerBase = character_tokenizer()
-    if checkpoint is not None:
-        task = arithmetic_task(stages[0])
-        tokenizer = _load_tokenizer(checkpoint)
+    task = arithmetic_task(stages[0])
+    if model.checkpoint is not None:
+        tokenizer = load_tokenizer(model.checkpoint)
         expected = (task.encode(CHARACTERS), task.eos_id, task.pad_id)
         if (tokenizer(CHARACTERS)["input_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id) != expected:
             raise ValueError(
-                f"The tokenizer of {checkpoint} does not read arithmetic character by character: start from a model that was "
-                "trained with data.format=arithmetic."
+                f"The tokenizer of {model.checkpoint} does not read arithmetic character by character: start from a model that "
+                "was trained with data.format=arithmetic."
             )
-    return Prepared(tokenizer, [_arithmetic_data(stage) for stage in stages])
+    config = backbone_config(model, tokenizer).get_text_config()
+    if config.vocab_size < task.vocab_size:
+        raise ValueError(
+            f"Arithmetic has {task.vocab_size} tokens, outside the model's vocabulary of {config.vocab_size} tokens: use a "
+            "larger one."
+        )
+    return Prepared(tokenizer, [_arithmetic_data(stage, config) for stage in stages])
 
 
-def _arithmetic_data(stage: Stage) -> StageData:
+def _arithmetic_data(stage: Stage, config: PreTrainedConfig) -> StageData:
     data, task = stage.data, arithmetic_task(stage)
     if find_entry(stage.train.algo).data == "prompts":
         return StageData(lambda number: task.prompts(number, data.batch_size))
     assert data.arithmetic is not None
+    check_length("data.length", data.length, config)
     packed = task.demonstrations(data.arithmetic.questions, data.length)
     return StageData(ShuffledBatches(packed, data.batch_size, stage.train.seed), packed)
 
 
 def backbone_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """Configuration of the checkpoint, or of the backbone with random weights."""
+    """Configuration of the checkpoint, or of the backbone with random weights.
+
+    Raises:
+        ValueError: as in `mull.model.families.require_supported`.
+    """
     if section.checkpoint is not None:
-        return AutoConfig.from_pretrained(section.checkpoint)
-    assert section.architecture is not None
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    fields = {"vocab_size": len(tokenizer), **special, **section.architecture}
-    return CONFIG_MAPPING[fields.pop("model_type")](**fields)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(section.checkpoint)
+    else:
+        assert section.architecture is not None
+        special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+        fields = {"vocab_size": len(tokenizer), **special, **section.architecture}
+        config = CONFIG_MAPPING[fields.pop("model_type")](**fields)
+    require_supported(config.get_text_config())
+    return config
 
 
 def arithmetic_task(stage: Stage) -> ArithmeticTask:
@@ -142,7 +157,13 @@ def arithmetic_task(stage: Stage) -> ArithmeticTask:
     return ArithmeticTask(digits=section.digits, operations=section.operations, seed=stage.train.seed)
 
 
-def _load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model.
+
+    Raises:
+        OSError: no checkpoint at this place.
+        ValueError: a checkpoint without a tokenizer.
+    """
     AutoConfig.from_pretrained(checkpoint)  # its error about a place that is not a checkpoint is clearer
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint)
     if not tokenizer(CHARACTERS)["input_ids"]:  # transformers makes an empty one if there are no files

@@ -4,19 +4,21 @@ The same on one process (``mull train``) and on several (``torchrun -m mull trai
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from mull.app.build import build_objectives, load_model, meta_model
 from mull.app.prepare import StageData, arithmetic_task, check_length, prepare
 from mull.app.recipe import Recipe, Stage
+from mull.data.tokenizer import TextEncoder
 from mull.evaluation.cost.training import Estimate, Schedule, estimate, training_flops_per_token
 from mull.evaluation.held_out import held_out_losses
 from mull.evaluation.rewards import right_answers
@@ -59,18 +61,22 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
     Raises:
         ValueError: data, tokenizer and model do not fit each other, or the folder holds another run.
         FileNotFoundError: a path of the data does not exist.
-        OSError: no checkpoint of a model where one is named.
+        OSError: no checkpoint of a model where one is named, or the run's folder cannot be written.
         RuntimeError: as in `mull.training.loop.train`; a package is missing; or MLflow cannot be reached.
     """
     with session():
         stages = recipe.schedule()
         places = [*(str(stage.name) for stage in stages[:-1]), ""]
+        folder = recipe.run.out / recipe.run.name
+        on_first_rank(partial(_check_writable, folder))
         if not resume:
             _check_unused(recipe, places)  # before the first stage has run for hours
         prepared = prepare(recipe)
         torch.manual_seed(stages[0].train.seed)
         model = load_model(recipe.model, prepared.tokenizer)
         nn.Module.to(model, device())  # the type of transformers' wrapped `to` does not fit a call
+        _adopt_ends(model, prepared.tokenizer)
+        on_first_rank(partial(_try_export, model, prepared.tokenizer))
         for stage in stages:
             _check_stage(stage, model)
         objectives = build_objectives(recipe, prepared, model, load_model)
@@ -80,7 +86,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
                 return result
             if result.terminated and place:
                 return replace(result, stopped="sigterm")
-        _export(model, objectives[-1].companion, prepared.tokenizer, recipe.run.out / recipe.run.name)
+        _export(model, objectives[-1].companion, prepared.tokenizer, folder)
         return result
 
 
@@ -90,6 +96,23 @@ def _check_unused(recipe: Recipe, places: Sequence[str]) -> None:
         folder = recipe.run.out / recipe.run.name / place
         url = _checkpoints(recipe.checkpoint, place).url or str(folder / CHECKPOINTS)
         on_first_rank(partial(checkpoint_to_resume, folder, url, resume=False))
+
+
+def _adopt_ends(model: MullForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the model end in use where its training texts end."""
+    stated = model.generation_config.eos_token_id
+    ends = TextEncoder(tokenizer).ends(stated)
+    if ends in (stated, [stated]) or not ends:
+        return
+    if stated is not None:
+        _warn(
+            "The generation config ends texts at %s, the tokenizer at %s: the model will end at %s.",
+            stated,
+            ends[0],
+            ends,
+        )
+    for config in (model.generation_config, model.config, model.config.get_text_config()):
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends
 
 
 def _check_stage(stage: Stage, model: MullForCausalLM) -> None:
@@ -199,24 +222,63 @@ def _export(
     value_head = {} if companion is None else full_state_dict(companion)
     if rank() > 0:
         return
-    text_config = model.config.get_text_config()
-    with torch.device("meta"):
-        whole, backbone = MullForCausalLM(model.config), AutoModelForCausalLM.from_config(text_config)
-    trunk = {name: state[name] for name in backbone.state_dict()}
-    for name, skeleton, weights in (("model", whole, state), ("trunk", backbone, trunk)):
-        skeleton.load_state_dict(weights, assign=True)
-        skeleton.tie_weights()
-        skeleton.generation_config = model.generation_config
+    for name, skeleton in _skeletons(model, state).items():
         skeleton.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     if value_head:
         save_file(value_head, folder / "model" / "value_head.safetensors")
 
 
+def _skeletons(model: MullForCausalLM, state: Mapping[str, Tensor]) -> dict[str, PreTrainedModel]:
+    """What is saved, by the name of its folder: the whole model and its backbone, with the weights `state`."""
+    with torch.device("meta"):
+        whole = MullForCausalLM(model.config)
+        backbone = AutoModelForCausalLM.from_config(model.config.get_text_config())
+    trunk = {name: state[name] for name in backbone.state_dict()}
+    for skeleton, weights in ((whole, state), (backbone, trunk)):
+        skeleton.load_state_dict(weights, assign=True)
+        skeleton.tie_weights()
+        skeleton.generation_config = model.generation_config
+    return {"model": whole, "trunk": backbone}
+
+
+def _try_export(model: MullForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save everything but the weights in a temporary folder, to find before the training what would fail after it.
+
+    Raises:
+        ValueError: a configuration that transformers refuses to save.
+    """
+    state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        for skeleton in _skeletons(model, state).values():
+            try:
+                skeleton.config.save_pretrained(folder)
+                skeleton.generation_config.save_pretrained(folder)
+            except ValueError as error:
+                raise ValueError(
+                    f"The trained model could not be saved: {error} Correct config.json or generation_config.json of the "
+                    "checkpoint."
+                ) from None
+        tokenizer.save_pretrained(folder)
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a run whose result could not be written; leaves nothing behind."""
+    for place in (folder / "model", folder / "trunk"):
+        try:
+            with tempfile.TemporaryFile(dir=next(path for path in (place, *place.parents) if path.exists())):
+                pass
+        except OSError as error:
+            raise OSError(
+                f"The trained model could not be written to {place}: {error}. Choose another run.out."
+            ) from None
+
+
 def estimate_recipe(recipe: Recipe) -> str:
     """Check everything that can be checked without the weights, and say what the run will cost.
 
-    Data is read and packed, the tokenizer loaded or trained, and the model built without its weights.
+    Data is read and packed, the tokenizer loaded or trained, the model built without its weights, and saved without them in a
+    temporary folder.
 
     Returns:
         A table per stage.
@@ -225,8 +287,11 @@ def estimate_recipe(recipe: Recipe) -> str:
         ValueError, OSError, RuntimeError: as in `run_recipe`.
     """
     with session():
+        on_first_rank(partial(_check_writable, recipe.run.out / recipe.run.name))
         prepared, stages = prepare(recipe), recipe.schedule()
         model = meta_model(recipe.model, prepared.tokenizer)
+        _adopt_ends(model, prepared.tokenizer)
+        on_first_rank(partial(_try_export, model, prepared.tokenizer))
         for stage in stages:
             _check_stage(stage, model)
         with torch.device("meta"):

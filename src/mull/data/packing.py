@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mull.data.tasks import Example
+from mull.data.tokenizer import TextEncoder
 from mull.ops.targets import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ class PackedDataset:
     """[N, T] int64: position in the document; 0 begins the next one. Padding is a document of its own."""
 
     bytes_per_token: float | None = None
-    """UTF-8 bytes of the packed texts per token, without prompts; None if the texts are not known. It turns a mean loss in
-    nats into bits per byte: ``loss / (ln 2 * bytes_per_token)``."""
+    """UTF-8 bytes of the packed texts per token, without prompts and begin tokens; None if the texts are not known. It turns a
+    mean loss in nats into bits per byte: ``loss / (ln 2 * bytes_per_token)``."""
 
     rewards: Tensor | None = None
     """[N, T] float32: outcome of each token's example, 0 at padding; None if outcomes are not known."""
@@ -70,7 +71,7 @@ class PackedDataset:
 def pack_texts(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, length: int, vocab_size: int | None = None
 ) -> PackedDataset:
-    """Tokenize documents, end each with the tokenizer's end-of-text token, and pack them.
+    """Tokenize documents as `mull.data.tokenizer.TextEncoder` does, and pack them.
 
     Args:
         texts: One string per document.
@@ -81,26 +82,22 @@ def pack_texts(
     Raises:
         ValueError: the tokenizer has no end-of-text token, no document has text, or a token is outside the vocabulary.
     """
-    eos_id, pad_id = _special_ids(tokenizer)
+    encoder = TextEncoder(tokenizer)
     kept = [text for text in texts if text]
-    encoded = tokenizer(kept, add_special_tokens=False)["input_ids"] if kept else []
-    documents = [[*ids, eos_id] for ids in encoded]
-    n_tokens = sum(map(len, documents))
+    documents = encoder.documents(kept)
+    n_tokens = sum(len(document) - len(encoder.begin) for document in documents)
     return pack_tokens(
         documents,
         length=length,
-        pad_id=pad_id,
+        pad_id=_padding(encoder),
         vocab_size=vocab_size,
         bytes_per_token=sum(len(text.encode()) for text in kept) / n_tokens if n_tokens else None,
     )
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """End of text and padding."""
-    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    if eos_id is None:
-        raise ValueError("The tokenizer has no eos_token, which separates documents: set tokenizer.eos_token.")
-    return eos_id, eos_id if pad_id is None else pad_id
+def _padding(encoder: TextEncoder) -> int:
+    pad_id = encoder.tokenizer.pad_token_id
+    return encoder.end if pad_id is None else int(pad_id)
 
 
 def pack_tokens(
@@ -121,7 +118,8 @@ def pack_tokens(
         pad_id: Token that fills the last row.
 
     Raises:
-        ValueError: rows of fewer than two tokens, no document of at least two, or a token outside the vocabulary.
+        ValueError: rows of fewer than two tokens, no document of at least two, or a token, `pad_id` included, outside the
+            vocabulary.
     """
     _check_length(length)
     kept = [np.asarray(document, dtype=np.int64) for document in documents if len(document) >= 2]
@@ -130,7 +128,7 @@ def pack_tokens(
             "The dataset is empty: no document has at least 2 tokens. Check the paths or the filter of the data."
         )
     stream = np.concatenate(kept)
-    _check_vocabulary(stream, vocab_size)
+    _check_vocabulary(stream, pad_id, vocab_size)
 
     n_rows = -(-len(stream) // length)
     input_ids = np.full(n_rows * length, pad_id)
@@ -168,7 +166,7 @@ class TokenizedExample(NamedTuple):
 def pack_examples(
     examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, length: int, vocab_size: int | None = None
 ) -> PackedDataset:
-    """Tokenize examples, end each with the tokenizer's end-of-text token, and pack them as `pack_tokenized_examples` does.
+    """Tokenize examples as `mull.data.tokenizer.TextEncoder` does, and pack them as `pack_tokenized_examples` does.
 
     Prompt and completion are tokenized separately, so that no token spans both. In generation, too, the prompt is tokenized
     without its completion.
@@ -176,17 +174,13 @@ def pack_examples(
     Raises:
         ValueError: as in `pack_tokenized_examples`, or the tokenizer has no end-of-text token.
     """
-    eos_id, pad_id = _special_ids(tokenizer)
-    given = list(examples)
-    prompts, completions = (
-        tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        for texts in ([example.prompt for example in given], [example.completion for example in given])
-    )
+    encoder, given = TextEncoder(tokenizer), list(examples)
+    encoded = encoder.examples([(example.prompt, example.completion) for example in given])
     tokenized = [
-        TokenizedExample(prompt, [*completion, eos_id], example.outcome, len(example.completion.encode()))
-        for prompt, completion, example in zip(prompts, completions, given, strict=True)
+        TokenizedExample(prompt, completion, example.outcome, len(example.completion.encode()))
+        for (prompt, completion), example in zip(encoded, given, strict=True)
     ]
-    return pack_tokenized_examples(tokenized, length=length, pad_id=pad_id, vocab_size=vocab_size)
+    return pack_tokenized_examples(tokenized, length=length, pad_id=_padding(encoder), vocab_size=vocab_size)
 
 
 def pack_tokenized_examples(
@@ -269,7 +263,7 @@ def _place(
         position_ids[row, here] = np.arange(len(tokens))
         rewards[row, here] = outcome or 0.0
         used[row] = max(used[row], here.stop)
-    _check_vocabulary(input_ids, vocab_size)
+    _check_vocabulary(input_ids, pad_id, vocab_size)
     columns = np.arange(length)
     position_ids = np.where(columns < used[:, None], position_ids, columns - used[:, None])
     n_bytes = [example.n_bytes for example in examples if example.n_bytes is not None]
@@ -288,10 +282,13 @@ def _check_length(length: int) -> None:
         raise ValueError(f"length={length} must be at least 2: a row needs a token to predict from and one to predict.")
 
 
-def _check_vocabulary(stream: np.ndarray, vocab_size: int | None) -> None:
-    largest = int(stream.max())
-    if vocab_size is not None and largest >= vocab_size:
-        raise ValueError(
-            f"Token {largest} is outside the model's vocabulary of {vocab_size} tokens: use the model's own tokenizer, "
-            f"or a model with at least {largest + 1} tokens."
-        )
+def _check_vocabulary(tokens: np.ndarray, pad_id: int, vocab_size: int | None) -> None:
+    """Padding is checked even where no row needs it: that depends on the data, and the model must read any."""
+    if vocab_size is None:
+        return
+    for what, token in (("The padding token", pad_id), ("Token", int(tokens.max()))):
+        if token >= vocab_size:
+            raise ValueError(
+                f"{what} {token} is outside the model's vocabulary of {vocab_size} tokens: use the model's own tokenizer, "
+                f"or a model with at least {token + 1} tokens."
+            )

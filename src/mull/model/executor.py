@@ -35,8 +35,9 @@ def run(
     Args:
         layers: Decoder layers of transformers.
         kinds: Kind of each of them.
-        path: Visits; with a memory that has a past, the whole path that its slots belong to.
-        h: States ``[B, T, D]``.
+        path: Visits; with a memory that has a past, the whole path that its slots belong to. Without a memory, any part of one:
+            visits leave nothing but `h`, so a pass can stop between two visits and go on from there, along several paths.
+        h: States ``[B, T, D]`` that enter the first visit.
         inputs: What the layers share.
         memory: What the visits remember; None where nothing precedes or follows the call.
         policy: Which tokens run a visit; None runs all of them. A token that does not run keeps its state, and offers to other

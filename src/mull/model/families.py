@@ -62,11 +62,16 @@ def require_supported(config: PreTrainedConfig) -> Family:
     """The family of a backbone's configuration.
 
     Raises:
-        ValueError: the architecture is not supported.
+        ValueError: the architecture is not supported, or its padding token has no embedding: torch cannot build it.
     """
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"Architecture {config.model_type!r} is not supported. Supported are {', '.join(sorted(FAMILIES))}."
+        )
+    if config.pad_token_id is not None and not -config.vocab_size <= config.pad_token_id < config.vocab_size:
+        raise ValueError(
+            f"The configuration's pad_token_id={config.pad_token_id} is outside the model's vocabulary of {config.vocab_size} "
+            "tokens: set it to a token inside, such as the one that ends a text."
         )
     return FAMILIES[config.model_type]
 

@@ -14,16 +14,18 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def fastest(call: Callable[[], object], device: torch.device) -> float:
+def fastest(
+    call: Callable[[], object], device: torch.device, warm_up: int = WARM_UP, repetitions: int = REPETITIONS
+) -> float:
     """Seconds of the fastest of several runs, after a warm-up."""
     seconds = []
-    for _ in range(WARM_UP + REPETITIONS):
+    for _ in range(warm_up + repetitions):
         synchronize(device)
         started = time.perf_counter()
         call()
         synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return min(seconds[WARM_UP:])
+    return min(seconds[warm_up:])
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:

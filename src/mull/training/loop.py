@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mull.model.causal_lm import MullForCausalLM
 from mull.runtime.checkpoint import CheckpointConfig, CheckpointWriter, latest, load_checkpoint, stored_tensors
 from mull.runtime.distributed import gather_objects, on_first_rank, rank, same_everywhere, world_size
+from mull.runtime.progress import Progress
 from mull.runtime.timing import synchronize
 from mull.runtime.tracking import MetricsLog, flat
 from mull.training.objectives.base import Batch, Objective
@@ -38,7 +39,6 @@ from mull.training.optimization import (
     resolve_precision,
     update,
 )
-from mull.training.progress import Progress
 from mull.training.state import rng_state, rng_tensors, set_rng_state, set_rng_tensors, training_tensors
 from mull.training.step import (
     DistributedConfig,
@@ -299,7 +299,7 @@ def train(
             writer = CheckpointWriter(url, checkpoint.keep_last, checkpoint.asynchronous)
             stack.callback(writer.close)
         stack.enter_context(_training_mode(run))
-        progress = stack.enter_context(contextlib.closing(Progress(config.steps, run.step)))
+        progress = stack.enter_context(Progress(config.steps, "step", done=run.step))
         sinks = [log, *(logs if rank() == 0 else ())]
         stopped = _run_to_end(run, sinks, progress, evaluation, until, writer, checkpoint.every)
     return TrainResult(run.step, run.seconds, run.tokens, log.records, stopped, run.precision, run.terminated)
@@ -327,7 +327,7 @@ def _run_to_end(
         if last or evaluated or run.step == 1 or _is_due(run.step, run.config.log_every):
             for sink in sinks:
                 sink.log(record)
-        progress.show(record, run.tokens / run.seconds, last)
+        progress.advance(text=_shown(record, run.tokens / run.seconds), last=last)
         if writer is not None:
             writer.poll()
             if last or _is_due(run.step, save_every):
@@ -386,6 +386,12 @@ def _utilisation(run: _Run, tokens_per_second: float) -> dict[str, float]:
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _shown(record: Record, tokens_per_second: float) -> str:
+    """What the user sees of a step; the speed is that of the whole run."""
+    utilisation = f", MFU {record['mfu']:.1%}" if "mfu" in record else ""
+    return f"loss {record['loss']:.4f}, {tokens_per_second:,.0f} tokens/s{utilisation}"
 
 
 def _evaluate(run: _Run, evaluate: Callable[[MullForCausalLM], Mapping[str, float]]) -> Mapping[str, float]:

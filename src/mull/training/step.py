@@ -86,8 +86,8 @@ class Stage(nn.Module):
 
     def forward(self, plan: StepPlan, index: int) -> LossOutput:
         """Compute the loss of a micro-batch, with the balancing loss of experts where the backbone's configuration has one."""
-        config = self.model.text_config
-        if not getattr(config, "output_router_logits", False):
+        config = getattr(self.model, "text_config", None)  # any module may be trained with an objective of its own
+        if config is None or not getattr(config, "output_router_logits", False):
             return self.objective.loss(self.model, plan, index)
         with self.model.model.router_logits() as routed:
             output = self.objective.loss(self.model, plan, index)
@@ -228,9 +228,12 @@ def total_weight(parts: Sequence[MicroBatch]) -> float:
 
 
 def mean_metrics(parts: Sequence[MicroBatch]) -> dict[str, float]:
-    """Metrics averaged over the micro-batches."""
-    names = dict.fromkeys(name for part in parts for name in part.metrics)
-    return {name: sum(part.metrics.get(name, 0.0) for part in parts) / len(parts) for name in names}
+    """Metrics averaged over the micro-batches that have them: one without targets has no mean loss."""
+    found: dict[str, list[float]] = {}
+    for part in parts:
+        for name, value in part.metrics.items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def normalise(parameters: Sequence[nn.Parameter], parts: Sequence[MicroBatch], clip_norm: float | None) -> float:

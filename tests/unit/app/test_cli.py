@@ -10,11 +10,13 @@ import pytest
 import torch
 import yaml
 from conftest import tiny
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3Config
 
 from mull import MTPConfig, wrap_transformer_with_etd
 from mull.app import cli
 from mull.data.tokenizer import train_tokenizer
+from mull.decoding.generate import generate
 from mull.retrofit.native_heads import export_native_heads
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(200))
@@ -71,6 +73,33 @@ def test_generate_continues_the_prompt_alike_at_any_time(
     assert outputs[0] == outputs[1]
     assert outputs[3] == outputs[5]
     assert len(set(outputs)) == 4
+
+
+def test_generate_reads_a_prompt_as_training_did_and_ends_where_training_ends(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a template that begins and ends a text, and a generation config that ends texts elsewhere."""
+    AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    special = [("begin", 5), ("<|endoftext|>", 0)]
+    template = TemplateProcessing("begin $A <|endoftext|>", special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert AutoTokenizer.from_pretrained(tmp_path)("def").input_ids[-1] == 0, "the tokenizer should append an end"
+    calls = []
+
+    def observed(model: object, input_ids: torch.Tensor, **options: object) -> object:
+        calls.append((input_ids.tolist(), options["eos_token_id"]))
+        return generate(model, input_ids, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cli, "generate", observed)
+    assert run(monkeypatch, "generate", tmp_path, "--prompt", "def<|endoftext|>", "--max-new-tokens", 4) == 0
+    [([ids], ends)] = calls
+    assert ids[0] == 5
+    assert 0 not in ids
+    assert tokenizer.decode(ids[1:]) == "def<|endoftext|>"
+    assert ends == [0]
 
 
 def test_generate_drafts_the_same_text_and_says_what_it_took(
@@ -137,11 +166,18 @@ def test_split_measures_and_proposes(
         32,
         "--batches",
         2,
+        "--probe-batches",
+        1,
+        "--width",
+        2,
     ]
     assert run(monkeypatch, *arguments) == 0
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert told.startswith("split: at most ")
+    assert "standard error" in printed
     report = json.loads((tmp_path / "split.json").read_text())
     assert len(report["distances"]) == 6
+    assert {(window["stop"] - window["start"], window["n_rows"]) for window in report["probe"]} == {(2, 4)}
     etd = report["etd"]
     assert etd["n_encoder_layers"] + etd["n_think_layers"] + etd["n_decoder_layers"] == 6
     assert f"Proposed split {etd['n_encoder_layers']}-{etd['n_think_layers']}*k-{etd['n_decoder_layers']}" in printed

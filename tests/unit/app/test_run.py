@@ -19,13 +19,14 @@ from conftest import tiny
 from recipes import ARCHITECTURE, answers, changed, content
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 import mull
 from mull.app.recipe import parse_recipe
 from mull.app.run import estimate_recipe, run_recipe
-from mull.data.arithmetic import CHARACTERS, ArithmeticTask
+from mull.data.arithmetic import CHARACTERS, ArithmeticTask, character_tokenizer
 from mull.data.packing import pack_tokens
+from mull.data.tokenizer import train_tokenizer
 from mull.evaluation.held_out import held_out_loss, held_out_losses
 from mull.model.configs import ETDConfig, MTPConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
@@ -411,6 +412,128 @@ def test_data_tokenizer_and_models_must_fit(
     with pytest.raises(error, match=message):
         (run_recipe if carried_out else estimate_recipe)(recipe)
     assert not (tmp_path / "tiny").exists()
+
+
+def save_checkpoint(folder: Path, tokenizer: Any = None, **changes: Any) -> Path:
+    """A checkpoint of transformers whose tokenizer has 300 tokens and ends texts with token 0."""
+    tokenizer = tokenizer or train_tokenizer([f"{i} {i + 1}" for i in range(100)], 300)
+    sizes = {"vocab_size": 300, "num_hidden_layers": 4, "bos_token_id": None, "eos_token_id": 0}
+    tiny("qwen3", **{**sizes, **changes}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def continued(tmp_path: Path, checkpoint: Path, **values: Any) -> Any:
+    """A run of two steps from a checkpoint."""
+    recipe = changed(content(tmp_path), model={"checkpoint": str(checkpoint)}, train__steps=2, loss={}, **values)
+    return parse_recipe(recipe)
+
+
+@pytest.mark.parametrize(("stated", "expected"), [(50, 0), ([50, 299], [0, 299]), ([7, 0], [7, 0]), (None, 0)])
+def test_the_trained_model_ends_texts_where_training_did(tmp_path: Path, stated: Any, expected: Any) -> None:
+    tokenizer = train_tokenizer([f"{i} {i + 1}" for i in range(100)], 299)
+    tokenizer.add_tokens([AddedToken("<|im_end|>", special=True)])
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 299
+    run_recipe(continued(tmp_path, save_checkpoint(tmp_path / "base", tokenizer, eos_token_id=stated)))
+    for place in ("model", "trunk"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny" / place)
+        assert model.generation_config.eos_token_id == model.config.eos_token_id == expected
+
+
+def reference_of(kind: str, folder: Path) -> dict[str, Any]:
+    """The section of an algorithm that compares with the model in `folder`."""
+    return {"train__algo": "rho1-wmtp", "rho1": {"reference": str(folder), "mode": kind}}
+
+
+@pytest.mark.parametrize("carried_out", [True, False], ids=["run", "dry-run"])
+def test_a_reference_must_have_the_tokenizer_and_may_have_another_padding(tmp_path: Path, carried_out: bool) -> None:
+    base = save_checkpoint(tmp_path / "base", vocab_size=310)
+    act = run_recipe if carried_out else estimate_recipe
+    for size in (300, 320):
+        padded = save_checkpoint(tmp_path / str(size), vocab_size=size)
+        act(continued(tmp_path, base, run__name=f"padded {size}", **reference_of("weighted", padded)))
+    other = save_checkpoint(tmp_path / "other", train_tokenizer(["def f(x): return x"] * 9, 300), vocab_size=310)
+    shorter = save_checkpoint(tmp_path / "shorter", vocab_size=299)
+    for reference, message in ((other, "another tokenizer: '.*' is token"), (shorter, "vocabulary of 299 tokens")):
+        with pytest.raises(ValueError, match=message):
+            act(continued(tmp_path, base, run__name="refused", **reference_of("weighted", reference)))
+
+
+def test_a_penalty_may_compare_with_another_padding(tmp_path: Path) -> None:
+    tokenizer, size = character_tokenizer(), ArithmeticTask().vocab_size
+    base = save_checkpoint(tmp_path / "base", tokenizer, vocab_size=size, eos_token_id=None)
+    padded = save_checkpoint(tmp_path / "padded", tokenizer, vocab_size=32, eos_token_id=None)
+    grpo = {"reward": "arithmetic", "group_size": 2, "max_new_tokens": 3, "kl_coef": 0.1, "reference": str(padded)}
+    recipe = arithmetic(tmp_path, "grpo", train__algo="grpo-wmtp", grpo=grpo)
+    carry_out(changed(recipe, model={"checkpoint": str(base)}))
+    assert records(tmp_path / "grpo")[-1]["kl"] > 0
+
+
+def unpadded(tmp_path: Path) -> Any:
+    tokenizer = train_tokenizer([f"{i} {i + 1}" for i in range(100)], 300)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    return continued(tmp_path, save_checkpoint(tmp_path / "base", tokenizer))
+
+
+def unpadded_configuration(tmp_path: Path) -> Any:
+    return parse_recipe(changed(content(tmp_path), model__architecture__pad_token_id=280))
+
+
+def unpadded_checkpoint(tmp_path: Path) -> Any:
+    base = save_checkpoint(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "pad_token_id": 300}))
+    return continued(tmp_path, base)
+
+
+def arithmetic_without_its_tokens(tmp_path: Path) -> Any:
+    return parse_recipe(arithmetic(tmp_path, "tiny", model__architecture__vocab_size=15))
+
+
+def arithmetic_in_long_rows(tmp_path: Path) -> Any:
+    return parse_recipe(changed(arithmetic(tmp_path, "tiny"), data__length=65))
+
+
+def unsaveable(tmp_path: Path) -> Any:
+    base = save_checkpoint(tmp_path / "base")
+    # transformers saves such a configuration only as long as nobody changes it, and the end of texts changes.
+    generation = {"eos_token_id": 50, "do_sample": False, "temperature": 0.6}
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    return continued(tmp_path, base)
+
+
+def occupied(place: str) -> Any:
+    def recipe(tmp_path: Path) -> Any:
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text("a file")
+        return parse_recipe(content(tmp_path))
+
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (unpadded, "The padding token 300 is outside the model's vocabulary of 300 tokens"),
+        (unpadded_configuration, "pad_token_id=280 is outside the model's vocabulary of 280"),
+        (unpadded_checkpoint, "pad_token_id=300 is outside the model's vocabulary of 300"),
+        (arithmetic_without_its_tokens, "Arithmetic has 16 tokens, outside the model's vocabulary of 15"),
+        (arithmetic_in_long_rows, "data.length=65 exceeds the 64 positions"),
+        (unsaveable, "The trained model could not be saved: .*temperature"),
+        (occupied("tiny"), "could not be written to .*tiny/model"),
+        (occupied("tiny/model"), "could not be written to .*tiny/model"),
+        (occupied("tiny/trunk"), "could not be written to .*tiny/trunk"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+@pytest.mark.parametrize("carried_out", [True, False], ids=["run", "dry-run"])
+def test_what_would_fail_at_the_end_is_refused_before_the_first_step(
+    tmp_path: Path, recipe: Any, message: str, carried_out: bool
+) -> None:
+    checked = recipe(tmp_path)
+    with pytest.raises((ValueError, OSError), match=f"(?s){message}"):
+        (run_recipe if carried_out else estimate_recipe)(checked)
+    assert not (tmp_path / "tiny" / "metrics.jsonl").exists()
 
 
 def test_a_dry_run_says_what_the_run_then_takes_and_writes_nothing(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from conftest import HYBRIDS, SPLIT, tiny
 
 from mull import wrap_transformer_with_etd
+from mull.model.families import require_supported
 
 
 @pytest.mark.parametrize("family_name", HYBRIDS)
@@ -34,3 +35,11 @@ def test_a_kernel_that_needs_a_gpu_is_not_called_on_the_cpu(family_name: str, mo
     model = wrap_transformer_with_etd(tiny(family_name), SPLIT)
     generated = model.generate(tokens, max_new_tokens=3, think_iterations=2, eos_token_id=None)
     assert generated.shape == (1, 15)
+
+
+@pytest.mark.parametrize("pad_token_id", [97, -98])
+def test_padding_without_an_embedding_is_refused(pad_token_id: int) -> None:
+    config = tiny("qwen3").config
+    config.pad_token_id = pad_token_id
+    with pytest.raises(ValueError, match=f"pad_token_id={pad_token_id} is outside the model's vocabulary of 97"):
+        require_supported(config)

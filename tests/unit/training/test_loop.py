@@ -49,6 +49,9 @@ class Thinker(nn.Module):
             h = h + self.dropout(torch.tanh(self.think(h)))
         return self.norm(h)
 
+    def unembedding(self) -> Tensor:
+        return self.lm_head.weight
+
 
 class Remembering(NextToken):
     """An objective whose loss depends on what it has seen, a number and a tensor, and on a module of its own."""

@@ -4,6 +4,7 @@ import io
 from collections.abc import Collection, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -20,6 +21,13 @@ MARKERS = "osD^vPX"
 DASHES = ("--", ":", "-.")
 BLOCK_COLOURS = {"encode": "#DCE9F5", "think": "#FBE3CF", "decode": "#DDF0E6"}
 GREY = "#5B6470"
+DROPPED = "#CBD2D9"
+KNEE: dict[str, Any] = {
+    "textcoords": "offset points",
+    "ha": "center",
+    "arrowprops": {"arrowstyle": "->"},
+    "color": GREY,
+}
 SMOOTHING = 21
 """Points of the moving average over a training loss."""
 
@@ -120,7 +128,7 @@ def acceptance_figure(
 
 @mpl.rc_context(STYLE)
 def angular_distance_figure(split: SplitReport) -> Figure:
-    """The distance curve with the proposed blocks shaded, and the loop probe below it if there was one."""
+    """The distance curve with its knees and the proposed blocks shaded, and the loop probe below it if there was one."""
     n_panels = 2 if split.probe else 1
     figure = Figure(figsize=(7.4, 5.6 if split.probe else 3.6))
     panels = figure.subplots(n_panels, 1, squeeze=False, sharex=True, height_ratios=[3, 2][:n_panels])[:, 0]
@@ -131,6 +139,9 @@ def angular_distance_figure(split: SplitReport) -> Figure:
     panels[0].set(ylabel="angular distance (units of \N{GREEK SMALL LETTER PI})")
     panels[0].set_ylim(0, 1.22 * max(split.distances))  # room for the names of the blocks
     _shade_blocks(panels[0], split)
+    for knee in (split.encoder_knee, split.decoder_knee):
+        if knee is not None:
+            panels[0].annotate("knee", (knee, split.distances[knee]), (0, 22), **KNEE)
     if split.probe:
         _probe_bars(panels[1], split)
     panels[-1].set(xlabel="decoder layer", xlim=(-0.6, split.n_layers - 0.4))
@@ -222,17 +233,18 @@ def _shade_blocks(axes: Axes, split: SplitReport) -> None:
 
 def _probe_bars(axes: Axes, split: SplitReport) -> None:
     """Extra loss of looping each window, one bar per window of the proposal's width, at the window's centre."""
-    proposal = range(split.etd.n_encoder_layers, split.etd.n_encoder_layers + split.etd.n_think_layers)
-    width = len(proposal)
-    if all(window.stop - window.start != width for window in split.probe):
-        width = split.probe[0].stop - split.probe[0].start  # the probe left out the proposal's width
-    windows = [window for window in split.probe if window.stop - window.start == width]
-    for window in windows:
-        colour = PALETTE[1] if range(window.start, window.stop) == proposal else "#9AA5B1"
-        axes.bar((window.start + window.stop - 1) / 2, window.extra_loss, width=0.7, color=colour)
+    width = split.etd.n_think_layers
+    for cost in split.probe:
+        if cost.width == width:
+            other = DROPPED if cost.dropped else "#7A8794"
+            centre = (cost.start + cost.stop - 1) / 2
+            colour = PALETTE[1] if cost.start == split.etd.n_encoder_layers else other
+            axes.bar(centre, cost.extra_loss, width=0.7, color=colour, yerr=cost.standard_error, ecolor=GREY, capsize=2)
+    # The windows at both ends cost 50 times as much as those in the middle.
+    axes.set_yscale("symlog", linthresh=0.1)
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set(ylabel="extra loss (nats)")
-    axes.set(title=f"Loop probe: {width} layers around each bar run twice, untrained (orange: the proposal)")
+    axes.set(title=f"Loop probe: {width} layers around each bar run twice (orange: proposed, light: dropped)")
 
 
 @mpl.rc_context(STYLE)

@@ -1,13 +1,15 @@
 """Split search: which layers should encode, think and decode, measured on a pretrained model.
 
-Two measurements, neither of which trains anything. The *angular distance* says how far each layer turns the residual stream;
-its knees from both ends bound the flat middle of the curve. The *loop probe* says what the loss becomes when a window of
-layers runs twice. The knees propose the split, the probe checks it; see `find_split` for how they combine.
+Two measurements, neither of which trains anything. The *loop probe* says what the loss becomes when a window of layers runs
+twice, and proposes the split. The *angular distance* says how far each layer turns the residual stream; its knees from both ends
+bound the flat middle of the curve. They are shown beside the proposal and decide nothing: on a real model, that middle is most
+of the model, and costs 20 times as much to run twice as a window of 8 layers in it.
 
 Shapes: B batch, T tokens, D model width, L decoder layers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from math import pi
 from typing import Literal
 
@@ -21,29 +23,32 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from mull.evaluation.search.loop_probe import (
+    Batch,
+    WindowCost,
+    candidate_windows,
+    layers_per_batch,
+    loop_losses,
+    loop_probe,
+)
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig, attention_period, layer_kinds
 from mull.model.path import Visit, from_layers
-from mull.ops.targets import IGNORED
 from mull.retrofit.wrap import wrap_transformer_with_etd
+from mull.runtime.progress import Progress
+from mull.runtime.timing import fastest
+from mull.training.optimization import resolve_precision
 
 Tokens = Literal["all", "last"]
-Batch = Mapping[str, Tensor]
 
+LARGEST_SHARE = 1 / 3
+"""Largest think block by default, as a share of the layers. The published split has a quarter."""
 
-class WindowCost(BaseModel):
-    """What running one window of layers twice does to the loss of the model as it is."""
+PROBED_SHARES = (1, 1 / 2)
+"""Widths that are probed by default, as shares of the published one. The half is closer to the 3 to 4 layers with which loops do
+best that are never trained (arXiv:2605.23872)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    start: int
-    """First layer of the window."""
-
-    stop: int
-    """Layer after the last one."""
-
-    extra_loss: float
-    """Loss with the window run twice minus the loss of the plain pass, in nats per token."""
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 class SplitReport(BaseModel):
@@ -57,11 +62,11 @@ class SplitReport(BaseModel):
     etd: ETDConfig
     """The proposed split."""
 
-    method: Literal["knees", "probe", "published"]
-    """What decided: both knees, else the cheapest probed window, else the published fractions."""
+    method: Literal["probe", "published"]
+    """What decided: the loop probe, or without one the published fractions."""
 
     notes: tuple[str, ...]
-    """What a reader must know about the proposal: missing knees, alignment to a hybrid's period."""
+    """What the probe and the knees say about the proposal, a sentence each."""
 
     distances: tuple[float, ...]
     """Mean angle between the residual stream before and after each layer, in units of pi; one entry per layer."""
@@ -92,6 +97,15 @@ class SplitReport(BaseModel):
 
     probe: tuple[WindowCost, ...]
     """Every probed window, by width and then by start; empty without a probe."""
+
+    precision: str
+    """What the passes computed in: the dtype of the model, or ``bf16`` under autocast."""
+
+    n_passes: float
+    """What was run, in passes of a batch through all decoder layers: distances and probe, without the measurement of speed."""
+
+    seconds: float
+    """Wall time of the search."""
 
     @property
     def n_layers(self) -> int:
@@ -219,74 +233,18 @@ def _knee(declining: np.ndarray, sensitivity: float) -> int | None:
     return max(knees, key=lambda knee: locator.y_difference[knee]) if knees else None
 
 
-def candidate_windows(n_layers: int, widths: Sequence[int], period: int = 1) -> list[tuple[int, int]]:
-    """Windows ``[start, stop)`` to probe: every start for each width, or every whole attention period of a hybrid.
+def default_widths(n_layers: int, n_think: int, period: int = 1) -> list[int]:
+    """Widths of the windows that are probed by default: `PROBED_SHARES` of the published think block, in whole periods.
 
-    Raises:
-        ValueError: a width outside 1 to `n_layers`, or one that cuts the period.
-    """
-    for width in widths:
-        if not 1 <= width <= n_layers:
-            raise ValueError(
-                f"A probed window of {width} layers must have 1 to {n_layers} layers, the depth of the model."
-            )
-        if width % period:
-            raise ValueError(
-                f"A probed window of {width} layers would cut the attention period of this hybrid: use a multiple of {period}."
-            )
-    return [(start, start + width) for width in sorted(set(widths)) for start in range(0, n_layers - width + 1, period)]
-
-
-@torch.no_grad()
-def loop_probe(
-    model: MullForCausalLM,
-    batches: Callable[[int], Batch],
-    windows: Sequence[tuple[int, int]],
-    n_batches: int = 4,
-    progress: bool = True,
-) -> tuple[float, tuple[WindowCost, ...]]:
-    """Loss of the model as it is when each candidate window runs twice.
+    None is over `LARGEST_SHARE` of the model, unless a single attention period is.
 
     Args:
-        model: The model to probe. Its weights and its configured recursion are left alone.
-        batches: Batch number to batch; batches 0 to ``n_batches - 1`` are used.
-        windows: Half-open ranges of layers.
-        n_batches: Batches per window; a probe costs ``n_batches * (len(windows) + 1)`` passes.
-        progress: Show a progress bar on stderr.
-
-    Returns:
-        The loss of the plain pass, and the extra loss of each window, both in nats per target token.
-
-    Raises:
-        ValueError: the batches hold no target.
-
-    Source:
-        Plain repetition as in "training-free loops" (arXiv:2605.23872, its undamped baseline).
+        n_layers: Decoder layers of the model.
+        n_think: Layers of its published think block.
+        period: Attention period of a hybrid.
     """
-    n_layers = model.config.get_text_config().num_hidden_layers
-    sample = [_to_device(batches(index), model.device) for index in range(n_batches)]
-    plain = _path_loss(model, sample, range(n_layers))
-    costs = []
-    for start, stop in tqdm(windows, desc="loop probe", unit="window", disable=None if progress else True):
-        layers = [*range(stop), *range(start, n_layers)]
-        costs.append(WindowCost(start=start, stop=stop, extra_loss=_path_loss(model, sample, layers) - plain))
-    return plain, tuple(costs)
-
-
-def _path_loss(model: MullForCausalLM, sample: Sequence[Batch], layers: Sequence[int]) -> float:
-    """Mean loss per target over the sample when the layers run in this order."""
-    path = from_layers(layers)
-    total, n_targets = 0.0, 0
-    for batch in sample:
-        targets = int((batch["labels"][:, 1:] != IGNORED).sum())
-        if targets:
-            total += float(model(**batch, path=path, use_cache=False).loss) * targets
-        n_targets += targets
-    if not n_targets:
-        raise ValueError(
-            f"The probe's batches hold no target: every label is {IGNORED}. Give batches of text with labels."
-        )
-    return total / n_targets
+    most = max(int(LARGEST_SHARE * n_layers / period), 1)
+    return sorted({min(max(round(share * n_think / period), 1), most) * period for share in PROBED_SHARES})
 
 
 def find_split(
@@ -298,29 +256,35 @@ def find_split(
     sensitivity: float = 1.0,
     n_probe_batches: int = 4,
     probe_widths: Sequence[int] | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
     progress: bool = True,
 ) -> SplitReport:
     """Measure a model and propose which of its layers encode, think and decode.
 
-    Two knees decide: layers before the first encode, layers after the second decode. Without both, the window of the published
-    width that is cheapest to run twice becomes the think block; without a probe, the published fractions. In a hybrid, the
-    result is rounded to whole attention periods. The report says which of these happened.
+    The probe decides. Of the windows that cost no more per layer than the cheapest one, as far as the text can tell, the widest
+    becomes the think block; among several of that width, the one of least extra loss. Without a probe, the published fractions
+    are proposed. The knees of the distance curve are reported beside that.
 
     Args:
         model: A mull or Hugging Face causal language model with at least 3 decoder layers. It is not changed.
-        batches: Batch number to batch, the text to measure on; batches 0 to ``n_batches - 1`` are used.
+        batches: Batch number to batch, the text to measure on; batches 0 to ``n_batches - 1`` are used. The probe compares
+            rows, and drops windows after each batch: many small batches are decided sooner than a few large ones.
         n_batches: Batches for the distances; two or more give standard errors.
         tokens: See `measured_positions`. The paper uses ``last``.
         sensitivity: See `find_knees`.
-        n_probe_batches: Batches for each window of the loop probe; 0 leaves the probe out.
-        probe_widths: Widths of the probed windows; by default that of the published split and that of the knees.
-        progress: Show progress bars on stderr.
+        n_probe_batches: Most batches for each window of the loop probe; 0 leaves the probe out.
+        probe_widths: Widths of the probed windows; by default those of `default_widths`, at most a third of the model.
+        precision: ``bf16`` runs a model in fp32 under autocast, ``fp32`` does not; losses are computed and added in fp32 and
+            fp64 in both. ``auto`` times both on one row, where the device has bf16, and takes the faster. Another dtype stays
+            what it is.
+        progress: Show on stderr how many passes there are, how long they will take, and how far they are.
 
     Raises:
-        ValueError: fewer than 3 layers, no batch, or no token that is not padding.
+        ValueError: fewer than 3 layers, no batch, no token that is not padding, or widths that do not fit the model.
 
     Source:
-        Encode-Think-Decode (arXiv:2510.07358), which averages the last token over 10,000 sequences of C4 and has no probe.
+        Encode-Think-Decode (arXiv:2510.07358), which averages the last token over 10,000 sequences of C4, decides by the knees
+        and has no probe.
     """
     config = model.config.get_text_config()
     n_layers = config.num_hidden_layers
@@ -330,32 +294,39 @@ def find_split(
         )
     if n_batches < 1 or n_probe_batches < 0:
         raise ValueError(f"n_batches={n_batches} must be at least 1, and n_probe_batches={n_probe_batches} at least 0.")
-
-    training = model.training
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is not known. Choose one of {', '.join(PRECISIONS)}.")
+    started, training = time.perf_counter(), model.training
+    published, period = ETDConfig.for_model(model), attention_period(layer_kinds(config))
+    widths = probe_widths or default_widths(n_layers, published.n_think_layers, period)
+    windows = candidate_windows(n_layers, widths, period) if n_probe_batches else []
+    n_runs = n_batches * n_layers + n_probe_batches * layers_per_batch(n_layers, windows)
+    plain_loss: float | None = None
+    probe: tuple[WindowCost, ...] = ()
     model.eval()
     try:
         looped = model if isinstance(model, MullForCausalLM) else wrap_transformer_with_etd(model, None)
-        per_batch, n_tokens = _measure(looped, batches, n_batches, tokens, progress)  # (n_batches, L)
-        mean = per_batch.mean(0).tolist()
-        knees = find_knees(mean, sensitivity)
-        period = attention_period(layer_kinds(config))
-        published = ETDConfig.for_model(model)
-        wanted = _whole_periods(*knees, n_layers, period)
-        plain_loss: float | None = None
-        probe: tuple[WindowCost, ...] = ()
-        if n_probe_batches:
-            widths = probe_widths or {published.n_think_layers, *([wanted[1] - wanted[0]] if wanted else [])}
-            windows = candidate_windows(n_layers, sorted(widths), period)
-            plain_loss, probe = loop_probe(looped, batches, windows, n_probe_batches, progress)
+        with Progress(n_runs, "layer", label="split", shown=progress) as bar:
+            first, n_passes = batches(0), f"{'at most ' if windows else ''}{n_runs / n_layers:.0f}"
+            autocast, seconds = _choose_autocast(looped, first, precision)
+            name = "bf16" if autocast else str(looped.dtype).removeprefix("torch.")
+            expected = tqdm.format_interval(seconds * n_runs / n_layers)
+            bar.say(f"split: {n_passes} passes of {first['input_ids'].numel():,} tokens in {name}, about {expected}")
+            with torch.autocast(looped.device.type, torch.bfloat16, enabled=autocast):
+                per_batch, n_tokens = _measure(looped, batches, n_batches, tokens, bar)  # (n_batches, L)
+                if windows:
+                    plain_loss, probe = loop_probe(looped, batches, windows, n_probe_batches, bar)
     finally:
         model.train(training)
 
-    etd, method, notes = _propose(knees, wanted, probe, published)
+    mean = per_batch.mean(0).tolist()
+    knees = find_knees(mean, sensitivity)
+    etd, notes = _propose(probe, published)
     return SplitReport(
         model_name=config.name_or_path or "",
         etd=etd,
-        method=method,
-        notes=notes,
+        method="probe" if probe else "published",
+        notes=(*notes, _describe_knees(*knees)),
         distances=tuple(mean),
         standard_errors=tuple((per_batch.std(0) / n_batches**0.5).tolist()) if n_batches > 1 else None,
         tokens=tokens,
@@ -366,59 +337,64 @@ def find_split(
         decoder_knee=knees[1],
         plain_loss=plain_loss,
         probe=probe,
+        precision=name,
+        n_passes=bar.done / n_layers,
+        seconds=time.perf_counter() - started,
     )
 
 
 def _measure(
-    model: MullForCausalLM, batches: Callable[[int], Batch], n_batches: int, tokens: Tokens, progress: bool
+    model: MullForCausalLM, batches: Callable[[int], Batch], n_batches: int, tokens: Tokens, progress: Progress
 ) -> tuple[Float[Tensor, "N L"], int]:
     """Distances of every batch, and the number of positions measured."""
     rows, n_tokens = [], 0
-    for index in tqdm(range(n_batches), desc="angular distance", unit="batch", disable=None if progress else True):
-        batch = _to_device(batches(index), model.device)
+    for index in range(n_batches):
+        batch = {key: value.to(model.device) for key, value in batches(index).items()}
         n_tokens += int(measured_positions(batch, tokens).sum())
         rows.append(layer_distances(model, batch, tokens))
+        progress.advance(len(rows[-1]))
     return torch.stack(rows).cpu(), n_tokens
 
 
-def _whole_periods(start: int | None, last: int | None, n_layers: int, period: int) -> tuple[int, int] | None:
-    """The window between two knees, rounded to whole attention periods; None where a knee is missing."""
-    if start is None or last is None:
-        return None
-    width = min(max(round((last + 1 - start) / period), 1), n_layers // period) * period
-    start = min(round(start / period), (n_layers - width) // period) * period
-    return start, start + width
+def _choose_autocast(
+    model: MullForCausalLM, batch: Batch, precision: Literal["auto", "fp32", "bf16"]
+) -> tuple[bool, float]:
+    """Whether to run under autocast to bf16, and the seconds of a pass over the batch, both from passes over its first row."""
+    row = {key: value[:1].to(model.device) for key, value in batch.items()}
+    resolved = resolve_precision(precision, model.device)
+    # A device that emulates bf16 is slower in it, and on a busy machine one measurement may say otherwise.
+    choices = (False, True) if (precision, resolved) == ("auto", "bf16") else (resolved == "bf16",)
+    silent = Progress(None, "layer", shown=False)
+    seconds = {}
+    for autocast in choices if model.dtype == torch.float32 else (False,):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+            seconds[autocast] = fastest(
+                lambda: loop_losses(model, row, [], silent), model.device, warm_up=1, repetitions=2
+            )
+    chosen = min(seconds, key=lambda autocast: seconds[autocast])
+    return chosen, seconds[chosen] * len(batch["input_ids"])
 
 
-def _propose(
-    knees: tuple[int | None, int | None],
-    wanted: tuple[int, int] | None,
-    probe: Sequence[WindowCost],
-    published: ETDConfig,
-) -> tuple[ETDConfig, Literal["knees", "probe", "published"], tuple[str, ...]]:
-    """The split, what decided it, and what to know about it."""
-    if wanted is not None:  # there are both knees
-        start, stop = wanted
-        notes = [f"The knees put layers {knees[0]} to {knees[1]} in the middle."]
-        if knees != (start, stop - 1):
-            notes.append(f"Whole attention periods make that layers {start} to {stop - 1}.")
-        return _config(start, stop, published.n_layers), "knees", tuple(notes)
-
-    ends = [end for end, knee in zip(("front", "back"), knees, strict=True) if knee is None]
-    missing = f"The distance curve has no knee from the {' and the '.join(ends)}."
-    candidates = [cost for cost in probe if cost.stop - cost.start == published.n_think_layers]
-    if not candidates:
-        return published, "published", (missing, "No window of the published width was probed: published fractions.")
-    best = min(candidates, key=lambda cost: cost.extra_loss)
-    chosen = f"Of {len(candidates)} windows of the published width, layers {best.start} to {best.stop - 1} cost least to loop."
-    return _config(best.start, best.stop, published.n_layers), "probe", (missing, chosen)
+def _propose(probe: Sequence[WindowCost], published: ETDConfig) -> tuple[ETDConfig, tuple[str, ...]]:
+    """The split, and what the probe says about it."""
+    if not probe:
+        return published, ("No window was probed: these are the published fractions.",)
+    left = [cost for cost in probe if not cost.dropped]
+    best = min(left, key=lambda cost: (-cost.width, cost.extra_loss))
+    etd = ETDConfig(
+        n_encoder_layers=best.start, n_think_layers=best.width, n_decoder_layers=published.n_layers - best.stop
+    )
+    error = "" if best.standard_error is None else f" ± {best.standard_error:.3f}"
+    return etd, (
+        f"Layers {best.start} to {best.stop - 1} run twice cost {best.extra_loss:+.3f}{error} nats per token, untrained.",
+        f"Of {len(probe)} windows, {len(left)} cost no more per layer than the cheapest, as far as {best.n_rows} rows can tell; "
+        "the widest of these is proposed.",
+    )
 
 
-def _config(start: int, stop: int, n_layers: int) -> ETDConfig:
-    """The configuration that iterates layers ``[start, stop)``."""
-    return ETDConfig(n_encoder_layers=start, n_think_layers=stop - start, n_decoder_layers=n_layers - stop)
-
-
-def _to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The batch on the model's device."""
-    return {key: value.to(device) for key, value in batch.items()}
+def _describe_knees(first: int | None, last: int | None) -> str:
+    """A sentence on the knees of the distance curve."""
+    if first is not None and last is not None:
+        return f"The knees of the distance curve, which do not decide, put layers {first} to {last} in the middle."
+    ends = [end for end, knee in (("front", first), ("back", last)) if knee is None]
+    return f"The distance curve has no knee from the {' and the '.join(ends)}."

@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mull.model.causal_lm import MullForCausalLM
+from mull.ops.targets import label_positions, require_targets, valid_tokens
+from mull.runtime.distributed import global_sum
 
 Batch = Mapping[str, Tensor]
 """``input_ids [B, T]`` and ``labels [B, T]`` (unshifted, -100 ignored). Some tasks add ``position_ids [B, T]`` (a restart begins
@@ -35,7 +38,7 @@ class LossOutput(NamedTuple):
     """Total weight of the targets, a scalar without gradient."""
 
     metrics: dict[str, float]
-    """Numbers to log, averaged over the micro-batches of a step."""
+    """Numbers to log, averaged over the micro-batches of a step that have them: leave out what a batch without targets lacks."""
 
     seen: Any = None
     """What `Objective.end_step` needs to know about this micro-batch."""
@@ -99,6 +102,16 @@ class Objective(ABC):
 def layout(batch: Batch) -> dict[str, Any]:
     """Padding and documents of a micro-batch, as the model and `mull.ops.targets.label_positions` take them."""
     return {name: batch.get(name) for name in ("attention_mask", "position_ids")}
+
+
+def require_step_targets(batches: Sequence[Batch]) -> None:
+    """Refuse a step in which no micro-batch of any rank has a target. Called on every rank.
+
+    Raises:
+        ValueError: there is no target.
+    """
+    counts = [valid_tokens(batch["labels"], label_positions(**layout(batch))).sum() for batch in batches]
+    require_targets(global_sum(torch.stack(counts).sum()), batches[0]["labels"])
 
 
 def batch_states(

@@ -1,12 +1,13 @@
 """Train a value head on solutions of known outcome, before ``critic-wmtp`` weighs tokens with it."""
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 
 from mull.layers.value_head import ValueHead
 from mull.model.causal_lm import MullForCausalLM
-from mull.ops.targets import require_targets
-from mull.training.objectives.base import LossOutput, Objective, StepPlan, batch_states
+from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states, require_step_targets
 from mull.training.objectives.evidence import Evidence
 from mull.training.objectives.resources import Resources
 from mull.training.objectives.weightings import ReturnConfig, value_error
@@ -41,14 +42,24 @@ class ValueTraining(Objective):
         self.companion = self._value_head = value_head
         self._config = config
 
+    def plan_step(self, model: MullForCausalLM, batches: Sequence[Batch]) -> StepPlan:
+        """Nothing to decide.
+
+        Raises:
+            ValueError: no label of the step is a valid target.
+        """
+        require_step_targets(batches)
+        return super().plan_step(model, batches)
+
     def loss(self, model: MullForCausalLM, plan: StepPlan, index: int) -> LossOutput:
         """Sum the squared error over the valid targets.
 
         Returns:
-            The sum, the number of targets, and the metrics ``value``, ``outcome`` and ``mse``: means over the targets.
+            The sum, the number of targets, and the metrics ``value``, ``outcome`` and ``mse``: means over the targets, if there
+            are any.
 
         Raises:
-            ValueError: the batch has no rewards, or no target.
+            ValueError: the batch has no rewards.
         """
         batch = plan.batches[index]
         if "rewards" not in batch:
@@ -59,7 +70,8 @@ class ValueTraining(Objective):
             hidden = batch_states(model, batch)
         evidence = Evidence(model, batch, hidden)
         total, count = value_error(self._value_head, hidden, evidence, self._config)
-        require_targets(count, batch["labels"])
+        if count == 0:
+            return LossOutput(total, count, {})
         with torch.no_grad():
             values = self._value_head(hidden)[:, :-1][evidence.valid[:, 1:]]
         outcome = batch["rewards"][evidence.valid]

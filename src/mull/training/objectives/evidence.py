@@ -59,8 +59,18 @@ class Evidence:
 
     @cached_property
     def reference_loss(self) -> Tensor:
-        """Loss of each valid target under the reference model in nats ``[B, T]``, 0 elsewhere."""
+        """Loss of each valid target under the reference model in nats ``[B, T]``, 0 elsewhere.
+
+        Raises:
+            ValueError: a token is outside the reference's vocabulary.
+        """
         assert self.reference is not None, "the algorithm was made with a reference"
+        known = self.reference.lm_head.out_features
+        if known < self.model.lm_head.out_features and (token := int(self.batch["input_ids"].max())) >= known:
+            raise ValueError(
+                f"Token {token} is outside the reference model's vocabulary of {known} tokens: use a reference that is padded to "
+                f"the model's {self.model.lm_head.out_features}."
+            )
         with torch.no_grad():
             hidden = batch_states(self.reference, self.batch, self.reference_iterations)
         return self._statistics(self.reference, hidden).loss
@@ -79,14 +89,19 @@ class Evidence:
         return values.new_zeros(self.valid.shape).masked_scatter(self.valid, values)
 
 
-def check_reference(model: MullForCausalLM, reference: MullForCausalLM) -> None:
+def check_reference(model: MullForCausalLM, reference: MullForCausalLM, n_tokens: int | None = None) -> None:
     """Refuse a reference model with another vocabulary.
 
+    Args:
+        model: The model that is trained.
+        reference: What it is compared with.
+        n_tokens: As in `Resources`.
+
     Raises:
-        ValueError: the sizes differ.
+        ValueError: the sizes differ, or the reference knows fewer than `n_tokens`.
     """
     ours, theirs = model.lm_head.out_features, reference.lm_head.out_features
-    if ours != theirs:
+    if ours != theirs and (n_tokens is None or theirs < n_tokens):
         raise ValueError(
             f"The reference model has a vocabulary of {theirs} tokens, the model one of {ours}: their losses are about different "
             "tokens. Use a reference with the same tokenizer."

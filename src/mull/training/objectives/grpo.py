@@ -93,6 +93,7 @@ class GroupRelative(Scorer):
         pad_id: Fills rows after their end.
         reference: Frozen model that the penalty keeps close to, with the same vocabulary. If it loops, it runs the iterations of
             the step.
+        n_tokens: As in `mull.training.objectives.resources.Resources`.
 
     Raises:
         ValueError: a penalty without a reference, or no token that ends an answer.
@@ -114,6 +115,7 @@ class GroupRelative(Scorer):
         end_ids: Sequence[int],
         pad_id: int,
         reference: MullForCausalLM | None = None,
+        n_tokens: int | None = None,
     ) -> None:
         if config.kl_coef > 0 and reference is None:
             raise ValueError(
@@ -127,6 +129,7 @@ class GroupRelative(Scorer):
         self._reward = reward
         self._end_ids = torch.tensor(list(end_ids))
         self._pad_id = pad_id
+        self._n_tokens = n_tokens
 
     @torch.no_grad()
     def plan_step(
@@ -143,7 +146,7 @@ class GroupRelative(Scorer):
                 vocabulary, or rewards of a wrong shape or value.
         """
         if self.reference is not None:
-            check_reference(model, self.reference)
+            check_reference(model, self.reference, self._n_tokens)
         training = model.training
         model.eval()
         try:
@@ -249,4 +252,5 @@ def group_relative(config: GRPOConfig, resources: Resources) -> GroupRelative:
     """Build the scorer of ``grpo-wmtp``."""
     if resources.reward is None:
         raise ValueError("grpo-wmtp grades sampled answers with a reward, and none was given.")
-    return GroupRelative(config, resources.reward, resources.end_ids, resources.pad_id, resources.reference)
+    end_ids, pad_id, n_tokens = resources.end_ids, resources.pad_id, resources.n_tokens
+    return GroupRelative(config, resources.reward, end_ids, pad_id, resources.reference, n_tokens)

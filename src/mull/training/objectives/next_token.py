@@ -9,9 +9,17 @@ import torch
 
 from mull.model.causal_lm import MullForCausalLM
 from mull.ops.cross_entropy import weighted_cross_entropy
-from mull.ops.targets import IGNORED, label_positions, require_targets, targets_of
+from mull.ops.targets import IGNORED, label_positions, targets_of
 from mull.runtime.distributed import same_everywhere
-from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states, layout
+from mull.training.objectives.base import (
+    Batch,
+    LossOutput,
+    Objective,
+    StepPlan,
+    batch_states,
+    layout,
+    require_step_targets,
+)
 from mull.training.objectives.iterations import IterationSampling
 
 
@@ -28,7 +36,12 @@ class NextToken(Objective):
         self.iterations = iterations
 
     def plan_step(self, model: MullForCausalLM, batches: Sequence[Batch]) -> StepPlan:
-        """Draw the number of iterations."""
+        """Draw the number of iterations.
+
+        Raises:
+            ValueError: no label of the step is a valid target.
+        """
+        require_step_targets(batches)
         return StepPlan(batches=batches, iterations=same_everywhere(self.iterations.sample()))
 
     def loss(self, model: MullForCausalLM, plan: StepPlan, index: int) -> LossOutput:
@@ -36,19 +49,17 @@ class NextToken(Objective):
 
         Returns:
             Loss in nats summed over the targets, their number, and the metrics ``loss`` (nats per target) and
-            ``iterations``.
-
-        Raises:
-            ValueError: no label of the batch is a valid target.
+            ``iterations``; a batch without targets has no ``loss``.
         """
         batch, iterations = plan.batches[index], plan.iterations
         targets = targets_of(batch["labels"], label_positions(**layout(batch)), 1)[:, :-1, 0]
         valid = targets != IGNORED  # (B, T-1)
         n_targets = valid.sum()
-        require_targets(n_targets, batch["labels"])
         hidden = batch_states(model, batch, iterations, self.iterations.backprop(iterations))
         rows = hidden[:, :-1][valid]  # (N, D)
         ones = torch.ones(len(rows), device=rows.device)
         total, _ = weighted_cross_entropy(rows, model.unembedding(), targets[valid], ones)
-        metrics = {"loss": float(total.detach() / n_targets), "iterations": float(iterations)}
+        metrics = {"iterations": float(iterations)}
+        if n_targets:
+            metrics["loss"] = float(total.detach() / n_targets)
         return LossOutput(total, n_targets, metrics)

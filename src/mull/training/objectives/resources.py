@@ -42,7 +42,11 @@ class Resources:
 
     reference: MullForCausalLM | None = None
     """For ``rho1-wmtp``, and for ``grpo-wmtp`` with a penalty: a frozen model in evaluation mode, on the model's device, with the
-    model's vocabulary."""
+    model's tokenizer."""
+
+    n_tokens: int | None = None
+    """Tokens of the tokenizer that model and reference are known to share. Their vocabularies may be larger, each padded to its
+    own size. None if nobody has compared the tokenizers: the sizes must be equal then."""
 
     value_head: ValueHead | None = None
     """For ``value-head`` and ``critic-wmtp``, which needs a trained one."""

@@ -51,7 +51,12 @@ class StepSupervision(Objective):
         self._mastered = False
 
     def plan_step(self, model: MullForCausalLM, batches: Sequence[Batch]) -> StepPlan:
-        """Draw the number of iterations; it is 1 in the first phase."""
+        """Draw the number of iterations; it is 1 in the first phase.
+
+        Raises:
+            ValueError: a batch labels fewer steps than `iterations` may run, or the step has no first step with a label.
+        """
+        self._check_labels([batch["step_labels"] for batch in batches])
         return StepPlan(batches=batches, iterations=same_everywhere(self.iterations.sample() if self._mastered else 1))
 
     def loss(self, model: MullForCausalLM, plan: StepPlan, index: int) -> LossOutput:
@@ -60,14 +65,10 @@ class StepSupervision(Objective):
         Returns:
             Loss in nats summed over the targets, their number, and the metrics ``loss`` (nats per target), ``iterations``,
             ``first_step_accuracy`` and ``last_step_accuracy`` (share of this batch's targets; the last step is that of the
-            last iteration run).
-
-        Raises:
-            ValueError: the batch labels fewer steps than `iterations` may run, or no target is valid.
+            last iteration run). A batch without targets has ``iterations`` alone.
         """
         batch, iterations = plan.batches[index], plan.iterations
         step_labels = batch["step_labels"]
-        self._check_labels(step_labels)
         states = batch_states_by_iteration(model, batch, iterations)
         labelled = (step_labels[..., :iterations] != IGNORED).any(-1)  # (B, T)
         targets = step_labels[labelled][:, :iterations].T  # (k, N)
@@ -75,8 +76,10 @@ class StepSupervision(Objective):
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         weight = (targets != IGNORED).sum()
         first, last = (_hits_and_targets(logits[step], targets[step]) for step in (0, -1))
-        metrics = {"loss": float(total.detach() / weight), "iterations": float(iterations)}
-        metrics |= {"first_step_accuracy": _accuracy(first), "last_step_accuracy": _accuracy(last)}
+        metrics = {"iterations": float(iterations)}
+        if weight:
+            metrics |= {"loss": float(total.detach() / weight)}
+            metrics |= {"first_step_accuracy": _accuracy(first), "last_step_accuracy": _accuracy(last)}
         return LossOutput(total, weight, metrics, first)
 
     def end_step(self, plan: StepPlan, seen: Sequence[Tensor]) -> dict[str, float]:
@@ -96,17 +99,18 @@ class StepSupervision(Objective):
         self._first_step_accuracy = state["first_step_accuracy"]
         self._mastered = state["mastered"]
 
-    def _check_labels(self, step_labels: Tensor) -> None:
-        n_steps = step_labels.shape[-1]
+    def _check_labels(self, step_labels: Sequence[Tensor]) -> None:
+        n_steps = min(labels.shape[-1] for labels in step_labels)
         if n_steps < self.iterations.maximum:
             raise ValueError(
                 f"step_labels label {n_steps} steps, but up to {self.iterations.maximum} iterations may run and each "
                 f"needs a label: label more steps, or set maximum={n_steps}."
             )
-        if (step_labels[..., 0] == IGNORED).all():
+        counts = torch.stack([(labels[..., 0] != IGNORED).sum() for labels in step_labels])
+        if global_sum(counts.sum()) == 0:
             raise ValueError(
-                f"No first step of this batch of shape {tuple(step_labels.shape)} has a label: all are {IGNORED}. "
-                "Drop such batches when building the data."
+                f"No first iteration of this step has a label, in batches of shape {tuple(step_labels[0].shape)}: all are "
+                f"{IGNORED}. Drop such batches when building the data."
             )
 
 

@@ -385,7 +385,7 @@ def rho1(config: Rho1Config, resources: Resources) -> Scorer:
     """Build the scorer of ``rho1-wmtp``."""
     if resources.reference is None:
         raise ValueError("rho1-wmtp compares with a reference model, and none was given.")
-    check_reference(resources.model, resources.reference)
+    check_reference(resources.model, resources.reference, resources.n_tokens)
     kind = Rho1Weighted if config.mode == "weighted" else Rho1TokenSkip
     return kind(config, resources.reference)
 

@@ -24,7 +24,8 @@ from mull.app.report.figures import (
     svg,
 )
 from mull.app.report.page import Report, Table
-from mull.evaluation.search.split import SplitReport, WindowCost
+from mull.evaluation.search.loop_probe import WindowCost
+from mull.evaluation.search.split import SplitReport
 from mull.model.configs import ETDConfig
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "base"}
@@ -60,11 +61,18 @@ class Page(HTMLParser):
         self.text += data
 
 
+def window_cost(start: int) -> WindowCost:
+    error, dropped = 0.01 * start if start else None, start == 3
+    return WindowCost(
+        start=start, stop=start + 3, extra_loss=0.1 * start, standard_error=error, n_rows=4, dropped=dropped
+    )
+
+
 def split_report(**changes: object) -> SplitReport:
     values = {
         "model_name": "tiny",
         "etd": ETDConfig(n_encoder_layers=2, n_think_layers=3, n_decoder_layers=1),
-        "method": "knees",
+        "method": "probe",
         "notes": (),
         "distances": (0.4, 0.2, 0.1, 0.08, 0.09, 0.3),
         "standard_errors": (0.01,) * 6,
@@ -75,7 +83,10 @@ def split_report(**changes: object) -> SplitReport:
         "encoder_knee": 2,
         "decoder_knee": 4,
         "plain_loss": 2.0,
-        "probe": tuple(WindowCost(start=start, stop=start + 3, extra_loss=0.1 * start) for start in range(4)),
+        "probe": tuple(window_cost(start) for start in range(4)),
+        "precision": "float32",
+        "n_passes": 20.0,
+        "seconds": 2.0,
     }
     return SplitReport.model_validate({**values, **changes})
 
@@ -166,8 +177,9 @@ def test_the_split_figure_shades_the_proposal_and_draws_its_window_apart() -> No
     np.testing.assert_allclose(spans, [(-0.5, 1.5), (1.5, 4.5), (4.5, 5.5)])
     colours = [bar.get_facecolor() for bar in probe.patches]
     assert len(colours) == 4
-    assert len({colour for index, colour in enumerate(colours) if index != 2}) == 1
-    assert colours[2] != colours[0]
+    assert colours[0] == colours[1] != colours[3], "a window that was dropped is lighter"
+    assert colours[2] not in (colours[0], colours[3])
+    assert [text.xy[0] for text in curve.texts if text.get_text() == "knee"] == [2, 4]
 
 
 def test_what_users_write_is_text_never_markup() -> None:

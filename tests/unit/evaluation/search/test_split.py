@@ -1,7 +1,7 @@
 """Claim: the split search measures what it says and proposes what it documents.
 
-Distances are compared with hand-made states and with the stream that hooks see in the unmodified Hugging Face model; the loop
-probe with Hugging Face layers called one by one; the knees with the corners of curves drawn on purpose.
+Distances are compared with hand-made states and with the stream that hooks see in the unmodified Hugging Face model, the knees
+with the corners of curves drawn on purpose. What the loop probe measures is tested in `test_loop_probe.py`.
 """
 
 from itertools import pairwise
@@ -11,22 +11,25 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny
 from torch.nn import functional as F
+from transformers import AutoTokenizer
 
+from mull.data.corpus import load_stdlib
+from mull.data.packing import pack_texts
+from mull.evaluation.search.loop_probe import WindowCost, layers_per_batch
 from mull.evaluation.search.split import (
     SplitReport,
     angular_distance,
-    candidate_windows,
+    default_widths,
     find_knees,
     find_split,
     layer_distances,
-    loop_probe,
     measured_positions,
 )
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig
-from mull.retrofit.wrap import wrap_transformer_with_etd
+from mull.retrofit.wrap import from_pretrained, wrap_transformer_with_etd
 
-QUIET = {"progress": False}
+QUIET: dict[str, Any] = {"progress": False, "precision": "fp32"}
 
 
 def batch_of(ids: torch.Tensor, **more: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -162,40 +165,6 @@ def test_an_end_without_a_decline_has_no_knee() -> None:
     assert last is None
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_next-dense"])
-def test_probe_is_the_loss_of_layers_called_by_hand(family: str, ids: Any) -> None:
-    model = tiny(family)
-    batches = [batch_of(ids(2, 9, seed=0)), batch_of(ids(1, 5, seed=1))]
-    batches[0]["labels"][0, :6] = -100
-    total, targets = {"plain": 0.0, "looped": 0.0}, 0
-    for batch in batches:
-        seen: dict[str, Any] = {}
-        hook = model.model.layers[0].register_forward_pre_hook(
-            lambda _, args, kwargs, seen=seen: seen.update(h=args[0], kwargs=kwargs), with_kwargs=True
-        )
-        calls = []
-        others = [
-            layer.register_forward_pre_hook(lambda _, args, kwargs, calls=calls: calls.append(kwargs), with_kwargs=True)
-            for layer in model.model.layers
-        ]
-        with torch.no_grad():
-            model(batch["input_ids"], use_cache=False)
-            for handle in [hook, *others]:
-                handle.remove()
-            for name, order in {"plain": range(8), "looped": [*range(4), 0, 1, 2, 3, 4, 5, 6, 7]}.items():
-                h = seen["h"]
-                for layer in order:
-                    h = model.model.layers[layer](h, **calls[layer])
-                logits = model.lm_head(model.model.norm(h))[:, :-1]
-                labels = batch["labels"][:, 1:]
-                total[name] += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-        targets += int((batch["labels"][:, 1:] != -100).sum())
-    plain, costs = loop_probe(wrap_transformer_with_etd(model, None), batches.__getitem__, [(0, 4)], 2, **QUIET)
-    assert plain == pytest.approx(total["plain"] / targets, abs=1e-5)
-    assert costs[0].extra_loss == pytest.approx((total["looped"] - total["plain"]) / targets, abs=1e-5)
-    assert abs(costs[0].extra_loss) > 1e-3
-
-
 def test_a_window_that_changes_nothing_costs_nothing(ids: Any) -> None:
     model = tiny("qwen3")
     with torch.no_grad():
@@ -231,56 +200,104 @@ def curve_model(monkeypatch: pytest.MonkeyPatch, curve: list[float]) -> None:
     monkeypatch.setattr("mull.evaluation.search.split.layer_distances", lambda *_: torch.tensor(curve))
 
 
-def test_knees_decide(monkeypatch: pytest.MonkeyPatch, ids: Any) -> None:
+def test_knees_are_shown_and_do_not_decide(monkeypatch: pytest.MonkeyPatch, ids: Any) -> None:
     curve_model(monkeypatch, [0.5, 0.3, 0.1, 0.09, 0.08, 0.09, 0.25, 0.4])
-    report = find_split(tiny("llama"), lambda _: batch_of(ids(1, 6)), n_batches=1, n_probe_batches=0, **QUIET)
-    assert report.method == "knees"
+    model = tiny("llama")
+    report = find_split(model, lambda _: batch_of(ids(1, 6)), n_batches=1, n_probe_batches=0, **QUIET)
     assert (report.encoder_knee, report.decoder_knee) == (2, 5)
-    assert report.etd.model_dump(exclude={"max_think_iterations"}) == {
-        "n_encoder_layers": 2,
-        "n_think_layers": 4,
-        "n_decoder_layers": 2,
-    }
+    assert (report.method, report.etd) == ("published", ETDConfig.for_model(model))
+    assert "layers 2 to 5" in report.notes[-1]
     assert report.standard_errors is None
+    curve_model(monkeypatch, [0.1] * 8)
+    report = find_split(model, lambda _: batch_of(ids(1, 6)), n_batches=1, n_probe_batches=0, **QUIET)
+    assert "no knee from the front and the back" in report.notes[-1]
 
 
-def test_a_hybrid_keeps_its_attention_period_whole(monkeypatch: pytest.MonkeyPatch, ids: Any) -> None:
-    curve_model(monkeypatch, [0.5, 0.1, 0.09, 0.08, 0.08, 0.09, 0.1, 0.4])
+def cost(start: int, width: int, extra_loss: float, dropped: bool = False) -> WindowCost:
+    return WindowCost(
+        start=start, stop=start + width, extra_loss=extra_loss, standard_error=0.01, n_rows=8, dropped=dropped
+    )
+
+
+@pytest.mark.parametrize(
+    ("costs", "proposal"),
+    [
+        ([cost(3, 2, 0.01), cost(2, 3, 0.03), cost(3, 3, 0.02), cost(4, 3, 0.05)], (3, 3)),
+        ([cost(3, 2, 0.02), cost(4, 2, 0.01), cost(3, 3, 0.1, dropped=True)], (4, 2)),
+        ([cost(3, 2, -0.02), cost(1, 2, -0.03)], (1, 2)),
+    ],
+)
+def test_the_widest_window_of_least_loss_that_was_not_dropped_decides(
+    costs: list[WindowCost], proposal: tuple[int, int], monkeypatch: pytest.MonkeyPatch, ids: Any
+) -> None:
+    monkeypatch.setattr("mull.evaluation.search.split.loop_probe", lambda *_: (2.0, tuple(costs)))
+    report = find_split(tiny("llama"), lambda _: batch_of(ids(1, 6)), n_batches=1, n_probe_batches=1, **QUIET)
+    assert (report.etd.n_encoder_layers, report.etd.n_think_layers) == proposal
+    assert (report.method, report.etd.n_layers) == ("probe", 8)
+    assert "± 0.010 nats per token" in report.notes[0]
+
+
+def test_default_widths_are_the_published_one_and_its_half_within_a_third() -> None:
+    assert default_widths(30, 8) == [4, 8]
+    assert default_widths(16, 4) == [2, 4]
+    assert default_widths(32, 8, period=4) == [4, 8]
+    assert default_widths(24, 12) == [6, 8], "12 exceeds a third"
+    assert default_widths(8, 4, period=4) == [4], "a period stays whole"
+
+
+def test_a_hybrid_keeps_its_attention_period_whole(ids: Any) -> None:
     report = find_split(
         tiny("qwen3_next-dense"), lambda _: batch_of(ids(1, 6)), n_batches=1, n_probe_batches=1, **QUIET
     )
-    assert (report.encoder_knee, report.decoder_knee) == (1, 6)
+    assert [(window.start, window.stop) for window in report.probe] == [(0, 4), (4, 8)]
     assert report.etd.n_encoder_layers % 4 == 0
-    assert report.etd.n_think_layers % 4 == 0
-    assert len(report.notes) == 2
-    assert {(window.start, window.stop) for window in report.probe} >= {(0, 4), (4, 8)}
+    assert report.etd.n_think_layers == 4
 
 
-@pytest.mark.parametrize("n_probe_batches", [0, 1])
-def test_without_knees_the_cheapest_window_or_the_published_split(
-    monkeypatch: pytest.MonkeyPatch, ids: Any, n_probe_batches: int
-) -> None:
-    curve_model(monkeypatch, [0.1] * 8)
-    model = tiny("llama")
-    report = find_split(model, lambda _: batch_of(ids(2, 9)), n_batches=1, n_probe_batches=n_probe_batches, **QUIET)
-    published = ETDConfig.for_model(model)
-    if n_probe_batches:
-        cheapest = min(report.probe, key=lambda window: window.extra_loss)
-        assert report.method == "probe"
-        assert report.etd.n_encoder_layers == cheapest.start
-        assert report.etd.n_think_layers == published.n_think_layers
-    else:
-        assert (report.method, report.etd) == ("published", published)
-    assert "no knee from the front and the back" in report.notes[0]
+def test_wider_blocks_are_for_who_asks(ids: Any) -> None:
+    report = find_split(
+        tiny("llama"), lambda _: batch_of(ids(1, 6)), n_batches=1, n_probe_batches=1, probe_widths=[5], **QUIET
+    )
+    assert {window.width for window in report.probe} == {5}
+    assert report.etd.n_think_layers == 5
 
 
-def test_candidate_windows_cover_every_start_and_refuse_what_does_not_fit() -> None:
-    assert candidate_windows(4, [3, 2]) == [(0, 2), (1, 3), (2, 4), (0, 3), (1, 4)]
-    assert candidate_windows(8, [4], period=4) == [(0, 4), (4, 8)]
-    with pytest.raises(ValueError, match="1 to 4 layers"):
-        candidate_windows(4, [5])
-    with pytest.raises(ValueError, match="multiple of 4"):
-        candidate_windows(8, [3], period=4)
+def test_bf16_is_autocast_and_a_model_keeps_another_dtype(ids: Any) -> None:
+    def search(dtype: torch.dtype, precision: Any) -> SplitReport:
+        model = tiny("llama", dtype=dtype)
+        options = {"n_batches": 1, "n_probe_batches": 1, "precision": precision, "progress": False}
+        return find_split(model, lambda _: batch_of(ids(4, 20)), **options)
+
+    wide, narrow = search(torch.float32, "fp32"), search(torch.float32, "bf16")
+    assert (wide.precision, narrow.precision) == ("float32", "bf16")
+    differences = [abs(one.extra_loss - other.extra_loss) for one, other in zip(wide.probe, narrow.probe, strict=True)]
+    assert 0 < max(differences) < 0.02
+    assert search(torch.float32, "auto").precision in ("float32", "bf16")
+    assert search(torch.bfloat16, "auto").precision == "bfloat16"
+
+
+def test_progress_counts_every_layer_and_announces_the_passes(ids: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    report = find_split(
+        tiny("llama"), lambda index: batch_of(ids(1, 6, seed=index)), n_batches=2, n_probe_batches=1, precision="fp32"
+    )
+    layers = 2 * 8 + layers_per_batch(8, [(window.start, window.stop) for window in report.probe])
+    assert report.n_passes == layers / 8
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"split: at most {layers / 8:.0f} passes of 6 tokens in float32, about 00:")
+    assert last == f"split: layer {layers} of {layers}, 00:00 left"
+
+
+@pytest.mark.real
+def test_a_real_model_gets_a_narrow_block_of_little_cost_before_its_late_layers(real_model: str) -> None:
+    model = from_pretrained(real_model)
+    tokenizer = AutoTokenizer.from_pretrained(real_model)
+    texts = [document.text for document in load_stdlib().held_out]
+    rows = list(pack_texts(texts, tokenizer, length=128).in_order(4))
+    report = find_split(model, rows.__getitem__, n_batches=2, n_probe_batches=2, progress=False)
+    proposed = next(window for window in report.probe if window.start == report.etd.n_encoder_layers)
+    assert report.etd.n_think_layers <= report.n_layers // 3
+    assert report.etd.n_encoder_layers + report.etd.n_think_layers <= 0.6 * report.n_layers
+    assert 0 < proposed.extra_loss < 0.3
 
 
 def test_errors_say_what_is_missing(ids: Any) -> None:
@@ -291,9 +308,6 @@ def test_errors_say_what_is_missing(ids: Any) -> None:
         find_split(tiny("llama"), lambda _: padding, **QUIET)
     with pytest.raises(ValueError, match="padding throughout"):
         measured_positions(padding, "last")
-    no_targets = {"input_ids": ids(1, 6), "labels": torch.full((1, 6), -100)}
-    with pytest.raises(ValueError, match="hold no target"):
-        loop_probe(wrap_transformer_with_etd(tiny("llama"), None), lambda _: no_targets, [(0, 2)], 1, **QUIET)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
