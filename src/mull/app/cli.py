@@ -178,7 +178,9 @@ def continue_prompt(
     repetition_penalty: Annotated[float, Option(help="Divides the logits of used tokens; 1 is off.")] = 1.0,
     seed: Annotated[int, Option(help="Seed for sampling.")] = 0,
     compile_: Annotated[bool, Option("--compile", help="Compile: a minute at first, then faster.")] = False,
-    compile_max: Annotated[bool, Option("--compile-max", help="Compile with packed weights: minutes, then fastest.")] = False,
+    compile_max: Annotated[
+        bool, Option("--compile-max", help="Compile with packed weights: minutes, then fastest.")
+    ] = False,
     stats: Annotated[bool, Option("--stats", help="Print time and acceptance to standard error.")] = False,
 ) -> None:
     """Continue a prompt, printing tokens as they come."""

@@ -69,7 +69,7 @@ class DecoderCache:
         if key.compiled == "max":
             # An optimizer, or an adapter that is merged, changes weights in place.
             weights += tuple(
-                torch.hash_tensor(parameter.detach()).view(torch.int64).item() for parameter in model.parameters()
+                int(torch.hash_tensor(parameter.detach()).view(torch.int64)) for parameter in model.parameters()
             )
         key = replace(key, sampling=sampling, weights=weights)
         kept = self.decoders.get(key)

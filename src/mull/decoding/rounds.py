@@ -18,6 +18,7 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.model.fixed_cache import StaticCall, StaticSlotCache
 from mull.model.path import Path
 from mull.ops.sampling import Sampling, Verdict, accept, accept_greedy, draw, penalize, seen_along, warp
+from mull.runtime.progress import Progress
 
 PREFILL_TOKENS = 2048
 """Prompt tokens per row in one pass, which bounds the memory of its mask."""
@@ -49,6 +50,9 @@ Compilation = Literal["default", "max"]
 PACKING = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
 """Settings of inductor on a CPU for ``max``: weights become constants, which its kernels store in the order in which they read
 them, and the kernels of each product are chosen by time."""
+
+SECONDS_PER_VISIT: dict[Compilation, float] = {"default": 2.0, "max": 7.0}
+"""Time to compile one visit of a layer, without torch's cache on disk: SmolLM2-135M in bf16 on two CPU cores."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +226,14 @@ class Decoder:
         self._catch_up(length, window)
         if length in self._prepared:
             return self._prepared[length]()
+        compiled = self.preparation.compiled
         settings: dict[str, Any] = {}
-        if self.preparation.compiled == "max":
+        if compiled is not None:
+            Progress(None, "round").say(
+                f"Compiling a round with {length} drafts (compile={compiled!r}): up to about "
+                f"{SECONDS_PER_VISIT[compiled] * len(self.cache.path):.0f} s, less where torch's cache on disk has a part of it."
+            )
+        if compiled == "max":
             on_cpu = self.text.tokens.device.type == "cpu"
             settings = PACKING if on_cpu else {"max_autotune": True}
         # torch counts the graphs of all decoders together and gives up at 8; each is wanted.

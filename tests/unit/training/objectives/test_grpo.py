@@ -1,4 +1,4 @@
-"""Claim: grpo-wmtp takes the policy gradient of the model's own samples, exactly, and samples from the law that it trains.
+"""Claim: grpo-wmtp takes the policy gradient of the model's own samples, exactly, and samples from the distribution that it trains.
 
 The reference is REINFORCE written out: every answer alone, without padding, its logits from a plain forward pass, autograd.
 """
