@@ -47,7 +47,7 @@ class Size:
 Compilation = Literal["default", "max"]
 """How hard ``torch.compile`` tries; see `generate`."""
 
-PACKING = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+PACKING = {"freezing": True, "cpp.weight_prepack": False, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
 """Settings of inductor on a CPU for ``max``: weights become constants, which its kernels store in the order in which they read
 them, and the kernels of each product are chosen by time."""
 
