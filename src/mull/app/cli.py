@@ -180,7 +180,10 @@ def continue_prompt(
     min_p: Annotated[float | None, Option(help="Least probability, relative to the likeliest token's.")] = None,
     repetition_penalty: Annotated[float, Option(help="Divides the logits of used tokens; 1 is off.")] = 1.0,
     seed: Annotated[int, Option(help="Seed for sampling.", min=0, max=2**63 - 1)] = 0,
-    compile_: Annotated[bool, Option("--compile", help="Compile: minutes at first, then faster.")] = False,
+    compile_: Annotated[bool, Option("--compile", help="Compile: a minute at first, then faster.")] = False,
+    compile_max: Annotated[
+        bool, Option("--compile-max", help="Compile with packed weights: minutes, then fastest.")
+    ] = False,
     stats: Annotated[bool, Option("--stats", help="Print time and acceptance to standard error.")] = False,
 ) -> None:
     """Continue a prompt, printing tokens as they come."""
@@ -210,7 +213,7 @@ def continue_prompt(
         eos_token_id=encoder.ends(loaded.generation_config.eos_token_id),
         think_iterations=think_iterations,
         streamer=TextStreamer(tokenizer),
-        compile=compile_,
+        compile="max" if compile_max else compile_,
     )
     if stats:
         print(_stats_text(output.stats), file=sys.stderr)

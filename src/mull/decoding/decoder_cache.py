@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mull.decoding.draft_length import DraftLength
-from mull.decoding.rounds import Decoder, Preparation, Size
+from mull.decoding.rounds import Compilation, Decoder, Preparation, Size
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.path import Path
 from mull.ops.sampling import Sampling
@@ -26,10 +26,11 @@ class DecoderKey:
     n_rows: int
     max_drafts: int
     dtype: torch.dtype
-    compiled: bool
+    compiled: Compilation | None
     sampling: Sampling | None = None
     weights: tuple[int, ...] = ()
-    """Addresses of the parameters: compiled code and captured graphs read them there."""
+    """Addresses of the parameters, where compiled code and captured graphs read them; and where they are packed into the code,
+    a hash of each."""
 
 
 class DecoderCache:
@@ -65,6 +66,11 @@ class DecoderCache:
         if not Preparation.of(model, key.compiled):
             return Decoder(model, key.path, sampling, Size(key.n_rows, capacity, key.max_drafts))
         weights = tuple(parameter.data_ptr() for parameter in model.parameters())
+        if key.compiled == "max":
+            # An optimizer, or an adapter that is merged, changes weights in place.
+            weights += tuple(
+                int(torch.hash_tensor(parameter.detach()).view(torch.int64)) for parameter in model.parameters()
+            )
         key = replace(key, sampling=sampling, weights=weights)
         kept = self.decoders.get(key)
         if kept is not None and kept.size.capacity >= capacity:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mull.decoding.decoder_cache import DecoderCache, DecoderKey
 from mull.decoding.draft_length import DraftLength
 from mull.decoding.drafting import Drafter
-from mull.decoding.rounds import Decoder
+from mull.decoding.rounds import Compilation, Decoder
 from mull.model.causal_lm import MullForCausalLM
 from mull.ops.sampling import Sampling
 from mull.runtime.arguments import require, require_count, require_ids, require_seed, require_tensors, shown
@@ -165,7 +165,7 @@ def generate(
     think_iterations: int | None = None,
     path: Sequence[Sequence[int]] | None = None,
     streamer: Streamer | None = None,
-    compile: bool = False,  # noqa: A002
+    compile: bool | Compilation = False,  # noqa: A002
 ) -> GenerateOutput:
     """Continue prompts.
 
@@ -189,7 +189,9 @@ def generate(
         path: Explicit visits ``(layer, occurrence)`` instead.
         streamer: Receives tokens as they come; a single row only.
         compile: Compile a round, once per size and draft length: seconds to minutes in the first call, less time per token
-            later. On a GPU rounds are captured as CUDA graphs in either case.
+            later. ``"default"`` (or True) or ``"max"``: on a CPU, each compiled round keeps a copy of the weights, packed for
+            kernels that were chosen by time; it takes minutes, and torch's cache on disk keeps the choice. On a GPU, ``"max"``
+            chooses kernels by time, too, and rounds are captured as CUDA graphs in any case.
 
     Returns:
         The rows, and what it took.
@@ -208,7 +210,8 @@ def generate(
     if streamer is not None and len(prompts) > 1:
         raise ValueError(f"A streamer takes one row, and input_ids has {len(prompts)}.")
     visits = model.path(think_iterations, path)
-    key = DecoderKey(visits, len(prompts), _max_drafts(model, draft, draft_length), model.dtype, compile)
+    compiled = _compilation(compile)
+    key = DecoderKey(visits, len(prompts), _max_drafts(model, draft, draft_length), model.dtype, compiled)
     kept = DecoderCache.of(model)
     decoder = kept.decoder(model, key, sampling, max(map(len, prompts)) + max_new_tokens)
     policy = kept.policy(key) if draft_length is None else DraftLength(key.max_drafts, fixed=draft_length)
@@ -336,6 +339,16 @@ def _prompts(
             "shorten one."
         )
     return rows
+
+
+def _compilation(given: bool | str) -> Compilation | None:
+    if given is False:
+        return None
+    if given is True or given == "default":
+        return "default"
+    if given == "max":
+        return "max"
+    raise ValueError(f"compile={given!r} is not known. Use 'default', 'max', True or False.")
 
 
 def _max_drafts(model: MullForCausalLM, draft: str | None, draft_length: int | None) -> int:

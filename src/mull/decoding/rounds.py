@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, D model width, V vocabulary, K drafts.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.model.fixed_cache import StaticCall, StaticSlotCache
 from mull.model.path import Path
 from mull.ops.sampling import Sampling, Verdict, accept, accept_greedy, draw, penalize, seen_along, warp
+from mull.runtime.progress import Progress
 
 PREFILL_TOKENS = 2048
 """Prompt tokens per row in one pass, which bounds the memory of its mask."""
@@ -42,6 +44,22 @@ class Size:
         return 3 * max_drafts + 2
 
 
+Compilation = Literal["default", "max"]
+"""How hard ``torch.compile`` tries; see `generate`."""
+
+PACKING = {
+    "freezing": True,
+    "cpp.weight_prepack": False,
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+}
+"""Settings of inductor on a CPU for ``max``: weights become constants, which its kernels store in the order in which they read
+them, and the kernels of each product are chosen by time."""
+
+SECONDS_PER_VISIT: dict[Compilation, float] = {"default": 2.0, "max": 7.0}
+"""Time to compile one visit of a layer, without torch's cache on disk: SmolLM2-135M in bf16 on two CPU cores."""
+
+
 @dataclass(frozen=True)
 class Preparation:
     """What is done to a round before it first runs with a draft length. False if rounds run as they are.
@@ -49,11 +67,11 @@ class Preparation:
     Prepared rounds have fixed shapes: they read the whole capacity, and a window of the largest size.
     """
 
-    compiled: bool
+    compiled: Compilation | None
     captured: bool
 
     @classmethod
-    def of(cls, model: MullForCausalLM, compiled: bool) -> "Preparation":
+    def of(cls, model: MullForCausalLM, compiled: Compilation | None) -> "Preparation":
         """On a GPU, rounds are captured as CUDA graphs.
 
         Not so for experts: those of transformers look up which of them were chosen, and wait for the host to know.
@@ -64,7 +82,7 @@ class Preparation:
 
     def __bool__(self) -> bool:
         """Whether anything is done."""
-        return self.compiled or self.captured
+        return self.compiled is not None or self.captured
 
 
 class Decoder:
@@ -75,11 +93,11 @@ class Decoder:
         path: The visits of every pass.
         sampling: How tokens are chosen.
         size: Rows and tokens.
-        compiled: Run rounds through ``torch.compile``.
+        compiled: Run rounds through ``torch.compile``; None runs them as they are.
     """
 
     def __init__(
-        self, model: MullForCausalLM, path: Path, sampling: Sampling, size: Size, compiled: bool = False
+        self, model: MullForCausalLM, path: Path, sampling: Sampling, size: Size, compiled: Compilation | None = None
     ) -> None:
         weight = model.lm_head.weight
         device = weight.device
@@ -213,8 +231,18 @@ class Decoder:
         self._catch_up(length, window)
         if length in self._prepared:
             return self._prepared[length]()
+        compiled = self.preparation.compiled
+        settings: dict[str, Any] = {}
+        if compiled is not None:
+            Progress(None, "round").say(
+                f"Compiling a round with {length} drafts (compile={compiled!r}): up to about "
+                f"{SECONDS_PER_VISIT[compiled] * len(self.cache.path):.0f} s, less where torch's cache on disk has a part of it."
+            )
+        if compiled == "max":
+            on_cpu = self.text.tokens.device.type == "cpu"
+            settings = PACKING if on_cpu else {"max_autotune": True}
         # torch counts the graphs of all decoders together and gives up at 8; each is wanted.
-        with torch._dynamo.config.patch(recompile_limit=1000):
+        with torch._dynamo.config.patch(recompile_limit=1000), torch._inductor.config.patch(settings):
             self._prepared[length] = self._prepare(length, window)
             return self._prepared[length]()
 
@@ -223,7 +251,7 @@ class Decoder:
             return self._round(length, window, self.size.capacity)
 
         prepared: Callable[[], Tensor] = run
-        if self.preparation.compiled:
+        if self.preparation.compiled is not None:
             prepared = torch.compile(run, fullgraph=True, dynamic=False)
         return CapturedRound(prepared, self._mutable()) if self.preparation.captured else prepared
 

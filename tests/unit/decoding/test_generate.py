@@ -183,6 +183,26 @@ def test_the_decoder_cache_is_freed_with_the_model_and_not_copied(
     assert alive() is None
 
 
+@pytest.mark.parametrize(("compiler", "n_decoders"), [("default", 1), ("max", 2)])
+def test_weights_that_are_packed_into_compiled_rounds_are_packed_again_when_they_change(
+    compiler: Any, n_decoders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place, as an optimizer or an adapter that is merged changes them; ``.data`` leaves no trace in autograd's counter."""
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
+    model = drafting_model()
+    for _ in range(2):
+        generate(model, IDS, max_new_tokens=2, compile=compiler)
+    assert len(DecoderCache.of(model).decoders) == 1
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1
+    generate(model, IDS, max_new_tokens=2, compile=compiler)
+    assert len(DecoderCache.of(model).decoders) == n_decoders
+
+
+def test_only_known_ways_to_compile_are_taken() -> None:
+    with pytest.raises(ValueError, match="compile='fast' is not known. Use 'default', 'max', True or False"):
+        generate(drafting_model(), IDS, max_new_tokens=2, compile="fast")  # type: ignore[arg-type]
+
+
 def test_nothing_is_drafted_after_the_last_token_that_is_wanted() -> None:
     stats = generate(drafting_model(), IDS, max_new_tokens=3, draft="mtp", draft_length=2, eos_token_id=[]).stats
     assert max(stats.draft_lengths) == 1
@@ -197,8 +217,8 @@ def test_recursive_heads_draft_further_than_they_were_trained() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
-def test_compiled_rounds_write_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("family", "compiler"), [("qwen3", "default"), ("qwen3", "max"), ("qwen3_5", "default")])
+def test_compiled_rounds_write_the_same(family: str, compiler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its checks cannot be compiled
     model = drafting_model(family)
     ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -213,8 +233,8 @@ def test_compiled_rounds_write_the_same(family: str, monkeypatch: pytest.MonkeyP
             **options,
         }
         eager = generate(model, ids, mask, **common)
-        compiled = generate(model, ids, mask, compile=True, **common)
-        again = generate(model, ids, mask, compile=True, **common)
+        compiled = generate(model, ids, mask, compile=compiler, **common)
+        again = generate(model, ids, mask, compile=compiler, **common)
         # Eager rounds draft less where the text is about to end, and sampling then uses other random numbers.
         assert torch.equal(compiled.sequences[:, :24], eager.sequences[:, :24])
         assert torch.equal(compiled.sequences, again.sequences)
@@ -226,7 +246,7 @@ def test_compiled_rounds_write_the_same(family: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "olmo3"])
 def test_captured_rounds_write_the_same(family: str) -> None:
     model = drafting_model(family).cuda()
-    assert Preparation.of(model, compiled=False)
+    assert Preparation.of(model, None)
     ids = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(0)).cuda()
     plain = generate(model, ids, max_new_tokens=40, eos_token_id=[]).sequences
     for length in (0, 1, 2, None):

@@ -1,4 +1,4 @@
-"""Claim: grpo-wmtp takes the policy gradient of the model's own samples, exactly, and samples from the law that it trains.
+"""Claim: grpo-wmtp takes the policy gradient of the model's own samples, exactly, and samples from what it trains.
 
 The reference is REINFORCE written out: every answer alone, without padding, its logits from a plain forward pass, autograd.
 """
@@ -269,7 +269,7 @@ def test_what_follows_the_end_is_no_target_and_is_not_seen() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_samples_follow_the_law_that_is_trained_whatever_the_generation_settings(temperature: float) -> None:
+def test_samples_follow_the_distribution_that_is_trained_whatever_the_generation_settings(temperature: float) -> None:
     size, n = 8, 2500
     model = make_model(vocab_size=size, initializer_range=0.2).eval()
     model.generation_config.update(top_k=1, repetition_penalty=5.0, temperature=0.1, min_new_tokens=2, do_sample=False)

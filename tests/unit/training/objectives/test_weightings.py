@@ -155,8 +155,8 @@ TAUGHT = torch.arange(1, 13, dtype=torch.float64) / 78
 """Distribution of the token behind one context: token v occurs v + 1 times in 78 rows."""
 
 
-def gradient_at(law: Callable[[Tensor], Tensor], algorithm: str, **rho1: float) -> Tensor:
-    """Gradient of the logits where the model predicts ``law(reference's prediction)`` and is taught `TAUGHT`."""
+def gradient_at(mapping: Callable[[Tensor], Tensor], algorithm: str, **rho1: float) -> Tensor:
+    """Gradient of the logits where the model predicts ``mapping(reference's prediction)`` and is taught `TAUGHT`."""
     base = tiny("qwen3", vocab_size=12, dtype=torch.float64, num_hidden_layers=1)
     model = wrap_transformer_with_etd(base, None).train()
     reference = wrap_transformer_with_etd(
@@ -168,7 +168,7 @@ def gradient_at(law: Callable[[Tensor], Tensor], algorithm: str, **rho1: float) 
     with torch.no_grad():
         prior = reference(input_ids[:1]).logits[0, 0].softmax(-1)
         state = model.hidden_states(input_ids[:1])[0, 0]
-        model.lm_head.weight.copy_(law(prior).log()[:, None] * state / state.square().sum())
+        model.lm_head.weight.copy_(mapping(prior).log()[:, None] * state / state.square().sum())
     settings = Rho1Config(mode="weighted", **rho1) if algorithm == "rho1-wmtp" else None
     objective = WeightedMTP(make_scorer(algorithm, model, settings, reference=reference), IterationSampling(maximum=1))
     run_step(model, objective, [batch])
