@@ -297,7 +297,7 @@ def test_an_attention_that_takes_no_such_mask_is_named(exact: Exact, ids: Ids) -
     with pytest.raises(ValueError, match="'flex_attention' cannot run a part of the tokens"), torch.no_grad():
         model.model(
             ids(ROWS, TOKENS),
-            attention_mask=torch.ones(ROWS, 1, TOKENS, TOKENS, dtype=torch.bool).tril(),
+            attention_mask={"full_attention": torch.ones(ROWS, 1, TOKENS, TOKENS, dtype=torch.bool).tril()},
             policy=part(masks_of("halting"), 0, TOKENS),
             use_cache=False,
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from conftest import EXACT, SPLIT, tiny
@@ -56,6 +57,17 @@ def test_fields_of_the_backbone_are_read_and_set_in_the_configuration(family: st
     assert MullConfig.from_pretrained(tmp_path).to_dict() == model.config.to_dict()
     with pytest.raises(AttributeError, match="n_layer"):
         _ = model.config.n_layer
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tying_in_the_configuration_is_kept(tied: bool, tmp_path: Path) -> None:
+    config = wrapped(tie_word_embeddings=not tied).config
+    config.tie_word_embeddings = tied
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
 def test_the_configuration_asks_for_hidden_states(ids: Ids) -> None:
@@ -331,6 +343,12 @@ def test_an_adapter_on_the_unembedding_is_in_every_loss(mtp: MTPConfig | None, i
     for name, p in adapted.named_parameters():
         if name in gradients:
             torch.testing.assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_weights_that_accelerate_offloaded_are_refused_too(ids: Ids) -> None:
+    model = accelerate.cpu_offload(wrapped(), execution_device="cpu")
+    with pytest.raises(ValueError, match="weights are offloaded"):
+        mull.generate(model, ids(1, 5), max_new_tokens=2)
 
 
 def test_offloaded_weights_are_refused_where_they_are_read_directly(tmp_path: Path, ids: Ids) -> None:

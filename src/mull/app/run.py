@@ -77,10 +77,10 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
     folder = recipe.run.out / recipe.run.name
     with session(), contextlib.ExitStack() as stack:
         on_first_rank(lambda: stack.enter_context(storage.exclusive(folder)))
+        on_first_rank(partial(_check_writable, folder))
         on_first_rank(lambda: _remove_unfinished(folder))
         stages = recipe.schedule()
         places = [*(str(stage.name) for stage in stages[:-1]), ""]
-        on_first_rank(partial(_check_writable, folder))
         if not resume:
             _check_unused(recipe, places)  # before the first stage has run for hours
         prepared = prepare(recipe)

@@ -98,6 +98,9 @@ class TextEncoder:
     def _encoded(self, texts: Sequence[str], inside: bool = False) -> list[list[int]]:
         if not texts:
             return []
+        for text in texts:
+            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError("A text has bytes that are not UTF-8 (lone surrogates), so it cannot be tokenized.")
         spelled = [found[0] for text in texts if (found := self._spelled.search(text))]
         if spelled:
             message = "%d of %d texts spell a special token, such as %s, and it is read as text."

@@ -89,6 +89,8 @@ class MullConfig(PreTrainedConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         text_config = vars(self).get("text_config")
+        if name == "tie_word_embeddings" and vars(self).get("_post_init_done"):
+            setattr(text_config, name, value)  # a field of every configuration; loading takes the backbone's
         own = name.startswith("_") or name in vars(self) or hasattr(type(self), name)
         if not own and isinstance(text_config, PreTrainedConfig) and hasattr(text_config, name):
             setattr(text_config, name, value)

@@ -146,7 +146,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         if shift_labels is not None and self.mtp_config is not None:
             raise ValueError("Extra heads predict further tokens than shift_labels names: give labels, unshifted.")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if tokens is not None:
+        if isinstance(tokens, Tensor):
             position_ids = packed_positions(keywords, tokens.shape[:2], attention_mask, position_ids)
         out = self.model(
             input_ids=input_ids,
@@ -267,7 +267,8 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a weight is offloaded.
         """
-        if hasattr(self, "hf_device_map") and any(parameter.is_meta for parameter in self.parameters()):
+        offloaded = any(parameter.is_meta for parameter in self.parameters())
+        if offloaded and any(hasattr(module, "_hf_hook") for module in self.modules()):
             raise ValueError(
                 "Some weights are offloaded (device_map). Losses of extra heads and mull.generate read weights directly: load "
                 "the whole model on one device, or leave labels out and use model.generate."

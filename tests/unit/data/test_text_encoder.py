@@ -153,3 +153,9 @@ def test_what_is_missing_is_named() -> None:
         encoder.documents(["12"])
     with pytest.raises(ValueError, match="no eos_token"):
         encoder.examples([("12", "3")])
+
+
+def test_text_that_is_not_utf_8_is_refused_with_a_sentence() -> None:
+    encoder = TextEncoder(train_tokenizer(["some text to learn from"], 300))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        encoder.prompts(["a\udcff"])
