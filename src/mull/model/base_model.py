@@ -175,7 +175,7 @@ class MullPreTrainedModel(PreTrainedModel):
             if think_iterations not in (None, 1):
                 raise ValueError(
                     f"think_iterations={think_iterations} needs a think block, and this model has none: load it with "
-                    "etd=ETDConfig(...) or wrap it with wrap_transformer_with_etd."
+                    "etd=ETDConfig(...) (--etd 7,4,5 on the command line), or wrap it with wrap_transformer_with_etd."
                 )
             return from_layers(range(n_layers))
         return self.etd_config.path(self.iterations(think_iterations))

@@ -52,6 +52,8 @@ def find_source(written: str | os.PathLike[str], **options: Any) -> Source:
             raise ValueError(f"{text} is a file: give the folder that holds config.json, or a {GGUF} file.")
         return Source(str(path.parent), {**options, "gguf_file": path.name})
     if path.is_dir():
+        if not (path / "config.json").exists() and (path / "model" / "config.json").exists():
+            raise ValueError(f"{text} is the folder of a run: give the model in it, {path / 'model'}.")
         files = sorted(file.name for file in path.iterdir() if file.suffix.lower() == GGUF)
         if files and "gguf_file" not in options and not (path / "config.json").exists():
             raise ValueError(f"{text} has no config.json, but GGUF files: give one of them, such as {path / files[0]}.")

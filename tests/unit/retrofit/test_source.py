@@ -87,6 +87,8 @@ def test_what_is_no_model_is_named(gguf_file: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "base.yaml").write_text("")
     (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "done" / "model").mkdir(parents=True)
+    (tmp_path / "done" / "model" / "config.json").write_text("{}")
     for written, message in {
         "out/base/model": r"There is no model at out/base/model. The run base writes it .*: mull train runs/base.yaml",
         "out/other/trunk": r"The run other writes it .*: mull train with the recipe of run.name=other",
@@ -97,6 +99,7 @@ def test_what_is_no_model_is_named(gguf_file: Path, tmp_path: Path, monkeypatch:
             mull.from_pretrained(written)
     for written, message in {
         "s3://bucket/model": "cannot be read as a model",
+        "done": "done is the folder of a run: give the model in it, .*done/model",
         "notes.txt": "notes.txt is a file: give the folder",
         "": "is empty or has a null character",
         "~no-such-user/x": "there is no such user",
