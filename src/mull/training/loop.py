@@ -532,8 +532,8 @@ def checkpoint_to_resume(directory: Path | None, url: str | None, resume: bool) 
     has_metrics = directory is not None and (directory / METRICS).exists()
     if not resume and (checkpoint is not None or has_metrics):
         raise ValueError(
-            f"{directory if has_metrics else url} already holds a run. Pass resume=True (--resume) to continue it, choose another place, or "
-            "remove it."
+            f"{directory if has_metrics else url} already holds a run. Pass resume=True (--resume) to continue it, "
+            "choose another place, or remove it."
         )
     return checkpoint
 
