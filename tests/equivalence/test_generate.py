@@ -80,6 +80,7 @@ def test_one_iteration_generates_what_the_base_model_does(family: str, options: 
 
 
 @pytest.mark.parametrize("num_beams", [2, 4])
+@pytest.mark.latin(2, "family", "num_beams")
 def test_beams_with_cache_are_beams_without(family: str, num_beams: int, ids: Ids) -> None:
     """Every slot is reordered with its beam, recurrent states included."""
     model = wrap_transformer_with_etd(tiny(family), SPLIT)

@@ -80,6 +80,7 @@ def test_drafts_do_not_change_greedy_text(family: str, head: str) -> None:
     assert accepted >= 5, "hardly a draft was accepted, so nothing was tested"
 
 
+@pytest.mark.latin(2, "family")
 def test_plain_text_is_that_of_transformers(family: str) -> None:
     model = with_heads(family, "mlp")
     ids, mask = ragged([5, 1, 17, 9])
@@ -239,6 +240,7 @@ def counting_model(head: str, period: int = 7) -> MullForCausalLM:
 
 
 @pytest.mark.parametrize("head", HEADS)
+@pytest.mark.latin(3, "head")
 def test_heads_that_know_the_sequence_gain_lookahead_and_one_tokens_per_pass(head: str) -> None:
     model = counting_model(head)
     ids = 3 + (torch.arange(4)[:, None] + torch.arange(8)) % 7
@@ -287,7 +289,7 @@ WARPERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("warper", WARPERS)
 @pytest.mark.parametrize("head", ["sequential", "mlp", "native"])
-@pytest.mark.latin(3, "head", "warper")
+@pytest.mark.latin(7, "head", "warper")
 def test_sampled_text_has_the_distribution_of_the_model(head: str, warper: str) -> None:
     """Joint distribution of three tokens, over all 6 x 6 x 6: the prompt's, and two that rounds with badly wrong drafts make."""
     size, n_rows = 6, 8000

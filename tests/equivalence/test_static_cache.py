@@ -106,6 +106,7 @@ def padded(rows: Sequence[Tensor], seed: int = 9) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", PATHS)
+@pytest.mark.latin(3, "family", "name")
 def test_any_chunks_equal_the_uncached_forward(family: str, name: str, exact: Exact, ids: Ids) -> None:
     model, tokens = wrap_transformer_with_etd(exact(family), SPLIT), ids(2, 26)
     expected = torch.stack([alone(model, PATHS[name], row) for row in tokens])
@@ -119,6 +120,7 @@ def test_any_chunks_equal_the_uncached_forward(family: str, name: str, exact: Ex
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["two iterations", "arbitrary"])
 @pytest.mark.parametrize("width", [1, 5, LONGEST_SHORT_CALL + 3])
+@pytest.mark.latin(3, "family", "name", "width")
 def test_every_number_of_tokens_can_be_kept(family: str, name: str, width: int, exact: Exact, ids: Ids) -> None:
     """Row r keeps r tokens of a verification, then all rows go on: logits and everything held are those of a fresh prefill."""
     model, rows = wrap_transformer_with_etd(exact(family), SPLIT), width + 1
@@ -140,6 +142,7 @@ def test_every_number_of_tokens_can_be_kept(family: str, name: str, width: int, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.latin(3, "family", "seed")
 def test_any_sequence_of_calls_equals_each_row_alone(family: str, seed: int, exact: Exact, ids: Ids) -> None:
     """Ragged prefill with padding on the right, then verifications and extensions at random; rows may stand still."""
     model, rows, chance = wrap_transformer_with_etd(exact(family), SPLIT), 4, random.Random(seed)

@@ -166,6 +166,7 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(checkpoint, name):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("content", [b"", b"\0" * 5000, b"{}", b"[1]", b"null", "half", "foreign"], ids=str)
+@pytest.mark.latin(3, "name", "content")
 def test_an_empty_truncated_or_foreign_file_is_named(checkpoint, tmp_path, name, content):
     if content == "half":
         content = read(checkpoint, name)[: len(read(checkpoint, name)) // 2]
