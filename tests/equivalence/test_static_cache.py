@@ -96,7 +96,7 @@ def assert_same(actual: Tensor, expected: Tensor, tolerance: float = EXACT) -> N
 
 
 def padded(rows: Sequence[Tensor], seed: int = 9) -> Tensor:
-    """Rows of different lengths with random tokens behind them."""
+    """Rows of different lengths with random tokens after them."""
     width = max(row.numel() for row in rows)
     out = torch.randint(3, VOCAB, (len(rows), width), generator=torch.Generator().manual_seed(seed))
     for row, tokens in enumerate(rows):
@@ -259,7 +259,7 @@ def test_a_reset_cache_is_as_new_and_stays_where_it_is(family: str, exact: Exact
     driver.logits(tokens[:, :4], driver.call(4, None))  # never committed
     for slot in driver.cache.slots:
         for buffer in slot.buffers:
-            buffer.fill_(torch.nan)  # worse than anything a call leaves behind
+            buffer.fill_(torch.nan)  # worse than anything that a call leaves
     driver.cache.reset()
     driver.lengths = torch.zeros(2, dtype=torch.long)
     second = driver.extend(tokens, [tokens.shape[1], 7], fresh=True), driver.verify(tokens[:, :4], [4, 2])

@@ -49,7 +49,7 @@ from mull.training.objectives.weightings import Critic, Rho1Config
 
 HEAD_TYPES = ("transformer", "mlp", "shared_lm_head", "sequential", "native")
 HEAD_WEIGHTS = (1.0, 0.3 * 2 / 3, 0.3 / 3)
-"""Of the main head and two behind it: ``mtp_loss_weight`` 0.3, decay 0.5."""
+"""Of the main head and two after it: ``mtp_loss_weight`` 0.3, decay 0.5."""
 
 
 @pytest.fixture(params=ALGORITHMS)
@@ -213,7 +213,7 @@ def test_packed_documents_train_like_separate_ones(family: str, algorithm: str, 
 
 @cache
 def second_step(algorithm: str, control: Control, heads: str, n: int) -> Step:
-    """The step in `n` micro-batches behind a first one: gradient scores have a scale from then on."""
+    """The step in `n` micro-batches after a first one: gradient scores have a scale from then on."""
     base = tiny("qwen3", dtype=torch.float64, **DEPTH)
     model = model_of(base, heads)
     objective = objective_of(algorithm, model, base, control=control)

@@ -314,7 +314,7 @@ def _try_export(model: MullForCausalLM, tokenizer: PreTrainedTokenizerBase) -> N
 
 
 def _check_writable(folder: Path) -> None:
-    """Refuse a run whose result could not be written; leaves nothing behind."""
+    """Refuse a run whose result could not be written; nothing stays on the disk."""
     for place in (folder / "model", folder / "trunk"):
         try:
             with tempfile.TemporaryFile(dir=next(path for path in (place, *place.parents) if path.exists())):

@@ -1,7 +1,7 @@
 """The only loop over decoder layers. Training, prefill, decoding, verification and searches all go through `run`.
 
 Four parts, each with one job: the *path* says which layers may run, the *policy* decides which tokens run a visit, the *memory*
-keeps what a visit leaves behind, and the *layer inputs* hold what all layers share. The layers are those of transformers.
+keeps what a visit leaves, and the *layer inputs* hold what all layers share. The layers are those of transformers.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -150,8 +150,8 @@ def test_examples_are_whole_masked_and_rewarded(examples: list[TokenizedExample]
 def test_a_hand_written_row_of_examples() -> None:
     examples = [
         TokenizedExample([1, 2], [3, 4], 1.0),
-        TokenizedExample([5, 6, 7], [8, 9], 0.0),  # does not fit behind the first
-        TokenizedExample([], [10, 11], 0.5),  # fits behind both, and fills the second row more
+        TokenizedExample([5, 6, 7], [8, 9], 0.0),  # does not fit after the first
+        TokenizedExample([], [10, 11], 0.5),  # fits after both, and fills the second row more
     ]
     packed = pack_tokenized_examples(examples, length=7, pad_id=0)
     assert packed.input_ids.tolist() == [[1, 2, 3, 4, 0, 0, 0], [5, 6, 7, 8, 9, 10, 11]]

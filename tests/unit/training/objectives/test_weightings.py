@@ -152,7 +152,7 @@ def test_gradient_scores_are_limited_and_the_limit_is_reported(model: MullForCau
 # --- what a model converges to ---
 
 TAUGHT = torch.arange(1, 13, dtype=torch.float64) / 78
-"""Distribution of the token behind one context: token v occurs v + 1 times in 78 rows."""
+"""Distribution of the token after one context: token v occurs v + 1 times in 78 rows."""
 
 
 def gradient_at(mapping: Callable[[Tensor], Tensor], algorithm: str, **rho1: float) -> Tensor:
