@@ -14,6 +14,9 @@ from mull.runtime import storage
 from mull.runtime.arguments import require
 
 GGUF = ".gguf"
+TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
+"""Files of which a folder with a tokenizer has one; without any, what transformers says depends on the architecture."""
+
 EXPORTS = ("model", "trunk")
 """Folders of a finished run that hold a model."""
 
@@ -103,7 +106,10 @@ def load_tokenizer(written: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """
     source = find_source(written)
     load_config(source, {})  # its error about a place that is not a checkpoint is clearer
-    tokenizer = read_tokenizer(source.name, **source.options)
-    if not tokenizer(CHARACTERS)["input_ids"]:  # transformers makes an empty one if there are no files
-        raise ValueError(f"{written} has no tokenizer: save the model's own beside it, with tokenizer.save_pretrained.")
-    return tokenizer
+    folder = Path(source.name)
+    files = [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)]
+    if files or "gguf_file" in source.options or not folder.is_dir():
+        tokenizer = read_tokenizer(source.name, **source.options)
+        if tokenizer(CHARACTERS)["input_ids"]:  # transformers makes an empty one if files are missing
+            return tokenizer
+    raise ValueError(f"{written} has no tokenizer: save the model's own beside it, with tokenizer.save_pretrained.")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import FAMILIES, tiny
 from transformers import AutoModelForCausalLM
 
 import mull
@@ -108,9 +108,10 @@ def test_what_is_no_model_is_named(gguf_file: Path, tmp_path: Path, monkeypatch:
         with pytest.raises(ValueError, match=message):
             mull.from_pretrained(written)
     assert find_source("Qwen/Qwen3-0.6B") == Source("Qwen/Qwen3-0.6B", {})
-    tiny("qwen3").save_pretrained(tmp_path / "bare")
-    with pytest.raises(ValueError, match="bare has no tokenizer: save the model's own beside it"):
-        load_tokenizer("bare")
+    for family in FAMILIES:
+        tiny(family).save_pretrained(tmp_path / "bare")
+        with pytest.raises(ValueError, match="bare has no tokenizer: save the model's own beside it"):
+            load_tokenizer("bare")
 
 
 def test_a_folder_of_any_name_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
