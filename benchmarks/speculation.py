@@ -1,14 +1,12 @@
 """Self-speculative decoding against plain decoding, in mull and in transformers, with the same weights.
 
 Small models are trained once, trunk and three sequential heads together, and kept under `--out` (`speculation_models.py`).
-Then all variants continue pieces of held-out files, taking turns in one process, so that a drifting machine affects all
-alike:
+Then all variants continue pieces of held-out files, in turns (`race.py`):
 
 - transformers' `generate`, plain and with `use_mtp=True`, which drafts with the very same heads;
 - mull's, plain, with 1 to 3 drafts a round, and with the draft length that it chooses itself, also with random heads.
 
-A second table has a batch of eight, which transformers cannot speculate on. The time of a call includes the prompt. The first
-round over all prompts warms up; what mull compiles after that is left out. transformers reads the heads from disk at each
+A second table has a batch of eight, which transformers cannot speculate on. transformers reads the heads from disk at each
 call; "heads kept" is the same without that.
 
 All outputs are compared with those of transformers' plain `generate` in the same precision. In fp32 mull must write the same
@@ -33,20 +31,33 @@ import argparse
 import copy
 import json
 import os
-import platform
-import shlex
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from race import (
+    COMPILED,
+    PAD,
+    PLAIN,
+    STOCK,
+    Judge,
+    Outcome,
+    Timing,
+    Variant,
+    distinct_share,
+    header,
+    machine,
+    measure,
+    mull_variant,
+    rows_of,
+    show,
+    stock_variant,
+    table_rows,
+)
 from speculation_models import (
     DTYPES,
     N_HEADS,
@@ -63,101 +74,12 @@ from torch import Tensor
 from transformers.generation import CompileConfig
 from transformers.utils import logging as transformers_logging
 
-import mull
-from mull.evaluation.acceptance import acceptance_by_position
 from mull.evaluation.cost.count import STREAMED_BYTES, Machine, measure_machine
 from mull.evaluation.cost.decoding import predicted_speedup
-from mull.evaluation.lossless import Difference, differences
 
 RESULTS = Path(__file__).parent / "results"
-PAD = 0
-PLAIN, STOCK, COMPILED = "mull plain", "transformers", ", compiled"
 LENGTHS = {1: "mull, 1 draft", **{k: f"mull, {k} drafts" for k in range(2, 1 + N_HEADS)}}
 TOY = {"size": ["toy"], "prompts": 3, "tokens": 16, "rounds": 1, "batch": 2, "compile": False}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one call returned."""
-
-    rows: list[list[int]]
-    """The new tokens of each row."""
-
-    stats: mull.GenerationStats | None = None
-    """`mull.generate`'s account of the call."""
-
-
-Variant = Callable[[Tensor, Tensor], Outcome]
-"""Continues ``input_ids [B, T]`` under ``attention_mask [B, T]``."""
-
-
-@dataclass
-class Timing:
-    """All calls of one variant."""
-
-    seconds: list[float] = field(default_factory=list)
-    """Of each round over all prompts, without the first, which warms up."""
-
-    tokens: int = 0
-    """New tokens of a round."""
-
-    outcomes: list[list[Outcome]] = field(default_factory=list)
-    """By round, the first included, and prompt."""
-
-    @property
-    def per_second(self) -> list[float]:
-        """Tokens per second of each round."""
-        return [self.tokens / value for value in self.seconds]
-
-    @property
-    def stats(self) -> list[mull.GenerationStats]:
-        """Of the timed calls; none where the variant gives no account."""
-        outcomes = [outcome for of_round in self.outcomes[1:] for outcome in of_round]
-        return [outcome.stats for outcome in outcomes if outcome.stats is not None]
-
-    @property
-    def tokens_per_pass(self) -> float | None:
-        """Tokens per row and forward pass after the prompt; None if the variant does not report it."""
-        n_passes = sum(one.row_rounds for one in self.stats)
-        return 1 + sum(sum(one.accepted) for one in self.stats) / n_passes if n_passes else None
-
-    @property
-    def acceptance(self) -> list[float]:
-        """Share of accepted drafts by position, of those whose predecessors were accepted."""
-        return [position.conditional for position in acceptance_by_position(self.stats)]
-
-
-def mull_variant(model: Any, tokens: int, temperature: float, options: Mapping[str, Any]) -> Variant:
-    # What mull learns of a model and prepares for it belongs to the object: with one per variant, none evicts another's.
-    own = copy.copy(model)
-
-    def run(ids: Tensor, mask: Tensor) -> Outcome:
-        out = mull.generate(
-            own,
-            ids,
-            mask,
-            max_new_tokens=tokens,
-            temperature=temperature,
-            seed=0,
-            eos_token_id=(),
-            pad_token_id=PAD,
-            **options,
-        )
-        return Outcome(out.sequences[:, ids.shape[1] :].tolist(), out.stats)
-
-    return run
-
-
-def stock_variant(model: Any, tokens: int, temperature: float, options: Mapping[str, Any]) -> Variant:
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-
-    def run(ids: Tensor, mask: Tensor) -> Outcome:
-        out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=PAD, **sampling, **options
-        )  # fmt: skip
-        return Outcome(out[:, ids.shape[1] :].tolist())
-
-    return run
 
 
 def kept(run: Variant) -> Variant:
@@ -196,39 +118,6 @@ def variants_of(subject: Subject, arguments: argparse.Namespace, batch: int) -> 
     return variants
 
 
-def measure(
-    variants: Mapping[str, Variant], prompts: Sequence[tuple[Tensor, Tensor]], rounds: int, label: str
-) -> dict[str, Timing]:
-    """Run all variants in turns on each prompt: a round to warm up, then `rounds`. Each prompt begins with another variant."""
-    timings = {name: Timing() for name in variants}
-    names = list(variants)
-    for number in range(rounds + 1):
-        begin = time.perf_counter()
-        spent = dict.fromkeys(names, 0.0)
-        for timing in timings.values():
-            timing.outcomes.append([])
-        for place, (ids, mask) in enumerate(prompts):
-            first = place % len(names)
-            for name in names[first:] + names[:first]:
-                synchronize(ids)
-                started = time.perf_counter()
-                outcome = variants[name](ids, mask)
-                synchronize(ids)
-                spent[name] += time.perf_counter() - started - getattr(outcome.stats, "warm_up_seconds", 0.0)
-                timings[name].outcomes[-1].append(outcome)
-        for name, timing in timings.items():
-            timing.tokens = sum(len(row) for outcome in timing.outcomes[-1] for row in outcome.rows)
-            timing.seconds += [spent[name]] if number else []
-        done = "warmed up" if number == 0 else f"round {number} of {rounds}"
-        print(f"  {label}: {done}, {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
-    return timings
-
-
-def synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
-
-
 def passes_of_stock(subject: Subject, prompts: Sequence[tuple[Tensor, Tensor]], tokens: int) -> float | None:
     """Tokens per pass of transformers with the heads, prompts not counted: its own statistics do not say."""
     if not subject.use_mtp:
@@ -245,31 +134,10 @@ def passes_of_stock(subject: Subject, prompts: Sequence[tuple[Tensor, Tensor]], 
     return gained / (calls[0] - len(prompts))
 
 
-class Judge:
-    """Finds where texts first differ, and whether the two tokens are tied there.
-
-    Args:
-        subject: Whose texts they are.
-        device: Where to compute.
-    """
-
-    def __init__(self, subject: Subject, device: str) -> None:
-        wider = {"bf16": torch.float32, "fp32": torch.float64}[subject.precision]
-        dtype = DTYPES[subject.precision]
-        self.own, exact = (load_stock(subject.folder / "stock", dtype, device) for _ in range(2))
-        self.exact = exact.to(wider)
-
-    def differences(
-        self, prompts: Sequence[Tensor], reference: list[list[int]], rows: list[list[int]]
-    ) -> list[Difference]:
-        """The first difference of each row that has one."""
-        return differences(self.own, self.exact, [prompt.tolist() for prompt in prompts], reference, rows)
-
-
-def distinct_share(rows: Sequence[Sequence[int]], n: int = 8) -> float:
-    """Share of distinct ones among all runs of `n` tokens."""
-    runs = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
-    return len(set(runs)) / max(len(runs), 1)
+def judge_of(subject: Subject, device: str) -> Judge:
+    wider = {"bf16": torch.float32, "fp32": torch.float64}[subject.precision]
+    own, exact = (load_stock(subject.folder / "stock", DTYPES[subject.precision], device) for _ in range(2))
+    return Judge(own, exact.to(wider))
 
 
 def batches_of(prompts: Sequence[Tensor], size: int, device: str) -> list[tuple[Tensor, Tensor]]:
@@ -285,10 +153,6 @@ def batches_of(prompts: Sequence[Tensor], size: int, device: str) -> list[tuple[
             mask[number, width - len(row) :] = 1
         batches.append((ids.to(device), mask.to(device)))
     return batches
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def own_machine(subject: Subject, device: str) -> Machine:
@@ -323,68 +187,20 @@ def compare(
     batches = batches_of(prompts, batch, arguments.device)
     timings = measure(variants_of(subject, arguments, batch), batches, arguments.rounds, label)
     greedy = arguments.temperature == 0
-    reference = rows_of(timings[STOCK].outcomes[0])
     per_pass = passes_of_stock(subject, batches, arguments.tokens) if batch == 1 and greedy else None
-    predicted = predictions(subject, timings, prompts, batch, arguments.device)
-    rows = []
-    for name, timing in timings.items():
-        plain = timings[PLAIN + COMPILED if name.startswith("mull") and name.endswith(COMPILED) else PLAIN]
-        row = {
-            "variant": name,
-            "tokens_per_second": {**spread(timing.per_second), "rounds": timing.per_second},
-            "times_plain": spread(ratios(timing, plain)),
-            "predicted": predicted.get(name),
-            "times_transformers": spread(ratios(timing, timings[STOCK])),
-            "tokens_per_pass": per_pass if "use_mtp" in name else timing.tokens_per_pass,
-            "acceptance": timing.acceptance,
-        }
-        rows.append(row | (equality(timing, prompts, reference, judge) if greedy else {}))
-    distinct = distinct_share(reference)
+    more: dict[str, dict[str, Any]] = {name: {"tokens_per_pass": per_pass} for name in timings if "use_mtp" in name}
+    for name, speedup in predictions(subject, timings, prompts, batch, arguments.device).items():
+        more[name] = {"predicted": speedup}
+    rows = table_rows(timings, own_plain, prompts, judge if greedy else None, more)
+    distinct = distinct_share(rows_of(timings[STOCK].outcomes[0]))
     show(label, rows, distinct)
     setting = {"model": subject.name, "precision": subject.precision, "batch": batch, "distinct": distinct}
     return {**setting, "variants": rows}
 
 
-def ratios(timing: Timing, base: Timing) -> list[float]:
-    """Speed relative to another variant's, round by round."""
-    return [a / b for a, b in zip(timing.per_second, base.per_second, strict=True)]
-
-
-def equality(timing: Timing, prompts: list[Tensor], reference: list[list[int]], judge: Judge) -> dict[str, Any]:
-    """Share of texts equal to the reference, over all rounds, and the first differences of the others."""
-    texts = [rows_of(outcomes) for outcomes in timing.outcomes]
-    found = [difference for text in texts for difference in judge.differences(prompts, reference, text)]
-    return {
-        "equal": 1 - len(found) / (len(texts) * len(prompts)),
-        "ties": all(difference.is_tie for difference in found),
-        "differences": [asdict(difference) for difference in dict.fromkeys(found)],
-    }
-
-
-def rows_of(outcomes: Sequence[Outcome]) -> list[list[int]]:
-    return [row for outcome in outcomes for row in outcome.rows]
-
-
-def show(label: str, rows: Sequence[Mapping[str, Any]], distinct: float) -> None:
-    print(f"\n{label}; distinct {distinct:.0%}")
-    print(
-        f"{'variant':38} {'tokens/s':>9} {'min':>8} {'max':>8} {'x plain':>8} {'predicted':>9} {'x transf.':>9} "
-        f"{'tok/pass':>8} {'equal':>15}"
-    )
-    for row in rows:
-        speed = row["tokens_per_second"]
-        per_pass, predicted = (
-            "" if row[key] is None else f"{row[key]:.2f}" for key in ("tokens_per_pass", "predicted")
-        )
-        equal = f"{row['equal']:.0%}" if "equal" in row else ""
-        if equal and row["equal"] < 1:
-            equal += ", ties" if row["ties"] else ", DIFFERENT"
-        print(
-            f"{row['variant']:38} {speed['median']:9.1f} {speed['min']:8.1f} {speed['max']:8.1f} "
-            f"{row['times_plain']['median']:8.2f} {predicted:>9} {row['times_transformers']['median']:9.2f} "
-            f"{per_pass:>8} {equal:>15}"
-        )
-    sys.stdout.flush()
+def own_plain(variant: str) -> str:
+    """The variant without drafts to compare with, compiled like it."""
+    return PLAIN + COMPILED if variant.startswith("mull") and variant.endswith(COMPILED) else PLAIN
 
 
 def failures(tables: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -397,27 +213,6 @@ def failures(tables: Sequence[Mapping[str, Any]]) -> list[str]:
                 where = f"{table['model']}, {table['precision']}, batch {table['batch']}"
                 found.append(f"{row['variant']} ({where}) wrote other tokens than plain decoding: {row['differences']}")
     return found
-
-
-def machine(arguments: argparse.Namespace) -> str:
-    if arguments.device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.machine()])[0]}, {arguments.threads} thread(s)"
-
-
-def header(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "command": f"python {shlex.join(sys.argv)}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(arguments),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rounds": arguments.rounds,
-        "seed": arguments.seed,
-    }
 
 
 def verify_cost(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -446,7 +241,7 @@ def speculate(arguments: argparse.Namespace) -> dict[str, Any]:
         prompts = draw_prompts(folders[name], arguments.prompts, arguments.seed)
         for precision in arguments.precision:
             subject = load_subject(name, folders[name], precision, arguments.device)
-            judge = Judge(subject, arguments.device)
+            judge = judge_of(subject, arguments.device)
             sizes = dict.fromkeys([1, min(arguments.batch, len(prompts))])
             tables += [compare(subject, prompts, batch, arguments, judge) for batch in sizes]
     settings = {key: getattr(arguments, key) for key in ("prompts", "tokens", "temperature", "batch", "compile")}
@@ -496,9 +291,13 @@ def main(given: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     transformers_logging.disable_progress_bar()
     started = time.perf_counter()
-    print(f"{machine(arguments)}, torch {torch.__version__}, {arguments.rounds} rounds", flush=True)
+    print(f"{machine(arguments.device)}, torch {torch.__version__}, {arguments.rounds} rounds", flush=True)
     results = {"verify_cost": verify_cost(arguments)} if arguments.verify_cost else speculate(arguments)
-    record = {**header(arguments), "seconds": round(time.perf_counter() - started, 1), **results}
+    record = {
+        **header(arguments.device, rounds=arguments.rounds, seed=arguments.seed),
+        "seconds": round(time.perf_counter() - started, 1),
+        **results,
+    }
     arguments.result.parent.mkdir(parents=True, exist_ok=True)
     arguments.result.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n{record['seconds']} s; written to {arguments.result}")

@@ -48,6 +48,11 @@ def speculation(models: ModuleType) -> ModuleType:
     return speculation
 
 
+@pytest.fixture(scope="module")
+def race(speculation: ModuleType) -> ModuleType:
+    return sys.modules["race"]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _no_progress_bars() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
@@ -237,7 +242,7 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
-    def variant(self, speculation: ModuleType, name: str, *costs: float) -> Callable[[Tensor, Tensor], Any]:
+    def variant(self, race: ModuleType, name: str, *costs: float) -> Callable[[Tensor, Tensor], Any]:
         """One that takes these seconds in turns."""
         n_calls = 0
 
@@ -246,19 +251,19 @@ class Clock:
             self.now += costs[n_calls % len(costs)]
             n_calls += 1
             self.calls.append((name, int(ids[0, 0])))
-            return speculation.Outcome([[1, 2, 3]])
+            return race.Outcome([[1, 2, 3]])
 
         return run
 
 
 def test_variants_run_in_turns_and_the_first_round_does_not_count(
-    speculation: ModuleType, monkeypatch: pytest.MonkeyPatch
+    race: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(speculation, "time", clock)
-    variants = {"a": clock.variant(speculation, "a", 100, 100, 1, 2, 2, 4), "b": clock.variant(speculation, "b", 5)}
+    monkeypatch.setattr(race, "time", clock)
+    variants = {"a": clock.variant(race, "a", 100, 100, 1, 2, 2, 4), "b": clock.variant(race, "b", 5)}
     prompts = [(torch.tensor([[n]]), torch.ones(1, 1)) for n in range(2)]
-    timings = speculation.measure(variants, prompts, 2, "test")
+    timings = race.measure(variants, prompts, 2, "test")
     assert clock.calls[:4] == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
     assert timings["a"].seconds == [3, 6]
     assert timings["a"].per_second == [2, 1]
@@ -266,30 +271,30 @@ def test_variants_run_in_turns_and_the_first_round_does_not_count(
     assert len(timings["a"].outcomes) == 3
 
 
-def test_acceptance_and_tokens_per_pass_are_those_of_the_timed_rounds(speculation: ModuleType) -> None:
+def test_acceptance_and_tokens_per_pass_are_those_of_the_timed_rounds(race: ModuleType) -> None:
     def outcome(accepted: list[int], verified: list[int], row_rounds: int) -> Any:
         stats = SimpleNamespace(accepted=accepted, verified=verified, drafted=verified, row_rounds=row_rounds)
-        return speculation.Outcome([[0]], stats)
+        return race.Outcome([[0]], stats)
 
     warm_up, timed = (
         [outcome([9, 9], [9, 9], 9)],
         [outcome([3, 1], [4, 3], 4), outcome([0], [2], 2), outcome([], [], 4)],
     )
-    timing = speculation.Timing(outcomes=[warm_up, timed])
+    timing = race.Timing(outcomes=[warm_up, timed])
     assert timing.acceptance == [3 / 6, 1 / 3]
     assert timing.tokens_per_pass == 1 + 4 / 10
-    assert speculation.Timing(outcomes=[[speculation.Outcome([[0]])]] * 2).tokens_per_pass is None
+    assert race.Timing(outcomes=[[race.Outcome([[0]])]] * 2).tokens_per_pass is None
 
 
 def test_a_prediction_takes_the_acceptance_that_was_measured(
-    dense: Any, models: ModuleType, speculation: ModuleType, monkeypatch: pytest.MonkeyPatch
+    dense: Any, models: ModuleType, speculation: ModuleType, race: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speculation, "own_machine", lambda *_: speculation.Machine(flops=1e30, bandwidth=1.0))
     subject = models.load_subject(dense.name, dense.folder, "fp32", "cpu")
 
     def timing(*accepted: int) -> Any:
         stats = SimpleNamespace(accepted=accepted, verified=[10] * len(accepted), drafted=[10] * len(accepted))
-        return speculation.Timing(tokens=20, outcomes=[[], [speculation.Outcome([[0]], stats)]])
+        return race.Timing(tokens=20, outcomes=[[], [race.Outcome([[0]], stats)]])
 
     timings = {"mull plain": timing(), "mull, 1 draft": timing(10), "mull, 2 drafts": timing(), "other": timing(5)}
     found = speculation.predictions(subject, timings, [torch.zeros(8)] * 2, 1, "cpu")
@@ -309,7 +314,7 @@ def test_batches_are_padded_on_the_left(speculation: ModuleType) -> None:
 
 @pytest.fixture
 def judge(dense: Any, models: ModuleType, speculation: ModuleType) -> Any:
-    return speculation.Judge(models.load_subject(dense.name, dense.folder, "bf16", "cpu"), "cpu")
+    return speculation.judge_of(models.load_subject(dense.name, dense.folder, "bf16", "cpu"), "cpu")
 
 
 def test_another_token_is_a_tie_where_rounding_explains_it_and_only_there(judge: Any) -> None:
@@ -350,9 +355,9 @@ def test_only_what_contradicts_losslessness_fails(
     assert bool(speculation.failures([table])) is fails
 
 
-def test_repetition_shows_in_the_share_of_distinct_runs(speculation: ModuleType) -> None:
-    assert speculation.distinct_share([[1, 2] * 10]) == pytest.approx(2 / 13)
-    assert speculation.distinct_share([list(range(20))]) == 1
+def test_repetition_shows_in_the_share_of_distinct_runs(race: ModuleType) -> None:
+    assert race.distinct_share([[1, 2] * 10]) == pytest.approx(2 / 13)
+    assert race.distinct_share([list(range(20))]) == 1
 
 
 def test_options_of_a_toy_give_way_to_what_is_asked_for(speculation: ModuleType, tmp_path: Path) -> None:
