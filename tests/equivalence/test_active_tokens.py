@@ -147,6 +147,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", PATHS)
+@pytest.mark.latin(3, "family", "name")
 def test_every_memory_computes_what_the_oracle_does(family: str, name: str, exact: Exact, ids: Ids) -> None:
     model, tokens, path, masks = wrapped(exact, family), ids(ROWS, TOKENS), PATHS[name], masks_of(name)
     expected = oracle(model, tokens, path, masks)

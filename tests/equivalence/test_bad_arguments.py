@@ -105,3 +105,46 @@ def test_a_wrong_argument_is_a_sentence(case: Any) -> None:
 def test_iterations_are_whole_and_bounded(iterations: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="think_iterations"):
         MODEL(IDS, think_iterations=iterations)
+
+
+TWO = IDS.repeat(2, 1)
+HYBRID = wrap_transformer_with_etd(tiny("qwen3_5"), None).eval()
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "shift_labels-text": ({"shift_labels": "x"}, "shift_labels"),
+    "shift_labels-shape": ({"shift_labels": IDS}, "shift_labels has shape"),
+    "labels-shape": ({"labels": IDS}, "labels has shape"),
+    "labels-vocabulary": ({"labels": TWO + 10_000}, "labels has 10001"),
+    "labels-negative": ({"labels": TWO - 5}, "labels has -4"),
+    "borders-list": ({"input_ids": IDS, "cu_seq_lens_q": [0, 8]}, "cu_seq_lens_q"),
+    "borders-short": ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 4])}, "rise from 0 to 8"),
+    "borders-late": ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([2, 8])}, "rise from 0 to 8"),
+    "borders-falling": ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 5, 3, 8])}, "rise from 0 to 8"),
+    "seq_idx-row": ({"seq_idx": torch.zeros(8, dtype=torch.int32)}, "seq_idx has shape"),
+    "seq_idx-rows": ({"seq_idx": torch.zeros(3, 8, dtype=torch.int32)}, "seq_idx has shape"),
+    "mask-rows": ({"attention_mask": torch.ones(1, 8)}, "attention_mask has 1 rows, and there are 2"),
+    "mask-batch": ({"attention_mask": torch.ones(3, 1, 8, 8).bool()}, "attention_mask has shape"),
+    "mask-heads": ({"attention_mask": torch.ones(2, 3, 8, 8).bool()}, "attention_mask has shape"),
+    "mask-kind": ({"attention_mask": {"full_attention": "x"}}, "full_attention"),
+    "positions-length": ({"position_ids": torch.arange(5)[None]}, "position_ids has shape"),
+    "positions-rows": ({"position_ids": torch.arange(8).expand(3, 8)}, "position_ids has shape"),
+    "no-tokens": ({"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, "at least one token"),
+    "ids-int8": ({"input_ids": TWO.to(torch.int8)}, "torch.int64"),
+    "embeddings-width": ({"input_ids": None, "inputs_embeds": torch.zeros(2, 8, 5)}, "inputs_embeds has shape"),
+    "embeddings-whole": ({"input_ids": None, "inputs_embeds": torch.zeros(2, 8, 32).long()}, "inputs_embeds"),
+    "use_cache-text": ({"use_cache": "no"}, "use_cache"),
+    "keep-bool": ({"logits_to_keep": torch.ones(8, dtype=torch.bool)}, "logits_to_keep"),
+}
+
+
+@pytest.mark.parametrize("model", [wrap_transformer_with_etd(BASE, None), HYBRID], ids=["attention", "hybrid"])
+@pytest.mark.parametrize("case", MISFITS)
+def test_what_does_not_fit_the_tokens_is_a_sentence(model: Any, case: str) -> None:
+    arguments, message = MISFITS[case]
+    if model is HYBRID and case in ("mask-batch", "mask-heads"):
+        message = "Recurrent layers cannot obey"
+    with pytest.raises((ValueError, TypeError), match=message):
+        model(**({"input_ids": TWO} | arguments))
+
+
+def test_a_mask_by_kind_of_layer_may_leave_recurrent_layers_out() -> None:
+    assert torch.equal(HYBRID(TWO, attention_mask={"full_attention": None}).logits, HYBRID(TWO).logits)

@@ -58,7 +58,7 @@ def random_path(seed: int, n_layers: int = 8) -> Path:
 @torch.no_grad()
 @pytest.mark.parametrize("iterations", [1, 2, 3, 4])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.latin(3, "family", "iterations", "schedule")
+@pytest.mark.latin(6, "family", "iterations", "schedule")
 def test_cached_is_uncached_for_every_number_of_iterations(
     family: str, iterations: int, schedule: str, exact: Exact, ids: Ids
 ) -> None:
@@ -71,7 +71,7 @@ def test_cached_is_uncached_for_every_number_of_iterations(
 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.latin(3, "family", "seed")
+@pytest.mark.latin(6, "family", "seed")
 def test_cached_is_uncached_along_random_paths(family: str, seed: int, exact: Exact, ids: Ids) -> None:
     model = wrap_transformer_with_etd(exact(family), None)
     tokens, path = ids(2, TOKENS), random_path(seed)
@@ -82,6 +82,7 @@ def test_cached_is_uncached_along_random_paths(family: str, seed: int, exact: Ex
 
 @torch.no_grad()
 @pytest.mark.parametrize("path", [[2, 0, 2, 1], [3], [7, 3, 3, 0]], ids=str)
+@pytest.mark.latin(3, "family", "path")
 def test_paths_may_reorder_layers_and_leave_kinds_of_layers_out(
     family: str, path: list[int], exact: Exact, ids: Ids
 ) -> None:
@@ -95,7 +96,7 @@ def test_paths_may_reorder_layers_and_leave_kinds_of_layers_out(
 @torch.no_grad()
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("iterations", [1, 3])
-@pytest.mark.latin(3, "family", "iterations", "schedule")
+@pytest.mark.latin(4, "family", "iterations", "schedule")
 def test_left_padded_rows_are_the_rows_alone(
     family: str, iterations: int, schedule: str, exact: Exact, ids: Ids
 ) -> None:
@@ -111,7 +112,7 @@ def test_left_padded_rows_are_the_rows_alone(
 @torch.no_grad()
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("iterations", [1, 3])
-@pytest.mark.latin(3, "family", "iterations", "schedule")
+@pytest.mark.latin(4, "family", "iterations", "schedule")
 def test_right_padded_rows_are_the_rows_alone(
     family: str, iterations: int, schedule: str, exact: Exact, ids: Ids
 ) -> None:
@@ -154,6 +155,7 @@ def test_sliding_windows_refuse_tokens_after_right_padding(ids: Ids) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.latin(3, "family", "schedule")
 def test_cached_is_uncached_in_fp32_with_transformers_own_rules(family: str, schedule: str, ids: Ids) -> None:
     model = wrap_transformer_with_etd(tiny(family, initializer_range=0.05), SPLIT)
     tokens = ids(2, TOKENS)

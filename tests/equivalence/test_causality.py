@@ -16,6 +16,7 @@ PATHS = {"loops": None, "skips-and-repeats": from_actions([0, 2, 1, 0, 2, 1, 2, 
 @torch.no_grad()
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("use_cache", [False, True], ids=["uncached", "cached"])
+@pytest.mark.latin(2, "family", "path", "use_cache")
 def test_the_last_token_reaches_no_earlier_position(family: str, path: str, use_cache: bool, ids: Ids) -> None:
     model = wrap_transformer_with_etd(tiny(family), SPLIT)
     options = {"use_cache": use_cache, "path": PATHS[path]}
@@ -45,6 +46,7 @@ def test_another_row_changes_nothing(family: str, use_cache: bool, ids: Ids) -> 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("use_cache", [False, True], ids=["uncached", "cached"])
+@pytest.mark.latin(2, "family", "side", "use_cache")
 def test_what_stands_in_the_padding_changes_nothing(family: str, side: str, use_cache: bool, ids: Ids) -> None:
     model = wrap_transformer_with_etd(tiny(family), SPLIT)
     tokens = ids(2, 21)

@@ -70,6 +70,7 @@ def test_left_padded_rows_generate_what_they_do_alone(family: str, ids: Ids) -> 
     ],
     ids=["sampled", "beams", "beams-returned", "penalty"],
 )
+@pytest.mark.latin(2, "family", "options")
 def test_one_iteration_generates_what_the_base_model_does(family: str, options: dict[str, object], ids: Ids) -> None:
     base = tiny(family)
     set_seed(0)

@@ -16,6 +16,7 @@ from mull.model.executor import run
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.latin(2, "family", "attention", "dtype")
 def test_one_iteration_gives_the_base_models_logits(
     family: str, dtype: torch.dtype, attention: str, ids: Callable[..., Tensor]
 ) -> None:

@@ -110,7 +110,7 @@ def labelled(ids: Ids, rows: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("family_name", "kind"), EACH_FAMILY)
-@pytest.mark.latin(2, "kind")
+@pytest.mark.latin(3, "family_name", "kind")
 def test_packed_documents_are_separate_ones_aligned_by_hand(
     family_name: str, kind: str, exact: Exact, ids: Ids
 ) -> None:
@@ -157,6 +157,7 @@ def test_padded_rows_are_unpadded_ones(family_name: str, kind: str, side: str, e
 
 @torch.no_grad()
 @pytest.mark.parametrize(("family_name", "kind"), EACH_FAMILY)
+@pytest.mark.latin(2, "family_name", "kind")
 def test_no_head_sees_what_it_predicts(family_name: str, kind: str, exact: Exact, ids: Ids) -> None:
     """Head k at i reads tokens up to i, and up to i + k where it is sequential. Row j + 1 of the batch has another token at j."""
     model = with_heads(exact(family_name), kind)
@@ -222,6 +223,7 @@ def test_a_row_without_any_label_changes_nothing(kind: str, exact: Exact, ids: I
 
 @torch.no_grad()
 @pytest.mark.parametrize(("family_name", "kind"), EACH_FAMILY)
+@pytest.mark.latin(2, "family_name", "kind")
 def test_fresh_heads_change_no_logit_and_predict_what_the_trunk_predicts(family_name: str, kind: str, ids: Ids) -> None:
     base = tiny(family_name)
     for parameter in base.model.norm.parameters():
@@ -249,6 +251,7 @@ def test_fresh_heads_change_no_logit_and_predict_what_the_trunk_predicts(family_
 
 @pytest.mark.parametrize("kind_name", ["transformer", "sequential", "native"])
 @pytest.mark.parametrize("family_name", FAMILIES)
+@pytest.mark.latin(3, "family_name", "kind_name")
 def test_no_gradient_of_a_fresh_head_dwarfs_the_others(family_name: str, kind_name: str, ids: Ids) -> None:
     """A zero map in front of a norm would have a gradient of 1 / sqrt(eps): clipping then stops the rest of the model."""
     model = wrap_transformer_with_etd(tiny(family_name), SPLIT, KINDS[kind_name])
@@ -287,6 +290,7 @@ def test_heads_are_saved_and_loaded_with_the_model(family_name: str, kind: str, 
     [(*each, "base") for each in EACH_KIND_AND_FAMILY if "native" not in each[1]]
     + [(*each, "mull") for each in EACH_KIND_AND_FAMILY],
 )
+@pytest.mark.latin(2, "kind", "source")
 def test_heads_that_a_checkpoint_lacks_start_as_the_trunk(
     family_name: str, kind: str, source: str, tmp_path: Path, ids: Ids
 ) -> None:

@@ -48,6 +48,7 @@ def trained_states(model: MullForCausalLM, tokens: Tensor, run_block: RunBlock |
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("config", [NATIVE, STREAM, SHARED], ids=["native", "stream", "shared"])
 @pytest.mark.parametrize("family_name", ["qwen3", "olmo3", "qwen3_next-dense", "qwen3_next-moe", "qwen3_5"])
+@pytest.mark.latin(2, "family_name", "config", "implementation")
 def test_the_steps_of_training_are_those_of_decoding(
     family_name: str, config: MTPConfig, implementation: str, exact: Exact, ids: Ids
 ) -> None:

@@ -37,7 +37,7 @@ def logits(model: MullForCausalLM, tokens: Tensor) -> Tensor:
         return model(tokens, think_iterations=3).logits
 
 
-@pytest.mark.parametrize("family_name", ["qwen3-tied", "qwen3_next-moe"])
+@pytest.mark.parametrize("family_name", ["qwen3-tied", pytest.param("qwen3_next-moe", marks=pytest.mark.slow)])
 def test_a_fresh_process_loads_the_same_model(family_name: str, tmp_path: Path, ids: Ids) -> None:
     model = wrap_transformer_with_etd(tiny(family_name), SPLIT)
     model.save_pretrained(tmp_path)

@@ -65,7 +65,7 @@ def ragged(lengths: Sequence[int], seed: int = 0, left: bool = True) -> tuple[Te
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.latin(3, "family", "head")
+@pytest.mark.latin(6, "family", "head")
 def test_drafts_do_not_change_greedy_text(family: str, head: str) -> None:
     model = with_heads(family, head)
     accepted = 0
@@ -197,7 +197,7 @@ def test_after_every_round_the_state_is_that_of_a_fresh_start(
 @pytest.mark.parametrize(
     ("family", "piece"), [*((family, 1024) for family in ("qwen3", "olmo3", *HYBRIDS[:3])), ("qwen3", 3)]
 )
-@pytest.mark.latin(3, "family", "head")
+@pytest.mark.latin(6, "family", "head")
 def test_heads_draft_what_their_training_pass_says(
     family: str, piece: int, head: str, exact: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,7 +289,7 @@ WARPERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("warper", WARPERS)
 @pytest.mark.parametrize("head", ["sequential", "mlp", "native"])
-@pytest.mark.latin(7, "head", "warper")
+@pytest.mark.latin(9, "head", "warper")
 def test_sampled_text_has_the_distribution_of_the_model(head: str, warper: str) -> None:
     """Joint distribution of three tokens, over all 6 x 6 x 6: the prompt's, and two that rounds with badly wrong drafts make."""
     size, n_rows = 6, 8000

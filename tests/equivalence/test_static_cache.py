@@ -120,7 +120,7 @@ def test_any_chunks_equal_the_uncached_forward(family: str, name: str, exact: Ex
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["two iterations", "arbitrary"])
 @pytest.mark.parametrize("width", [1, 5, LONGEST_SHORT_CALL + 3])
-@pytest.mark.latin(3, "family", "name", "width")
+@pytest.mark.latin(4, "family", "name", "width")
 def test_every_number_of_tokens_can_be_kept(family: str, name: str, width: int, exact: Exact, ids: Ids) -> None:
     """Row r keeps r tokens of a verification, then all rows go on: logits and everything held are those of a fresh prefill."""
     model, rows = wrap_transformer_with_etd(exact(family), SPLIT), width + 1

@@ -28,7 +28,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.latin(2, "family", "use_reentrant", "packed")
+@pytest.mark.latin(3, "family", "use_reentrant", "packed")
 def test_checkpointing_changes_no_gradient(
     family: str, use_reentrant: bool, packed: bool, exact: Exact, ids: Ids
 ) -> None:

@@ -19,6 +19,7 @@ MAX_VALUES = 20_000
 """Of a document whose aliases are written out."""
 
 TAG = "tag:yaml.org,2002:"
+MERGE = TAG + "merge"
 CORE = {
     "null": re.compile(r"~|null|Null|NULL|"),
     "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
@@ -58,6 +59,9 @@ _Loader.add_constructor(TAG + "float", _real)
 
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\})?")
 
+_TAG = re.compile(r"(?:&\S+\s+)?(!\S*)")
+"""A tag in front of a value, perhaps after an anchor."""
+
 
 def read_yaml(text: str, source: str, place: tuple[str, ...]) -> Any:
     """Parse YAML and replace environment variables.
@@ -82,9 +86,12 @@ def read_yaml(text: str, source: str, place: tuple[str, ...]) -> Any:
             return None
         _check_size(node, source)
         for scalar, key in _scalars(node, place):
+            tag = _TAG.match(text, scalar.start_mark.index)
+            if tag is not None and tag[1] == "!":
+                scalar.tag = TAG + "str"  # as YAML says; PyYAML resolves the value
             if "${" in scalar.value:
                 scalar.value = _VARIABLE.sub(partial(_expand, key), scalar.value)
-                if scalar.style is None:  # not quoted
+                if scalar.style is None and tag is None:  # not quoted
                     scalar.tag = loader.resolve(yaml.ScalarNode, scalar.value, (True, False))
             _check_tag(scalar)
         return loader.construct_document(node)
@@ -153,7 +160,13 @@ def _scalars(node: yaml.Node, place: tuple[str, ...]) -> Iterator[tuple[yaml.Sca
                     raise ValueError(f"the key {name} is given twice, in lines {seen[key.value]} and {line}")
                 seen[str(key.value)] = line
                 waiting.append((value, (*where, str(key.value))))
+            current.value = [(_as_text(key), value) for key, value in current.value]
     return iter(found.values())
+
+
+def _as_text(key: yaml.ScalarNode) -> yaml.ScalarNode:
+    """A key as text, so that ``1`` and ``01`` are two keys, and not one number twice."""
+    return key if key.tag == MERGE else yaml.ScalarNode(TAG + "str", key.value, key.start_mark, key.end_mark)
 
 
 def _expand(key: str, match: re.Match[str]) -> str:

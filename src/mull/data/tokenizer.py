@@ -113,10 +113,17 @@ class TextEncoder:
                 continue
             # Unigram models, and others that know whole words, find special tokens in their vocabulary.
             first, *others = self._seams.split(texts[index])
-            if others:
-                pieces = [*self._encoded([first], inside), *self._encoded(others, inside=True)]
+            pieces = [*self._encoded([first], inside), *self._encoded(others, inside=True)] if others else []
+            if not others and len(parts := self._seams.split(self._normalised(texts[index]))) > 1:
+                pieces = self._encoded(parts, inside=True)
+            if pieces:
                 encoded[index] = [token for piece in pieces for token in piece]
         return encoded
+
+    def _normalised(self, text: str) -> str:
+        """The text as the tokenizer sees it: normalizers turn lookalikes, such as wide letters, into special tokens."""
+        normalizer = self.tokenizer.backend_tokenizer.normalizer if self.tokenizer.is_fast else None
+        return text if normalizer is None else str(normalizer.normalize_str(text))
 
     @cached_property
     def _spelled(self) -> re.Pattern[str]:

@@ -25,6 +25,7 @@ from mull.model.fixed_cache import FixedMemory, StaticCall, StaticSlotCache
 from mull.model.growing_cache import GrowingMemory, SlotCache
 from mull.model.inputs import (
     LayerInputs,
+    check_call,
     check_keywords,
     check_padding_side,
     fixed_layer_inputs,
@@ -163,6 +164,11 @@ class MullPreTrainedModel(PreTrainedModel):
             ValueError: both are given, iterations outside 1 to 1000 or without a think block, or a path that does not fit.
         """
         n_layers = self.text_config.num_hidden_layers
+        if n_layers != len(self.kinds):
+            raise ValueError(
+                f"The model was built with {len(self.kinds)} layers and has {n_layers} now, as after layer_replication of PEFT. "
+                "Leave that out: mull repeats layers by think_iterations or path."
+            )
         if path is not None:
             if think_iterations is not None:
                 raise ValueError(
@@ -310,13 +316,6 @@ class MullModel(MullPreTrainedModel):
             ValueError: arguments that contradict each other or the cache, or that cannot be obeyed; or the model is in training
                 mode, with extra heads that could be trained and do not follow.
         """
-        if isinstance(attention_mask, dict):  # transformers' masks by kind of layer
-            if missing := sorted({kind for kind in self.kinds if kind != "linear_attention"} - attention_mask.keys()):
-                raise ValueError(f"attention_mask has no mask for layers of the kind {missing[0]}.")
-        else:
-            require_tensors(attention_mask=attention_mask)
-        if position_ids is not None:
-            require_ids("position_ids", position_ids)
         if policy is not None:
             require_callable("policy.active", getattr(policy, "active", policy), "a policy of mull.model.policy")
         if self.training and torch.is_grad_enabled() and not heads_follow:
@@ -328,6 +327,7 @@ class MullModel(MullPreTrainedModel):
             output_router_logits = getattr(self.text_config, "output_router_logits", False)
         visits = self.path(think_iterations, path)
         h = self._embed(input_ids, inputs_embeds)
+        check_call(self.text_config, h.shape[:2], attention_mask, position_ids, use_cache)
         position_ids = packed_positions(keywords, h.shape[:2], attention_mask, position_ids)
         check_keywords(keywords)
         if position_ids is not None and attention_mask is None and is_packed(position_ids):
@@ -465,8 +465,16 @@ class MullModel(MullPreTrainedModel):
         if input_ids is not None:
             require_ids("input_ids", input_ids)
         else:
-            require("inputs_embeds", inputs_embeds, Tensor, "a tensor [rows, tokens, width]")
+            self._check_embeddings(inputs_embeds)
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def _check_embeddings(self, embeddings: Any) -> None:
+        require("inputs_embeds", embeddings, Tensor, "a tensor [rows, tokens, width]")
+        width = self.text_config.hidden_size
+        if embeddings.ndim != 3 or embeddings.shape[-1] != width or 0 in embeddings.shape:
+            raise ValueError(f"inputs_embeds has shape {tuple(embeddings.shape)}; give [rows, tokens, {width}].")
+        if not embeddings.is_floating_point():
+            raise ValueError(f"inputs_embeds has the type {embeddings.dtype}: give token numbers as input_ids.")
 
     def _bound_cache(self, cache: SlotCache | None, use_cache: bool | None, visits: Path) -> SlotCache | None:
         if use_cache is None:

@@ -28,7 +28,7 @@ from mull.model.growing_cache import SlotCache
 from mull.model.inputs import LayerInputs, packed_positions
 from mull.ops.cross_entropy import accurate
 from mull.ops.targets import IGNORED, label_positions, require_targets, targets_of
-from mull.runtime.arguments import require_count, require_ids
+from mull.runtime.arguments import require_count, require_ids, require_shape
 
 CACHE_IMPLEMENTATIONS = {None: False, "dynamic": False, "offloaded": True}
 """``cache_implementation`` of ``generate`` that a `SlotCache` serves, and whether it offloads."""
@@ -135,12 +135,10 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions=True is not supported: attention weights are not collected.")
-        if isinstance(logits_to_keep, Tensor) and logits_to_keep.is_floating_point():
-            raise ValueError(f"logits_to_keep has the type {logits_to_keep.dtype}: indices are whole numbers.")
         if not isinstance(logits_to_keep, Tensor):
             require_count("logits_to_keep", logits_to_keep, 0)
-        if labels is not None:
-            require_ids("labels", labels)
+        elif logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
+            raise ValueError(f"logits_to_keep has the type {logits_to_keep.dtype}: indices are whole numbers.")
         # Not a parameter: transformers' Trainer takes every parameter with this name for labels that a batch must have.
         shift_labels = keywords.pop("shift_labels", None)
         if shift_labels is not None and self.mtp_config is not None:
@@ -168,6 +166,8 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         loss, mtp_loss, mtp_step_losses = None, None, None
         aux_loss = self.balancing_loss(out.router_logits, attention_mask) if out.router_logits else None
         if labels is not None or shift_labels is not None:
+            labels = self._checked_labels("labels", labels, h.shape[:2])
+            shift_labels = self._checked_labels("shift_labels", shift_labels, h.shape[:2])
             self._check_targets(labels, shift_labels, num_items_in_batch)
             loss = self.loss_function(
                 logits, labels, self.text_config.vocab_size, num_items_in_batch, shift_labels=shift_labels
@@ -194,6 +194,20 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             aux_loss=aux_loss,
             router_logits=out.router_logits,
         )
+
+    def _checked_labels(self, name: str, labels: Any, shape: Sequence[int]) -> Tensor | None:
+        if labels is None:
+            return None
+        require_ids(name, labels)
+        require_shape(name, labels, shape)
+        vocabulary = self.text_config.vocab_size
+        unknown = ((labels < 0) | (labels >= vocabulary)) & (labels != IGNORED)
+        if not torch.compiler.is_compiling() and unknown.any():
+            raise ValueError(
+                f"{name} has {int(labels[unknown][0])}: give token numbers from 0 to {vocabulary - 1}, and {IGNORED} for none."
+            )
+        checked: Tensor = labels.long()
+        return checked
 
     def _check_targets(
         self, labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: Tensor | int | None

@@ -9,11 +9,13 @@ All of it is computed once per call. Recurrent layers need two things that atten
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
 
@@ -21,6 +23,7 @@ from mull.model.configs import layer_kinds
 from mull.model.fixed_cache import StaticCall
 from mull.model.growing_cache import SlotCache
 from mull.model.memory import ActiveTokens
+from mull.runtime.arguments import require, require_ids, require_shape, require_tensors
 
 MASKED_ATTENTION = ("sdpa", "eager")
 """Implementations of attention that obey any mask, one row of queries at a time."""
@@ -73,23 +76,26 @@ def packed_positions(
         `position_ids` as they were without such keywords.
 
     Raises:
-        ValueError: the arguments contradict each other.
+        TypeError: a keyword of another type.
+        ValueError: the arguments contradict each other, or do not fit the tokens.
     """
-    borders, numbers = keywords.get("cu_seq_lens_q"), keywords.get("seq_idx")
+    borders: Any = keywords.get("cu_seq_lens_q")
+    numbers: Any = keywords.get("seq_idx")
     if borders is None and numbers is None:
         return position_ids
     if attention_mask is not None:
         raise ValueError(
             "Packed documents (cu_seq_lens_q, seq_idx) and an attention_mask contradict each other: leave the mask out."
         )
-    marks: Any = borders if numbers is None else numbers
-    column = torch.arange(shape[1], device=marks.device).expand(*shape)
     if numbers is not None:
-        begins = F.pad(marks.diff(dim=1) != 0, (1, 0), value=True)
-    elif shape[0] == 1:
-        begins = torch.isin(column, marks)
+        require_ids("seq_idx", numbers)
+        require_shape("seq_idx", numbers, shape)
+        column = torch.arange(shape[1], device=numbers.device).expand(*shape)
+        begins = F.pad(numbers.diff(dim=1) != 0, (1, 0), value=True)
     else:
-        raise ValueError(f"cu_seq_lens_q describes a batch of one row, and there are {shape[0]}.")
+        _check_borders(borders, shape)
+        column = torch.arange(shape[1], device=borders.device).expand(*shape)
+        begins = torch.isin(column, borders)
     positions = column - torch.where(begins, column, 0).cummax(1).values
     if position_ids is None:
         return positions
@@ -98,6 +104,50 @@ def packed_positions(
     ):
         raise ValueError("position_ids restart at other tokens than cu_seq_lens_q or seq_idx say.")
     return position_ids
+
+
+def _check_borders(borders: Any, shape: Sequence[int]) -> None:
+    require("cu_seq_lens_q", borders, Tensor, "a tensor [documents + 1] of borders")
+    if shape[0] != 1:
+        raise ValueError(f"cu_seq_lens_q describes a batch of one row, and there are {shape[0]}.")
+    if torch.compiler.is_compiling():
+        return
+    places = borders.tolist() if borders.ndim == 1 else []
+    if not places or places[0] != 0 or places[-1] != shape[1] or places != sorted(places):
+        raise ValueError(
+            f"cu_seq_lens_q has to rise from 0 to {shape[1]}, the number of tokens, and is {borders.tolist()}."
+        )
+
+
+def check_call(
+    config: PreTrainedConfig,
+    shape: Sequence[int],
+    attention_mask: Tensor | dict[str, Any] | None,
+    position_ids: Tensor | None,
+    use_cache: bool | None,
+) -> None:
+    """Refuse arguments of ``forward`` that do not fit B rows of T tokens. Masks are checked further in `layer_inputs`.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: a tensor of another shape, or a mask that is missing.
+    """
+    n_rows, n_tokens = shape
+    if use_cache is not None:
+        require("use_cache", use_cache, bool, "True or False, or leave it out")
+    if position_ids is not None:
+        require_ids("position_ids", position_ids)
+        require_shape("position_ids", position_ids, (n_rows, n_tokens), (1, n_tokens))
+    if not isinstance(attention_mask, dict):
+        require_tensors(attention_mask=attention_mask)
+        if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[0] != n_rows:
+            raise ValueError(f"attention_mask has {attention_mask.shape[0]} rows, and there are {n_rows}.")
+        return
+    # transformers' masks by kind of layer
+    if missing := sorted({kind for kind in layer_kinds(config) if kind != "linear_attention"} - attention_mask.keys()):
+        raise ValueError(f"attention_mask has no mask for layers of the kind {missing[0]}.")
+    for kind, mask in attention_mask.items():
+        require(f"attention_mask[{kind!r}]", mask, (Tensor, BlockMask, NoneType), "a mask of transformers, or None")
 
 
 def check_keywords(keywords: Mapping[str, Any]) -> None:
@@ -228,6 +278,8 @@ def layer_inputs(
     past = 0 if cache is None else cache.n_tokens
     if isinstance(attention_mask, Tensor):
         attention_mask = _checked_mask(attention_mask, h, past, config, "linear_attention" in kinds)
+    elif isinstance(attention_mask, dict):
+        attention_mask = {"linear_attention": None, **attention_mask}
     may_be_packed = position_ids is not None and attention_mask is None and cache is None
     if position_ids is None:
         position_ids = (torch.arange(h.shape[1], device=h.device) + past)[None]
@@ -309,10 +361,8 @@ def _checked_mask(mask: Tensor, h: Tensor, past: int, config: PreTrainedConfig, 
             f"attn_implementation={config._attn_implementation!r} cannot obey a 4-dimensional attention_mask. Use 'sdpa' or "
             "'eager'."
         )
-    if tuple(mask.shape[2:]) != (n_new, n_keys):
-        raise ValueError(
-            f"attention_mask has the shape {tuple(mask.shape)}, but there are {n_new} queries and {n_keys} keys."
-        )
+    heads = (1, config.num_attention_heads)
+    require_shape("attention_mask", mask, *((b, n, n_new, n_keys) for b in (h.shape[0], 1) for n in heads))
     if mask.dtype == torch.bool:
         return mask if config._attn_implementation == "sdpa" else additive(mask, h.dtype)
     # Ones and zeros would be added to the scores, where they hide nothing.

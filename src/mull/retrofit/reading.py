@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -62,7 +63,7 @@ def explained(name_or_dir: str, weights: bool = False) -> Iterator[None]:
         weights: Whether they are read, too.
 
     Raises:
-        ValueError: a file is damaged, or the checkpoint needs code of its own.
+        ValueError: a file is damaged, values of the configuration do not fit, or the checkpoint needs code of its own.
     """
     folder = Path(name_or_dir)
     for name in JSON_FILES if folder.is_dir() else ():
@@ -71,6 +72,11 @@ def explained(name_or_dir: str, weights: bool = False) -> Iterator[None]:
         _check_weights(file)
     try:
         yield
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"The configuration of {name_or_dir}, with what was given beside it, has values that do not fit: "
+            f"{' '.join(str(error).split())}"
+        ) from None
     except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"{name_or_dir} has a file that transformers cannot read: {error!r}. Fetch it again."

@@ -153,8 +153,9 @@ def from_pretrained(
     if not isinstance(config, MullConfig):
         require_supported(config.get_text_config())
         return _from_base(name_or_dir, etd, mtp, hub_options, options, allow_missing)
-    for name in [name for name in options if name not in ("dtype", "torch_dtype") and hasattr(config, name)]:
-        setattr(config, name, options.pop(name))
+    with explained(name_or_dir):
+        for name in [name for name in options if name not in ("dtype", "torch_dtype") and hasattr(config, name)]:
+            setattr(config, name, options.pop(name))
     if etd is not None:
         config.etd = etd.model_dump()
     if mtp is not None:

@@ -2,14 +2,16 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
 from torch import Tensor, nn
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTEGERS = (torch.int64, torch.int32)
+"""What embeddings take."""
+
 _SHOWN = 60
 
 MAX_WHOLE = 10**15
@@ -48,7 +50,7 @@ def require_count(name: str, value: object, least: int, most: int | None = None)
 
 
 def require_ids(name: str, value: object) -> None:
-    """Refuse what is not ``[B, T]`` of whole numbers.
+    """Refuse what is not ``[B, T]`` of whole numbers, or has no tokens.
 
     Raises:
         TypeError: no tensor.
@@ -57,9 +59,22 @@ def require_ids(name: str, value: object) -> None:
     require(name, value, Tensor, "a tensor [rows, tokens] of token numbers")
     assert isinstance(value, Tensor)
     if value.dtype not in _INTEGERS:
-        raise ValueError(f"{name} has the type {value.dtype}: token numbers are whole numbers, such as torch.int64.")
+        raise ValueError(f"{name} has the type {value.dtype}: token numbers are torch.int64 or torch.int32.")
     if value.ndim != 2:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; give [rows, tokens].")
+    if 0 in value.shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: every row needs at least one token.")
+
+
+def require_shape(name: str, value: Tensor, *shapes: Sequence[int]) -> None:
+    """Refuse a tensor that has none of these shapes.
+
+    Raises:
+        ValueError: the shape is another one.
+    """
+    if all(value.shape != torch.Size(shape) for shape in shapes):
+        wanted = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(map(tuple, shapes)))
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, and the tokens of the call need {wanted}.")
 
 
 def require_number(name: str, value: object) -> None:

@@ -34,7 +34,11 @@ LOCK_PATIENCE_SECONDS = 2.0
 _READING: dict[str, Any] = {"cache_type": "blockcache", "cache_options": {"maxblocks": 4}}
 _PATTERN = frozenset("*?[]")
 _USER = re.compile(r"(?<=://)(?:[^\s/@:]*:\S*|[^\s/@]+)@")
-_SECRET = re.compile(r"([?&][^=&\s]*(?:token|key|secret|passw|pwd|sig|credential)[^=&\s]*=)[^&\s'\")]+", re.IGNORECASE)
+_SECRET = re.compile(
+    r"([?&;#][^=&;#\s]*(?:token|key|secret|pass|pwd|sig|credential|auth|jwt)[^=&;#\s]*=)"
+    r"(?:\"[^\"]*\"|'[^']*'|[^&;#\s'\")]+)",
+    re.IGNORECASE,
+)
 _MISSING = (FileNotFoundError, NotADirectoryError)
 
 

@@ -270,11 +270,30 @@ def test_numbers_are_read_as_everyone_writes_them(tmp_path: Path) -> None:
         ("2026-11-28", "2026-11-28"),
         ("0b11", "0b11"),
         ("!!float 3", 3.0),
+        ("! 5", "5"),
+        ("&a ! 5", "5"),
+        ("!!str ${FIVE}", "5"),
+        ("&a !!str ${FIVE}", "5"),
+        ("${FIVE}", 5),
+        ("&a ${FIVE}", 5),
     ],
 )
-def test_plain_values_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+def test_plain_values_are_those_of_yaml_1_2(text: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIVE", "5")
     found = read_yaml(f"key: {text}", "here", ())["key"]
     assert (found, type(found)) == (value, type(value))
+
+
+def test_keys_are_texts() -> None:
+    assert read_yaml("{1: a, 01: b, true: c, True: d, ~: e, null: f}", "here", ()) == {
+        "1": "a",
+        "01": "b",
+        "true": "c",
+        "True": "d",
+        "~": "e",
+        "null": "f",
+    }
+    assert read_yaml("a: &x 5\n*x : b\n", "here", ()) == {"a": 5, "5": "b"}
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,30 @@ def test_a_text_that_spells_a_special_token_stays_text(kind: str, model: str) ->
             assert tokenizer.decode(ids).strip() in (text, "x")
 
 
+@pytest.mark.parametrize("model", ["bpe", "unigram"])
+@pytest.mark.parametrize(
+    ("normalizer", "text", "decoded"),
+    [
+        (normalizers.NFKC(), "a ＜／ｓ＞ b ＜ｓ＞", "a </s> b <s>"),
+        (normalizers.Lowercase(), "a </S> b <S>", "a </s> b <s>"),
+        (normalizers.Sequence([normalizers.NFKC(), normalizers.Prepend("▁")]), "＜/s＞", "</s>"),
+    ],
+)
+def test_a_text_that_is_normalised_to_a_special_token_stays_text(
+    normalizer: normalizers.Normalizer, text: str, decoded: str, model: str
+) -> None:
+    tokenizer = made("metaspace, first", model=model)
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    encoder = TextEncoder(tokenizer)
+    for ids in (
+        encoder.prompts([text])[0],
+        encoder.documents([text])[0][:-1],
+        encoder.examples([("x", text)])[0][1][:-1],
+    ):
+        assert {tokenizer.bos_token_id, tokenizer.eos_token_id}.isdisjoint(ids)
+        assert tokenizer.decode(ids).strip() == decoded
+
+
 def test_an_end_of_one_character_stays_what_the_user_made_it() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made("byte level").backend_tokenizer, eos_token="d")
     assert len(TextEncoder(tokenizer).documents(["c d"])[0]) == 4

@@ -107,7 +107,7 @@ def deviation(run: Round, world: World, n_drafts: int, n_tokens: int) -> float:
 @pytest.mark.parametrize(("n_drafts", "n_tokens"), [(0, 2), (1, 2), (1, 3), (2, 2), (2, 3), (3, 2), (3, 3)])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["drawn", "argmax"])
 @pytest.mark.parametrize("name", ["plain", "all"])
-@pytest.mark.latin(2, "name", "deterministic", "n_drafts")
+@pytest.mark.latin(4, "name", "deterministic", "n_drafts")
 def test_the_joint_distribution_of_emitted_tokens_is_the_targets(
     name: str, deterministic: bool, n_drafts: int, n_tokens: int
 ) -> None:
@@ -116,6 +116,7 @@ def test_the_joint_distribution_of_emitted_tokens_is_the_targets(
 
 
 @pytest.mark.parametrize("name", WARPERS)
+@pytest.mark.latin(2, "name")
 def test_every_warper_keeps_the_distribution(name: str) -> None:
     assert deviation(exact, World.random(sampling=sampling_of(name)), 2, 2) < 1e-12
 

@@ -497,6 +497,7 @@ STATES = ["without heads", "sharded, without heads", "with heads", "sharded, wit
     ("layout", "state"),
     [(layout, state) for layout in LAYOUTS for state in (STATES if layout == "qwen3_5-moe" else STATES[2:4])],
 )
+@pytest.mark.latin(2, "layout", "state")
 def test_exported_heads_are_what_engines_and_mull_read(layout: str, state: str, tmp_path: Path) -> None:
     model = mull.from_pretrained(str(released(tmp_path / "source", layout)), SPLIT, NATIVE)
     folder = stock(tmp_path / "stock", layout, state)

@@ -434,6 +434,7 @@ def test_a_killed_process_leaves_the_previous_checkpoint(tmp_path, bucket):
 # Many ranks
 
 
+@pytest.mark.slow
 def test_checkpoints_pass_between_one_and_two_ranks(tmp_path, bucket):
     one, two, full = (str(tmp_path / name) for name in ("one", "two", "full"))
     checkpoint_worker.save(0, 1, one)

@@ -84,7 +84,7 @@ rank.wait()
 """
 
 
-@pytest.mark.parametrize("elastic", [True, False], ids=["torchrun", "by hand"])
+@pytest.mark.parametrize("elastic", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["torchrun", "by hand"])
 def test_a_rank_ends_when_its_torchrun_is_killed(monkeypatch: pytest.MonkeyPatch, elastic: bool) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     if elastic:

@@ -169,6 +169,10 @@ def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, caplog):
         ("https://:s3cret@host", "https://***@host"),
         ("https://h/a?X-Amz-Signature=abc&b=1&api_key=2", "https://h/a?X-Amz-Signature=***&b=1&api_key=***"),
         ("postgresql://db/x?user=a&password=s3cret", "postgresql://db/x?user=a&password=***"),
+        ('https://h/a?token="abc"&b=1', "https://h/a?token=***&b=1"),
+        ("https://h/a#access_token=abc", "https://h/a#access_token=***"),
+        ("https://h/a;token=abc;b=1", "https://h/a;token=***;b=1"),
+        ("https://h/a?auth=abc&jwt=abc&pass=abc", "https://h/a?auth=***&jwt=***&pass=***"),
         *(
             (text, text)
             for text in ("http://127.0.0.1:5000/x", "s3://bucket/a@b", "sqlite:////a/b@c:d", "a@b.c", "x: y")

@@ -179,6 +179,7 @@ def kept(call: Any, parameters: Any) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.latin(2, "family", "precision")
 def test_activations_are_what_autograd_keeps(family: str, precision: str) -> None:
     real = model(family)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

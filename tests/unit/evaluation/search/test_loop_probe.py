@@ -51,6 +51,7 @@ def laid_out(kind: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["whole", "left", "right", "packed"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.latin(2, "family", "kind")
 def test_shared_states_give_the_losses_of_whole_passes(family: str, kind: str, exact: Any, ids: Any) -> None:
     model = wrap_transformer_with_etd(exact(family), None)
     batch = laid_out(kind, ids(2, 9))
