@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -96,6 +97,13 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         """Make these the model's extra heads."""
         setattr(self, "mtp" if heads.kind == "native" else "mtp_heads", heads)
         self.model.heads_beside = (heads,)
+
+    def _set_gradient_checkpointing(self, *args: Any, **options: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **options)
+        # The heads' losses take gradients inside the forward pass, where reentrant checkpoints cannot.
+        for module in [] if self.mtp_heads is None else self.mtp_heads.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
