@@ -133,15 +133,14 @@ def questions(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase)
 
 
 def own_text(model: Any, asked: Sequence[Question], file: Path, seed: int) -> list[TokenizedExample]:
-    """What the model answers, kept in a file."""
-    if not file.exists():
-        lines = []
-        with Progress(len(asked), "answer") as progress:
-            for first in range(0, len(asked), WRITING_BATCH):
-                part = [question.ids for question in asked[first : first + WRITING_BATCH]]
-                lines += [json.dumps(pair) + "\n" for pair in answers(model, part, seed + first)]
-                progress.advance(len(part))
-        file.write_text("".join(lines))
+    """What the model answers, kept in a file batch by batch."""
+    n_done = len(file.read_text().splitlines()) if file.exists() else 0
+    with Progress(len(asked), "answer", done=n_done) as progress, file.open("a") as lines:
+        for first in range(n_done, len(asked), WRITING_BATCH):
+            part = [question.ids for question in asked[first : first + WRITING_BATCH]]
+            lines.writelines(json.dumps(pair) + "\n" for pair in answers(model, part, seed + first))
+            lines.flush()
+            progress.advance(len(part))
     pairs = map(json.loads, file.read_text().splitlines())
     return [TokenizedExample(prompt, answer) for prompt, answer in pairs]
 

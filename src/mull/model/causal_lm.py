@@ -103,7 +103,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         # The heads' losses take gradients inside the forward pass, where reentrant checkpoints cannot.
         for module in [] if self.mtp_heads is None else self.mtp_heads.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
