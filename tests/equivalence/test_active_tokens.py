@@ -1,12 +1,13 @@
 """Tokens that do not run a visit: the three memories, and an independent oracle, compute the same.
 
-A policy switches single tokens off. A token that does not run a visit keeps its state, and offers to the others the keys and
-values of the last time it ran that layer (``last_kv``); where it never ran it, nothing. A recurrent layer runs the sequence of
-the tokens that do run. All in fp64, where errors of bookkeeping stand out.
+A policy switches single tokens off. A token that does not run a visit keeps its state, and offers to the others what the policy
+says: the keys and values of the last time it ran that layer (``last_kv``; where it never ran it, nothing), those of the state that
+it keeps (``own_state``), or nothing (``active_only``). A recurrent layer runs the sequence of the tokens that do run. All in fp64,
+where errors of bookkeeping stand out.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mull import MullForCausalLM, wrap_transformer_with_etd
+from mull.model.configs import Stop
 from mull.model.fixed_cache import StaticCall, StaticSlotCache
 from mull.model.path import Path, Visit, from_layers
 from mull.model.policy import GivenTokens
@@ -54,8 +56,18 @@ def masks_of(name: str) -> Masks:
     return (halting if name == "halting" else skipping)(PATHS[name])
 
 
+STOP: Stop = "last_kv"
+"""Of the running test; the fixture `stop` sets it."""
+
+
+@pytest.fixture(params=get_args(Stop))
+def stop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Stop:
+    monkeypatch.setitem(globals(), "STOP", request.param)
+    return request.param  # type: ignore[no-any-return]
+
+
 def part(masks: Masks, start: int, stop: int) -> GivenTokens:
-    return GivenTokens({visit: mask[:, start:stop] for visit, mask in masks.items()})
+    return GivenTokens({visit: mask[:, start:stop] for visit, mask in masks.items()}, STOP)
 
 
 @torch.no_grad()
@@ -86,10 +98,13 @@ def oracle(model: MullForCausalLM, tokens: Tensor, path: Path, masks: Masks) -> 
         visible = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
         if kind == "sliding_attention":
             visible &= ~torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril(-base.text_config.sliding_window)
-        visible = visible & ran[visit.layer][:, None, None]
+        offering = {"last_kv": ran[visit.layer], "own_state": torch.ones_like(active), "active_only": active}[STOP]
+        visible = visible & offering[:, None, None]
         visible = visible | ~active[:, None, :, None]  # the state of a token that does not run is thrown away
 
         def keep(projection: Any, _inputs: Any, out: Tensor, active: Tensor = active) -> Tensor:
+            if STOP == "own_state":
+                return out
             before = kept.get(projection, torch.zeros_like(out))
             kept[projection] = torch.where(active[..., None], out, before)
             return kept[projection]
@@ -147,8 +162,8 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.latin(3, "family", "name")
-def test_every_memory_computes_what_the_oracle_does(family: str, name: str, exact: Exact, ids: Ids) -> None:
+@pytest.mark.latin(5, "family", "name", "stop")
+def test_every_memory_computes_what_the_oracle_does(family: str, name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     model, tokens, path, masks = wrapped(exact, family), ids(ROWS, TOKENS), PATHS[name], masks_of(name)
     expected = oracle(model, tokens, path, masks)
     with torch.no_grad():
@@ -176,8 +191,9 @@ def test_a_policy_that_lets_everybody_run_changes_nothing(family_name: str, exac
 
 
 @pytest.mark.parametrize("family_name", KINDS)
+@pytest.mark.latin(3, "family_name", "stop")
 @torch.no_grad()
-def test_left_padding_and_policies_go_together(family_name: str, exact: Exact, ids: Ids) -> None:
+def test_left_padding_and_policies_go_together(family_name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     model, tokens, path, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
     expected = model.model(tokens, path=path, policy=part(masks, 0, TOKENS), use_cache=False).last_hidden_state
     padding = 4
@@ -203,8 +219,9 @@ def test_left_padding_and_policies_go_together(family_name: str, exact: Exact, i
 
 
 @pytest.mark.parametrize("family_name", KINDS)
+@pytest.mark.latin(3, "family_name", "stop")
 @torch.no_grad()
-def test_packed_documents_are_documents_alone(family_name: str, exact: Exact, ids: Ids) -> None:
+def test_packed_documents_are_documents_alone(family_name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     model, tokens, path, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
     lengths = [5, 9]
     positions = torch.cat([torch.arange(length) for length in lengths]).expand(ROWS, -1)
@@ -215,8 +232,9 @@ def test_packed_documents_are_documents_alone(family_name: str, exact: Exact, id
 
 
 @pytest.mark.parametrize("family_name", KINDS)
+@pytest.mark.latin(3, "family_name", "stop")
 @torch.no_grad()
-def test_tokens_can_be_taken_back(family_name: str, exact: Exact, ids: Ids) -> None:
+def test_tokens_can_be_taken_back(family_name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     """Wrong tokens, with masks of their own, are fed and taken back: what follows does not notice."""
     model, tokens, path, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
     expected = oracle(model, tokens, path, masks)
@@ -237,7 +255,7 @@ def test_tokens_can_be_taken_back(family_name: str, exact: Exact, ids: Ids) -> N
 
         fixed = fixed_cache(model, path)
         model.model.decode(tokens[:, :6], fixed, fixed_call(0, 6, 6), part(masks, 0, 6))
-        model.model.decode(drafted, fixed, fixed_call(6, 9 + n_kept, None), GivenTokens(mixed))
+        model.model.decode(drafted, fixed, fixed_call(6, 9 + n_kept, None), GivenTokens(mixed, STOP))
         fixed.commit(torch.full((ROWS,), n_kept))
         call = fixed_call(6 + n_kept, TOKENS, TOKENS - 6 - n_kept)
         states = model.model.decode(tokens[:, 6 + n_kept :], fixed, call, part(masks, 6 + n_kept, TOKENS))
@@ -245,8 +263,11 @@ def test_tokens_can_be_taken_back(family_name: str, exact: Exact, ids: Ids) -> N
 
 
 @pytest.mark.parametrize("family_name", KINDS)
+@pytest.mark.latin(3, "family_name", "stop")
 @torch.no_grad()
-def test_rows_of_a_cache_with_gaps_can_be_reordered_and_chosen(family_name: str, exact: Exact, ids: Ids) -> None:
+def test_rows_of_a_cache_with_gaps_can_be_reordered_and_chosen(
+    family_name: str, stop: Stop, exact: Exact, ids: Ids
+) -> None:
     model, tokens, path, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
     expected = oracle(model, tokens, path, masks)
     for rows in ([2, 0, 1], [1, 1, 0]):
@@ -254,14 +275,15 @@ def test_rows_of_a_cache_with_gaps_can_be_reordered_and_chosen(family_name: str,
         feed = {"past_key_values": cache, "path": path, "use_cache": True}
         model.model(tokens[:, :8], policy=part(masks, 0, 8), **feed)
         cache.reorder_cache(order)
-        rest = GivenTokens({visit: mask[order, 8:] for visit, mask in masks.items()})
+        rest = GivenTokens({visit: mask[order, 8:] for visit, mask in masks.items()}, STOP)
         assert_same(model.model(tokens[order, 8:], policy=rest, **feed).last_hidden_state, expected[order, 8:])
 
 
 @pytest.mark.parametrize("family_name", KINDS)
+@pytest.mark.latin(3, "family_name", "stop")
 @torch.no_grad()
 def test_a_call_without_a_policy_does_not_see_what_earlier_ones_skipped(
-    family_name: str, exact: Exact, ids: Ids
+    family_name: str, stop: Stop, exact: Exact, ids: Ids
 ) -> None:
     model, tokens, path, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
     partly = {visit: mask.clone().index_fill_(1, torch.arange(8, TOKENS), True) for visit, mask in masks.items()}
@@ -276,7 +298,8 @@ def test_a_call_without_a_policy_does_not_see_what_earlier_ones_skipped(
 
 
 @pytest.mark.parametrize("family_name", ["qwen3", "olmo3", "qwen3_5", "olmo_hybrid"])
-def test_gradients_do_not_depend_on_checkpointing(family_name: str, exact: Exact, ids: Ids) -> None:
+@pytest.mark.latin(2, "family_name", "stop")
+def test_gradients_do_not_depend_on_checkpointing(family_name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     model, tokens, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), masks_of("halting")
     gradients = []
     for checkpointing in (False, True):

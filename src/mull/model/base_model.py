@@ -351,7 +351,7 @@ class MullModel(MullPreTrainedModel):
                 on_visit(visit, before, state)
 
         watched = after if stream is not None or on_visit is not None else None
-        memory = None if cache is None else GrowingMemory(cache)
+        memory = None if cache is None else GrowingMemory(cache, None if policy is None else policy.stop)
         with self.router_logits() if output_router_logits else nullcontext() as routed:
             h = run(self.layers, self.kinds, visits, h, inputs, memory, policy, on_visit=watched)
         if cache is not None:
@@ -430,7 +430,7 @@ class MullModel(MullPreTrainedModel):
         n_encoder, n_think = (0, 0) if etd is None else (etd.n_encoder_layers, etd.n_think_layers)
         h = self._embed(input_ids, None)
         inputs = self.layer_inputs(h, attention_mask, position_ids)
-        memory = None if policy is None else CallMemory()
+        memory = None if policy is None else CallMemory(policy.stop)
 
         def advance(h: Tensor, part: Path) -> Tensor:
             return run(self.layers, self.kinds, part, h, inputs, memory, policy)
@@ -457,7 +457,8 @@ class MullModel(MullPreTrainedModel):
         """
         h = self.embed_tokens(input_ids)
         inputs = self.fixed_layer_inputs(h, call)
-        return self.norm(run(self.layers, self.kinds, cache.path, h, inputs, FixedMemory(cache, call), policy))
+        memory = FixedMemory(cache, call, None if policy is None else policy.stop)
+        return self.norm(run(self.layers, self.kinds, cache.path, h, inputs, memory, policy))
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):

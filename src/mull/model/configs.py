@@ -10,6 +10,11 @@ from transformers import PreTrainedConfig
 from mull.model.path import MAX_ITERATIONS, MAX_LAYERS, Path, recursion
 from mull.runtime.arguments import Frozen, require
 
+Stop = Literal["last_kv", "own_state", "active_only"]
+"""What a token offers to later tokens in a layer's visits that it does not run: the keys and values of the last time it ran that
+layer; those that the layer projects from the state in which the token rests; or nothing. Recurrent layers know one answer: a
+token that does not run is not in their sequence."""
+
 SPLITS: dict[str, tuple[float, float]] = {"published": (7 / 16, 4 / 16), "quarters": (1 / 4, 1 / 2)}
 """Encoder and think fractions of the depth. ``published`` is 7-4-5 of 16 layers (arXiv:2510.07358), ``quarters`` 25/50/25."""
 

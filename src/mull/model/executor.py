@@ -4,6 +4,7 @@ Four parts, each with one job: the *path* says which layers may run, the *policy
 keeps what a visit leaves, and the *layer inputs* hold what all layers share. The layers are those of transformers.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mull.model.inputs import LayerInputs
-from mull.model.memory import ActiveTokens, CallMemory, CallSlot, LayerMemory, Memory
+from mull.model.memory import ActiveTokens, CallMemory, CallSlot, LayerKeys, LayerMemory, Memory, Merge, OfferedKeys
 from mull.model.path import Visit
 from mull.model.policy import Policy
 
@@ -41,34 +42,81 @@ def run(
         inputs: What the layers share.
         memory: What the visits remember; None where nothing precedes or follows the call.
         policy: Which tokens run a visit; None runs all of them. A token that does not run keeps its state, and offers to other
-            tokens the keys and values of the last time it ran that layer (``last_kv``).
+            tokens what `Policy.stop` says.
         on_visit: Called after each visit.
 
     Returns:
         States ``[B, T, D]``.
+
+    Raises:
+        ValueError: a policy, and an attention that cannot run a part of the tokens.
     """
-    if policy is not None and memory is None:
-        memory = CallMemory()
+    if policy is not None:
+        inputs.require_masks()
+        memory = memory or CallMemory(policy.stop)
     for number, visit in enumerate(path):
-        kind, before = kinds[visit.layer], h
-        active = None if policy is None else _active_tokens(policy.active(visit, h), h)
+        layer, kind, before = layers[visit.layer], kinds[visit.layer], h
+        mask = None if policy is None else policy.active(visit, h)
+        active = None if mask is None else ActiveTokens.of(mask, every_row=kind == "linear_attention")
+        own = None
         if kind == "linear_attention":
             active = inputs.recurrent_tokens(active)
-        elif active is None and memory is not None and memory.has_gaps(number):
-            active = _active_tokens(None, h)  # gaps take a mask per row to hide
+        elif mask is None and memory is not None and memory.has_gaps(number):
+            active = ActiveTokens.of(
+                torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+            )  # whose mask hides gaps
+        elif mask is not None and policy is not None and policy.stop == "own_state":
+            own = keys_of_idle(layer, kind, h, inputs, ActiveTokens.of(~mask, every_row=False))
         if active is not None and not active.any:
             assert memory is not None
-            memory.pass_over(number, visit, h)
+            memory.pass_over(number, visit, h, own)
             continue
-        slot = None if memory is None else memory.slot(number, visit, active)
-        h = run_layer(layers[visit.layer], kind, h, inputs, slot, active)
+        slot = None if memory is None else memory.slot(number, visit, active, own)
+        h = run_layer(layer, kind, h, inputs, slot, active)
         if on_visit is not None:
             on_visit(visit, before, h)
     return h
 
 
-def _active_tokens(mask: Tensor | None, h: Tensor) -> ActiveTokens:
-    return ActiveTokens.of(torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if mask is None else mask)
+class _Taken(Exception):  # noqa: N818 - it ends a layer early, and is no error
+    """The layer has handed over what was wanted of it."""
+
+
+class KeyTaker(CallSlot):
+    """Takes the keys and values of tokens that do not run a visit."""
+
+    def __init__(self) -> None:
+        self.taken: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """End the layer, unless gradients are wanted: sharded layers have to reach their own end then."""
+        self.taken = key_states, value_states
+        if not torch.is_grad_enabled():
+            raise _Taken
+        return self.taken
+
+
+def keys_of_idle(layer: nn.Module, kind: str, h: Tensor, inputs: LayerInputs, idle: ActiveTokens) -> LayerKeys | None:
+    """Keys and values that an attention layer projects from the states of tokens that do not run it; None if all run.
+
+    Args:
+        layer: The decoder layer.
+        kind: Its kind.
+        h: States ``[B, T, D]``.
+        inputs: What the call's layers share.
+        idle: The tokens.
+    """
+    if not idle.any:
+        return None
+    taker = KeyTaker()
+    options = _options(taker, None, idle.gather(inputs.position_ids), inputs.rotary_of(kind, idle))
+    with contextlib.suppress(_Taken):
+        nn.Module.__call__(layer, idle.gather(h), **options)  # past gradient checkpointing, which would run it again
+    assert taker.taken is not None, "attention layers store their keys"
+    merged = Merge(OfferedKeys("active_only"), 0, idle, None)(*taker.taken)
+    return merged._replace(known=None)
 
 
 def run_layer(

@@ -12,7 +12,9 @@ Shapes: B batch, T tokens of a call, A tokens that run in the row with most of t
 convolution.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from mull.model.memory import ActiveTokens, LastKeys, Merge, head_width
+from mull.model.configs import Stop
+from mull.model.memory import ActiveTokens, LayerKeys, Merge, OfferedKeys, head_width
 from mull.model.path import Path, Visit
 from mull.ops.gated_delta import DeltaWrites, convolution_window, no_op_where_inactive, short_gated_delta, written_state
 
@@ -69,8 +72,12 @@ class AttentionSlot:
         """Forget which tokens offered nothing."""
         self.known = None
 
-    def mark_known(self, call: StaticCall, known: Tensor) -> None:
-        """Say which of a call's tokens, ``[B, T]``, offer keys."""
+    def mark_known(self, call: StaticCall, known: Tensor | None) -> None:
+        """Say which of a call's tokens, ``[B, T]``, offer keys; None for all."""
+        if known is None and self.known is None:
+            return
+        if known is None:
+            known = torch.ones_like(call.positions, dtype=torch.bool)
         if self.known is None:
             self.known = torch.ones(self.key.shape[0], self.key.shape[2], dtype=torch.bool, device=known.device)
         self.known[self._rows, call.positions] = known
@@ -248,37 +255,43 @@ def _recurrent_shapes(config: PreTrainedConfig, batch_size: int) -> tuple[tuple[
 class FixedMemory:
     """The `Memory` of one call on a cache of fixed size."""
 
-    def __init__(self, cache: StaticSlotCache, call: StaticCall) -> None:
+    def __init__(self, cache: StaticSlotCache, call: StaticCall, stop: Stop | None = None) -> None:
         assert call.n_keys <= cache.capacity, f"{call.n_keys} keys do not fit into {cache.capacity} slots"
         self._cache = cache
         self._call = call
-        self._last = LastKeys()
+        self._offered = None if stop is None else OfferedKeys(stop)
 
     def has_gaps(self, number: int) -> bool:
         """See `Memory`, also for the methods below."""
         slot = self._cache.slots[number]
         return isinstance(slot, AttentionSlot) and slot.known is not None
 
-    def slot(self, number: int, visit: Visit, active: ActiveTokens | None) -> "FixedSlot":
+    def slot(self, number: int, visit: Visit, active: ActiveTokens | None, own: LayerKeys | None = None) -> "FixedSlot":
         """The slot of a visit."""
         slot = self._cache.slots[number]
         merge = None
         if active is not None and isinstance(slot, AttentionSlot):
-            merge = self._last.merge(visit.layer, active)
+            merge = (self._offered or OfferedKeys("active_only")).merge(visit.layer, active, own)
             slot.mark_known(self._call, merge.known)
-        return FixedSlot(slot, self._call, active, merge)
+        return FixedSlot(slot, self._call, active, merge, partial(self._note, visit.layer))
 
-    def pass_over(self, number: int, visit: Visit, h: Tensor) -> None:
-        """The tokens offer what they last offered in this call, or nothing."""
+    def _note(self, layer: int, key: Tensor, value: Tensor) -> None:
+        if self._offered is not None:
+            self._offered.note(layer, LayerKeys(key, value))
+
+    def pass_over(self, number: int, visit: Visit, h: Tensor, own: LayerKeys | None = None) -> None:
+        """The tokens offer what their kind of stopping says, or nothing."""
+        assert self._offered is not None, "without a policy, every token runs"
         slot = self._cache.slots[number]
         if isinstance(slot, RecurrentState):
             slot.passed_over = self._call.n_valid is None
             return
-        keys = self._last.get(visit.layer)
-        known = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device) if keys is None else keys.known
-        slot.mark_known(self._call, known)
-        if keys is not None:
-            slot.update(self._call, keys.key, keys.value)
+        keys = self._offered.idle(visit.layer, own)
+        if keys is None:
+            slot.mark_known(self._call, torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device))
+            return
+        slot.mark_known(self._call, keys.known)
+        slot.update(self._call, keys.key, keys.value)
 
 
 class FixedSlot:
@@ -290,12 +303,14 @@ class FixedSlot:
         call: StaticCall,
         active: ActiveTokens | None = None,
         merge: Merge | None = None,
+        note: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
         # Which of the two it is follows from the layer: each calls only the methods of its kind.
         self._slot: Any = slot
         self._call = call
         self._active = None if active is None else active.mask
         self._merge = merge
+        self._note = note
 
     @property
     def n_keys(self) -> int:
@@ -307,15 +322,21 @@ class FixedSlot:
         """By position; in a fresh call, by token of the call."""
         if self._merge is None:
             return None
-        return self._merge.known if self._call.fresh else self._slot.known[:, : self._call.n_keys]
+        if self._call.fresh or self._slot.known is None:
+            return self._merge.known if self._call.fresh else None
+        return self._slot.known[:, : self._call.n_keys]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write keys and values at the positions of their tokens, and return those that attention looks at."""
-        if self._merge is not None:
-            key_states, value_states, _ = self._merge(key_states, value_states)
-        return self._slot.update(self._call, key_states, value_states)
+        if self._merge is None:
+            if self._note is not None:
+                self._note(key_states, value_states)
+            return self._slot.update(self._call, key_states, value_states)
+        keys = self._merge(key_states, value_states)
+        key, value = self._slot.update(self._call, keys.key, keys.value)
+        return self._merge.active.of_rows(key), self._merge.active.of_rows(value)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
         """The window before the call."""

@@ -7,6 +7,8 @@ A path is bound to the cache by its first call and cannot change afterwards: a s
 a shorter past.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,8 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from mull.model.memory import ActiveTokens, LastKeys, LayerKeys, Merge, head_width
+from mull.model.configs import Stop
+from mull.model.memory import ActiveTokens, LayerKeys, Merge, OfferedKeys, head_width
 from mull.model.path import Path, Visit
 from mull.ops.gated_delta import convolution_window, no_op_where_inactive, replay_state
 
@@ -252,10 +255,23 @@ class SlotCache(Cache):
         """Whether a token offers no keys in this slot."""
         return slot in self._known
 
-    def known(self, slot: int, new: Tensor) -> Tensor:
-        """``[B, n_tokens + T]``: which tokens offer keys in a slot, with those of the call, `new` ``[B, T]``."""
+    def known(self, slot: int, new: Tensor | None, n_rows: int, n_new: int) -> Tensor | None:
+        """``[B, n_tokens + T]``: which tokens offer keys in a slot, with those of the call; None for all.
+
+        `new` ``[B, T]`` are those of the call, None for all of them.
+        """
         past = self._known.get(slot)
-        return torch.cat([new.new_ones(new.shape[0], self.n_tokens) if past is None else past, new], 1)
+        if past is None and new is None:
+            return None
+        device = (new if past is None else past).device  # type: ignore[union-attr]
+        parts = ((past, self.n_tokens), (new, n_new))
+        return torch.cat(
+            [
+                torch.ones(n_rows, width, dtype=torch.bool, device=device) if part is None else part
+                for part, width in parts
+            ],
+            1,
+        )
 
     def no_keys(self, h: Tensor) -> LayerKeys:
         """Keys and values of tokens that offer none, for states `h` ``[B, T, D]``."""
@@ -266,8 +282,9 @@ class SlotCache(Cache):
 
     def append(self, slot: int, keys: LayerKeys) -> tuple[Tensor, Tensor]:
         """Add the keys and values of a call's tokens to a slot; return those that attention looks at."""
-        if self.has_gaps(slot) or not bool(keys.known.all()):
-            self._known[slot] = self.known(slot, keys.known)
+        known = self.known(slot, keys.known, len(keys.key), keys.key.shape[2])
+        if known is not None:
+            self._known[slot] = known
         return self.update(keys.key, keys.value, slot)
 
     def advance(self, n_tokens: int) -> None:
@@ -355,27 +372,35 @@ class SlotCache(Cache):
 class GrowingMemory:
     """The `Memory` of one call on a growing cache."""
 
-    def __init__(self, cache: SlotCache) -> None:
+    def __init__(self, cache: SlotCache, stop: Stop | None = None) -> None:
         self._cache = cache
-        self._last = LastKeys()
+        self._offered = None if stop is None else OfferedKeys(stop)
 
     def has_gaps(self, number: int) -> bool:
         """See `Memory`, also for the methods below."""
         return self._cache.has_gaps(number)
 
-    def slot(self, number: int, visit: Visit, active: ActiveTokens | None) -> "GrowingSlot":
+    def slot(
+        self, number: int, visit: Visit, active: ActiveTokens | None, own: LayerKeys | None = None
+    ) -> "GrowingSlot":
         """The slot of a visit."""
-        recurrent = self._cache.layer_kinds[visit.layer] == "linear_attention"
-        merge = None if active is None or recurrent else self._last.merge(visit.layer, active)
-        return GrowingSlot(self._cache, number, active, merge)
+        merge = None
+        if active is not None and self._cache.layer_kinds[visit.layer] != "linear_attention":
+            merge = (self._offered or OfferedKeys("active_only")).merge(visit.layer, active, own)
+        return GrowingSlot(self._cache, number, active, merge, partial(self._note, visit.layer))
 
-    def pass_over(self, number: int, visit: Visit, h: Tensor) -> None:
-        """The tokens offer what they last offered in this call, or fill the slot with what no query sees."""
+    def _note(self, layer: int, key: Tensor, value: Tensor) -> None:
+        if self._offered is not None:
+            self._offered.note(layer, LayerKeys(key, value))
+
+    def pass_over(self, number: int, visit: Visit, h: Tensor, own: LayerKeys | None = None) -> None:
+        """The tokens offer what their kind of stopping says, or fill the slot with what no query sees."""
+        assert self._offered is not None, "without a policy, every token runs"
         slot = self._cache.layers[number]
         if isinstance(slot, RecurrentSlot):
             slot.pass_over(h)
             return
-        self._cache.append(number, self._last.get(visit.layer) or self._cache.no_keys(h))
+        self._cache.append(number, self._offered.idle(visit.layer, own) or self._cache.no_keys(h))
 
 
 class GrowingSlot:
@@ -386,13 +411,22 @@ class GrowingSlot:
         number: Number of the visit in the cache's path.
         active: The tokens that run; None for all.
         merge: Extends their keys to all tokens of the call, for attention layers that run a part of the tokens.
+        note: Told the keys and values of a call that all tokens run.
     """
 
-    def __init__(self, cache: SlotCache, number: int, active: ActiveTokens | None, merge: Merge | None) -> None:
+    def __init__(
+        self,
+        cache: SlotCache,
+        number: int,
+        active: ActiveTokens | None,
+        merge: Merge | None,
+        note: Callable[[Tensor, Tensor], None],
+    ) -> None:
         self._cache = cache
         self._number = number
         self._active = None if active is None else active.mask
         self._merge = merge
+        self._note = note
 
     @property
     def n_keys(self) -> int:
@@ -403,13 +437,18 @@ class GrowingSlot:
     @property
     def known(self) -> Tensor | None:
         """The newest `n_keys` tokens, which is what sliding windows keep."""
-        return None if self._merge is None else self._cache.known(self._number, self._merge.known)[:, -self.n_keys :]
+        if self._merge is None:
+            return None
+        known = self._cache.known(self._number, self._merge.known, *self._merge.active.mask.shape)
+        return None if known is None else known[:, -self.n_keys :]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Append keys and values, and return those that attention looks at."""
         if self._merge is None:
+            self._note(key_states, value_states)
             return self._cache.update(key_states, value_states, self._number, *args, **kwargs)
-        return self._cache.append(self._number, self._merge(key_states, value_states))
+        key, value = self._cache.append(self._number, self._merge(key_states, value_states))
+        return self._merge.active.of_rows(key), self._merge.active.of_rows(value)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """The window before the call."""

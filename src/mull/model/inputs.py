@@ -224,28 +224,36 @@ class LayerInputs:
             active: The tokens that run.
 
         Returns:
-            ``[B, 1, A, n_keys]``.
+            ``[R, 1, A, n_keys]``.
 
         Raises:
             ValueError: the implementation cannot obey such a mask.
         """
-        if self.attention not in MASKED_ATTENTION:
-            raise ValueError(
-                f"attn_implementation={self.attention!r} cannot run a part of the tokens. Load the model with "
-                f"attn_implementation={' or '.join(map(repr, MASKED_ATTENTION))}."
-            )
+        self.require_masks()
         mask = self.masks[kind]
         n_tokens = active.mask.shape[1]
         if mask is None:
             mask = torch.ones(1, 1, n_tokens, n_keys, dtype=torch.bool, device=active.mask.device)
             mask = mask.tril(n_keys - n_tokens)
         visible = mask if mask.dtype == torch.bool else mask == 0
-        visible = active.gather(visible.transpose(1, 2)).transpose(1, 2)  # (B, 1, A, n_keys)
+        visible = active.gather(visible.transpose(1, 2)).transpose(1, 2)  # (R, 1, A, n_keys)
         if known is not None:
-            visible = visible & known[:, None, None]
+            visible = visible & active.of_rows(known)[:, None, None]
         # What fills up a row is not kept, but a query that sees no key at all has no gradient.
         visible = visible | ~active.filled[:, None, :, None]
         return visible if mask.dtype == torch.bool else additive(visible, mask.dtype)
+
+    def require_masks(self) -> None:
+        """Refuse an attention that cannot run a part of the tokens.
+
+        Raises:
+            ValueError: the backbone's cannot.
+        """
+        if self.attention not in MASKED_ATTENTION:
+            raise ValueError(
+                f"attn_implementation={self.attention!r} cannot run a part of the tokens. Load the model with "
+                f"attn_implementation={' or '.join(map(repr, MASKED_ATTENTION))}."
+            )
 
     def rotary_of(self, kind: str, active: ActiveTokens) -> Any:
         """Position embeddings of the tokens that run."""

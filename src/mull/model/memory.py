@@ -17,27 +17,35 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from mull.model.configs import Stop
 from mull.model.path import Visit
 
 
 @dataclass(frozen=True)
 class ActiveTokens:
-    """The tokens of a call that run a visit, and where to find them."""
+    """The tokens of a call that run a visit, and where to find them. R rows have some."""
 
     mask: Tensor
     """``[B, T]``: True for tokens that run."""
 
     index: Tensor
-    """``[B, A]``: positions of a row's active tokens in their order; rows with fewer go on with other tokens of theirs."""
+    """``[R, A]``: positions of a row's active tokens in their order; rows with fewer go on with other tokens of theirs."""
 
     filled: Tensor
-    """``[B, A]``: True where `index` names an active token."""
+    """``[R, A]``: True where `index` names an active token."""
+
+    rows: Tensor | None = None
+    """``[R]``: which rows they are; None for all B rows."""
 
     @classmethod
-    def of(cls, mask: Tensor) -> "ActiveTokens":
-        """The tokens where `mask` ``[B, T]`` is True."""
-        index = inactive_last(mask)[:, : int(mask.sum(1).max())]
-        return cls(mask, index, mask.gather(1, index))
+    def of(cls, mask: Tensor, every_row: bool = True) -> "ActiveTokens":
+        """The tokens where `mask` ``[B, T]`` is True; without `every_row`, rows that have none are left out."""
+        counts = mask.sum(1).tolist()
+        busy = [row for row, count in enumerate(counts) if count]
+        rows = None if every_row or len(busy) in (0, len(mask)) else torch.tensor(busy, device=mask.device)
+        of_rows = mask if rows is None else mask[rows]
+        index = inactive_last(of_rows)[:, : max(counts)]
+        return cls(mask, index, of_rows.gather(1, index), rows)
 
     @classmethod
     def reordered(cls, mask: Tensor) -> "ActiveTokens":
@@ -49,15 +57,21 @@ class ActiveTokens:
         """Whether a token runs."""
         return self.index.shape[1] > 0
 
+    def of_rows(self, x: Tensor) -> Tensor:
+        """``[B, ...]`` to ``[R, ...]``."""
+        return x if self.rows is None else x[self.rows]
+
     def gather(self, x: Tensor) -> Tensor:
-        """``[B or 1, T, ...]`` to ``[B, A, ...]``."""
-        rows = x.expand(self.index.shape[0], *x.shape[1:])
+        """``[B or 1, T, ...]`` to ``[R, A, ...]``."""
+        rows = x.expand(len(self.index), *x.shape[1:]) if len(x) == 1 else self.of_rows(x)
         return rows.gather(1, _like(self.index, rows))
 
     def scatter(self, x: Tensor, new: Tensor) -> Tensor:
-        """``x [B, T, ...]`` with the entries of active tokens replaced by those of `new` ``[B, A, ...]``."""
-        index = _like(self.index, x)
-        return x.scatter(1, index, torch.where(_like(self.filled, x), new, x.gather(1, index)))
+        """``x [B, T, ...]`` with the entries of active tokens replaced by those of `new` ``[R, A, ...]``."""
+        old = self.of_rows(x)
+        index = _like(self.index, old)
+        out = old.scatter(1, index, torch.where(_like(self.filled, old), new, old.gather(1, index)))
+        return out if self.rows is None else x.index_copy(0, self.rows, out)
 
 
 def inactive_last(mask: Tensor) -> Tensor:
@@ -76,45 +90,63 @@ class LayerKeys(NamedTuple):
     """``[B, H, T, W]``."""
 
     value: Tensor
-    known: Tensor
-    """``[B, T]``: False for a token that offers nothing, because it never ran the layer."""
+    known: Tensor | None = None
+    """``[B, T]``: False for a token that offers nothing; None if all offer something."""
 
 
-class LastKeys(dict[int, LayerKeys]):
-    """``last_kv``: a token that does not run a visit offers the keys and values of the last time it ran that layer.
+class OfferedKeys:
+    """What tokens offer in the visits that they do not run, see `Stop`. It belongs to one call, and follows its visits in order.
 
-    It belongs to one call, whose visits it follows in their order: by layer, what the tokens offered at its last visit.
+    Args:
+        stop: Which of the three meanings.
     """
 
-    def merge(self, layer: int, active: ActiveTokens) -> "Merge":
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+        self._last: dict[int, LayerKeys] = {}
+
+    def note(self, layer: int, keys: LayerKeys) -> None:
+        """The tokens offer these at a layer's latest visit."""
+        if self._stop == "last_kv":
+            self._last[layer] = keys
+
+    def idle(self, layer: int, own: LayerKeys | None) -> LayerKeys | None:
+        """What tokens offer in a layer's next visit if they do not run it; `own` is projected from their states."""
+        return own if self._stop == "own_state" else self._last.get(layer)
+
+    def merge(self, layer: int, active: ActiveTokens, own: LayerKeys | None) -> "Merge":
         """The merge of the layer's next visit."""
-        return Merge(self, layer, active, self.get(layer))
+        return Merge(self, layer, active, self.idle(layer, own))
 
 
 @dataclass(frozen=True)
 class Merge:
     """Extends the keys and values of the active tokens to all tokens of the call."""
 
-    last: LastKeys
+    offered: OfferedKeys
     layer: int
     active: ActiveTokens
     before: LayerKeys | None
     """Read when the visit begins and not again: gradient checkpointing may run the layer a second time."""
 
     @property
-    def known(self) -> Tensor:
-        """``[B, T]``: tokens that offer keys and values after the merge."""
-        return self.active.mask if self.before is None else self.active.mask | self.before.known
+    def known(self) -> Tensor | None:
+        """``[B, T]``: tokens that offer keys and values after the merge; None for all."""
+        if self.before is None:
+            return self.active.mask
+        return None if self.before.known is None else self.active.mask | self.before.known
 
     def __call__(self, key: Tensor, value: Tensor) -> LayerKeys:
-        """``[B, H, A, W]`` each to ``[B, H, T, W]``."""
-        merged = LayerKeys(self._merged(key, 0), self._merged(value, 1), self.known)
-        self.last[self.layer] = merged
+        """``[R, H, A, W]`` each to ``[B, H, T, W]``."""
+        old_key, old_value = (None, None) if self.before is None else (self.before.key, self.before.value)
+        merged = LayerKeys(self._merged(key, old_key), self._merged(value, old_value), self.known)
+        self.offered.note(self.layer, merged)
         return merged
 
-    def _merged(self, new: Tensor, field: int) -> Tensor:
-        shape = (*new.shape[:2], self.active.mask.shape[1], new.shape[-1])
-        old = new.new_zeros(shape) if self.before is None else self.before[field]
+    def _merged(self, new: Tensor, old: Tensor | None) -> Tensor:
+        rows, tokens = self.active.mask.shape
+        if old is None:
+            old = new.new_zeros(rows, new.shape[1], tokens, new.shape[-1])
         # The tokens' dimension comes second where tokens are scattered.
         return self.active.scatter(old.transpose(1, 2), new.transpose(1, 2)).transpose(1, 2)
 
@@ -138,7 +170,7 @@ class LayerMemory(Protocol):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store the call's keys and values, ``[B, H, A, W]`` each, and return all that attention looks at."""
+        """Store the call's keys and values, ``[R, H, A, W]`` each, and return all that attention looks at."""
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Convolution window ``[B, C, kernel]``; None before the first token."""
@@ -169,41 +201,51 @@ class Memory(Protocol):
     def has_gaps(self, number: int) -> bool:
         """Whether earlier calls left tokens in the slot of visit number `number` that no query may see."""
 
-    def slot(self, number: int, visit: Visit, active: ActiveTokens | None) -> LayerMemory:
-        """The slot of visit number `number` of the path; `active` None means that every token runs."""
+    def slot(self, number: int, visit: Visit, active: ActiveTokens | None, own: LayerKeys | None = None) -> LayerMemory:
+        """The slot of visit number `number` of the path.
 
-    def pass_over(self, number: int, visit: Visit, h: Tensor) -> None:
+        Args:
+            number: Number of the visit.
+            visit: The visit.
+            active: The tokens that run; None for all.
+            own: Keys and values from the states of those that do not; None if they do not offer these.
+        """
+
+    def pass_over(self, number: int, visit: Visit, h: Tensor, own: LayerKeys | None = None) -> None:
         """No token of the call, with states `h` ``[B, T, D]``, runs this visit."""
 
 
 class CallMemory:
     """Memory for one call without a past."""
 
-    def __init__(self) -> None:
-        self._last = LastKeys()
+    def __init__(self, stop: Stop = "last_kv") -> None:
+        self._offered = OfferedKeys(stop)
 
     def has_gaps(self, number: int) -> bool:
         """There are no earlier calls."""
         return False
 
-    def slot(self, number: int, visit: Visit, active: ActiveTokens | None) -> "CallSlot":
+    def slot(self, number: int, visit: Visit, active: ActiveTokens | None, own: LayerKeys | None = None) -> "CallSlot":
         """The slot of a visit."""
-        return CallSlot(None if active is None else self._last.merge(visit.layer, active))
+        merge = None if active is None else self._offered.merge(visit.layer, active, own)
+        return CallSlot(self._offered, visit.layer, merge)
 
-    def pass_over(self, number: int, visit: Visit, h: Tensor) -> None:
+    def pass_over(self, number: int, visit: Visit, h: Tensor, own: LayerKeys | None = None) -> None:
         """Nothing happens: what the tokens offered before is what they offer later."""
 
 
 class CallSlot:
     """The memory of one visit in a call without a past. Recurrent layers start from nothing and leave nothing."""
 
-    def __init__(self, merge: Merge | None) -> None:
+    def __init__(self, offered: OfferedKeys, layer: int, merge: Merge | None) -> None:
+        self._offered = offered
+        self._layer = layer
         self._merge = merge
 
     @property
     def n_keys(self) -> int:
         """Tokens of the call."""
-        assert self._merge is not None, "without a policy, a call without a past needs no memory"
+        assert self._merge is not None, "asked when a part of the tokens runs"
         return self._merge.active.mask.shape[1]
 
     @property
@@ -216,9 +258,10 @@ class CallSlot:
     ) -> tuple[Tensor, Tensor]:
         """Extend the keys and values to all tokens of the call."""
         if self._merge is None:
+            self._offered.note(self._layer, LayerKeys(key_states, value_states))
             return key_states, value_states
         keys = self._merge(key_states, value_states)
-        return keys.key, keys.value
+        return self._merge.active.of_rows(keys.key), self._merge.active.of_rows(keys.value)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
         """There is no past."""

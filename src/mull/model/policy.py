@@ -5,11 +5,16 @@ from typing import Protocol
 
 from torch import Tensor
 
+from mull.model.configs import Stop
 from mull.model.path import Visit
 
 
 class Policy(Protocol):
     """Decides at each visit of a path who runs it. A call without a policy runs every token at every visit."""
+
+    @property
+    def stop(self) -> Stop:
+        """What tokens that do not run leave behind."""
 
     def active(self, visit: Visit, h: Tensor) -> Tensor | None:
         """``[B, T]``, True for tokens that run `visit`, given the states ``[B, T, D]`` before it; None for all of them."""
@@ -20,10 +25,12 @@ class GivenTokens:
 
     Args:
         masks: ``[B, T]`` by visit; at visits without a mask, every token runs.
+        stop: What tokens that do not run leave behind.
     """
 
-    def __init__(self, masks: Mapping[Visit, Tensor]) -> None:
+    def __init__(self, masks: Mapping[Visit, Tensor], stop: Stop = "last_kv") -> None:
         self._masks = masks
+        self.stop: Stop = stop
 
     def active(self, visit: Visit, h: Tensor) -> Tensor | None:
         """The visit's mask."""
