@@ -25,7 +25,10 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
     "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise"),
     "layers": (3, "heads recursive_heads value_head"),
-    "model": (4, "path configs memory growing_cache fixed_cache families inputs policy executor base_model causal_lm"),
+    "model": (
+        4,
+        "path configs memory growing_cache fixed_cache families inputs policy halting executor base_model causal_lm",
+    ),
     "retrofit": (5, "reading source native_heads wrap presets"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
     "training": (6, "optimization objectives trainable state content step loop"),

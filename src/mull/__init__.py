@@ -3,7 +3,7 @@
 from mull.decoding.generate import GenerateOutput, GenerationStats, generate
 from mull.model.base_model import MullConfig, MullModel
 from mull.model.causal_lm import MullForCausalLM, MullOutput
-from mull.model.configs import ETDConfig, MTPConfig
+from mull.model.configs import ETDConfig, HaltingConfig, MTPConfig
 from mull.model.growing_cache import SlotCache
 from mull.model.path import Path, Visit, from_actions, from_layers, recursion
 from mull.model.policy import GivenTokens, Policy
@@ -17,6 +17,7 @@ __all__ = [
     "GenerateOutput",
     "GenerationStats",
     "GivenTokens",
+    "HaltingConfig",
     "MTPConfig",
     "MullConfig",
     "MullForCausalLM",

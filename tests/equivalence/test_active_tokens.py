@@ -1,9 +1,9 @@
 """Tokens that do not run a visit: the three memories, and an independent oracle, compute the same.
 
 A policy switches single tokens off. A token that does not run a visit keeps its state, and offers to the others what the policy
-says: the keys and values of the last time it ran that layer (``last_kv``; where it never ran it, nothing), those of the state that
-it keeps (``own_state``), or nothing (``active_only``). A recurrent layer runs the sequence of the tokens that do run. All in fp64,
-where errors of bookkeeping stand out.
+says: the keys and values of the last time it ran that layer (``last_kv``; where it never ran it, nothing), those of the state
+that it keeps (``own_state``), or nothing (``active_only``). A recurrent layer runs the sequence of the tokens that do run. All in
+fp64, where errors of bookkeeping stand out.
 """
 
 from collections.abc import Callable, Iterator

@@ -8,6 +8,7 @@ import torch
 from mull.decoding.draft_length import DraftLength
 from mull.decoding.rounds import Compilation, Decoder, Preparation, Size
 from mull.model.causal_lm import MullForCausalLM
+from mull.model.configs import HaltingConfig
 from mull.model.path import Path
 from mull.ops.sampling import Sampling
 
@@ -27,6 +28,7 @@ class DecoderKey:
     max_drafts: int
     dtype: torch.dtype
     compiled: Compilation | None
+    halting: tuple[HaltingConfig, int] | None = None
     sampling: Sampling | None = None
     weights: tuple[int, ...] = ()
     """Addresses of the parameters, where compiled code and captured graphs read them; and where they are packed into the code,
@@ -63,8 +65,9 @@ class DecoderCache:
     def decoder(self, model: MullForCausalLM, key: DecoderKey, sampling: Sampling, n_tokens: int) -> Decoder:
         """A decoder for rows of up to `n_tokens`: a new one, or if rounds are prepared, one of an earlier call."""
         capacity = n_tokens + Size.slack(key.max_drafts)
-        if not Preparation.of(model, key.compiled):
-            return Decoder(model, key.path, sampling, Size(key.n_rows, capacity, key.max_drafts))
+        if not Preparation.of(model, key.compiled, key.halting is not None):
+            size = Size(key.n_rows, capacity, key.max_drafts)
+            return Decoder(model, key.path, sampling, size, halting=key.halting)
         weights = tuple(parameter.data_ptr() for parameter in model.parameters())
         if key.compiled == "max":
             # An optimizer, or an adapter that is merged, changes weights in place.

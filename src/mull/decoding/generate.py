@@ -6,6 +6,7 @@ Drafts change how long it takes, not what comes out.
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -19,6 +20,7 @@ from mull.decoding.draft_length import DraftLength
 from mull.decoding.drafting import Drafter
 from mull.decoding.rounds import Compilation, Decoder
 from mull.model.causal_lm import MullForCausalLM
+from mull.model.configs import HaltingConfig
 from mull.ops.sampling import Sampling
 from mull.runtime.arguments import require, require_count, require_ids, require_seed, require_tensors, shown
 
@@ -34,7 +36,7 @@ class GenerationStats:
     """Tokens of all prompts, without padding."""
 
     think_iterations: int | None
-    """Passes through the think block; None for an explicit path."""
+    """Passes through the think block, in an adaptive call the most; None for an explicit path."""
 
     new_tokens: int = 0
     """Tokens of all rows."""
@@ -47,6 +49,10 @@ class GenerationStats:
 
     draft_lengths: dict[int, int] = field(default_factory=dict)
     """Rounds by draft length."""
+
+    think_histogram: dict[int, int] = field(default_factory=dict)
+    """Tokens by the think iterations that they took, of an adaptive call: those of the text that ran in rounds. The prompt is not
+    counted."""
 
     drafted: list[int] = field(default_factory=list)
     """How often a first, second, ... token was drafted."""
@@ -82,6 +88,14 @@ class GenerationStats:
     def mean_accepted_length(self) -> float:
         """Mean tokens per row and round, the model's own included: 1 for plain decoding. Not a speed-up: drafts cost time."""
         return 1 + sum(self.accepted) / self.row_rounds if self.row_rounds else 1.0
+
+    @property
+    def mean_think_iterations(self) -> float | None:
+        """Mean iterations of the tokens that ran in rounds; None for an explicit path."""
+        n_tokens = sum(self.think_histogram.values())
+        if not n_tokens:
+            return self.think_iterations
+        return sum(depth * count for depth, count in self.think_histogram.items()) / n_tokens
 
     @property
     def tokens_per_second(self) -> float:
@@ -164,6 +178,7 @@ def generate(
     pad_token_id: int | None = None,
     think_iterations: int | None = None,
     path: Sequence[Sequence[int]] | None = None,
+    adaptive: bool | HaltingConfig | None = None,
     streamer: Streamer | None = None,
     compile: bool | Compilation = False,  # noqa: A002
 ) -> GenerateOutput:
@@ -187,6 +202,8 @@ def generate(
         pad_token_id: Fills rows that ended early; None uses the model's own.
         think_iterations: Passes through the think block; default as in `ETDConfig`.
         path: Explicit visits ``(layer, occurrence)`` instead.
+        adaptive: Whether tokens may stop before the last iteration, as in the model's `forward`. Not with `compile`: which layers
+            run is known only while they run.
         streamer: Receives tokens as they come; a single row only.
         compile: Compile a round, once per size and draft length: seconds to minutes in the first call, less time per token
             later. ``"default"`` (or True) or ``"max"``: on a CPU, each compiled round keeps a copy of the weights, packed for
@@ -211,7 +228,12 @@ def generate(
         raise ValueError(f"A streamer takes one row, and input_ids has {len(prompts)}.")
     visits = model.path(think_iterations, path)
     compiled = _compilation(compile)
-    key = DecoderKey(visits, len(prompts), _max_drafts(model, draft, draft_length), model.dtype, compiled)
+    halting = _halting(model, adaptive, think_iterations, path)
+    if halting is not None and compiled is not None:
+        raise ValueError(
+            "An adaptive call cannot be compiled, because its layers are chosen as they run: leave compile out."
+        )
+    key = DecoderKey(visits, len(prompts), _max_drafts(model, draft, draft_length), model.dtype, compiled, halting)
     kept = DecoderCache.of(model)
     decoder = kept.decoder(model, key, sampling, max(map(len, prompts)) + max_new_tokens)
     policy = kept.policy(key) if draft_length is None else DraftLength(key.max_drafts, fixed=draft_length)
@@ -260,6 +282,8 @@ def _run(
             # Rows differ in how many drafts they accept, and the one with the most left decides when the call ends.
             policy.observe(length, [counts[row] - 1 for row in last], seconds, backlog[length])
         stats.record(length, counts, kept, seconds, warm_up)
+        for depth, count in Counter(depth for row in decoder.depths for depth in row).items():
+            stats.think_histogram[depth] = stats.think_histogram.get(depth, 0) + count
         if chosen == 0 and not warm_up:
             plain.append(seconds)
         if streamer is not None:
@@ -339,6 +363,23 @@ def _prompts(
             "shorten one."
         )
     return rows
+
+
+def _halting(
+    model: MullForCausalLM,
+    adaptive: bool | HaltingConfig | None,
+    think_iterations: int | None,
+    path: Sequence[Sequence[int]] | None,
+) -> tuple[HaltingConfig, int] | None:
+    """When tokens stop, and after how many iterations at the latest; None where all of them run everything."""
+    if path is not None and adaptive:
+        raise ValueError("adaptive decides which tokens run, and so does a path: give one of them.")
+    # Built once to refuse what does not fit the model.
+    if path is not None or model.model.halting(adaptive, think_iterations, unembed=model.lm_head) is None:
+        return None
+    assert model.etd_config is not None, "only a think block is adaptive"
+    config = model.etd_config.halting_of(adaptive)
+    return None if config is None else (config, model.iterations(think_iterations))
 
 
 def _compilation(given: bool | str) -> Compilation | None:

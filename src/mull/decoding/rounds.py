@@ -15,7 +15,9 @@ from torch import Tensor
 
 from mull.decoding.drafting import Drafter, Proposal, Text
 from mull.model.causal_lm import MullForCausalLM
+from mull.model.configs import HaltingConfig
 from mull.model.fixed_cache import StaticCall, StaticSlotCache
+from mull.model.halting import Halting
 from mull.model.path import Path
 from mull.ops.sampling import Sampling, Verdict, accept, accept_greedy, draw, penalize, seen_along, warp
 from mull.runtime.progress import Progress
@@ -71,14 +73,15 @@ class Preparation:
     captured: bool
 
     @classmethod
-    def of(cls, model: MullForCausalLM, compiled: Compilation | None) -> "Preparation":
+    def of(cls, model: MullForCausalLM, compiled: Compilation | None, adaptive: bool = False) -> "Preparation":
         """On a GPU, rounds are captured as CUDA graphs.
 
-        Not so for experts: those of transformers look up which of them were chosen, and wait for the host to know.
+        Not so for experts: those of transformers look up which of them were chosen, and wait for the host to know. Nor for
+        adaptive decoding, where the host decides which layers run.
         """
         on_gpu = model.lm_head.weight.device.type == "cuda"
         has_experts = bool(getattr(model.config.get_text_config(), "num_experts", 0))
-        return cls(compiled, captured=on_gpu and not has_experts)
+        return cls(compiled, captured=on_gpu and not has_experts and not adaptive)
 
     def __bool__(self) -> bool:
         """Whether anything is done."""
@@ -93,17 +96,27 @@ class Decoder:
         path: The visits of every pass.
         sampling: How tokens are chosen.
         size: Rows and tokens.
+        halting: When tokens stop thinking, and the most iterations; None if all visits run.
         compiled: Run rounds through ``torch.compile``; None runs them as they are.
     """
 
     def __init__(
-        self, model: MullForCausalLM, path: Path, sampling: Sampling, size: Size, compiled: Compilation | None = None
+        self,
+        model: MullForCausalLM,
+        path: Path,
+        sampling: Sampling,
+        size: Size,
+        compiled: Compilation | None = None,
+        halting: tuple[HaltingConfig, int] | None = None,
     ) -> None:
         weight = model.lm_head.weight
         device = weight.device
         self.model = model
         self.sampling = sampling
         self.size = size
+        self.halting = halting
+        self.depths: list[list[int]] = []
+        """Iterations that the newest tokens of each row took in the latest round, of an adaptive decoder."""
         heads = model.mtp_heads if size.max_drafts else None
         n_blocks = 0 if heads is None or heads.pointwise else len(heads.heads)
         config = model.config.get_text_config()
@@ -123,7 +136,7 @@ class Decoder:
         self._row_numbers = torch.arange(size.n_rows, device=device)[:, None]
         self._newest: list[int] = []
         self._running: list[bool] = []
-        self.preparation = Preparation.of(model, compiled)
+        self.preparation = Preparation.of(model, compiled, halting is not None)
         self._prepared: dict[int, Callable[[], Tensor]] = {}
 
     @property
@@ -153,7 +166,8 @@ class Decoder:
             positions = (first + torch.arange(width, device=device)).expand(len(prompts), -1)
             n_valid = (lengths - first).clamp(0, width)
             call = StaticCall(positions, first + width, n_valid, fresh=first == 0)
-            h = self.model.model.decode(self.text.tokens[:, first : first + width], self.cache, call)
+            policy = self._policy(torch.arange(width, device=device) < n_valid[:, None])
+            h = self.model.model.decode(self.text.tokens[:, first : first + width], self.cache, call, policy)
             if self.text.states is not None:
                 self.text.states[:, first : first + width] = h
             ends_here = (lengths > first) & (lengths <= first + width)
@@ -279,7 +293,8 @@ class Decoder:
         n_valid = None if length else text.running.long()
         alone = not length and self.size.n_rows == 1 and not self.preparation
         call = StaticCall(positions, n_keys, n_valid, sees_all=alone)
-        h = self.model.model.decode(inputs, self.cache, call)
+        policy = self._policy(text.running[:, None].expand(-1, length + 1))
+        h = self.model.model.decode(inputs, self.cache, call, policy)
         if text.states is not None:
             text.states[self._row_numbers, positions] = h
         logits = self.model.lm_head(h)
@@ -295,7 +310,16 @@ class Decoder:
         emitted = torch.cat([inputs[:, 1:], verdict.next_token[:, None]], 1)
         emitted = torch.where(offsets < verdict.n_accepted[:, None], emitted, verdict.next_token[:, None])
         self._append(emitted, n_gained)
+        if policy is not None and policy.depth is not None:
+            self.depths = [row[:n] for row, n in zip(policy.depth.tolist(), n_gained.tolist(), strict=True)]
         return torch.where(offsets < n_gained[:, None], emitted, NO_TOKEN)
+
+    def _policy(self, tokens: Tensor) -> Halting | None:
+        """The policy of a pass over tokens; `tokens` ``[B, T]`` is False for those that do not count."""
+        if self.halting is None:
+            return None
+        config, iterations = self.halting
+        return self.model.model.halting(config, iterations, tokens, self.model.lm_head)
 
     def _append(self, emitted: Tensor, n_gained: Tensor) -> None:
         """Write tokens ``[B, T]`` after the text. The first `n_gained` count; the others repeat one of them."""

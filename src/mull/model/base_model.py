@@ -6,23 +6,26 @@ Shapes: B batch, T tokens, D model width.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from mull.model.configs import etd_from_dict, layer_kinds, mtp_from_dict
+from mull.model.configs import HaltingConfig, etd_from_dict, layer_kinds, mtp_from_dict
 from mull.model.executor import OnVisit, run
 from mull.model.families import install_recurrent_hooks, require_supported
 from mull.model.fixed_cache import FixedMemory, StaticCall, StaticSlotCache
 from mull.model.growing_cache import GrowingMemory, SlotCache
+from mull.model.halting import Halting
 from mull.model.inputs import (
     LayerInputs,
     check_call,
@@ -31,6 +34,7 @@ from mull.model.inputs import (
     fixed_layer_inputs,
     is_packed,
     layer_inputs,
+    new_tokens,
     packed_positions,
 )
 from mull.model.memory import CallMemory
@@ -201,6 +205,18 @@ class MullPreTrainedModel(PreTrainedModel):
         return think_iterations
 
 
+@dataclass
+class MullModelOutput(MoeModelOutputWithPast):
+    """Output of `MullModel`; fields as in transformers."""
+
+    metrics: dict[str, Any] | None = None
+    """See `Halting.metrics`; None where every token runs all iterations."""
+
+
+class ExitHead(nn.Linear):
+    """How probably a token stops: a linear map of its think state to a logit. It starts undecided, at 0."""
+
+
 class MullModel(MullPreTrainedModel):
     """A pretrained decoder whose layers run along a path; returns final-normed states.
 
@@ -217,6 +233,9 @@ class MullModel(MullPreTrainedModel):
         self.heads_beside: tuple[nn.Module, ...] = ()
         """Extra heads that `MullForCausalLM` trains on this model's states."""
         self.adopt(AutoModel.from_config(self.text_config))
+        halting = None if self.etd_config is None else self.etd_config.halting
+        self.exit_head = ExitHead(self.text_config.hidden_size, 1) if halting and halting.rule == "learned" else None
+        self._etd_metrics: dict[str, Any] = {}
         self.post_init()
 
     def adopt(self, backbone: Any) -> None:
@@ -250,6 +269,9 @@ class MullModel(MullPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         self.rules._init_weights(module)
+        if isinstance(module, ExitHead):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
 
     def rotary(self, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
         """Position embeddings by kind of layer, for states ``[B, T, D]`` at `position_ids` ``[B, T]``."""
@@ -281,12 +303,14 @@ class MullModel(MullPreTrainedModel):
         output_hidden_states: bool | None = None,
         think_iterations: int | None = None,
         path: Sequence[Sequence[int]] | None = None,
+        adaptive: bool | HaltingConfig | None = None,
         policy: Policy | None = None,
         on_visit: OnVisit | None = None,
         output_router_logits: bool | None = None,
         heads_follow: bool = False,
+        unembed: Callable[[Tensor], Tensor] | None = None,
         **keywords: Any,
-    ) -> MoeModelOutputWithPast:
+    ) -> MullModelOutput:
         """Run the decoder along a path.
 
         Args:
@@ -300,16 +324,20 @@ class MullModel(MullPreTrainedModel):
             output_hidden_states: Return the residual stream after every visit; default as in the configuration.
             think_iterations: Passes through the think block, exactly this many; default as in `ETDConfig`.
             path: Explicit visits ``(layer, occurrence)`` instead; see `mull.model.path`.
-            policy: Which tokens run a visit; see `mull.model.policy`.
+            adaptive: Whether tokens may stop before the last iteration: True by the model's own rule, or give a rule; default as
+                in `ETDConfig`. See `mull.model.halting`.
+            policy: Which tokens run a visit, instead; see `mull.model.policy`.
             on_visit: See `mull.model.executor.run`.
             output_router_logits: Return what the routers of experts gave, ``[B * T, E]`` for each visit of a layer that has one.
             heads_follow: The caller runs the extra heads. Otherwise training would leave them as they are without a word.
+            unembed: The unembedding, for halting rules that decode early.
             **keywords: What collators add: packed documents as ``cu_seq_lens_q`` or ``seq_idx`` (see
                 `mull.model.inputs.packed_positions`), and `WITHOUT_EFFECT`.
 
         Returns:
             ``last_hidden_state``: final-normed states ``[B, T, D]``. ``hidden_states``: embeddings, then the residual stream
-            after each visit; the last entry is the final-normed state, as in transformers.
+            after each visit; the last entry is the final-normed state, as in transformers. ``metrics``: how many iterations the
+            tokens of an adaptive call ran; see `Halting.metrics`.
 
         Raises:
             TypeError: a keyword that is not known, or an argument of another type.
@@ -341,6 +369,11 @@ class MullModel(MullPreTrainedModel):
         cache = self._bound_cache(past_key_values, use_cache, visits)
         if cache is not None and isinstance(attention_mask, Tensor):
             check_padding_side(attention_mask, h.shape[1], self.text_config)
+        halting = None
+        if policy is None and path is None:
+            halting = policy = self.halting(adaptive, think_iterations, new_tokens(attention_mask, h), unembed)
+        elif adaptive:
+            raise ValueError("adaptive decides which tokens run, and so does a path or a policy: give one of them.")
         stream: list[Tensor] | None = [h] if output_hidden_states else None
         inputs = self.layer_inputs(h, attention_mask, position_ids, cache)
 
@@ -358,11 +391,58 @@ class MullModel(MullPreTrainedModel):
             cache.advance(h.shape[1])
         h = self.norm(h)
         hidden_states = None if stream is None else (*stream[:-1], h)
-        return MoeModelOutputWithPast(
+        metrics = None if halting is None else halting.metrics()
+        if not torch.compiler.is_compiling():
+            fixed = {"think_iterations": self.iterations(think_iterations), "early_exit": False}
+            self._etd_metrics = fixed if metrics is None else metrics
+        return MullModelOutput(
             last_hidden_state=h,
             past_key_values=cache,
             hidden_states=hidden_states,
             router_logits=None if routed is None else tuple(routed),  # type: ignore[arg-type]
+            metrics=metrics,
+        )
+
+    def halting(
+        self,
+        adaptive: bool | HaltingConfig | None,
+        think_iterations: int | None,
+        tokens: Tensor | None = None,
+        unembed: Callable[[Tensor], Tensor] | None = None,
+    ) -> Halting | None:
+        """The policy of a call with these arguments; None if every token runs all iterations.
+
+        Args:
+            adaptive: As in `forward`.
+            think_iterations: As in `forward`.
+            tokens: ``[B, T]``, False for padding; None without.
+            unembed: The unembedding, for rules that decode early.
+
+        Raises:
+            TypeError: an argument of another type.
+            ValueError: a rule that is not known, or a model without a think block or exit head.
+        """
+        if self.etd_config is None:
+            if adaptive:
+                raise ValueError(
+                    "adaptive needs a think block, and this model has none: load it with etd=ETDConfig(...)."
+                )
+            return None
+        config = self.etd_config.halting_of(adaptive)
+        if config is None:
+            return None
+        if config.rule == "learned" and self.exit_head is None:
+            raise ValueError(
+                "The halting rule 'learned' needs a trained exit head: load the model with "
+                "etd=ETDConfig(..., halting=HaltingConfig(rule='learned')), and train it."
+            )
+        return Halting(
+            config,
+            self.etd_config.think_layers,
+            self.iterations(think_iterations),
+            tokens=tokens,
+            readout=None if unembed is None else lambda states: unembed(self.norm(states)),
+            exit_head=self.exit_head,
         )
 
     def _refuse_to_leave_heads_out(self) -> None:
@@ -397,9 +477,9 @@ class MullModel(MullPreTrainedModel):
 
         Args:
             input_ids: ``[B, T]``.
-            options: ``attention_mask``, ``position_ids``, ``think_iterations``, ``policy`` as in `forward`; and
-                ``backprop_iterations``: back-propagate through the last ones only. The others, and the encoder before them, run
-                without gradient. None back-propagates through all.
+            options: ``attention_mask``, ``position_ids``, ``think_iterations``, ``policy`` and ``unembed`` as in `forward`;
+                ``adaptive``, too, but False if not given; and ``backprop_iterations``: back-propagate through the last ones only.
+                The others, and the encoder before them, run without gradient. None back-propagates through all.
 
         Raises:
             TypeError: an argument of another type.
@@ -416,6 +496,8 @@ class MullModel(MullPreTrainedModel):
         position_ids: Tensor | None = None,
         think_iterations: int | None = None,
         backprop_iterations: int | None = None,
+        adaptive: bool | HaltingConfig = False,
+        unembed: Callable[[Tensor], Tensor] | None = None,
         policy: Policy | None = None,
     ) -> list[Tensor]:
         require_tensors(attention_mask=attention_mask, position_ids=position_ids)
@@ -430,6 +512,7 @@ class MullModel(MullPreTrainedModel):
         n_encoder, n_think = (0, 0) if etd is None else (etd.n_encoder_layers, etd.n_think_layers)
         h = self._embed(input_ids, None)
         inputs = self.layer_inputs(h, attention_mask, position_ids)
+        policy = policy or self.halting(adaptive, think_iterations, new_tokens(attention_mask, h), unembed)
         memory = None if policy is None else CallMemory(policy.stop)
 
         def advance(h: Tensor, part: Path) -> Tensor:

@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from mull.layers.heads import HeadTask, MTPHeads, NativeHeads, RunBlock, before_norm, head_losses
 from mull.layers.recursive_heads import ChainedSteps
 from mull.model.base_model import MullConfig, MullModel, MullPreTrainedModel
-from mull.model.configs import MTPConfig
+from mull.model.configs import HaltingConfig, MTPConfig
 from mull.model.executor import run_layer
 from mull.model.families import new_block, new_norm
 from mull.model.fixed_cache import StaticCall, StaticSlotCache
@@ -54,6 +54,10 @@ class MullOutput(CausalLMOutputWithPast):
 
     router_logits: tuple[Tensor, ...] | None = None
     """``[B * T, E]`` for each visit of a layer with routed experts; None without ``output_router_logits``."""
+
+    metrics: dict[str, Any] | None = None
+    """Which iterations the tokens of an adaptive call ran, see `Halting.metrics`; None where every token runs all of them. The
+    model keeps those of its latest call as ``_etd_metrics``."""
 
 
 class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
@@ -120,6 +124,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         think_iterations: int | None = None,
         path: Sequence[Sequence[int]] | None = None,
+        adaptive: bool | HaltingConfig | None = None,
         num_items_in_batch: Tensor | int | None = None,
         output_router_logits: bool | None = None,
         **keywords: Any,
@@ -164,8 +169,10 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             think_iterations=think_iterations,
             path=path,
+            adaptive=adaptive,
             output_router_logits=output_router_logits,
             heads_follow=True,
+            unembed=self.lm_head,
             **keywords,
         )
         h, cache = out.last_hidden_state, out.past_key_values
@@ -201,6 +208,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             aux_loss=aux_loss,
             router_logits=out.router_logits,
+            metrics=out.metrics,
         )
 
     def _checked_labels(self, name: str, labels: Any, shape: Sequence[int]) -> Tensor | None:
@@ -250,13 +258,18 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         )
         return loss
 
+    @property
+    def _etd_metrics(self) -> dict[str, Any]:
+        """``think_iterations`` and ``early_exit`` of the latest call, see `Halting.metrics`; plain numbers if it was fixed."""
+        return self.model._etd_metrics
+
     def hidden_states(self, input_ids: Tensor, **options: Any) -> Tensor:
         """Final-normed states ``[B, T, D]``; logits are ``lm_head`` of them. See `MullModel.hidden_states`."""
-        return self.model.hidden_states(input_ids, **options)
+        return self.model.hidden_states(input_ids, unembed=self.lm_head, **options)
 
     def hidden_states_by_iteration(self, input_ids: Tensor, **options: Any) -> list[Tensor]:
         """Final-normed states after each iteration. See `MullModel.hidden_states_by_iteration`."""
-        return self.model.hidden_states_by_iteration(input_ids, **options)
+        return self.model.hidden_states_by_iteration(input_ids, unembed=self.lm_head, **options)
 
     def _mtp_loss(
         self,

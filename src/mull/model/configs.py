@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import pairwise
+from types import NoneType
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -17,6 +18,33 @@ token that does not run is not in their sequence."""
 
 SPLITS: dict[str, tuple[float, float]] = {"published": (7 / 16, 4 / 16), "quarters": (1 / 4, 1 / 2)}
 """Encoder and think fractions of the depth. ``published`` is 7-4-5 of 16 layers (arXiv:2510.07358), ``quarters`` 25/50/25."""
+
+
+LIMITS = {"fixed": 0.0, "state": 0.95, "confidence": 0.9, "kl": 5e-4, "repeat": 1.0, "learned": 0.5}
+"""Thresholds of the halting rules where none is given."""
+
+
+class HaltingConfig(Frozen):
+    """When a token stops thinking, and what it leaves behind; see `mull.model.halting` for the rules."""
+
+    rule: str = "state"
+    """``fixed``, ``state``, ``confidence``, ``kl``, ``repeat``, ``learned``, or one of another package."""
+
+    threshold: float | None = None
+    """Where the rule stops. Tokens think longer the higher it is for ``state`` (cosine), ``confidence`` (probability), ``repeat``
+    (times) and ``learned`` (cumulative probability), and the lower it is for ``kl`` (nats). None: 0.95, 0.9, 1, 0.5 and 5e-4."""
+
+    stop: Stop = "last_kv"
+    """What a stopped token offers to later tokens in the iterations that it does not run. Stored with a checkpoint: a model
+    computes something else under another kind than it was trained with."""
+
+    min_iterations: int = Field(default=1, ge=1, le=MAX_ITERATIONS)
+    """No token stops before so many iterations."""
+
+    @property
+    def limit(self) -> float:
+        """The threshold, or the rule's usual one."""
+        return LIMITS.get(self.rule, 0.5) if self.threshold is None else self.threshold
 
 
 class ETDConfig(Frozen):
@@ -39,6 +67,51 @@ class ETDConfig(Frozen):
     max_think_iterations: int = Field(default=5, ge=1, le=MAX_ITERATIONS)
     """Passes through the think block when a call does not say ``think_iterations``; 1 is the unmodified model. A call may
     ask for more, to measure how the model extrapolates."""
+
+    adaptive_depth: bool = False
+    """Whether tokens may stop before the last iteration where a call does not say ``adaptive``."""
+
+    confidence_threshold: float | None = Field(default=None, gt=0)
+    """Short for ``halting=HaltingConfig(rule="confidence", threshold=…)``."""
+
+    halting: HaltingConfig | None = None
+    """When tokens stop in adaptive calls; the rule ``state`` if not given."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> "ETDConfig":
+        if self.confidence_threshold is not None and self.halting is not None:
+            raise ValueError(
+                "confidence_threshold is short for a halting rule, and halting is given too: give one of them."
+            )
+        return self
+
+    def halting_of(self, adaptive: bool | HaltingConfig | None) -> HaltingConfig | None:
+        """When tokens stop in a call with this argument; None if they all run every iteration.
+
+        Args:
+            adaptive: True takes the model's own rule; None takes `adaptive_depth`.
+
+        Raises:
+            TypeError: an argument of another type.
+            ValueError: a stopped token would leave behind something else than this model was made for.
+        """
+        require("adaptive", adaptive, (bool, HaltingConfig, NoneType), "True, False or a HaltingConfig")
+        own = self.halting or HaltingConfig()
+        if self.confidence_threshold is not None:
+            own = HaltingConfig(rule="confidence", threshold=self.confidence_threshold)
+        if isinstance(adaptive, HaltingConfig):
+            if self.halting is not None and adaptive.stop != own.stop:
+                raise ValueError(
+                    f"The model's stopped tokens leave behind {own.stop!r} (etd.halting.stop), and the call asks for "
+                    f"{adaptive.stop!r}, which would compute something else: leave stop as it is, or load the model with another."
+                )
+            return adaptive
+        return own if (self.adaptive_depth if adaptive is None else adaptive) else None
+
+    @property
+    def think_layers(self) -> range:
+        """Indices of the layers that think."""
+        return range(self.n_encoder_layers, self.n_encoder_layers + self.n_think_layers)
 
     @property
     def n_layers(self) -> int:

@@ -161,6 +161,13 @@ def check_keywords(keywords: Mapping[str, Any]) -> None:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
 
 
+def new_tokens(attention_mask: Tensor | dict[str, Any] | None, h: Tensor) -> Tensor | None:
+    """``[B, T]``, False where the tokens of states `h` ``[B, T, D]`` are padding; None if no mask says so."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -h.shape[1] :] == 1
+
+
 def is_packed(position_ids: Tensor) -> bool:
     """Whether `position_ids` ``[B, T]`` restart inside a row. Always False while compiling, where values cannot be read."""
     if torch.compiler.is_compiling() or position_ids.shape[1] == 1:

@@ -68,8 +68,10 @@ def _share_weights(model: PreTrainedModel, config: ETDConfig | None, mtp: MTPCon
         wrapped = MullForCausalLM(MullConfig(text_config=text_config, etd=etd_fields, mtp=mtp_fields, **back_ends))
     wrapped.model.adopt(model.model)
     wrapped.lm_head = model.lm_head
+    weight = model.lm_head.weight
+    if wrapped.model.exit_head is not None:
+        wrapped.model.exit_head.to_empty(device=weight.device).to(weight.dtype).apply(wrapped._init_weights)
     if mtp is not None:
-        weight = model.lm_head.weight
         with torch.device(weight.device):
             heads = new_heads(mtp, wrapped.model).to(weight.dtype)
         wrapped.attach_heads(heads)

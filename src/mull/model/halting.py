@@ -1,0 +1,265 @@
+"""Halting: after which think iteration a token is done.
+
+A rule is asked after every iteration but the last, about each token that still thinks. It looks at that token's own states and at
+nothing else, so a decision depends neither on later tokens, nor on other rows, nor on how the tokens were divided into calls.
+
+Shapes: B batch, T tokens of a call, N tokens that still think, D model width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mull.model.configs import HaltingConfig, Stop
+from mull.model.path import Visit
+from mull.ops.cross_entropy import accurate
+from mull.runtime.arguments import nearest
+
+ENTRY_POINTS = "mull.halting"
+"""Group of entry points by which another package adds a rule: a function from a `HaltingConfig` to a `Rule`."""
+
+Readout = Callable[[Tensor], Tensor]
+"""From think states ``[N, D]`` to logits ``[N, V]``: the final norm and the unembedding."""
+
+
+class Evidence:
+    """What a rule may look at, after an iteration.
+
+    Args:
+        iteration: Its number, from 1.
+        state: ``[N, D]``: states after it.
+        before: ``[N, D]``: states before it.
+        kept: What the rule kept of these tokens when it was asked before; it may keep more, ``[N, ...]`` by name.
+        readout: Early decoding; None where no unembedding is at hand.
+        exit_head: Gives ``[N, 1]`` from states, for ``learned``; None without.
+    """
+
+    def __init__(
+        self,
+        iteration: int,
+        state: Tensor,
+        before: Tensor,
+        kept: dict[str, Tensor],
+        readout: Readout | None,
+        exit_head: nn.Module | None,
+    ) -> None:
+        self.iteration = iteration
+        self.state = state
+        self.before = before
+        self.kept = kept
+        self.exit_head = exit_head
+        self.n_readouts = 0
+        """Tokens that were decoded early."""
+        self._readout = readout
+
+    def log_probabilities(self) -> Tensor:
+        """``[N, V]``, at least in fp32: what the model would predict if it stopped here. It costs a pass of the unembedding.
+
+        Raises:
+            ValueError: the model has no unembedding.
+        """
+        if self._readout is None:
+            raise ValueError(
+                "This halting rule reads the unembedding, which the bare MullModel lacks: load MullForCausalLM, or choose the "
+                "rule 'state'."
+            )
+        self.n_readouts += len(self.state)
+        return accurately(self._readout(self.state)).log_softmax(-1)
+
+
+def accurately(x: Tensor) -> Tensor:
+    """The same in fp32, or in fp64 if it was."""
+    return x.to(accurate(x.dtype))
+
+
+class Rule(Protocol):
+    """Decides which tokens are done."""
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """``[N]``, True for tokens that stop."""
+
+
+def fixed(_config: HaltingConfig) -> Rule:
+    """No token stops early."""
+    return lambda evidence: torch.zeros(len(evidence.state), dtype=torch.bool, device=evidence.state.device)
+
+
+def state(config: HaltingConfig) -> Rule:
+    """The iteration hardly turned the state: its cosine with the one before is at least the threshold."""
+    return lambda evidence: (
+        F.cosine_similarity(accurately(evidence.state), accurately(evidence.before), dim=-1) >= config.limit
+    )
+
+
+def confidence(config: HaltingConfig) -> Rule:
+    """The most probable token has at least this probability (CALM, arXiv:2207.07061, softmax response).
+
+    CALM takes the difference of the two largest probabilities. Models whose iterations were taught one step each are confident
+    about intermediate results, and stop far too early.
+    """
+    return lambda evidence: evidence.log_probabilities().amax(-1).exp() >= config.limit
+
+
+def kl(config: HaltingConfig) -> Rule:
+    """The iteration hardly changed the prediction: its divergence from the one before is at most the threshold, in nats.
+
+    Source:
+        Huginn (arXiv:2502.05171, section 6.1), which stops at 5e-4. A first iteration has no prediction before it, so no token
+        stops after it.
+    """
+
+    def rule(evidence: Evidence) -> Tensor:
+        now = evidence.log_probabilities()
+        before = evidence.kept.get("log_probabilities", torch.full_like(now, -torch.inf))
+        evidence.kept["log_probabilities"] = now
+        return (now.exp() * (now - before)).sum(-1) <= config.limit
+
+    return rule
+
+
+def repeat(config: HaltingConfig) -> Rule:
+    """The most probable token has stayed the same over the last so many iterations."""
+
+    def rule(evidence: Evidence) -> Tensor:
+        token = evidence.log_probabilities().argmax(-1)
+        same = token == evidence.kept.get("token", torch.full_like(token, -1))
+        times = torch.where(same, evidence.kept.get("times", torch.zeros_like(token)) + 1, 0)
+        evidence.kept |= {"token": token, "times": times}
+        return times >= config.limit
+
+    return rule
+
+
+def learned(config: HaltingConfig) -> Rule:
+    """The exit head has probably stopped by now: the cumulative probability of its exits is at least the threshold.
+
+    After iteration j the head stops with probability ``λ_j = sigmoid(w · h_j + b)`` if it did not before.
+
+    Source:
+        Ouro (arXiv:2510.25741), whose Q-exit takes the cumulative probability, too.
+    """
+
+    def rule(evidence: Evidence) -> Tensor:
+        assert evidence.exit_head is not None, "MullModel has one if its rule is learned"
+        goes_on = (-accurately(evidence.exit_head(evidence.state)[:, 0])).sigmoid()
+        left = goes_on * evidence.kept.get("left", torch.ones_like(goes_on))
+        evidence.kept["left"] = left
+        return 1 - left >= config.limit
+
+    return rule
+
+
+RULES: dict[str, Callable[[HaltingConfig], Rule]] = {
+    "fixed": fixed,
+    "state": state,
+    "confidence": confidence,
+    "kl": kl,
+    "repeat": repeat,
+    "learned": learned,
+}
+"""Rules by name."""
+
+
+def make_rule(config: HaltingConfig) -> Rule:
+    """Build the rule of a configuration: one of `RULES`, or of another package.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if config.rule in RULES:
+        return RULES[config.rule](config)
+    points = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if config.rule not in points:
+        raise ValueError(f"The halting rule {config.rule!r} is not known. {nearest(config.rule, [*RULES, *points])}")
+    rule: Rule = points[config.rule].load()(config)
+    return rule
+
+
+class Halting:
+    """The policy of one call in which tokens stop by a rule.
+
+    Args:
+        config: The rule, and what a stopped token leaves behind.
+        think_layers: The layers of the think block.
+        iterations: Most passes through it.
+        tokens: ``[B, T]``, False for padding, which does not think beyond the first iteration; None without padding.
+        readout: Early decoding, for rules that need it.
+        exit_head: For the rule ``learned``.
+
+    Raises:
+        ValueError: unknown rule.
+    """
+
+    def __init__(
+        self,
+        config: HaltingConfig,
+        think_layers: range,
+        iterations: int,
+        *,
+        tokens: Tensor | None = None,
+        readout: Readout | None = None,
+        exit_head: nn.Module | None = None,
+    ) -> None:
+        self.stop: Stop = config.stop
+        self.iterations = iterations
+        self.depth: Tensor | None = None
+        """``[B, T]``: iterations of each token so far."""
+        self.n_readouts = 0
+        """Tokens that were decoded early, over all iterations."""
+        self._config = config
+        self._rule = make_rule(config)
+        self._block = think_layers
+        self._tokens = tokens
+        self._readout = readout
+        self._exit_head = exit_head
+        self._before: Tensor | None = None
+        self._thinking: Tensor | None = None
+        self._kept: dict[str, Tensor] = {}
+
+    def active(self, visit: Visit, h: Tensor) -> Tensor | None:
+        """Tokens that still think; all of them outside the think block and in its first iteration."""
+        if visit.layer not in self._block:
+            return None
+        if visit.layer == self._block.start:
+            if visit.occurrence == 0:
+                self.depth = torch.ones(h.shape[:2], dtype=torch.long, device=h.device)
+                self._thinking, self._kept = self._tokens, {}
+            else:
+                self._ask(visit.occurrence, h.detach())
+            self._before = h.detach()
+        return None if visit.occurrence == 0 else self._thinking
+
+    @torch.no_grad()
+    def _ask(self, iteration: int, h: Tensor) -> None:
+        assert self.depth is not None, "the first iteration comes first"
+        assert self._before is not None, "the first iteration comes first"
+        thinking = torch.ones_like(self.depth, dtype=torch.bool) if self._thinking is None else self._thinking
+        state = h[thinking]
+        if not len(state):
+            return
+        evidence = Evidence(iteration, state, self._before[thinking], self._kept, self._readout, self._exit_head)
+        goes_on = ~self._rule(evidence)
+        self.n_readouts += evidence.n_readouts
+        if iteration < self._config.min_iterations:
+            goes_on = torch.ones_like(goes_on)
+        if not bool(goes_on.all()):
+            self._kept = {name: value[goes_on] for name, value in self._kept.items()}
+            self._thinking = thinking.masked_scatter(thinking, goes_on)
+        self.depth = self.depth + (1 if self._thinking is None else self._thinking.long())
+
+    def metrics(self) -> dict[str, Any]:
+        """What happened, for `MullOutput.metrics`.
+
+        Returns:
+            ``think_iterations [B, T]``; ``early_exit [B, T]``, True where a token stopped before the last possible iteration;
+            and ``readouts``, the number of tokens that were decoded early.
+        """
+        assert self.depth is not None, "asked after the call"
+        early = self.depth < self.iterations
+        if self._tokens is not None:
+            early = early & self._tokens
+        return {"think_iterations": self.depth, "early_exit": early, "readouts": self.n_readouts}
