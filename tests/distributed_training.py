@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
-from mull.runtime.distributed import full_state_dict, on_first_rank, rank, same_everywhere, session, whole
+from mull.runtime.distributed import full_state_dict, on_first_rank, rank, same_everywhere, session, whole, world_size
 from mull.training.loop import DEFAULT_SHARDING, Evaluation, TrainConfig, TrainResult, train
 from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states
 from mull.training.objectives.iterations import IterationSampling
@@ -26,6 +26,18 @@ from mull.training.step import DistributedConfig, accumulate, make_stage, normal
 VOCAB = 97
 ROWS, STEPS = 8, 3
 UP_TO_THREE = IterationSampling(kind="uniform", minimum=2, maximum=3)
+
+
+class RankByRank(IterationSampling):
+    """Of micro-batches of two rows, every other one thinks three times, the rest once: one of two ranks is idle then."""
+
+    def depths(self, shapes: Any) -> list[Tensor]:
+        found = []
+        for number, (n_rows, n_tokens) in enumerate(shapes):
+            first = (rank() + number * world_size()) * n_rows
+            rows = torch.arange(first, first + n_rows)
+            found.append(torch.where(rows // 2 % 2 == 0, 3, 1)[:, None].expand(-1, n_tokens))
+        return found
 
 
 class Weighted(Objective):
@@ -40,7 +52,8 @@ class Weighted(Objective):
     def plan_step(self, model: Any, batches: Any) -> StepPlan:
         depth = same_everywhere(self.iterations.sample())
         weighted = [{**batch, "weights": self.weights(model, batch)} for batch in batches]
-        return StepPlan(batches=weighted, iterations=depth)
+        depths = self.iterations.depths([batch["input_ids"].shape for batch in batches])
+        return StepPlan(batches=weighted, iterations=depth, depths=depths)
 
     def weights(self, model: Any, batch: Batch) -> Tensor:
         assert not torch.is_grad_enabled()
@@ -49,7 +62,7 @@ class Weighted(Objective):
 
     def loss(self, model: Any, plan: StepPlan, index: int) -> LossOutput:
         batch, depth = plan.batches[index], plan.iterations
-        hidden = batch_states(model, batch, depth, self.iterations.backprop(depth))
+        hidden = batch_states(model, batch, depth, self.iterations.backprop(depth), plan.depths_of(index))
         logits = model.lm_head(hidden[:, :-1])
         losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
         assert self.companion is not None
@@ -104,6 +117,8 @@ CASES: dict[str, tuple[str, dict[str, Any], IterationSampling]] = {
         {"trainable": ("model.layers.[12].mlp.*", "model.norm.*"), "gradient_checkpointing": True, "weight_decay": 0.5},
         UP_TO_THREE,
     ),
+    "per token": ("qwen3", {}, IterationSampling(kind="uniform", maximum=3, per="token")),
+    "ranks of two depths, checkpointing": ("qwen3_5", {"gradient_checkpointing": True}, RankByRank(maximum=3)),
     "hybrid with experts": ("qwen3_next-moe", {"optimizer": "muon"}, IterationSampling(maximum=2)),
 }
 

@@ -25,7 +25,7 @@ from mull.model.executor import OnVisit, run
 from mull.model.families import install_recurrent_hooks, require_supported
 from mull.model.fixed_cache import FixedMemory, StaticCall, StaticSlotCache
 from mull.model.growing_cache import GrowingMemory, SlotCache
-from mull.model.halting import Halting
+from mull.model.halting import GivenDepths, Halting
 from mull.model.inputs import (
     LayerInputs,
     check_call,
@@ -402,6 +402,17 @@ class MullModel(MullPreTrainedModel):
             router_logits=None if routed is None else tuple(routed),  # type: ignore[arg-type]
             metrics=metrics,
         )
+
+    def given_depths(self, depths: Tensor) -> GivenDepths:
+        """The policy of a call whose tokens run these iterations ``[B, T]``.
+
+        Raises:
+            ValueError: the model has no think block.
+        """
+        if self.etd_config is None:
+            raise ValueError("Iterations per token need a think block, and this model has none.")
+        halting = self.etd_config.halting
+        return GivenDepths(depths, self.etd_config.think_layers, "last_kv" if halting is None else halting.stop)
 
     def halting(
         self,

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from mull.model.inputs import LayerInputs
 from mull.model.memory import ActiveTokens, CallMemory, CallSlot, LayerKeys, LayerMemory, Memory, Merge, OfferedKeys
 from mull.model.path import Visit
 from mull.model.policy import Policy
+from mull.runtime.distributed import global_sum
 
 OnVisit = Callable[[Visit, Tensor, Tensor], None]
 """Called after a visit with the states ``[B, T, D]`` before and after it."""
@@ -66,7 +68,13 @@ def run(
                 torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
             )  # whose mask hides gaps
         elif mask is not None and policy is not None and policy.stop == "own_state":
+            if isinstance(layer, FSDPModule):
+                raise ValueError(
+                    "stop='own_state' needs whole layers, and these are sharded over ranks: use 'last_kv'."
+                )
             own = keys_of_idle(layer, kind, h, inputs, ActiveTokens.of(~mask, every_row=False))
+        if policy is not None and isinstance(layer, FSDPModule):
+            h = _keep_pace(layer, kind, h, inputs, active)
         if active is not None and not active.any:
             assert memory is not None
             memory.pass_over(number, visit, h, own)
@@ -76,6 +84,21 @@ def run(
         if on_visit is not None:
             on_visit(visit, before, h)
     return h
+
+
+def _keep_pace(layer: nn.Module, kind: str, h: Tensor, inputs: LayerInputs, active: ActiveTokens | None) -> Tensor:
+    """Run a sharded layer on one token, in vain, if no token of this rank runs it and one of another rank does.
+
+    Ranks gather a sharded layer's weights together, and its gradients.
+    """
+    runs = active is None or active.any
+    anywhere = global_sum(torch.tensor(float(runs), device=h.device)) > 0
+    if runs or not anywhere:
+        return h
+    rotary = inputs.rotary[kind]
+    first = None if rotary is None else tuple(part[:1, :1] for part in rotary)
+    out = layer(h[:1, :1], **_options(None, None, inputs.position_ids[:1, :1], first))
+    return h + 0 * out.sum()
 
 
 class _Taken(Exception):  # noqa: N818 - it ends a layer early, and is no error

@@ -179,6 +179,27 @@ def make_rule(config: HaltingConfig) -> Rule:
     return rule
 
 
+class GivenDepths:
+    """The policy of a call in which the iterations of each token are known beforehand.
+
+    Args:
+        depths: ``[B, T]``, at least 1.
+        think_layers: The layers of the think block.
+        stop: What stopped tokens leave behind.
+    """
+
+    def __init__(self, depths: Tensor, think_layers: range, stop: Stop) -> None:
+        self.stop = stop
+        self._depths = depths
+        self._block = think_layers
+
+    def active(self, visit: Visit, h: Tensor) -> Tensor | None:
+        """Tokens with more iterations than this visit's layer has run."""
+        if visit.layer not in self._block or visit.occurrence == 0:
+            return None
+        return self._depths > visit.occurrence
+
+
 class Halting:
     """The policy of one call in which tokens stop by a rule.
 

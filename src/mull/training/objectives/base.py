@@ -25,7 +25,14 @@ class StepPlan:
     """This rank's micro-batches: those of the data, or those that the objective made from them."""
 
     iterations: int = 1
-    """Think iterations of every micro-batch."""
+    """Think iterations of every micro-batch; the most, where its tokens have their own."""
+
+    depths: Sequence[Tensor] | None = None
+    """``[B, T]`` of every micro-batch: think iterations of its tokens; None if all run `iterations`."""
+
+    def depths_of(self, index: int) -> Tensor | None:
+        """Those of one micro-batch."""
+        return None if self.depths is None else self.depths[index]
 
 
 class LossOutput(NamedTuple):
@@ -115,11 +122,22 @@ def require_step_targets(batches: Sequence[Batch]) -> None:
 
 
 def batch_states(
-    model: MullForCausalLM, batch: Batch, iterations: int | None = None, backprop_iterations: int | None = None
+    model: MullForCausalLM,
+    batch: Batch,
+    iterations: int | None = None,
+    backprop_iterations: int | None = None,
+    depths: Tensor | None = None,
 ) -> Tensor:
-    """Final-normed states of a micro-batch, ``[B, T, D]``. None for `iterations` is the model's own number."""
+    """Final-normed states of a micro-batch, ``[B, T, D]``.
+
+    `iterations` None is the model's own number; `depths` ``[B, T]`` are those of each token, up to `iterations`.
+    """
     return model.hidden_states(
-        batch["input_ids"], **layout(batch), think_iterations=iterations, backprop_iterations=backprop_iterations
+        batch["input_ids"],
+        **layout(batch),
+        think_iterations=iterations,
+        backprop_iterations=backprop_iterations,
+        policy=None if depths is None else model.model.given_depths(depths.to(model.device)),
     )
 
 

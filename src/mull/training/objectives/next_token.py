@@ -29,20 +29,22 @@ class NextToken(Objective):
     Only the rows of valid targets reach the unembedding.
 
     Args:
-        iterations: Number of think iterations, drawn once per step, and how many of them back-propagate.
+        iterations: Number of think iterations, and how many of them back-propagate.
     """
 
     def __init__(self, iterations: IterationSampling) -> None:
         self.iterations = iterations
 
     def plan_step(self, model: MullForCausalLM, batches: Sequence[Batch]) -> StepPlan:
-        """Draw the number of iterations.
+        """Draw the iterations.
 
         Raises:
             ValueError: no label of the step is a valid target.
         """
         require_step_targets(batches)
-        return StepPlan(batches=batches, iterations=same_everywhere(self.iterations.sample()))
+        iterations = same_everywhere(self.iterations.sample())
+        depths = self.iterations.depths([batch["input_ids"].shape for batch in batches])
+        return StepPlan(batches=batches, iterations=iterations, depths=depths)
 
     def loss(self, model: MullForCausalLM, plan: StepPlan, index: int) -> LossOutput:
         """Sum the cross-entropy over the valid targets.
@@ -55,7 +57,7 @@ class NextToken(Objective):
         targets = targets_of(batch["labels"], label_positions(**layout(batch)), 1)[:, :-1, 0]
         valid = targets != IGNORED  # (B, T-1)
         n_targets = valid.sum()
-        hidden = batch_states(model, batch, iterations, self.iterations.backprop(iterations))
+        hidden = batch_states(model, batch, iterations, self.iterations.backprop(iterations), plan.depths_of(index))
         rows = hidden[:, :-1][valid]  # (N, D)
         ones = torch.ones(len(rows), device=rows.device)
         total, _ = weighted_cross_entropy(rows, model.unembedding(), targets[valid], ones)

@@ -161,12 +161,18 @@ class WeightedMTP(Objective):
         require_targets(n_targets[0], scoring.batches[0]["labels"])
         scale = self._head_scale(model, n_targets)
         plan = WeightedPlan(
-            batches=scoring.batches, iterations=iterations, scoring=scoring, n_targets=n_targets, head_scale=scale
+            batches=scoring.batches,
+            iterations=iterations,
+            depths=self.iterations.depths([batch["input_ids"].shape for batch in scoring.batches]),
+            scoring=scoring,
+            n_targets=n_targets,
+            head_scale=scale,
         )
         if not self.needs_whole_step or len(batches) * world_size() == 1:
             return plan
         evidence = [
-            self._scorer.evidence(model, batch, self._hidden(model, plan, batch), scoring) for batch in plan.batches
+            self._scorer.evidence(model, batch, self._hidden(model, plan, index), scoring)
+            for index, batch in enumerate(plan.batches)
         ]
         return replace(plan, weights=self._settle(plan, evidence, model.training))
 
@@ -181,7 +187,7 @@ class WeightedMTP(Objective):
         """
         assert isinstance(plan, WeightedPlan)
         batch = plan.batches[index]
-        hidden = self._hidden(model, plan, batch)
+        hidden = self._hidden(model, plan, index)
         evidence = self._scorer.evidence(model, batch, hidden, plan.scoring)
         token = plan.weights[index] if plan.weights is not None else self._weigh(plan, evidence, model.training)
         targets = targets_of(batch["labels"], evidence.positions, token.weights.shape[-1])
@@ -236,8 +242,9 @@ class WeightedMTP(Objective):
         """Whether no target can be weighted before all targets of the step are scored."""
         return self._scorer.whole_step or self.control != "none"
 
-    def _hidden(self, model: MullForCausalLM, plan: StepPlan, batch: Batch) -> Tensor:
-        return batch_states(model, batch, plan.iterations, self.iterations.backprop(plan.iterations))
+    def _hidden(self, model: MullForCausalLM, plan: StepPlan, index: int) -> Tensor:
+        backprop = self.iterations.backprop(plan.iterations)
+        return batch_states(model, plan.batches[index], plan.iterations, backprop, plan.depths_of(index))
 
     def _count(self, model: MullForCausalLM, batches: Sequence[Batch]) -> Tensor:
         """Targets of each active head in the whole step, ``[H]``."""
