@@ -29,6 +29,7 @@ from mull.model.inputs import LayerInputs, packed_positions
 from mull.ops.cross_entropy import accurate
 from mull.ops.targets import IGNORED, label_positions, require_targets, targets_of
 from mull.runtime.arguments import require_count, require_ids, require_shape
+from mull.runtime.distributed import whole
 
 CACHE_IMPLEMENTATIONS = {None: False, "dynamic": False, "offloaded": True}
 """``cache_implementation`` of ``generate`` that a `SlotCache` serves, and whether it offloads."""
@@ -63,6 +64,8 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
     # `forward` takes num_items_in_batch, so transformers' Trainer divides by the targets of the whole step.
     accepts_loss_kwargs = True
 
@@ -107,7 +110,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         think_iterations: int | None = None,
@@ -121,7 +124,6 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         Args:
             labels: ``[B, T]``, unshifted, -100 ignored; gives ``loss``, the mean over the targets, and for a model with extra
                 heads what they add to it.
-            output_attentions: Refused: attention weights are not collected.
             logits_to_keep: Compute logits for the last positions only (0: all), or at these indices.
             num_items_in_batch: Divide the summed loss by this instead of the number of targets, as transformers' Trainer does.
             output_router_logits: Return what the routers of experts gave, and add their balancing loss, times
@@ -133,8 +135,6 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             TypeError: a keyword that is not known, or an argument of another type.
             ValueError: arguments that contradict each other or the cache, or that cannot be obeyed; labels without a target.
         """
-        if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError("output_attentions=True is not supported: attention weights are not collected.")
         if not isinstance(logits_to_keep, Tensor):
             require_count("logits_to_keep", logits_to_keep, 0)
         elif logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
@@ -154,6 +154,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             think_iterations=think_iterations,
             path=path,
             output_router_logits=output_router_logits,
@@ -293,7 +294,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
 
         Adapters, such as LoRA, change what a module computes and not its weight.
         """
-        weight: Tensor = self.lm_head.weight
+        weight: Tensor = whole(self.lm_head.weight)  # tensor parallelism shards it
         if type(self.lm_head) is nn.Linear:
             return weight
         columns: Tensor = self.lm_head(torch.eye(self.text_config.hidden_size, dtype=self.dtype, device=weight.device))
