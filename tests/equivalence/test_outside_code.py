@@ -347,11 +347,30 @@ def test_a_mull_model_drafts_for_another(assistant: str, ids: Ids) -> None:
     )
 
 
+@pytest.mark.parametrize("route", [{"think_iterations": 3}, {"path": [(layer, 0) for layer in range(8)]}], ids=str)
+def test_a_model_that_does_not_loop_drafts_for_mull(route: dict[str, Any], ids: Ids) -> None:
+    model, prompt = wrapped(), ids(1, 9)
+    plain = model.generate(prompt, max_new_tokens=12, do_sample=False, **route)
+    drafted = model.generate(prompt, max_new_tokens=12, do_sample=False, assistant_model=tiny("qwen3"), **route)
+    assert torch.equal(drafted, plain)
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_guidance_takes_the_path_of_the_call(negative: bool, ids: Ids) -> None:
+    options: dict[str, Any] = {"negative_prompt_ids": ids(2, 5, seed=1)} if negative else {}
+    options |= {"max_new_tokens": 6, "do_sample": False, "guidance_scale": 2.5}
+    base, prompt = tiny("qwen3"), ids(2, 9)
+    expected = base.generate(prompt, **options)
+    assert torch.equal(wrap_transformer_with_etd(base, SPLIT).generate(prompt, think_iterations=1, **options), expected)
+
+
 def test_calls_that_fail_change_nothing(ids: Ids) -> None:
     model, prompt = wrapped(), ids(1, 9)
     before, text = model.config.to_dict(), model.generate(prompt, max_new_tokens=6, do_sample=False)
     with pytest.raises(ValueError, match="assistant_early_exit is not supported"):
         model.generate(prompt, max_new_tokens=6, assistant_early_exit=3)
+    with pytest.raises(ValueError, match="use_mtp is not supported"):
+        model.generate(prompt, max_new_tokens=6, use_mtp=True)
     with pytest.raises(ValueError, match="exceed the model's 256 positions"):
         model.generate(prompt, max_new_tokens=248, do_sample=False)
     assert model.config.to_dict() == before

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -33,6 +34,9 @@ from mull.runtime.distributed import whole
 
 CACHE_IMPLEMENTATIONS = {None: False, "dynamic": False, "offloaded": True}
 """``cache_implementation`` of ``generate`` that a `SlotCache` serves, and whether it offloads."""
+
+ROUTE = ("think_iterations", "path")
+"""Keywords of ``generate`` that say which layers run."""
 
 
 @dataclass
@@ -403,15 +407,31 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             cache.activate_past_recording()  # its drafts may have to be taken back
         return None
 
+    def _get_logits_processor(self, *args: Any, **options: Any) -> Any:
+        """Those of transformers; guidance, which calls the model by itself, takes the path of the call."""
+        parent: Any = super()
+        route = {name: value for name, value in (options.get("model_kwargs") or {}).items() if name in ROUTE}
+        processors = parent._get_logits_processor(*args, **options)
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                processor.model = partial(self, **route)
+        return processors
+
+    def _get_candidate_generator(self, *args: Any, **options: Any) -> Any:
+        """That of transformers, without what an assistant that is no mull model does not know."""
+        parent: Any = super()
+        if not isinstance(options.get("assistant_model"), MullForCausalLM | None):
+            options["model_kwargs"] = {key: value for key, value in options["model_kwargs"].items() if key not in ROUTE}
+        return parent._get_candidate_generator(*args, **options)
+
     def _validate_generated_length(self, generation_config: Any, input_ids_length: int, *others: Any) -> None:
         """Refuse, before anything runs, what `generate` of transformers would get wrong."""
         parent: Any = super()
         parent._validate_generated_length(generation_config, input_ids_length, *others)
-        if generation_config.assistant_early_exit is not None:
-            # transformers cuts the layers off while it drafts, which no think block survives.
-            raise ValueError(
-                "assistant_early_exit is not supported. Draft with the model's heads: mull.generate(draft='mtp')."
-            )
+        # transformers cuts layers off while it drafts, which no think block survives; and it looks for heads of its own.
+        for name in ("assistant_early_exit", "use_mtp"):
+            if getattr(generation_config, name) not in (None, False):
+                raise ValueError(f"{name} is not supported. Draft with the model's heads: mull.generate(draft='mtp').")
         limit = self.text_config.max_position_embeddings
         if generation_config.max_length > limit:
             raise ValueError(
