@@ -364,6 +364,12 @@ def test_guidance_takes_the_path_of_the_call(negative: bool, ids: Ids) -> None:
     assert torch.equal(wrap_transformer_with_etd(base, SPLIT).generate(prompt, think_iterations=1, **options), expected)
 
 
+def test_generate_takes_the_tokenizer_that_stop_strings_need(ids: Ids) -> None:
+    model, prompt = wrapped(), ids(1, 9)
+    text = model.generate(prompt, max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(prompt, max_new_tokens=3, do_sample=False, tokenizer=object()), text)
+
+
 def test_calls_that_fail_change_nothing(ids: Ids) -> None:
     model, prompt = wrapped(), ids(1, 9)
     before, text = model.config.to_dict(), model.generate(prompt, max_new_tokens=6, do_sample=False)
