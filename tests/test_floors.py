@@ -51,7 +51,7 @@ BUDGETS = {
     "ops": 700,
     "layers": 900,
     "data": 1050,
-    "model": 1760,
+    "model": 1860,
     "decoding": 1100,
     "retrofit": 1200,
     "training": 2600,
