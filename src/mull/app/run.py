@@ -92,9 +92,10 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
         for stage in stages:
             _check_stage(stage, model)
         objectives = build_objectives(recipe, prepared, model, load_model)
-        for place, stage, data, objective in zip(places, stages, prepared.stages, objectives, strict=True):
+        flops = [_flops_per_token(stage, model) for stage in stages]  # before the first stage shards the model
+        for place, stage, data, objective, cost in zip(places, stages, prepared.stages, objectives, flops, strict=True):
             content = _content(stage, data, prepared.tokenizer)
-            result = _run_stage(recipe, stage, data, model, objective, place, resume, content)
+            result = _run_stage(recipe, stage, data, model, objective, place, resume, content, cost)
             if result.stopped != "finished":
                 return result
             if result.terminated and place:
@@ -150,13 +151,10 @@ def _run_stage(
     place: str,
     resume: bool,
     content: dict[str, Any],
+    flops: float | None,
 ) -> TrainResult:
     """Train one stage; `place` is its folder in the run's, empty for the last stage. A finished stage is loaded."""
     folder = recipe.run.out / recipe.run.name / place
-    sampling = stage.loss.iterations
-    flops = None
-    if find_entry(stage.train.algo).data == "rows":  # others sample as well, or do not back-propagate through the model
-        flops = training_flops_per_token(model, stage.data.length, sampling.average(), sampling.backprop_iterations)
     tracker = _open_mlflow(recipe, folder, place)
     status = "FAILED"
     try:
@@ -179,6 +177,22 @@ def _run_stage(
         if tracker is not None:
             tracker.close(status)
     return result
+
+
+def _flops_per_token(stage: Stage, model: MullForCausalLM) -> float | None:
+    """The numerator of a stage's MFU; None for objectives that also sample, or that do not back-propagate through the model."""
+    if find_entry(stage.train.algo).data != "rows":
+        return None
+    length, sampling = stage.data.length, stage.loss.iterations
+    with frozen_except(model, stage.train.trainable):
+        return training_flops_per_token(
+            model, length, sampling.average(), sampling.backprop_iterations, _trained_heads(stage)
+        )
+
+
+def _trained_heads(stage: Stage) -> int | None:
+    """Extra heads that a stage runs; None for all."""
+    return 0 if stage.train.algo == NEXT_TOKEN else None
 
 
 def _content(stage: Stage, data: StageData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -388,6 +402,7 @@ def _schedule(stage: Stage, objective: Objective, precision: str) -> Schedule:
         precision=precision,
         checkpointing=stage.train.gradient_checkpointing,
         forward_passes=int(samples or (isinstance(objective, WeightedMTP) and objective.needs_whole_step)),
+        n_heads=_trained_heads(stage),
         packed=not samples,
         world_size=world_size(),
     )

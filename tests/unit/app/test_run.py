@@ -489,6 +489,21 @@ def test_a_dry_run_prints_every_stage_and_what_it_trains(tmp_path: Path) -> None
     assert all(name.startswith("mtp_heads.heads.*.") for name in listed)
 
 
+def test_the_utilisation_counts_what_a_stage_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mull.training.loop.peak_flops", lambda device, precision: 1.0)
+    carry_out(staged(tmp_path, "one"))
+    costs = []
+    for folder in (tmp_path / "one" / "heads", tmp_path / "one"):
+        record = records(folder)[-1]
+        costs.append(record["mfu"] / record["tokens_per_second"])
+    table = estimate_recipe(parse_recipe(staged(tmp_path, "two"))).splitlines()
+    listed = [
+        float(line.split()[-1].replace(",", "")) for line in table if line.startswith("FLOPs per token, training")
+    ]
+    assert costs == pytest.approx(listed, rel=1e-6)
+    assert costs[0] < 0.8 * costs[1]
+
+
 def test_wrong_answers_are_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = named(tmp_path, "tiny", train__algo="baseline-mtp", train__steps=1)
     recipe["data"] = {"paths": [str(answers(tmp_path))], "format": "examples", "vocab_size": 280, "length": 32}
