@@ -29,7 +29,7 @@ from mull.retrofit.source import load_tokenizer
 from mull.retrofit.wrap import from_pretrained
 from mull.runtime.distributed import device
 from mull.runtime.storage import local_path, redact
-from mull.training.loop import MAX_SEED
+from mull.training.loop import CHECKPOINTS, MAX_SEED, losses_of
 
 TRACEBACK = "MULL_TRACEBACK"
 """Environment variable that shows the traceback of an error, for bug reports."""
@@ -69,7 +69,17 @@ def train(
     result = run_recipe(loaded, resume)
     folder = loaded.run.out / loaded.run.name
     cost = f"{result.step} steps, {result.tokens} tokens, {result.seconds:.0f} s ({result.precision})"
-    _print_once(f"{result.stopped} after {cost}: {folder}")
+    last = losses_of(result.history[-1]) if result.history else {}  # ranks that resumed a finished run have no records
+    losses = "".join(f", {name} {value:.4f}" for name, value in last.items())
+    _print_once(f"{result.stopped} after {cost}{losses}: {folder}")
+    written = WRITTEN if result.stopped == "finished" else {}
+    for name, purpose in written.items():
+        _print_once(f"  {folder / name}: {purpose}")
+    _print_once(f"  {loaded.checkpoint.url or folder / CHECKPOINTS}: what --resume continues from")
+
+
+WRITTEN = {"model": "the trained model, for mull", "trunk": "the same without extra heads and loops, for transformers"}
+"""What a finished run leaves in its folder."""
 
 
 @app.command()

@@ -23,6 +23,7 @@ from mull.app.prepare import StageData, arithmetic_task, check_length, prepare
 from mull.app.recipe import Recipe, Stage
 from mull.data.sampler import ShuffledBatches
 from mull.data.tokenizer import TextEncoder
+from mull.evaluation.cost.disk import Saving, disk_rows
 from mull.evaluation.cost.training import Estimate, Schedule, estimate, training_flops_per_token
 from mull.evaluation.held_out import held_out_losses
 from mull.evaluation.rewards import right_answers
@@ -362,17 +363,22 @@ def estimate_recipe(recipe: Recipe) -> str:
         with torch.device("meta"):
             objectives = build_objectives(recipe, prepared, model, meta_model)
         rows: list[tuple[str, str]] = []
+        savings: list[Saving] = []
         for stage, data, objective in zip(stages, prepared.stages, objectives, strict=True):
             if len(stages) > 1:
                 rows += [("stage", f"{stage.name}, {stage.train.algo}")]
-            rows += _estimate_stage(recipe, stage, data, model, objective)
+            found, described = _estimate_stage(recipe, stage, data, model, objective)
+            rows += described
+            config = _checkpoints(recipe.checkpoint, "" if stage is stages[-1] else str(stage.name))
+            savings.append(Saving(config, stage.train.steps, found.memory.optimizer * world_size()))
+        rows += disk_rows(model, objectives[-1].companion, savings)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
 
 def _estimate_stage(
     recipe: Recipe, stage: Stage, data: StageData, model: MullForCausalLM, objective: Objective
-) -> list[tuple[str, str]]:
+) -> tuple[Estimate, list[tuple[str, str]]]:
     precision = resolve_precision(stage.train.precision, device())
     schedule = _schedule(stage, objective, precision)
     check_length("A row", schedule.length, model.config.get_text_config())
@@ -383,7 +389,7 @@ def _estimate_stage(
     rows = [*found.rows(), *_plan_rows(stage, data, found, peak_flops(device(), precision))]
     if stage.train.trainable != "all":
         rows += [(f"trains {name}", f"{count:,}") for name, count in summary(trainable).items()]
-    return rows
+    return found, rows
 
 
 def _schedule(stage: Stage, objective: Objective, precision: str) -> Schedule:

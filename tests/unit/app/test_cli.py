@@ -213,7 +213,11 @@ def test_train_runs_a_recipe(
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert run(monkeypatch, "train", tmp_path / "recipe.yaml", "--set", "train.steps=2") == 0
-    assert "finished after 2 steps" in capsys.readouterr().out
+    first, *places = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"finished after 2 steps, .* loss \d\.\d{{4}}: {tmp_path / 'tiny'}", first)
+    assert [Path(line.split(": ")[0].strip()).relative_to(tmp_path) for line in places] == [
+        Path("tiny", name) for name in ("model", "trunk", "checkpoints")
+    ]
     assert (tmp_path / "tiny" / "model" / "model.safetensors").exists()
 
     again = ["train", tmp_path / "recipe.yaml", "--set", "train.steps=2"]

@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from mull.evaluation.cost.count import mixing_flops, product_flops, products, visible_keys
+from mull.evaluation.cost.disk import in_bytes
 from mull.layers.recursive_heads import ChainedSteps
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import layer_kinds
@@ -157,8 +158,8 @@ class Estimate:
         parts = dataclasses.asdict(self.parameters)
         yield "parameters", f"{parts.pop('total'):,}"
         yield from ((f"  {name}", f"{count:,}") for name, count in parts.items() if count)
-        yield "memory per rank", _in_bytes(self.memory.total)
-        yield from ((f"  {name}", _in_bytes(size)) for name, size in dataclasses.asdict(self.memory).items() if size)
+        yield "memory per rank", in_bytes(self.memory.total)
+        yield from ((f"  {name}", in_bytes(size)) for name, size in dataclasses.asdict(self.memory).items() if size)
         yield "FLOPs per token, forward", f"{self.forward_flops:,.0f}"
         yield "FLOPs per token, training", f"{self.training_flops:,.0f}"
         yield "FLOPs per step", f"{self.step_flops:.3e}"
@@ -330,14 +331,6 @@ def _extra_heads(model: MullForCausalLM, length: int, n_heads: int | None) -> It
     for k in range(heads.n_heads if n_heads is None else n_heads):
         span = (k + 1) * length if heads.recursive else length  # of the keys of this and earlier steps
         yield heads.heads[k % len(heads.heads)], mixing_flops("full_attention", config, span) if heads.blocks else 0.0
-
-
-def _in_bytes(size: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:,.1f} {unit}"
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
