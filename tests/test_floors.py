@@ -50,7 +50,7 @@ BUDGETS = {
     "runtime": 1050,
     "ops": 700,
     "layers": 900,
-    "data": 1050,
+    "data": 1070,
     "model": 1760,
     "decoding": 1100,
     "retrofit": 1200,
