@@ -162,7 +162,13 @@ def _print_split(report: SplitReport) -> None:
     for row in [PROBE_COLUMNS, *_probe_rows(report)] if report.probe else []:
         print(*(f"{cell:.4f}".rjust(15) if isinstance(cell, float) else f"{cell or '':>15}" for cell in row), sep="")
     print(_describe(report))
-    print(f"{report.etd!r}")
+    etd = report.etd
+    encoder, think, decoder = etd.n_encoder_layers, etd.n_think_layers, etd.n_decoder_layers
+    print(
+        f"That is: {encoder} layers encode, {think} think, k times, and {decoder} decode. In mull generate --etd "
+        f"{encoder},{think},{decoder}; in a recipe model.etd: {{n_encoder_layers: {encoder}, n_think_layers: {think}, "
+        f"n_decoder_layers: {decoder}}}; in Python {etd!r}."
+    )
 
 
 def _describe(report: SplitReport) -> str:

@@ -14,7 +14,7 @@ from recipes import changed, content
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3Config
 
-from mull import MTPConfig, wrap_transformer_with_etd
+from mull import ETDConfig, MTPConfig, wrap_transformer_with_etd
 from mull.app import cli
 from mull.data.tokenizer import train_tokenizer
 from mull.decoding.generate import generate
@@ -196,6 +196,12 @@ def test_split_measures_and_proposes(
     etd = report["etd"]
     assert etd["n_encoder_layers"] + etd["n_think_layers"] + etd["n_decoder_layers"] == 6
     assert f"Proposed split {etd['n_encoder_layers']}-{etd['n_think_layers']}*k-{etd['n_decoder_layers']}" in printed
+    parts = [etd[f"n_{part}_layers"] for part in ("encoder", "think", "decoder")]
+    assert "{} layers encode, {} think, k times, and {} decode.".format(*parts) in printed
+    assert "--etd {},{},{};".format(*parts) in printed
+    recipe = re.search(r"model\.etd: (\{.*?\});", printed)
+    assert recipe
+    assert ETDConfig(**yaml.safe_load(recipe[1])) == ETDConfig(**etd)
     assert "<svg" in (tmp_path / "split.html").read_text()
 
 
@@ -314,16 +320,23 @@ def test_of_several_ranks_the_first_one_reports(
             ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--top-k", "5"],
             "top_k would have no effect: temperature=0 is greedy",
         ),
-        (["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft", "mtp"], "this model has none"),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft", "mtp"],
+            "this model has none. Leave it out",
+        ),
+        (["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft", "mtp"], "with --mtp native (mtp="),
         (
             ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft", "other"],
             "Invalid value for '--draft'",
         ),
         (
             ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft-length", "2"],
-            "draft_length=2 needs draft='mtp'",
+            "draft_length=2 needs draft='mtp' (--draft mtp)",
         ),
-        (["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--mtp", "native"], "{dir}"),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--mtp", "native"],
+            "Leave --mtp out to decode",
+        ),
         (["generate", "{dir}", "--prompt", "x", "--think-iteration", "2"], "No such option"),
         (["generate", "{dir}"], "Missing option"),
         (["generate", "{gpt2}", "--prompt", "x"], "Architecture 'gpt2' is not supported. Supported are llama"),
