@@ -56,7 +56,7 @@ BUDGETS = {
     "retrofit": 1200,
     "training": 2600,
     "evaluation": 2000,
-    "app": 2210,
+    "app": 2220,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 

@@ -3,9 +3,11 @@
 import json
 import os
 import sys
+from importlib import metadata
 from typing import Annotated, Any, Literal
 
 import torch
+import transformers
 import typer
 from pydantic import ValidationError
 from transformers import TextStreamer
@@ -37,12 +39,26 @@ TRACEBACK = "MULL_TRACEBACK"
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Retrofit pretrained decoder language models.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 ModelArgument = Annotated[str, Argument(help="Folder, .gguf file or hub name of a checkpoint.", metavar="MODEL")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"mull {metadata.version('mull')}, torch {torch.__version__}, transformers {transformers.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, Option("--version", help="Print the versions and end.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Retrofit pretrained decoder language models."""
 
 
 @app.command()

@@ -257,6 +257,13 @@ def test_a_dry_run_prints_what_it_would_take_and_trains_nothing(
     assert "data.length=65 exceeds the 64 positions of the model" in capsys.readouterr().err
 
 
+def test_versions_are_printed_for_bug_reports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert re.fullmatch(rf"mull \S+, torch {re.escape(torch.__version__)}, transformers \S+\n", capsys.readouterr().out)
+
+
 def test_the_schema_of_recipes_is_printed_for_editors(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
