@@ -301,7 +301,7 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mbpp", type=Path, required=True, help="MBPP, as published")
     parser.add_argument("--out", type=Path, default=Path("out/real-model"))
     parser.add_argument("--answers", type=int, default=320, help="answers to train on")
-    parser.add_argument("--steps", type=int, default=100, help="of training the heads, of 2,048 tokens each")
+    parser.add_argument("--steps", type=int, default=80, help="of training the heads, of 2,048 tokens each")
     parser.add_argument("--prompts", type=int, default=3, help="held-out prompts of each data set")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each prompt")
     parser.add_argument("--rounds", type=int, default=3)

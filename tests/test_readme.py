@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mull.app.recipe import load_recipe
+from mull.app.recipe import load_recipe, parse_recipe
+from mull.app.yaml_text import read_yaml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,6 +34,13 @@ def test_the_program_does_what_its_comments_say(capsys: pytest.CaptureFixture[st
     assert once != four
     etd = names["model"].etd_config
     assert (etd.n_encoder_layers, etd.n_think_layers, etd.n_decoder_layers) == (7, 4, 5)
+
+
+def test_the_recipe_is_valid() -> None:
+    written = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert written is not None
+    recipe = parse_recipe(read_yaml(written[1], "README.md", ()))
+    assert f"mull train {recipe.run.name}.yaml" in README
 
 
 def test_make_targets_exist() -> None:

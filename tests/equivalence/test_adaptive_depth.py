@@ -287,6 +287,19 @@ def test_a_saved_model_stops_as_before(tmp_path: Any, ids: Ids) -> None:
         assert torch.equal(depths_of(a), depths_of(b))
 
 
+@torch.no_grad()
+def test_every_visit_has_its_hidden_states(ids: Ids) -> None:
+    model, tokens = wrapped(tiny("qwen3")), ids(1, 5)
+    options = {"think_iterations": ITERATIONS, "output_hidden_states": True}
+    every = model(tokens, **options).hidden_states
+    stopped = model(tokens, adaptive=HaltingConfig(threshold=-1.5), **options).hidden_states
+    assert len(stopped) == len(every)
+    after_one = 1 + SPLIT.n_encoder_layers + SPLIT.n_think_layers
+    assert all(
+        torch.equal(states, stopped[after_one - 1]) for states in stopped[after_one : -SPLIT.n_decoder_layers - 1]
+    )
+
+
 def test_what_does_not_fit_is_refused(ids: Ids) -> None:
     tokens = ids(1, 3)
     plain = wrap_transformer_with_etd(tiny("qwen3"), None)

@@ -3,6 +3,7 @@
 Annotations of some packages are checked in tests as well, so the place of the error is not asserted, only its kind and text.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -148,3 +149,21 @@ def test_what_does_not_fit_the_tokens_is_a_sentence(model: Any, case: str) -> No
 
 def test_a_mask_by_kind_of_layer_may_leave_recurrent_layers_out() -> None:
     assert torch.equal(HYBRID(TWO, attention_mask={"full_attention": None}).logits, HYBRID(TWO).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "message"),
+    [
+        (
+            MTPConfig,
+            {"num_predict_token": 2},
+            "MTPConfig has no field num_predict_token. Did you mean num_predict_tokens?",
+        ),
+        (MTPConfig, {"heads": 2}, "MTPConfig has no field heads. Known are num_predict_tokens, mtp_head_type"),
+        (TrainConfig, {"steps": 2, "peek_lr": 1}, "TrainConfig has no field peek_lr. Did you mean peak_lr?"),
+    ],
+)
+def test_an_unknown_field_of_settings_is_one_sentence_with_the_nearest(settings: Any, given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:
+        settings(**given)
+    assert "\n" not in str(error.value)

@@ -12,6 +12,7 @@ from conftest import SPLIT, tiny
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+import mull
 from mull import MullForCausalLM, wrap_transformer_with_etd
 from mull.data.tokenizer import train_tokenizer
 
@@ -53,6 +54,18 @@ def test_lora_of_peft_trains_saves_and_merges(family_name: str, tmp_path: Path, 
         assert isinstance(merged, MullForCausalLM)
         torch.testing.assert_close(merged(tokens, think_iterations=3).logits, trained, atol=1e-5, rtol=0)
         assert torch.equal(merged.generate(tokens, max_new_tokens=4, think_iterations=3, eos_token_id=None), generated)
+
+
+def test_an_adapter_names_the_saved_model_that_it_belongs_to(tmp_path: Path) -> None:
+    """Not the base checkpoint of a model that was never saved: PEFT would load that, without its loops."""
+    wrapped = wrap_transformer_with_etd(tiny("qwen3"), SPLIT)
+    wrapped.save_pretrained(tmp_path / "looped")
+    model = mull.from_pretrained(tmp_path / "looped")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").base_model.model
+    assert isinstance(loaded, MullForCausalLM)
+    assert loaded.etd_config == SPLIT
 
 
 TASK = {

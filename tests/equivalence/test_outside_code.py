@@ -10,11 +10,15 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import EXACT, SPLIT, tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, DynamicCache, GenerationConfig
+from transformers.distributed import configuration_utils as transformers_parallel
 
 import mull
 from mull import ETDConfig, MTPConfig, MullConfig, MullForCausalLM, wrap_transformer_with_etd
@@ -78,8 +82,21 @@ def test_the_configuration_asks_for_hidden_states(ids: Ids) -> None:
     model.config.output_hidden_states = False
     model.config._attn_implementation = "eager"
     model.config.output_attentions = True
-    with pytest.raises(ValueError, match="attention weights are not collected"):
-        model(ids(1, 5))
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match="attention weights are not collected"):
+            part(ids(1, 5))
+        with pytest.raises(ValueError, match="attention weights are not collected"):
+            part(ids(1, 5), output_attentions=True)
+
+
+def test_some_of_the_hidden_states_may_be_asked_for(ids: Ids) -> None:
+    model, tokens = wrapped(), ids(1, 5)
+    every = model(tokens, think_iterations=2, output_hidden_states=True).hidden_states
+    for asked, kept in (([0, 3, -1, 99], {0, 3, 12}), (-2, {11}), ((99,), set())):
+        some = model(tokens, think_iterations=2, output_hidden_states=asked).hidden_states
+        assert {number for number, state in enumerate(some) if state is not None} == kept
+        assert all(torch.equal(some[number], every[number]) for number in kept)
+        assert len(some) == len(every) == 13
 
 
 @pytest.mark.parametrize(
@@ -238,6 +255,44 @@ def test_objectives_of_mull_balance_experts_too(ids: Ids) -> None:
     assert output.metrics["balancing_loss"] > 1
 
 
+# --- Several devices --------------------------------------------------------------------------------------------------------
+
+
+def test_the_plans_of_the_backbone_place_the_unembedding_too(family: str) -> None:
+    base = tiny(family)
+    tp_plan, fsdp_plan = dict(base.tp_plan), dict(base.fsdp_plan)
+    model = wrap_transformer_with_etd(base, SPLIT)
+    assert (model.tp_plan, model.fsdp_plan) == (tp_plan, fsdp_plan)
+
+
+def test_pipeline_stages_are_refused(tmp_path: Path) -> None:
+    wrapped().save_pretrained(tmp_path)
+    assert not wrapped().supports_pp_plan
+    for config in (transformers_parallel.DistributedConfig(pp_size=2), {"pp_size": 2}):
+        with pytest.raises(ValueError, match="pp_size is not supported"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=config)
+
+
+def test_extra_heads_read_a_sharded_unembedding(ids: Ids) -> None:
+    model, tokens = wrapped(mtp=HEADS), ids(2, 9)
+    expected = model(tokens, labels=tokens).mtp_loss
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(model.lm_head.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        model.lm_head.weight = torch.nn.Parameter(weight)
+        hidden = model.hidden_states(tokens)
+        targets = targets_of(tokens, None, 3)
+        coefficients = (
+            (targets >= 0) / (targets >= 0).sum((0, 1)).clamp(min=1) * torch.tensor([0.0, *HEADS.head_weights[1:]])
+        )
+        loss, _ = model.head_losses(hidden, tokens, targets, coefficients)
+        loss.backward()
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(loss, expected)
+    assert model.lm_head.weight.grad.to_local().abs().sum() > 0
+
+
 # --- Masks ------------------------------------------------------------------------------------------------------------------
 
 
@@ -292,11 +347,36 @@ def test_a_mull_model_drafts_for_another(assistant: str, ids: Ids) -> None:
     )
 
 
+@pytest.mark.parametrize("route", [{"think_iterations": 3}, {"path": [(layer, 0) for layer in range(8)]}], ids=str)
+def test_a_model_that_does_not_loop_drafts_for_mull(route: dict[str, Any], ids: Ids) -> None:
+    model, prompt = wrapped(), ids(1, 9)
+    plain = model.generate(prompt, max_new_tokens=12, do_sample=False, **route)
+    drafted = model.generate(prompt, max_new_tokens=12, do_sample=False, assistant_model=tiny("qwen3"), **route)
+    assert torch.equal(drafted, plain)
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_guidance_takes_the_path_of_the_call(negative: bool, ids: Ids) -> None:
+    options: dict[str, Any] = {"negative_prompt_ids": ids(2, 5, seed=1)} if negative else {}
+    options |= {"max_new_tokens": 6, "do_sample": False, "guidance_scale": 2.5}
+    base, prompt = tiny("qwen3"), ids(2, 9)
+    expected = base.generate(prompt, **options)
+    assert torch.equal(wrap_transformer_with_etd(base, SPLIT).generate(prompt, think_iterations=1, **options), expected)
+
+
+def test_generate_takes_the_tokenizer_that_stop_strings_need(ids: Ids) -> None:
+    model, prompt = wrapped(), ids(1, 9)
+    text = model.generate(prompt, max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(prompt, max_new_tokens=3, do_sample=False, tokenizer=object()), text)
+
+
 def test_calls_that_fail_change_nothing(ids: Ids) -> None:
     model, prompt = wrapped(), ids(1, 9)
     before, text = model.config.to_dict(), model.generate(prompt, max_new_tokens=6, do_sample=False)
     with pytest.raises(ValueError, match="assistant_early_exit is not supported"):
         model.generate(prompt, max_new_tokens=6, assistant_early_exit=3)
+    with pytest.raises(ValueError, match="use_mtp is not supported"):
+        model.generate(prompt, max_new_tokens=6, use_mtp=True)
     with pytest.raises(ValueError, match="exceed the model's 256 positions"):
         model.generate(prompt, max_new_tokens=248, do_sample=False)
     assert model.config.to_dict() == before

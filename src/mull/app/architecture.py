@@ -69,7 +69,7 @@ def make_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
         field.name for field in dataclasses.fields(PreTrainedConfig)
     }
     for name in fields.keys() - known_fields - ALIASES - {"model_type"}:
-        raise ValueError(f"unknown key architecture.{name}. {nearest(str(name), known_fields)}")
+        raise ValueError(f"unknown key architecture.{name}. {nearest(str(name), sorted(known_fields))}")
     for place, value in _numbers("architecture", fields):
         _check_number(place, value)
     for name in TOKENS:

@@ -3,9 +3,11 @@
 import json
 import os
 import sys
+from importlib import metadata
 from typing import Annotated, Any, Literal
 
 import torch
+import transformers
 import typer
 from pydantic import ValidationError
 from transformers import TextStreamer
@@ -29,7 +31,7 @@ from mull.retrofit.source import load_tokenizer
 from mull.retrofit.wrap import from_pretrained
 from mull.runtime.distributed import device
 from mull.runtime.storage import local_path, redact
-from mull.training.loop import MAX_SEED
+from mull.training.loop import CHECKPOINTS, MAX_SEED, losses_of
 
 TRACEBACK = "MULL_TRACEBACK"
 """Environment variable that shows the traceback of an error, for bug reports."""
@@ -37,12 +39,26 @@ TRACEBACK = "MULL_TRACEBACK"
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Retrofit pretrained decoder language models.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 ModelArgument = Annotated[str, Argument(help="Folder, .gguf file or hub name of a checkpoint.", metavar="MODEL")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"mull {metadata.version('mull')}, torch {torch.__version__}, transformers {transformers.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, Option("--version", help="Print the versions and end.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Retrofit pretrained decoder language models."""
 
 
 @app.command()
@@ -69,7 +85,17 @@ def train(
     result = run_recipe(loaded, resume)
     folder = loaded.run.out / loaded.run.name
     cost = f"{result.step} steps, {result.tokens} tokens, {result.seconds:.0f} s ({result.precision})"
-    _print_once(f"{result.stopped} after {cost}: {folder}")
+    last = losses_of(result.history[-1]) if result.history else {}  # ranks that resumed a finished run have no records
+    losses = "".join(f", {name} {value:.4f}" for name, value in last.items())
+    _print_once(f"{result.stopped} after {cost}{losses}: {folder}")
+    written = WRITTEN if result.stopped == "finished" else {}
+    for name, purpose in written.items():
+        _print_once(f"  {folder / name}: {purpose}")
+    _print_once(f"  {loaded.checkpoint.url or folder / CHECKPOINTS}: what --resume continues from")
+
+
+WRITTEN = {"model": "the trained model, for mull", "trunk": "the same without extra heads and loops, for transformers"}
+"""What a finished run leaves in its folder."""
 
 
 @app.command()
@@ -152,7 +178,13 @@ def _print_split(report: SplitReport) -> None:
     for row in [PROBE_COLUMNS, *_probe_rows(report)] if report.probe else []:
         print(*(f"{cell:.4f}".rjust(15) if isinstance(cell, float) else f"{cell or '':>15}" for cell in row), sep="")
     print(_describe(report))
-    print(f"{report.etd!r}")
+    etd = report.etd
+    encoder, think, decoder = etd.n_encoder_layers, etd.n_think_layers, etd.n_decoder_layers
+    print(
+        f"That is: {encoder} layers encode, {think} think, k times, and {decoder} decode. In mull generate --etd "
+        f"{encoder},{think},{decoder}; in a recipe model.etd: {{n_encoder_layers: {encoder}, n_think_layers: {think}, "
+        f"n_decoder_layers: {decoder}}}; in Python {etd!r}."
+    )
 
 
 def _describe(report: SplitReport) -> str:

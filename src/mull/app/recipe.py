@@ -8,7 +8,6 @@ and ``{…}`` YAML itself reads braces, so quote it there.
 `mull.app.run` carries a recipe out.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
@@ -21,7 +20,7 @@ from mull.data.arithmetic import MAX_DIGITS, OPERATIONS, ArithmeticTask
 from mull.evaluation.rewards import REWARDS
 from mull.model.configs import ETDConfig, MTPConfig
 from mull.runtime import storage
-from mull.runtime.arguments import Frozen, require
+from mull.runtime.arguments import Frozen, nearest, require
 from mull.runtime.checkpoint import CheckpointConfig
 from mull.training.loop import TrainConfig
 from mull.training.objectives.critic import ValueSection
@@ -206,7 +205,7 @@ class TrainSection(TrainConfig):
     def _check_algo(cls, algo: str) -> str:
         known = objective_names()
         if algo not in known:
-            raise ValueError(f"{algo!r} is not known. {_hint(algo, known, '')}")
+            raise ValueError(f"{algo!r} is not known. {nearest(algo, known)}")
         return algo
 
 
@@ -292,8 +291,7 @@ class Stage(_Section):
             )
         if isinstance(settings, GRPOSection):
             if settings.reward not in REWARDS:
-                hint = _hint(settings.reward, [*REWARDS], "")
-                raise ValueError(f"grpo.reward={settings.reward!r} is not known. {hint}")
+                raise ValueError(f"grpo.reward={settings.reward!r} is not known. {nearest(settings.reward, REWARDS)}")
             if kind != settings.reward:
                 raise ValueError(
                     f"grpo.reward={settings.reward} grades answers to data.format={settings.reward}, not {kind}"
@@ -510,7 +508,9 @@ def _sentence(mistake: Any, place: Sequence[Any]) -> str:
     location = [str(part) for part in place]
     key = ".".join(location)
     if mistake["type"] == "extra_forbidden":
-        return f"unknown key {key}. {_hint(location[-1], _keys_of(location[:-1]), '.'.join(location[:-1]))}"
+        *sections, name = location
+        elsewhere = [f"{other}.{name}" for other in _keys_of([]) if sections and name in _keys_of([other])]
+        return f"unknown key {key}. {nearest(name, _keys_of(sections), ''.join(f'{s}.' for s in sections), elsewhere)}"
     if mistake["type"] == "missing":
         return f"the key {key} is missing"
     return wrong_value(mistake, key)
@@ -521,16 +521,47 @@ def wrong_value(mistake: Any, key: str) -> str:
     message: str = mistake["msg"].removeprefix("Value error, ")
     if not key:
         return message
+    if mistake["type"] in NESTED:
+        return f"{key}={mistake['input']!r}: {_what_belongs(mistake, key)}"
     # Our own messages name the value themselves.
     return f"{key}: {message}" if mistake["type"] == "value_error" else f"{key}={mistake['input']!r}: {message}"
 
 
-def _hint(name: str, known: Sequence[str], section: str) -> str:
-    """What a misspelt name may have meant; a key may also belong to another section."""
-    prefix = f"{section}." if section else ""
-    near = [prefix + match for match in difflib.get_close_matches(name, known, n=1)]
-    near += [f"{other}.{name}" for other in _keys_of([]) if section and name in _keys_of([other])]
-    return f"Did you mean {near[0]}?" if near else f"Known are {', '.join(known)}."
+NESTED = {"model_type": "section", "dict_type": "section", "tuple_type": "list"}
+"""Mistakes of a value where keys or items belong, by pydantic's names for them."""
+
+EXAMPLES: dict[str, tuple[str, Any]] = {
+    "run": ("{{name: {}}}", "first"),
+    "tags": ("{{team: {}}}", "mine"),
+    "model": ("{{checkpoint: {}}}", "Qwen/Qwen3-0.6B"),
+    "architecture": ("{{model_type: {}, hidden_size: 64}}", "qwen3"),
+    "etd": ("{{n_encoder_layers: 12, n_think_layers: {}, n_decoder_layers: 9}}", 7),
+    "mtp": ("{{num_predict_tokens: {}}}", 4),
+    "data": ("{{paths: [{}]}}", "texts.jsonl"),
+    "arithmetic": ("{{digits: {}}}", 2),
+    "loss": ("{{iterations: {{kind: fixed, maximum: {}}}}}", 2),
+    "iterations": ("{{kind: fixed, maximum: {}}}", 2),
+    "train": ("{{steps: {}}}", 100),
+    "eval": ("{{every: {}}}", 100),
+    "checkpoint": ("{{every: {}}}", 100),
+    "stages": ("[{{train: {{steps: {}}}}}]", 100),
+}
+"""What may stand under a key, and the value in it, for which a user's own of the same type is put."""
+
+
+def _what_belongs(mistake: Any, key: str) -> str:
+    """What belongs under a key that has a single value, as a sentence with an example."""
+    given, kind = mistake["input"], NESTED[mistake["type"]]
+    names = [part for part in key.split(".") if not part.isdigit()]
+    if names[-1] in EXAMPLES:
+        template, value = EXAMPLES[names[-1]]
+        return f"a {kind} belongs here, such as {names[-1]}: {template.format(given if type(given) is type(value) else value)}"
+    keys = ", ".join(_keys_of(names))
+    return (
+        f"a list belongs here, such as {names[-1]}: [{given}]"
+        if kind == "list"
+        else f"a section of {keys} belongs here"
+    )
 
 
 def _keys_of(location: Sequence[str]) -> list[str]:

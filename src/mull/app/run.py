@@ -23,6 +23,7 @@ from mull.app.prepare import StageData, arithmetic_task, check_length, prepare
 from mull.app.recipe import Recipe, Stage
 from mull.data.sampler import ShuffledBatches
 from mull.data.tokenizer import TextEncoder
+from mull.evaluation.cost.disk import Saving, disk_rows
 from mull.evaluation.cost.training import Estimate, Schedule, estimate, training_flops_per_token
 from mull.evaluation.held_out import held_out_losses
 from mull.evaluation.rewards import right_answers
@@ -92,9 +93,10 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
         for stage in stages:
             _check_stage(stage, model)
         objectives = build_objectives(recipe, prepared, model, load_model)
-        for place, stage, data, objective in zip(places, stages, prepared.stages, objectives, strict=True):
+        flops = [_flops_per_token(stage, model) for stage in stages]  # before the first stage shards the model
+        for place, stage, data, objective, cost in zip(places, stages, prepared.stages, objectives, flops, strict=True):
             content = _content(stage, data, prepared.tokenizer)
-            result = _run_stage(recipe, stage, data, model, objective, place, resume, content)
+            result = _run_stage(recipe, stage, data, model, objective, place, resume, content, cost)
             if result.stopped != "finished":
                 return result
             if result.terminated and place:
@@ -150,13 +152,10 @@ def _run_stage(
     place: str,
     resume: bool,
     content: dict[str, Any],
+    flops: float | None,
 ) -> TrainResult:
     """Train one stage; `place` is its folder in the run's, empty for the last stage. A finished stage is loaded."""
     folder = recipe.run.out / recipe.run.name / place
-    sampling = stage.loss.iterations
-    flops = None
-    if find_entry(stage.train.algo).data == "rows":  # others sample as well, or do not back-propagate through the model
-        flops = training_flops_per_token(model, stage.data.length, sampling.average(), sampling.backprop_iterations)
     tracker = _open_mlflow(recipe, folder, place)
     status = "FAILED"
     try:
@@ -179,6 +178,22 @@ def _run_stage(
         if tracker is not None:
             tracker.close(status)
     return result
+
+
+def _flops_per_token(stage: Stage, model: MullForCausalLM) -> float | None:
+    """The numerator of a stage's MFU; None for objectives that also sample, or that do not back-propagate through the model."""
+    if find_entry(stage.train.algo).data != "rows":
+        return None
+    length, sampling = stage.data.length, stage.loss.iterations
+    with frozen_except(model, stage.train.trainable):
+        return training_flops_per_token(
+            model, length, sampling.average(), sampling.backprop_iterations, _trained_heads(stage)
+        )
+
+
+def _trained_heads(stage: Stage) -> int | None:
+    """Extra heads that a stage runs; None for all."""
+    return 0 if stage.train.algo == NEXT_TOKEN else None
 
 
 def _content(stage: Stage, data: StageData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -348,17 +363,22 @@ def estimate_recipe(recipe: Recipe) -> str:
         with torch.device("meta"):
             objectives = build_objectives(recipe, prepared, model, meta_model)
         rows: list[tuple[str, str]] = []
+        savings: list[Saving] = []
         for stage, data, objective in zip(stages, prepared.stages, objectives, strict=True):
             if len(stages) > 1:
                 rows += [("stage", f"{stage.name}, {stage.train.algo}")]
-            rows += _estimate_stage(recipe, stage, data, model, objective)
+            found, described = _estimate_stage(recipe, stage, data, model, objective)
+            rows += described
+            config = _checkpoints(recipe.checkpoint, "" if stage is stages[-1] else str(stage.name))
+            savings.append(Saving(config, stage.train.steps, found.memory.optimizer * world_size()))
+        rows += disk_rows(model, objectives[-1].companion, savings)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
 
 def _estimate_stage(
     recipe: Recipe, stage: Stage, data: StageData, model: MullForCausalLM, objective: Objective
-) -> list[tuple[str, str]]:
+) -> tuple[Estimate, list[tuple[str, str]]]:
     precision = resolve_precision(stage.train.precision, device())
     schedule = _schedule(stage, objective, precision)
     check_length("A row", schedule.length, model.config.get_text_config())
@@ -369,7 +389,7 @@ def _estimate_stage(
     rows = [*found.rows(), *_plan_rows(stage, data, found, peak_flops(device(), precision))]
     if stage.train.trainable != "all":
         rows += [(f"trains {name}", f"{count:,}") for name, count in summary(trainable).items()]
-    return rows
+    return found, rows
 
 
 def _schedule(stage: Stage, objective: Objective, precision: str) -> Schedule:
@@ -388,6 +408,7 @@ def _schedule(stage: Stage, objective: Objective, precision: str) -> Schedule:
         precision=precision,
         checkpointing=stage.train.gradient_checkpointing,
         forward_passes=int(samples or (isinstance(objective, WeightedMTP) and objective.needs_whole_step)),
+        n_heads=_trained_heads(stage),
         packed=not samples,
         world_size=world_size(),
     )

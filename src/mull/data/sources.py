@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 from mull.runtime import storage
 from mull.runtime.arguments import require, shown
+from mull.runtime.progress import tracked
 
 DATASET = "hf:"
 """Prefix of a source that the datasets library reads."""
@@ -93,10 +94,14 @@ def load_documents(
     given = [_written(source) for source in sources]
     if not any(source.startswith(DATASET) for source in given):
         _refuse_dataset_options(", ".join(given), split, config)
-    documents: list[Document] = []
-    for source in given:
-        found = _dataset_texts(source, key, split, config) if source.startswith(DATASET) else _file_texts(source, key)
-        documents += [document for document in found if document.text.strip()]
+    found = (
+        document
+        for source in given
+        for document in (
+            _dataset_texts(source, key, split, config) if source.startswith(DATASET) else _file_texts(source, key)
+        )
+    )
+    documents = [document for document in tracked(found, "document", "reading") if document.text.strip()]
     if not documents:
         where = ", ".join(given) or "an empty list of paths"
         raise ValueError(

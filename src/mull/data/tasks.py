@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from mull.data.sources import ALL, DATASET, Record, read_records, string_field
+from mull.runtime.progress import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,10 @@ def load_examples(
         return _load_mbpp(source, split, config)
     read, columns = SCHEMAS[schema]
     records = read_records(source, split=split, config=config, columns=columns)
-    return _not_empty([example for record in records for example in read(record)], f"{source} as {schema}")
+    return _not_empty(
+        [example for record in tracked(records, "record", "reading") for example in read(record)],
+        f"{source} as {schema}",
+    )
 
 
 def _load_mbpp(source: str | Path, split: str | None, config: str | None) -> list[Example]:
@@ -126,7 +130,7 @@ def _load_mbpp(source: str | Path, split: str | None, config: str | None) -> lis
     from_dataset = str(source).startswith(DATASET)
     columns = ("task_id", "text", "prompt", "code", "test_list")
     records = read_records(source, split=ALL if from_dataset else None, config=config, columns=columns)
-    examples = [_mbpp(record) for record in records if _task_id(record) in known[split]]
+    examples = [_mbpp(record) for record in tracked(records, "record", "reading") if _task_id(record) in known[split]]
     return _not_empty(examples, f"{source} as mbpp with split={split!r}")
 
 

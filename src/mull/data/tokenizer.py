@@ -3,12 +3,14 @@
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from mull.runtime.progress import Progress, tracked
 
 logger = logging.getLogger(__name__)
 
@@ -16,6 +18,12 @@ END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256
 PROBE = "0"
 """A text that every tokenizer knows, even one of arithmetic."""
+
+GROUP = 2_000_000
+"""Characters that are tokenized at once."""
+
+LONG_TEXT = 20_000_000
+"""Characters of a text that takes many seconds, and cannot be cut without changing its tokens."""
 
 INSIDE_A_TEXT = {"add_prefix_space": False, "prepend_scheme": "never", "strip_left": False}
 """Options of the tokenizers library by which the beginning of a text differs from its inside."""
@@ -107,7 +115,13 @@ class TextEncoder:
             logger.warning(message, len(spelled), len(texts), spelled[0])
         tokenizer = self._inside if inside else self.tokenizer
         options = {"add_special_tokens": False, "split_special_tokens": True}
-        encoded: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
+        encoded: list[list[int]] = []
+        with Progress(len(texts), "text", label="tokenizing", patient=True) as progress:
+            for group in _groups(texts):
+                if len(group[0]) > LONG_TEXT:
+                    progress.say(f"Tokenizing a text of {len(group[0]) / 1e6:,.0f} million characters.")
+                encoded += tokenizer(group, **options)["input_ids"]
+                progress.advance(len(group))
         for index, ids in enumerate(encoded):
             if self._special.isdisjoint(ids):
                 continue
@@ -148,6 +162,19 @@ class TextEncoder:
         backend |= {name: _inside(backend[name]) for name in ("normalizer", "pre_tokenizer")}
         backend |= {"truncation": None, "padding": None}
         return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)))
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts one after the other, as many at once as a tokenizer takes a second or so for."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        if group and size + len(text) > GROUP:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text)
+    yield group
 
 
 def _inside(part: Any) -> Any:
@@ -194,5 +221,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator(tracked(texts, "text", "training a tokenizer"), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)

@@ -396,14 +396,15 @@ def _max_drafts(model: MullForCausalLM, draft: str | None, draft_length: int | N
     """Most drafts of a round; 0 without drafting."""
     if draft is None:
         if draft_length is not None:
-            raise ValueError(f"draft_length={draft_length} needs draft='mtp'.")
+            raise ValueError(f"draft_length={draft_length} needs draft='mtp' (--draft mtp).")
         return 0
     if draft != "mtp":
         raise ValueError(f"draft={draft!r} is not known. Use 'mtp' for the model's own heads, or None.")
     if model.mtp_config is None:
         raise ValueError(
-            "draft='mtp' needs extra heads, and this model has none: load those of its checkpoint with "
-            "mtp=MTPConfig(mtp_head_type='native') (mull generate --mtp native), or add some and train them."
+            "draft='mtp' (--draft mtp) needs extra heads, and this model has none. Leave it out, load the heads of a Qwen3-Next "
+            "or Qwen3.5 checkpoint with --mtp native (mtp=MTPConfig(mtp_head_type='native')), or train some with mull train "
+            "(model.mtp and train.algo=baseline-mtp in a recipe)."
         )
     usual = Drafter.max_drafts(model.mtp_config)
     if draft_length is None:

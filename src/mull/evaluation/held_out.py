@@ -11,6 +11,7 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.ops.targets import label_positions, targets_of
 from mull.runtime.arguments import require, require_count
 from mull.runtime.distributed import global_sum, rank, world_size
+from mull.runtime.progress import tracked
 
 
 @torch.no_grad()
@@ -56,7 +57,8 @@ def held_out_losses(
     batches = [dataset.rows(part) for part in rows.split(batch_size)]
     total = torch.zeros(2, 1 + n_heads, dtype=torch.float64, device=model.device)
     # Ranks that share weights must run the same number of layers, so a rank without a batch in the last round repeats one.
-    for first in range(0, len(batches), world_size()):
+    rounds = range(0, len(batches), world_size())
+    for first in tracked(rounds, "batch", "held-out loss", len(rounds)):
         number = first + rank()
         found = _sums(model, batches[min(number, len(batches) - 1)], iterations, n_heads)
         total += found if number < len(batches) else 0 * found

@@ -503,7 +503,7 @@ def _chain(work: _Pass) -> None:
     states = work.read
     for k in range(1, task.targets.shape[-1]):
         # The first head reads the trunk's tensor, whose gradient is collected by name.
-        read = states if k == 1 else states.detach().requires_grad_(torch.is_grad_enabled())
+        read = states if k == 1 else states.detach().requires_grad_(states.requires_grad)
         states = task.heads(k, read, shifted(embedded, k), task.run_block)
         links.append((read, states))
     carried: Tensor | None = None  # gradient of what head k writes, from head k + 1
@@ -512,7 +512,7 @@ def _chain(work: _Pass) -> None:
         rows = task.rows(k)
         loss = work.loss(k, states[rows], rows)
         outputs, upstream = ([loss], None) if carried is None else ([loss, states], [None, carried])
-        carried = work.backward(outputs, upstream, task.trunk_gradient, None if k == 1 else read)
+        carried = work.backward(outputs, upstream, task.trunk_gradient, read if k > 1 and read.requires_grad else None)
 
 
 def _recursive(work: _Pass) -> None:

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D model width.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from mull.model.configs import HaltingConfig, etd_from_dict, layer_kinds, mtp_from_dict
 from mull.model.executor import OnVisit, run
@@ -148,6 +149,20 @@ class MullPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True
 
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config: Any, device_map: Any = None) -> Any:
+        """Refuse pipeline parallelism before any weight is loaded: every stage would loop over layers of its own.
+
+        Raises:
+            ValueError: ``pp_size`` above 1.
+        """
+        asked = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config or cls)
+        if (asked.get("pp_size") or 1) > 1:
+            raise ValueError(
+                "pp_size is not supported: the layers of a loop are on one device. Use tp_size or fsdp_size."
+            )
+        return super().prepare_distribute_model(distributed_config, device_map)
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # In custom code transformers passes over modules without parameters of their own: the heads, and the experts' routers.
         super()._initialize_weights(module, is_custom_code=False)
@@ -254,7 +269,8 @@ class MullModel(MullPreTrainedModel):
     def init_parallel_plans(self) -> None:
         """The plans of the backbone, for layers that are parts of this model now."""
         super().init_parallel_plans()
-        for name in ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan"):
+        self._pp_plan: dict[str, Any] = {}
+        for name in ("_tp_plan", "_ep_plan", "_fsdp_plan"):
             setattr(self, name, {key.removeprefix("rules."): value for key, value in getattr(self, name).items()})
 
     def named_modules(
@@ -300,7 +316,8 @@ class MullModel(MullPreTrainedModel):
         past_key_values: SlotCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
         think_iterations: int | None = None,
         path: Sequence[Sequence[int]] | None = None,
         adaptive: bool | HaltingConfig | None = None,
@@ -321,7 +338,9 @@ class MullModel(MullPreTrainedModel):
             past_key_values: Cache of earlier calls, from `new_cache` or a former output.
             inputs_embeds: ``[B, T, D]`` instead of `input_ids`.
             use_cache: Return a cache; default as in the backbone's configuration.
-            output_hidden_states: Return the residual stream after every visit; default as in the configuration.
+            output_hidden_states: Return the residual stream after every visit, or these entries only, as in transformers; default
+                as in the configuration.
+            output_attentions: Refused: attention weights are not collected.
             think_iterations: Passes through the think block, exactly this many; default as in `ETDConfig`.
             path: Explicit visits ``(layer, occurrence)`` instead; see `mull.model.path`.
             adaptive: Whether tokens may stop before the last iteration: True by the model's own rule, or give a rule; default as
@@ -336,24 +355,24 @@ class MullModel(MullPreTrainedModel):
 
         Returns:
             ``last_hidden_state``: final-normed states ``[B, T, D]``. ``hidden_states``: embeddings, then the residual stream
-            after each visit; the last entry is the final-normed state, as in transformers. ``metrics``: how many iterations the
-            tokens of an adaptive call ran; see `Halting.metrics`.
+            after each visit; the last entry is the final-normed state, as in transformers. None where one was not asked for.
+            ``metrics``: how many iterations the tokens of an adaptive call ran; see `Halting.metrics`.
 
         Raises:
             TypeError: a keyword that is not known, or an argument of another type.
             ValueError: arguments that contradict each other or the cache, or that cannot be obeyed; or the model is in training
                 mode, with extra heads that could be trained and do not follow.
         """
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions=True is not supported: attention weights are not collected.")
         if policy is not None:
             require_callable("policy.active", getattr(policy, "active", policy), "a policy of mull.model.policy")
         if self.training and torch.is_grad_enabled() and not heads_follow:
             self._refuse_to_leave_heads_out()
-        output_hidden_states = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
         if output_router_logits is None:
             output_router_logits = getattr(self.text_config, "output_router_logits", False)
         visits = self.path(think_iterations, path)
+        kept = self._kept_states(output_hidden_states, 1 + len(visits))
         h = self._embed(input_ids, inputs_embeds)
         check_call(self.text_config, h.shape[:2], attention_mask, position_ids, use_cache)
         position_ids = packed_positions(keywords, h.shape[:2], attention_mask, position_ids)
@@ -374,12 +393,12 @@ class MullModel(MullPreTrainedModel):
             halting = policy = self.halting(adaptive, think_iterations, new_tokens(attention_mask, h), unembed)
         elif adaptive:
             raise ValueError("adaptive decides which tokens run, and so does a path or a policy: give one of them.")
-        stream: list[Tensor] | None = [h] if output_hidden_states else None
+        stream = None if kept is None else [h if 0 in kept else None]
         inputs = self.layer_inputs(h, attention_mask, position_ids, cache)
 
         def after(visit: Any, before: Tensor, state: Tensor) -> None:
-            if stream is not None:
-                stream.append(state)
+            if stream is not None and kept is not None:
+                stream.append(state if len(stream) in kept else None)
             if on_visit is not None:
                 on_visit(visit, before, state)
 
@@ -390,7 +409,8 @@ class MullModel(MullPreTrainedModel):
         if cache is not None:
             cache.advance(h.shape[1])
         h = self.norm(h)
-        hidden_states = None if stream is None else (*stream[:-1], h)
+        if stream is not None and stream[-1] is not None:
+            stream[-1] = h
         metrics = None if halting is None else halting.metrics()
         if not torch.compiler.is_compiling():
             fixed = {"think_iterations": self.iterations(think_iterations), "early_exit": False}
@@ -398,7 +418,7 @@ class MullModel(MullPreTrainedModel):
         return MullModelOutput(
             last_hidden_state=h,
             past_key_values=cache,
-            hidden_states=hidden_states,
+            hidden_states=None if stream is None else tuple(stream),  # type: ignore[arg-type]
             router_logits=None if routed is None else tuple(routed),  # type: ignore[arg-type]
             metrics=metrics,
         )
@@ -455,6 +475,14 @@ class MullModel(MullPreTrainedModel):
             readout=None if unembed is None else lambda states: unembed(self.norm(states)),
             exit_head=self.exit_head,
         )
+
+    def _kept_states(self, asked: bool | int | Sequence[int] | None, n_states: int) -> Container[int] | None:
+        """Which of a call's hidden states it returns; None if it returns none."""
+        asked = self.config.output_hidden_states if asked is None else asked
+        if not asked:
+            return None
+        selected = selected_hidden_states(asked)  # type: ignore[arg-type]
+        return range(n_states) if selected is None else resolve_hidden_states_indices(self, selected, n_states)
 
     def _refuse_to_leave_heads_out(self) -> None:
         if any(parameter.requires_grad for heads in self.heads_beside for parameter in heads.parameters()):

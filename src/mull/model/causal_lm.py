@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -30,9 +31,13 @@ from mull.model.inputs import LayerInputs, packed_positions
 from mull.ops.cross_entropy import accurate
 from mull.ops.targets import IGNORED, label_positions, require_targets, targets_of
 from mull.runtime.arguments import require_count, require_ids, require_shape
+from mull.runtime.distributed import whole
 
 CACHE_IMPLEMENTATIONS = {None: False, "dynamic": False, "offloaded": True}
 """``cache_implementation`` of ``generate`` that a `SlotCache` serves, and whether it offloads."""
+
+ROUTE = ("think_iterations", "path", "adaptive")
+"""Keywords of ``generate`` that say which layers run."""
 
 
 @dataclass
@@ -68,6 +73,8 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
     # `forward` takes num_items_in_batch, so transformers' Trainer divides by the targets of the whole step.
     accepts_loss_kwargs = True
 
@@ -119,7 +126,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         think_iterations: int | None = None,
@@ -134,7 +141,6 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         Args:
             labels: ``[B, T]``, unshifted, -100 ignored; gives ``loss``, the mean over the targets, and for a model with extra
                 heads what they add to it.
-            output_attentions: Refused: attention weights are not collected.
             logits_to_keep: Compute logits for the last positions only (0: all), or at these indices.
             num_items_in_batch: Divide the summed loss by this instead of the number of targets, as transformers' Trainer does.
             output_router_logits: Return what the routers of experts gave, and add their balancing loss, times
@@ -146,8 +152,6 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             TypeError: a keyword that is not known, or an argument of another type.
             ValueError: arguments that contradict each other or the cache, or that cannot be obeyed; labels without a target.
         """
-        if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError("output_attentions=True is not supported: attention weights are not collected.")
         if not isinstance(logits_to_keep, Tensor):
             require_count("logits_to_keep", logits_to_keep, 0)
         elif logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
@@ -167,6 +171,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             think_iterations=think_iterations,
             path=path,
             adaptive=adaptive,
@@ -314,7 +319,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
 
         Adapters, such as LoRA, change what a module computes and not its weight.
         """
-        weight: Tensor = self.lm_head.weight
+        weight: Tensor = whole(self.lm_head.weight)  # tensor parallelism shards it
         if type(self.lm_head) is nn.Linear:
             return weight
         columns: Tensor = self.lm_head(torch.eye(self.text_config.hidden_size, dtype=self.dtype, device=weight.device))
@@ -423,15 +428,31 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             cache.activate_past_recording()  # its drafts may have to be taken back
         return None
 
+    def _get_logits_processor(self, *args: Any, **options: Any) -> Any:
+        """Those of transformers; guidance, which calls the model by itself, takes the path of the call."""
+        parent: Any = super()
+        route = {name: value for name, value in (options.get("model_kwargs") or {}).items() if name in ROUTE}
+        processors = parent._get_logits_processor(*args, **options)
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                processor.model = partial(self, **route)
+        return processors
+
+    def _get_candidate_generator(self, *args: Any, **options: Any) -> Any:
+        """That of transformers, without what an assistant that is no mull model does not know."""
+        parent: Any = super()
+        if not isinstance(options.get("assistant_model"), MullForCausalLM | None):
+            options["model_kwargs"] = {key: value for key, value in options["model_kwargs"].items() if key not in ROUTE}
+        return parent._get_candidate_generator(*args, **options)
+
     def _validate_generated_length(self, generation_config: Any, input_ids_length: int, *others: Any) -> None:
         """Refuse, before anything runs, what `generate` of transformers would get wrong."""
         parent: Any = super()
         parent._validate_generated_length(generation_config, input_ids_length, *others)
-        if generation_config.assistant_early_exit is not None:
-            # transformers cuts the layers off while it drafts, which no think block survives.
-            raise ValueError(
-                "assistant_early_exit is not supported. Draft with the model's heads: mull.generate(draft='mtp')."
-            )
+        # transformers cuts layers off while it drafts, which no think block survives; and it looks for heads of its own.
+        for name in ("assistant_early_exit", "use_mtp"):
+            if getattr(generation_config, name) not in (None, False):
+                raise ValueError(f"{name} is not supported. Draft with the model's heads: mull.generate(draft='mtp').")
         limit = self.text_config.max_position_embeddings
         if generation_config.max_length > limit:
             raise ValueError(

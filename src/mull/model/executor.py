@@ -45,7 +45,7 @@ def run(
         memory: What the visits remember; None where nothing precedes or follows the call.
         policy: Which tokens run a visit; None runs all of them. A token that does not run keeps its state, and offers to other
             tokens what `Policy.stop` says.
-        on_visit: Called after each visit.
+        on_visit: Called after each visit, also after one that no token ran.
 
     Returns:
         States ``[B, T, D]``.
@@ -78,9 +78,9 @@ def run(
         if active is not None and not active.any:
             assert memory is not None
             memory.pass_over(number, visit, h, own)
-            continue
-        slot = None if memory is None else memory.slot(number, visit, active, own)
-        h = run_layer(layer, kind, h, inputs, slot, active)
+        else:
+            slot = None if memory is None else memory.slot(number, visit, active, own)
+            h = run_layer(layer, kind, h, inputs, slot, active)
         if on_visit is not None:
             on_visit(visit, before, h)
     return h

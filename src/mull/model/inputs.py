@@ -31,8 +31,8 @@ MASKED_ATTENTION = ("sdpa", "eager")
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """Keywords of ``forward`` that describe packed documents, as collators of transformers give them."""
 
-WITHOUT_EFFECT = ("token_type_ids", "mm_token_type_ids", "cache_position")
-"""Keywords of ``forward`` that tokenizers and other versions of transformers give, and text models of transformers ignore."""
+WITHOUT_EFFECT = ("token_type_ids", "mm_token_type_ids", "cache_position", "tokenizer")
+"""Keywords of ``forward`` that tokenizers, ``generate`` and other versions of transformers give, and its text models ignore."""
 
 RotaryOfCall = Callable[[set[str], Tensor, Tensor], dict[str, Any]]
 """``(kinds of layers, hidden states, position_ids) -> position embeddings by kind``."""

@@ -131,9 +131,9 @@ def read_native_heads(name_or_dir: str, **hub_options: Any) -> dict[str, Tensor]
             tensors.update({name: shard.get_tensor(name) for name in names})
     if not tensors:
         raise ValueError(
-            f"{name_or_dir} has no native heads: no tensor's name begins with {PREFIX!r}. Choose another mtp_head_type "
-            "(transformer, mlp, shared_lm_head or sequential), whose heads start untrained, or load the model with "
-            "AutoModelForCausalLM and add untrained native heads with wrap_transformer_with_etd."
+            f"{name_or_dir} has no native heads: no tensor's name begins with {PREFIX!r}. Leave --mtp out to decode without "
+            "them (mtp=None in Python). To train heads, choose another mtp_head_type (transformer, mlp, shared_lm_head or "
+            "sequential) under model.mtp of a recipe, or add untrained native heads with wrap_transformer_with_etd."
         )
     layers = {int(found[1]) for name in tensors if (found := _LAYER.match(name))}
     if layers - {0}:

@@ -1,5 +1,7 @@
 """Where a model comes from: a folder, a GGUF file or a name on the Hugging Face Hub, and its configuration and tokenizer."""
 
+import copy
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -12,8 +14,12 @@ from mull.data.arithmetic import CHARACTERS
 from mull.retrofit.reading import read_config, read_tokenizer
 from mull.runtime import storage
 from mull.runtime.arguments import require
+from mull.runtime.progress import Progress
 
 GGUF = ".gguf"
+LARGE = 20_000_000
+"""Bytes of a GGUF file that is announced before it is read."""
+
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
 """Files of which a folder with a tokenizer has one; without any, what transformers says depends on the architecture."""
 
@@ -83,18 +89,30 @@ def load_config(source: Source, hub_options: Mapping[str, Any]) -> PreTrainedCon
         OSError: no model there.
         RuntimeError: a GGUF file without the package that reads it.
     """
-    gguf = {name: source.options[name] for name in ("gguf_file",) if name in source.options}
+    gguf = source.options.get("gguf_file")
     try:
-        config: PreTrainedConfig = read_config(source.name, **hub_options, **gguf)
+        if gguf is None:
+            return read_config(source.name, **hub_options)
+        file = Path(source.name) / gguf
+        if not file.is_file():
+            return read_config(source.name, **hub_options, gguf_file=gguf)
+        return copy.deepcopy(_gguf_config(file, file.stat().st_mtime_ns))
     except ImportError:
-        raise RuntimeError(f"{gguf['gguf_file']} needs a package that is missing: pip install 'mull[gguf]'.") from None
+        raise RuntimeError(f"{gguf} needs a package that is missing: pip install 'mull[gguf]'.") from None
     except OSError as error:
         if Path(source.name).is_dir():
             raise
         raise OSError(
             f"{source.name} is no local folder, and cannot be loaded from the Hugging Face Hub: {' '.join(str(error).split())}"
         ) from None
-    return config
+
+
+@functools.lru_cache(maxsize=1)
+def _gguf_config(file: Path, _changed: int) -> PreTrainedConfig:
+    """Transformers takes ten seconds for it, and everything that loads a model needs it."""
+    if (size := file.stat().st_size) > LARGE:
+        Progress(None, "file").say(f"Reading {file} ({size / 1e9:.1f} GB): transformers takes half a minute or more.")
+    return read_config(str(file.parent), gguf_file=file.name)
 
 
 def load_tokenizer(written: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mull.model.base_model import MullConfig
 from mull.model.causal_lm import MullForCausalLM, new_heads
@@ -154,10 +154,10 @@ def from_pretrained(
     config = load_config(source, {**hub_options, TRUST: options[TRUST]})
     if not isinstance(config, MullConfig):
         require_supported(config.get_text_config())
+        if "gguf_file" in options:  # otherwise it would be read once more
+            options = _with_config(name_or_dir, config, options)
         return _from_base(name_or_dir, etd, mtp, hub_options, options, allow_missing)
-    with explained(name_or_dir):
-        for name in [name for name in options if name not in ("dtype", "torch_dtype") and hasattr(config, name)]:
-            setattr(config, name, options.pop(name))
+    options = _with_config(name_or_dir, config, options)
     if etd is not None:
         config.etd = etd.model_dump()
     if mtp is not None:
@@ -170,8 +170,17 @@ def from_pretrained(
         if stored is not None and "native_hidden_state" not in mtp.model_fields_set:
             mtp = mtp.model_copy(update={"native_hidden_state": stored.native_hidden_state})
         config.mtp = mtp.model_dump()
-    model: MullForCausalLM = _loaded(MullForCausalLM, name_or_dir, allow_missing, {"config": config, **options})
+    model: MullForCausalLM = _loaded(MullForCausalLM, name_or_dir, allow_missing, options)
     return model
+
+
+def _with_config(name_or_dir: str, config: PreTrainedConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """Options for ``from_pretrained`` with this configuration; those that are fields of it become its own."""
+    fields = {name for name in options if name not in ("dtype", "torch_dtype") and hasattr(config, name)}
+    with explained(name_or_dir):
+        for name in fields:
+            setattr(config, name, options[name])
+    return {"config": config} | {name: value for name, value in options.items() if name not in fields}
 
 
 def _loaded(auto: Any, name_or_dir: str, allow_missing: bool, options: dict[str, Any]) -> Any:

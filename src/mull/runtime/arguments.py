@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
@@ -121,10 +121,17 @@ def require_tensors(**given: object) -> None:
             require(name, value, Tensor, "a tensor, or leave it out")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What a misspelt name may have meant, as a sentence."""
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
+def nearest(name: str, known: Iterable[str], prefix: str = "", elsewhere: Sequence[str] = ()) -> str:
+    """What a misspelt name may have meant, as a sentence.
+
+    Args:
+        name: What was given.
+        known: What is allowed, in the order in which it is listed.
+        prefix: Goes before a known name.
+        elsewhere: Where the same name is known.
+    """
+    names = list(known)
+    near = [*(prefix + match for match in difflib.get_close_matches(name, names, n=1)), *elsewhere]
     return f"Did you mean {near[0]}?" if near else f"Known are {', '.join(names)}."
 
 
@@ -132,6 +139,13 @@ class Frozen(BaseModel):
     """Settings: checked once, then constant. Unknown keys, infinite or very large numbers, and bools as numbers are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        """Refuse unknown fields of a call in one sentence; those of a mapping are left to pydantic, which knows their place."""
+        for name in given:
+            if name not in cls.model_fields:
+                raise ValueError(f"{cls.__name__} has no field {name}. {nearest(name, cls.model_fields)}")
+        return super().__new__(cls)
 
     @field_validator("*", mode="wrap")
     @classmethod

@@ -454,8 +454,15 @@ def _is_due(step: int, every: int | None) -> bool:
 
 def _shown(record: Record, tokens_per_second: float) -> str:
     """What the user sees of a step; the speed is that of the whole run."""
+    losses = "".join(f"{name} {value:.4f}, " for name, value in losses_of(record).items())
     utilisation = f", MFU {record['mfu']:.1%}" if "mfu" in record else ""
-    return f"loss {record['loss']:.4f}, {tokens_per_second:,.0f} tokens/s{utilisation}"
+    return f"{losses}{tokens_per_second:,.0f} tokens/s{utilisation}"
+
+
+def losses_of(record: Record) -> dict[str, float]:
+    """Losses of a step, as far as it has them: all heads with their weights, the main head alone, and that on held-out rows."""
+    names = {"loss": "loss", "main head": "head0_loss", "held out": "eval_loss"}
+    return {name: record[key] for name, key in names.items() if key in record}
 
 
 def _evaluate(run: _Run, evaluate: Callable[[MullForCausalLM], Mapping[str, float]]) -> Mapping[str, float]:

@@ -14,7 +14,7 @@ from recipes import changed, content
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3Config
 
-from mull import MTPConfig, wrap_transformer_with_etd
+from mull import ETDConfig, MTPConfig, wrap_transformer_with_etd
 from mull.app import cli
 from mull.data.tokenizer import train_tokenizer
 from mull.decoding.generate import generate
@@ -196,6 +196,12 @@ def test_split_measures_and_proposes(
     etd = report["etd"]
     assert etd["n_encoder_layers"] + etd["n_think_layers"] + etd["n_decoder_layers"] == 6
     assert f"Proposed split {etd['n_encoder_layers']}-{etd['n_think_layers']}*k-{etd['n_decoder_layers']}" in printed
+    parts = [etd[f"n_{part}_layers"] for part in ("encoder", "think", "decoder")]
+    assert "{} layers encode, {} think, k times, and {} decode.".format(*parts) in printed
+    assert "--etd {},{},{};".format(*parts) in printed
+    recipe = re.search(r"model\.etd: (\{.*?\});", printed)
+    assert recipe
+    assert ETDConfig(**yaml.safe_load(recipe[1])) == ETDConfig(**etd)
     assert "<svg" in (tmp_path / "split.html").read_text()
 
 
@@ -213,7 +219,11 @@ def test_train_runs_a_recipe(
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert run(monkeypatch, "train", tmp_path / "recipe.yaml", "--set", "train.steps=2") == 0
-    assert "finished after 2 steps" in capsys.readouterr().out
+    first, *places = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"finished after 2 steps, .* loss \d\.\d{{4}}: {tmp_path / 'tiny'}", first)
+    assert [Path(line.split(": ")[0].strip()).relative_to(tmp_path) for line in places] == [
+        Path("tiny", name) for name in ("model", "trunk", "checkpoints")
+    ]
     assert (tmp_path / "tiny" / "model" / "model.safetensors").exists()
 
     again = ["train", tmp_path / "recipe.yaml", "--set", "train.steps=2"]
@@ -245,6 +255,13 @@ def test_a_dry_run_prints_what_it_would_take_and_trains_nothing(
     wrong = ["train", tmp_path / "recipe.yaml", "--dry-run", "--set", "data.length=65"]
     assert run(monkeypatch, *wrong) == 2
     assert "data.length=65 exceeds the 64 positions of the model" in capsys.readouterr().err
+
+
+def test_versions_are_printed_for_bug_reports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert re.fullmatch(rf"mull \S+, torch {re.escape(torch.__version__)}, transformers \S+\n", capsys.readouterr().out)
 
 
 def test_the_schema_of_recipes_is_printed_for_editors(
@@ -310,16 +327,23 @@ def test_of_several_ranks_the_first_one_reports(
             ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--top-k", "5"],
             "top_k would have no effect: temperature=0 is greedy",
         ),
-        (["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft", "mtp"], "this model has none"),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft", "mtp"],
+            "this model has none. Leave it out",
+        ),
+        (["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft", "mtp"], "with --mtp native (mtp="),
         (
             ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft", "other"],
             "Invalid value for '--draft'",
         ),
         (
             ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--draft-length", "2"],
-            "draft_length=2 needs draft='mtp'",
+            "draft_length=2 needs draft='mtp' (--draft mtp)",
         ),
-        (["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--mtp", "native"], "{dir}"),
+        (
+            ["generate", "{dir}", "--prompt", "x", "--max-new-tokens", "5", "--mtp", "native"],
+            "Leave --mtp out to decode",
+        ),
         (["generate", "{dir}", "--prompt", "x", "--think-iteration", "2"], "No such option"),
         (["generate", "{dir}"], "Missing option"),
         (["generate", "{gpt2}", "--prompt", "x"], "Architecture 'gpt2' is not supported. Supported are llama"),

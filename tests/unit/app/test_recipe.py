@@ -8,12 +8,33 @@ import pytest
 import yaml
 from recipes import changed, content
 
-from mull.app.recipe import SECTIONS, SHARED, Recipe, load_recipe, parse_recipe, recipe_schema
+from mull.app.recipe import EXAMPLES, SECTIONS, SHARED, Recipe, load_recipe, parse_recipe, recipe_schema
 from mull.app.yaml_text import MAX_CHARACTERS, read_yaml
 
 RHO1 = {"reference": "somewhere"}
 CRITIC = {"pretrain": {"steps": 3}}
 GRPO = {"reward": "arithmetic"}
+
+
+@pytest.mark.parametrize("key", EXAMPLES)
+def test_the_examples_of_what_belongs_under_a_key_do_belong_there(key: str) -> None:
+    template, value = EXAMPLES[key]
+    places = {"tags": "run", "arithmetic": "data", "iterations": "loss"} | dict.fromkeys(
+        ("architecture", "etd", "mtp"), "model"
+    )
+    section = {key: yaml.safe_load(template.format(value))}
+    recipe = {"run": {"name": "a"}, "train": {"steps": 1}} | ({places[key]: section} if key in places else section)
+    said = refusal(recipe)
+    assert "belongs here" not in said
+    assert "unknown key" not in said
+
+
+def refusal(recipe: dict[str, Any]) -> str:
+    try:
+        parse_recipe(recipe)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize(
@@ -31,6 +52,19 @@ GRPO = {"reward": "arithmetic"}
         ({"train__eval_every": 1}, "unknown key train.eval_every."),
         ({"model__mtp__heads": 2}, "unknown key model.mtp.heads."),
         ({"train__steps": "many"}, "train.steps='many': Input should be a valid integer"),
+        (
+            {"loss__iterations": 2},
+            "loss.iterations=2: a section belongs here, such as iterations: {kind: fixed, maximum: 2}",
+        ),
+        ({"data": "file.txt"}, "data='file.txt': a section belongs here, such as data: {paths: [file.txt]}"),
+        ({"data__paths": "file.txt"}, "data.paths='file.txt': a list belongs here, such as paths: [file.txt]"),
+        ({"model": "DIR"}, "model='DIR': a section belongs here, such as model: {checkpoint: DIR}"),
+        ({"model__mtp": 3}, "model.mtp=3: a section belongs here, such as mtp: {num_predict_tokens: 3}"),
+        ({"model__etd": "7,4,5"}, "such as etd: {n_encoder_layers: 12, n_think_layers: 7, n_decoder_layers: 9}"),
+        ({"train": "next-token"}, "train='next-token': a section belongs here, such as train: {steps: 100}"),
+        ({"run__tags": ["a"]}, "run.tags=['a']: a section belongs here, such as tags: {team: mine}"),
+        ({"tracking": True}, "tracking=True: a section of mlflow, uri, experiment belongs here"),
+        ({"train__trainable": 3}, "train.trainable"),
         ({"train__max_seconds": 3}, "train: steps=6 and max_seconds=3.0: give exactly one"),
         ({"train__algo": "rho-wmtp"}, "train.algo: 'rho-wmtp' is not known. Did you mean rho1-wmtp?"),
         ({"model__checkpoint": "x"}, "model: give either checkpoint or architecture"),
@@ -165,7 +199,8 @@ def test_the_critic_is_a_stage_of_its_own(tmp_path: Path) -> None:
         ([{}], {"model__mtp": {}}, "model.mtp is not read by train.algo=next-token"),
         ([{"train": {"trainable": "heads"}}], {}, "train.trainable=heads is not read by train.algo=next-token"),
         ([{"train": {"trainable": "trunk"}}], {}, "'trunk' must be one of all, heads, new, or a list of patterns"),
-        ("all", {}, "stages='all': Input should be a valid tuple"),
+        ("all", {}, "stages='all': a list belongs here, such as stages: [{train: {steps: 100}}]"),
+        ([3], {}, "stages.0=3: a section belongs here, such as stages: [{train: {steps: 3}}]"),
         (
             [{}, {"data": {"format": "arithmetic", "arithmetic": {}, "paths": None}}],
             {"data": {"length": 16}},

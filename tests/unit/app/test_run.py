@@ -32,6 +32,7 @@ from mull.data.tokenizer import train_tokenizer
 from mull.evaluation.held_out import held_out_loss, held_out_losses
 from mull.model.configs import ETDConfig, MTPConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
+from mull.runtime.checkpoint import stored_tensors
 from mull.runtime.storage import exclusive
 from mull.runtime.tracking import MlflowLog, sqlite_uri
 from mull.training.loop import train
@@ -489,6 +490,21 @@ def test_a_dry_run_prints_every_stage_and_what_it_trains(tmp_path: Path) -> None
     assert all(name.startswith("mtp_heads.heads.*.") for name in listed)
 
 
+def test_the_utilisation_counts_what_a_stage_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mull.training.loop.peak_flops", lambda device, precision: 1.0)
+    carry_out(staged(tmp_path, "one"))
+    costs = []
+    for folder in (tmp_path / "one" / "heads", tmp_path / "one"):
+        record = records(folder)[-1]
+        costs.append(record["mfu"] / record["tokens_per_second"])
+    table = estimate_recipe(parse_recipe(staged(tmp_path, "two"))).splitlines()
+    listed = [
+        float(line.split()[-1].replace(",", "")) for line in table if line.startswith("FLOPs per token, training")
+    ]
+    assert costs == pytest.approx(listed, rel=1e-6)
+    assert costs[0] < 0.8 * costs[1]
+
+
 def test_wrong_answers_are_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = named(tmp_path, "tiny", train__algo="baseline-mtp", train__steps=1)
     recipe["data"] = {"paths": [str(answers(tmp_path))], "format": "examples", "vocab_size": 280, "length": 32}
@@ -714,6 +730,13 @@ def test_a_dry_run_says_what_the_run_then_takes_and_writes_nothing(tmp_path: Pat
     assert rows["tokens per step"] == f"{result.tokens // 6:,}"
     assert rows["steps"] == "6"
     n_bytes = 4 * n_parameters
+    stored = sum(file.stat().st_size for file in (tmp_path / "tiny").rglob("*.distcp"))
+    exported = {name: (tmp_path / "tiny" / name / "model.safetensors").stat().st_size for name in ("model", "trunk")}
+    listed = {name: float(rows[name].split()[-2].replace(",", "")) * 1024 for name in ("checkpoints", *exported)}
+    assert rows["checkpoints"].startswith("1 of ")
+    n_tensors = len(stored_tensors(str(tmp_path / "tiny" / "checkpoints" / "step-000006")))
+    assert 0 < stored - listed.pop("checkpoints") < 4096 * n_tensors, "torch writes a header with each tensor"
+    assert listed == pytest.approx(exported, rel=0.1)
     assert rows["weights"] in {f"{n_bytes / 1024:,.1f} KiB", f"{(n_bytes + 2 * 8 * 4) / 1024:,.1f} KiB"}
     assert "TFLOP/s per rank" in rows["time at full use of the peak"]
 

@@ -60,6 +60,22 @@ def made(kind: str, template: str = "nothing", model: str = "bpe") -> PreTrained
     )
 
 
+def test_tokens_do_not_depend_on_how_many_texts_are_tokenized_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [text * length for length in (1, 5, 45, 2) for text in TEXTS[2:4]] + [""]
+    encoder = TextEncoder(made("byte level", "both"))
+    expected = encoder.documents(texts)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("mull.data.tokenizer.GROUP", 100)
+    monkeypatch.setattr("mull.data.tokenizer.LONG_TEXT", 1300)
+    monkeypatch.setattr("mull.runtime.progress.PRINT_EVERY_SECONDS", 0.0)
+    assert encoder.documents(texts) == expected
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.count("Tokenizing a text of 0 million characters.") == 1
+    assert lines[-1] == f"tokenizing: text {len(texts)} of {len(texts)}, 00:00 left"
+
+
 @pytest.mark.parametrize("model", ["bpe", "unigram"])
 @pytest.mark.parametrize("kind", ADD_A_SPACE)
 def test_an_answer_continues_its_prompt_without_a_space_of_its_own(kind: str, model: str) -> None:

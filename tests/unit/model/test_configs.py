@@ -53,7 +53,7 @@ def test_a_split_that_does_not_add_up_names_the_depth_and_proposes_one() -> None
     ids=["negative", "no-block", "no-iteration", "misspelt", "missing"],
 )
 def test_impossible_and_misspelt_fields_are_refused(fields: dict[str, int]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValueError, match="ETDConfig|MTPConfig"):
         ETDConfig(**fields)
 
 
@@ -115,7 +115,7 @@ def test_weights_without_decay_are_equal() -> None:
     ],
 )
 def test_impossible_heads_are_refused(fields: dict[str, object]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValueError, match="ETDConfig|MTPConfig"):
         MTPConfig(**fields)
 
 

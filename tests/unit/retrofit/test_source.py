@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,11 +77,35 @@ def test_a_gguf_file_is_the_model_that_transformers_loads(gguf_file: Path, tmp_p
     assert load_tokenizer(gguf_file)(TEXT)["input_ids"] == train_tokenizer([TEXT], VOCABULARY)(TEXT)["input_ids"]
 
 
-def test_without_the_package_the_extra_is_named(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file_is_read_once_for_configuration_weights_and_tokenizer(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    read, calls = module.load_gguf_checkpoint, []
+
+    def counted(*given: Any, **options: Any) -> Any:
+        calls.append(options.get("return_tensors", False))
+        return read(*given, **options)
+
+    monkeypatch.setattr(module, "load_gguf_checkpoint", counted)
+    monkeypatch.setattr("mull.retrofit.source.LARGE", 0)
+    file = shutil.copy(gguf_file, tmp_path / "m.gguf")
+    model = mull.from_pretrained(file, SPLIT, use_cache=False)
+    load_tokenizer(file)
+    assert calls.count(True) == 1
+    assert calls.count(False) <= 2, "one for the configuration, and one that AutoTokenizer makes"
+    assert capsys.readouterr().err.count(f"Reading {file} (0.0 GB)") == 1
+    assert not model.config.get_text_config().use_cache
+    assert mull.from_pretrained(file, SPLIT).config.get_text_config().use_cache, "a call does not change the next one's"
+
+
+def test_without_the_package_the_extra_is_named(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     monkeypatch.setattr(module, "is_gguf_available", lambda *_: False)
     with pytest.raises(RuntimeError, match=r"pip install 'mull\[gguf\]'"):
-        mull.from_pretrained(gguf_file)
+        mull.from_pretrained(shutil.copy(gguf_file, tmp_path / "new.gguf"))
 
 
 def test_what_is_no_model_is_named(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

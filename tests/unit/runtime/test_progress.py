@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mull.runtime.progress import PRINT_EVERY_SECONDS, Progress
+from mull.runtime.progress import PRINT_EVERY_SECONDS, Progress, tracked
 
 
 @pytest.fixture
@@ -68,6 +68,33 @@ def test_a_terminal_gets_a_bar_and_announcements_beside_it(monkeypatch: pytest.M
     assert "split: 100%" in shown
     assert "4/4" in shown
     assert "of 4" not in shown
+
+
+def test_short_work_shows_nothing_and_long_work_its_lines(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in tracked(range(4), "text", "reading", 4):
+        clock[0] += 2
+    assert capsys.readouterr().err == ""
+    for _ in tracked(range(8), "text", "reading"):
+        clock[0] += 2
+    for _ in tracked(range(8), "text", "reading", 8):
+        clock[0] += 2
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: text 5",
+        "reading: text 5 of 8, 00:06 left",
+        "reading: text 8 of 8, 00:00 left",
+    ]
+
+
+def test_on_a_terminal_short_work_has_no_bar_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert list(tracked(range(4), "text", "reading", 4)) == [0, 1, 2, 3]
+    assert not terminal.getvalue().strip()
+    monkeypatch.setattr("mull.runtime.progress.PATIENCE_SECONDS", 0.0)
+    assert list(tracked(range(4), "text", "reading", 4)) == [0, 1, 2, 3]
+    assert "reading:" in terminal.getvalue()
 
 
 @pytest.mark.parametrize("hidden", ["not shown", "another rank"])

@@ -22,7 +22,7 @@ from mull.data.sampler import ShuffledBatches
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.checkpoint import CheckpointConfig, checkpoints, latest
 from mull.runtime.tracking import read_metrics
-from mull.training.loop import Evaluation, TrainConfig, train
+from mull.training.loop import Evaluation, TrainConfig, _shown, losses_of, train
 from mull.training.objectives.base import LossOutput, Objective, StepPlan
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.next_token import NextToken
@@ -524,6 +524,13 @@ def test_other_logs_receive_the_records(tmp_path: Path) -> None:
     result = train(Thinker(), fixed(), rows, config(steps=3, log_every=2), logs=[sink])
     assert received == result.history
     assert [record["step"] for record in received] == [1, 2, 3]
+
+
+def test_the_loss_of_the_main_head_and_that_on_held_out_rows_are_shown_where_they_are_known() -> None:
+    assert losses_of({"loss": 3.0, "lr": 1.0}) == {"loss": 3.0}
+    record = {"head0_loss": 2.0, "eval_loss": 2.5, "loss": 3.0, "seconds": 1.0}
+    assert losses_of(record) == {"loss": 3.0, "main head": 2.0, "held out": 2.5}
+    assert _shown(record, 10) == "loss 3.0000, main head 2.0000, held out 2.5000, 10 tokens/s"
 
 
 @pytest.mark.parametrize("flops", [1e6, lambda: 1e6], ids=["number", "function"])

@@ -18,8 +18,8 @@ STREAMED_BYTES = 256 * 2**20
 """Size of the weights whose reading is timed: larger than the last-level cache of common CPUs and GPUs."""
 
 
-def products(module: nn.Module, config: Any) -> Iterator[tuple[nn.Parameter, float]]:
-    """Parameters that tokens are multiplied with, each with the share of it that one token uses.
+def products(module: nn.Module, config: Any) -> Iterator[tuple[nn.Module, nn.Parameter, float]]:
+    """Parameters that tokens are multiplied with, each with the part that owns it and the share of it that one token uses.
 
     The share is 1 for matrices and convolution kernels, and ``top_k / experts`` for stacks of routed experts.
     """
@@ -28,14 +28,14 @@ def products(module: nn.Module, config: Any) -> Iterator[tuple[nn.Parameter, flo
     for part in module.modules():
         for parameter in part.parameters(recurse=False):
             if parameter.ndim == 2 or isinstance(part, nn.Conv1d):
-                yield parameter, 1.0
+                yield part, parameter, 1.0
             elif parameter.ndim == 3:
-                yield parameter, config.num_experts_per_tok / parameter.shape[0]
+                yield part, parameter, config.num_experts_per_tok / parameter.shape[0]
 
 
 def product_flops(module: nn.Module, config: Any) -> float:
     """FLOPs per token of all products with parameters."""
-    return 2 * sum(parameter.numel() * share for parameter, share in products(module, config))
+    return 2 * sum(parameter.numel() * share for _, parameter, share in products(module, config))
 
 
 def mixing_flops(kind: str, config: Any, length: int) -> float:

@@ -146,7 +146,7 @@ def predicted_speedup(
 def _product_seconds(model: MullForCausalLM, module: nn.Module, machine: Machine, n_tokens: int) -> float:
     """Least time to multiply `n_tokens` rows with the parameters of a module."""
     total = 0.0
-    for parameter, share in products(module, model.config.get_text_config()):
+    for _, parameter, share in products(module, model.config.get_text_config()):
         n_read = parameter.numel() * (1 - (1 - share) ** n_tokens)  # experts that no token chooses are not read
         total += machine.seconds(n_read * parameter.element_size(), 2 * parameter.numel() * share * n_tokens)
     return total

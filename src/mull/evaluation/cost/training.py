@@ -9,7 +9,6 @@ Shapes: B rows of a micro-batch, T tokens of a row, D model width, V vocabulary.
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import dropwhile
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from mull.evaluation.cost.count import mixing_flops, product_flops, products, visible_keys
+from mull.evaluation.cost.disk import in_bytes
 from mull.layers.recursive_heads import ChainedSteps
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import layer_kinds
@@ -31,6 +32,10 @@ from mull.training.step import DistributedConfig
 
 OPTIMIZER_COPIES = {"Muon": 1, "AdamW": 2}
 """Tensors of a parameter's size that its optimizer keeps: a momentum; two moving averages."""
+
+
+MIXERS = ("self_attn", "linear_attn")
+"""Modules of a decoder layer in which tokens meet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,9 @@ class Schedule:
 
     forward_passes: int = 0
     """Additional passes without gradient over every token, for sampling or for algorithms that weight a whole step."""
+
+    n_heads: int | None = None
+    """Extra heads that are trained; None for all."""
 
     packed: bool = True
     """Rows contain several documents, so attention needs a mask that every visit keeps. Not counted: recurrent layers run each
@@ -150,8 +158,8 @@ class Estimate:
         parts = dataclasses.asdict(self.parameters)
         yield "parameters", f"{parts.pop('total'):,}"
         yield from ((f"  {name}", f"{count:,}") for name, count in parts.items() if count)
-        yield "memory per rank", _in_bytes(self.memory.total)
-        yield from ((f"  {name}", _in_bytes(size)) for name, size in dataclasses.asdict(self.memory).items() if size)
+        yield "memory per rank", in_bytes(self.memory.total)
+        yield from ((f"  {name}", in_bytes(size)) for name, size in dataclasses.asdict(self.memory).items() if size)
         yield "FLOPs per token, forward", f"{self.forward_flops:,.0f}"
         yield "FLOPs per token, training", f"{self.training_flops:,.0f}"
         yield "FLOPs per step", f"{self.step_flops:.3e}"
@@ -179,27 +187,46 @@ def flops_per_token(
         iterations: Mean passes through the think block; None as configured.
         n_heads: Extra heads that run; None for all.
     """
-    return _trunk_flops(model, length, _visits(model, iterations)) + _head_flops(model, length, n_heads)
+    config, costs = model.config.get_text_config(), _layer_flops(model, length)
+    visits = zip(_visits(model, iterations), _parts(model), strict=True)
+    trunk = sum(times * sum(costs[layer] for layer in part) for times, part in visits)
+    heads = [product_flops(head, config) + mixing for head, mixing in _extra_heads(model, length, n_heads)]
+    return trunk + sum(heads) + 2.0 * model.lm_head.weight.numel() * (1 + len(heads))
 
 
 def training_flops_per_token(
-    model: MullForCausalLM, length: int, iterations: float | None = None, backprop_iterations: int | None = None
+    model: MullForCausalLM,
+    length: int,
+    iterations: float | None = None,
+    backprop_iterations: int | None = None,
+    n_heads: int | None = None,
 ) -> float:
-    """FLOPs of a forward and a backward pass per token, the numerator of the MFU: three times the forward pass.
+    """FLOPs of a forward and a backward pass per token, the numerator of the MFU.
 
-    The backward pass computes two products for each one of the forward pass. (A delta rule computes a few more, for the
-    triangular solve.) If `backprop_iterations` is smaller than `iterations`, the encoder and the first iterations run forward
-    only and count once. Frozen weights and targets of weight 0 are not subtracted, and recomputed activations are not added.
+    The backward pass computes a product for the gradient of each trained weight, and one for the gradient of each input that
+    depends on a trained weight: three times the forward pass where everything is trained. Frozen parts below the first trained
+    one have no backward pass. (A delta rule computes a few products more, for the triangular solve.) If `backprop_iterations` is
+    smaller than `iterations`, the encoder and the first iterations run forward only. Targets of weight 0 and heads that are
+    detached from the trunk are not subtracted, and recomputed activations are not added.
 
     Args:
-        model: Its weights are not read, so it may be on the meta device.
+        model: Its weights are not read, so it may be on the meta device. Parameters with ``requires_grad`` are trained.
         length: Tokens T of a row.
         iterations: Mean passes through the think block; None as configured.
         backprop_iterations: Passes that are back-propagated through; None for all.
+        n_heads: Extra heads that run; None for all.
     """
-    forward = _trunk_flops(model, length, _visits(model, iterations))
-    differentiated = _trunk_flops(model, length, _visits(model, iterations, backprop_iterations))
-    return forward + 2 * differentiated + 3 * _head_flops(model, length)
+    forward = flops_per_token(model, length, iterations, n_heads)
+    visits = list(_differentiated(model, iterations, backprop_iterations))
+    tracer = _Tracer(model, Schedule(rows=1, length=length))
+    backward = sum(times * tracer.layer_backward(layer, reached) for layer, times, reached in visits)
+    unembedding, is_trained = 2.0 * model.lm_head.weight.numel(), model.lm_head.weight.requires_grad
+    reached = bool(visits) or not _is_frozen(model.model.norm)
+    backward += unembedding * ((reached or is_trained) + is_trained)
+    for k, (head, mixing) in enumerate(_extra_heads(model, length, n_heads), start=1):
+        states, cost = tracer.head_backward(k, head, mixing, reached)
+        backward += cost + unembedding * ((states or is_trained) + is_trained)
+    return forward + backward
 
 
 def estimate(
@@ -234,13 +261,16 @@ def estimate(
         gathered=0 if share == 1 else _gathered(model, distributed or DistributedConfig()),
     )
     mean = schedule.max_iterations if schedule.mean_iterations is None else schedule.mean_iterations
-    training = training_flops_per_token(model, schedule.length, mean, schedule.backprop_iterations)
-    forward = flops_per_token(model, schedule.length, mean)
+    training = training_flops_per_token(model, schedule.length, mean, schedule.backprop_iterations, schedule.n_heads)
+    forward = flops_per_token(model, schedule.length, mean, schedule.n_heads)
     beside = forward * schedule.forward_passes
     if reference is not None:
         beside += flops_per_token(reference, schedule.length)
     if schedule.checkpointing:
-        beside += _trunk_flops(model, schedule.length, _visits(model, mean, schedule.backprop_iterations))
+        costs = _layer_flops(model, schedule.length)
+        beside += sum(
+            times * costs[layer] for layer, times, _ in _differentiated(model, mean, schedule.backprop_iterations)
+        )
     tokens = schedule.accumulate * schedule.rows * schedule.length
     return Estimate(
         parameters=_count(model, companion, tensors),
@@ -270,38 +300,37 @@ def _visits(
     return 0, backprop_iterations, 1
 
 
-def _trunk_flops(model: MullForCausalLM, length: int, visits: tuple[float, float, float]) -> float:
-    """FLOPs per token of the layers, each of the `_parts` run as often as `visits` says."""
+def _differentiated(
+    model: MullForCausalLM, iterations: float | None, backprop_iterations: int | None
+) -> Iterator[tuple[int, float, bool]]:
+    """Layers of the backward pass, how often each is in it, and whether its input has a gradient."""
+    visits = _visits(model, iterations, backprop_iterations)
+    reached = visits[0] > 0 and model.model.embed_tokens.weight.requires_grad
+    for count, part in zip(visits, _parts(model), strict=True):
+        for times in filter(None, (min(count, 1), count - min(count, 1))):  # the first pass, and later ones
+            for layer in part:
+                if reached or not _is_frozen(model.model.layers[layer]):
+                    yield layer, times, reached
+                    reached = True
+
+
+def _layer_flops(model: MullForCausalLM, length: int) -> list[float]:
+    """FLOPs per token of a forward pass of each layer."""
     config = model.config.get_text_config()
-    costs = [
+    return [
         product_flops(layer, config) + mixing_flops(kind, config, length)
         for layer, kind in zip(model.model.layers, layer_kinds(config), strict=True)
     ]
-    return sum(times * sum(costs[layer] for layer in part) for times, part in zip(visits, _parts(model), strict=True))
 
 
-def _head_flops(model: MullForCausalLM, length: int, n_heads: int | None = None) -> float:
-    """FLOPs per token of the unembedding of every head, and of the extra heads themselves."""
-    config = model.config.get_text_config()
-    unembedding = 2.0 * model.lm_head.weight.numel()
-    heads = model.mtp_heads
-    if heads is None or n_heads == 0:
-        return unembedding
-    count = heads.n_heads if n_heads is None else n_heads
-    cost = count * (product_flops(heads.heads[0], config) + unembedding)
-    if heads.blocks:
-        # Step k of a recursive head attends to the keys of steps 1 to k.
-        spans = [k * length if heads.recursive else length for k in range(1, 1 + count)]
-        cost += sum(mixing_flops("full_attention", config, span) for span in spans)
-    return unembedding + cost
-
-
-def _in_bytes(size: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:,.1f} {unit}"
+def _extra_heads(model: MullForCausalLM, length: int, n_heads: int | None) -> Iterator[tuple[nn.Module, float]]:
+    """Extra heads that run, and the FLOPs per token of their attention."""
+    heads, config = model.mtp_heads, model.config.get_text_config()
+    if heads is None:
+        return
+    for k in range(heads.n_heads if n_heads is None else n_heads):
+        span = (k + 1) * length if heads.recursive else length  # of the keys of this and earlier steps
+        yield heads.heads[k % len(heads.heads)], mixing_flops("full_attention", config, span) if heads.blocks else 0.0
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -327,7 +356,7 @@ def _count(model: MullForCausalLM, companion: nn.Module | None, tensors: Iterabl
     """Numbers of parameters; `tensors` are those of both modules, tied ones once."""
     beside = 0 if companion is None else _numel(companion)
     encoder, think, decoder = (sum(_numel(model.model.layers[layer]) for layer in part) for part in _parts(model))
-    idle = sum(p.numel() * (1 - share) for p, share in products(model, model.config.get_text_config()))
+    idle = sum(p.numel() * (1 - share) for _, p, share in products(model, model.config.get_text_config()))
     embedding, unembedding = model.model.embed_tokens.weight, model.lm_head.weight
     return Parameters(
         total=_numel(model) + beside,
@@ -367,10 +396,8 @@ def _loss_size(model: MullForCausalLM, schedule: Schedule) -> int:
 def _activations(model: MullForCausalLM, schedule: Schedule) -> int:
     """Bytes that autograd keeps of one micro-batch."""
     tracer = _Tracer(model, schedule)
-    times = _visits(model, schedule.max_iterations, schedule.backprop_iterations)
-    visits = [layer for count, part in zip(times, _parts(model), strict=True) for layer in [*part] * int(count)]
-    if not model.model.embed_tokens.weight.requires_grad:  # frozen layers below the first trainable one keep nothing
-        visits = list(dropwhile(lambda number: _is_frozen(model.model.layers[number]), visits))
+    differentiated = _differentiated(model, schedule.max_iterations, schedule.backprop_iterations)
+    visits = [layer for layer, times, _ in differentiated for _ in range(int(times))]
     saved = {layer: tracer.layer(layer) for layer in set(visits)}
     outside = tracer.norm() + tracer.heads()
     if schedule.checkpointing:
@@ -405,7 +432,8 @@ class _Tracer:
 
     def __init__(self, model: MullForCausalLM, schedule: Schedule) -> None:
         self._model, self._schedule = model, schedule
-        self._kinds = layer_kinds(model.config.get_text_config())
+        self._config = model.config.get_text_config()
+        self._kinds = layer_kinds(self._config)
         self._found: dict[Any, _Saved] = {}
         self._mode = FakeTensorMode()
         with self._mode:
@@ -429,6 +457,45 @@ class _Tracer:
             self._found[signature] = self._measure(lambda h: self._run(layer, kind, h))
         return self._found[signature]
 
+    def layer_backward(self, number: int, reached: bool) -> float:
+        """FLOPs per token of a layer's backward pass; `reached` says whether its input has a gradient."""
+        layer, kind, config = self._model.model.layers[number], self._kinds[number], self._config
+        mixing = mixing_flops(kind, config, self._schedule.length)
+        return self._backward(layer, mixing, reached, lambda h: self._run(layer, kind, h))
+
+    def head_backward(self, k: int, head: nn.Module, mixing: float, reached: bool) -> tuple[bool, float]:
+        """Whether the states of extra head `k` have a gradient, and FLOPs per token of its backward pass."""
+        heads: Any = self._model.mtp_heads
+        trained = not _is_frozen(head)
+        if heads.sequential:
+            reached = reached or self._model.model.embed_tokens.weight.requires_grad or (k > 1 and trained)
+
+        def call(h: Tensor) -> Tensor:
+            return heads(k, h, torch.empty_like(h), self._run_block)
+
+        return reached or trained, self._backward(head, mixing, reached, call)
+
+    def _backward(self, module: nn.Module, mixing: float, reached: bool, call: Callable[[Tensor], Tensor]) -> float:
+        if not reached and _is_frozen(module):
+            return 0.0
+        parts = set(module.modules()) if reached else self._reached(call)
+        found = products(module, self._config)
+        cost = sum(2 * p.numel() * share * (p.requires_grad + (part in parts)) for part, p, share in found)
+        mixers = [part for name, part in module.named_modules() if name.endswith(MIXERS)]
+        return cost + 2 * mixing * any(part in parts for mixer in mixers for part in mixer.modules())
+
+    def _reached(self, call: Callable[[Tensor], Tensor]) -> set[nn.Module]:
+        """Parts with an input that has a gradient, though that of `call` has none."""
+        found: set[nn.Module] = set()
+
+        def note(part: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if any(isinstance(given, Tensor) and given.requires_grad for given in inputs):
+                found.add(part)
+
+        with register_module_forward_pre_hook(note):
+            self._bytes(call, 2, differentiable=False)
+        return found
+
     def norm(self) -> int:
         """What the final norm keeps for its rows; a copy of its weight vector is not counted."""
         return self._measure(lambda h: self._model.model.norm(h)).per_row * self._schedule.rows
@@ -441,10 +508,7 @@ class _Tracer:
         if heads.recursive:
             return self._measure(self._chain).of(self._schedule.rows)
 
-        def run_block(block: nn.Module, h: Tensor, _k: int) -> Tensor:
-            return self._run(block, "full_attention", h)
-
-        saved = self._measure(lambda h: heads(1, h, torch.empty_like(h), run_block))
+        saved = self._measure(lambda h: heads(1, h, torch.empty_like(h), self._run_block))
         return saved.of(self._schedule.rows * (heads.n_heads if heads.sequential else 1))
 
     def _chain(self, h: Tensor) -> Tensor:
@@ -455,6 +519,9 @@ class _Tracer:
         for k in range(1, 1 + heads.n_heads):
             h = heads(k, h, torch.empty_like(h), run_block)
         return h
+
+    def _run_block(self, block: nn.Module, h: Tensor, _k: int) -> Tensor:
+        return self._run(block, "full_attention", h)
 
     def _run(self, layer: nn.Module, kind: str, h: Tensor) -> Tensor:
         return run_layer(layer, kind, h, self._inputs(kind, h))
@@ -475,7 +542,7 @@ class _Tracer:
         two, three = self._bytes(call, 2), self._bytes(call, 3)  # not 1: a single row needs fewer copies
         return _Saved(per_row=three - two, copies=3 * two - 2 * three)
 
-    def _bytes(self, call: Callable[[Tensor], Tensor], rows: int) -> int:
+    def _bytes(self, call: Callable[[Tensor], Tensor], rows: int, differentiable: bool = True) -> int:
         self._shared = {_storage(tensor) for tensor in self._tensors.values()}
         kept: dict[int, Tensor] = {}
 
@@ -487,7 +554,7 @@ class _Tracer:
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=self._schedule.precision == "bf16")
         with self._mode, autocast, _OneExpert(), saved_tensors_hooks(pack, lambda tensor: tensor):
             # A clone, because autocast caches the cast of a leaf for all its readers.
-            h = torch.empty(shape, dtype=self._weight.dtype, requires_grad=True).clone()
+            h = torch.empty(shape, dtype=self._weight.dtype, requires_grad=differentiable).clone()
             out = functional_call(_Call(self._model, call), self._tensors, (h,))
         del out
         return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in self._shared)

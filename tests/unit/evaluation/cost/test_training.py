@@ -9,8 +9,10 @@ from conftest import FAMILIES, SPLIT, tiny
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from mull.evaluation.cost.count import product_flops
 from mull.evaluation.cost.training import (
     Schedule,
     estimate,
@@ -25,6 +27,7 @@ from mull.retrofit.presets import TransformerConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.training.optimization import OptimizationConfig, build_optimizers
 from mull.training.step import DistributedConfig
+from mull.training.trainable import frozen_except
 
 ADAMW, MUON = OptimizationConfig(), OptimizationConfig(optimizer="muon")
 ROWS, LENGTH = 3, 64
@@ -49,6 +52,21 @@ def counted(call: Any) -> float:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() / (ROWS * LENGTH)
+
+
+class InBackward(TorchDispatchMode):
+    """PyTorch's counter without its tracking of modules, which cannot follow `torch.autograd.grad`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self.formulas = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if formula := self.formulas.get(function._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,6 +140,13 @@ def test_every_head_counts_itself_and_its_unembedding(kind: Any, share: bool) ->
     assert flops_per_token(real, LENGTH, 2, n_heads=0) == flops_per_token(model(), LENGTH, 2)
 
 
+def test_heads_that_do_not_run_cost_nothing() -> None:
+    real = model(mtp=MTPConfig())
+    assert training_flops_per_token(real, LENGTH, 2, n_heads=0) == training_flops_per_token(model(), LENGTH, 2)
+    without = estimate(meta(real), ADAMW, Schedule(rows=1, length=LENGTH, n_heads=0))
+    assert without.training_flops == training_flops_per_token(model(), LENGTH)
+
+
 @pytest.mark.parametrize("backprop", [None, 1])
 def test_training_costs_three_forward_passes_and_one_where_no_gradient_flows(backprop: int | None) -> None:
     real = model()
@@ -132,6 +157,57 @@ def test_training_costs_three_forward_passes_and_one_where_no_gradient_flows(bac
 
     expected = counted(run)
     assert training_flops_per_token(real, LENGTH, 3, backprop) == pytest.approx(expected, rel=0.03)
+
+
+TRAINED: dict[str, Any] = {
+    "all": "all",
+    "heads": "heads",
+    "head": ["lm_head.weight"],
+    "embeddings": ["model.embed_tokens.weight"],
+    "think": ["model.layers.[2345].*"],
+    "above": ["model.layers.[67].*", "lm_head.weight"],
+    "inside": ["model.layers.5.mlp.*"],
+    "last": ["model.layers.5.mlp.down_proj.weight"],
+    "norms": ["model.layers.[34].*norm.weight"],
+    "final": ["model.norm.weight", "mtp*"],
+}
+
+
+@pytest.mark.parametrize("kind", [None, "mlp", "transformer", "sequential", "native"])
+@pytest.mark.parametrize("chosen", TRAINED)
+@pytest.mark.parametrize("backprop", [None, 2])
+@pytest.mark.latin(3, "kind", "chosen", "backprop")
+def test_training_costs_the_products_of_the_gradients_that_it_computes(
+    kind: Any, chosen: str, backprop: int | None
+) -> None:
+    # Not here: single maps of attention, of which fused kernels compute all gradients, and PyTorch's plain one only some.
+    if (kind is None and chosen in ("heads", "final")) or (backprop and chosen == "embeddings"):
+        pytest.skip("nothing to train")
+    real = model(mtp=kind and MTPConfig(num_predict_tokens=3, mtp_head_type=kind))
+    targets = targets_of(tokens(), None, 1 if kind is None else 4)
+
+    def run() -> None:
+        hidden = real.hidden_states(tokens(), think_iterations=3, backprop_iterations=backprop)
+        loss, _ = real.head_losses(hidden, tokens(), targets, (targets >= 0).float())
+        loss.backward()
+
+    with frozen_except(real, TRAINED[chosen]):
+        # The last positions of a row have no target, and steps of recursive heads see masks instead of causality.
+        with sdpa_kernel(SDPBackend.MATH), InBackward() as counter:
+            run()
+        expected = counter.total / (ROWS * LENGTH)
+        assert training_flops_per_token(real, LENGTH, 3, backprop) == pytest.approx(expected, rel=0.015)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chosen", [["model.layers.3.*"], ["model.layers.3.*.down_proj*"]], ids=["layer", "part"])
+def test_every_family_costs_nothing_below_what_is_trained(family: str, chosen: list[str]) -> None:
+    looped = meta(model(family))
+    below = sum(product_flops(layer, looped.config.get_text_config()) for layer in looped.model.layers[:3])
+    whole = training_flops_per_token(looped, LENGTH, 1)
+    with frozen_except(looped, chosen):
+        found = training_flops_per_token(looped, LENGTH, 1)
+    assert flops_per_token(looped, LENGTH, 1) < found < whole - 2 * below
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3-tied", "qwen3_next-moe"])
