@@ -34,12 +34,12 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "training": (6, "optimization objectives trainable state content step loop"),
     "training.objectives": (
         6,
-        "base iterations resources next_token step_supervision evidence weight_statistics weightings weighted_mtp critic grpo "
-        "table",
+        "base iterations resources next_token step_supervision exits evidence weight_statistics weightings weighted_mtp critic "
+        "grpo table",
     ),
     "evaluation": (7, "held_out lossless acceptance rewards cost search"),
     "evaluation.cost": (7, "count disk training decoding"),
-    "evaluation.search": (7, "loop_probe split"),
+    "evaluation.search": (7, "loop_probe split calibration"),
     "app": (8, "yaml_text architecture recipe prepare build run report demo cli"),
     "app.report": (8, "figures page"),
     "app.demo": (8, "chapter loops weights speculation chain demo"),

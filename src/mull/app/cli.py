@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 from mull.app.demo.demo import run_demo
 from mull.app.recipe import load_recipe, recipe_schema, wrong_value
-from mull.app.report.figures import angular_distance_figure
+from mull.app.report.figures import angular_distance_figure, depth_figure
 from mull.app.report.page import Report
 from mull.app.run import estimate_recipe, run_recipe
 from mull.data.corpus import load_stdlib
@@ -25,6 +25,7 @@ from mull.data.sources import load_documents
 from mull.data.tokenizer import TextEncoder
 from mull.decoding.generate import GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position, describe_call
+from mull.evaluation.search.calibration import calibrate
 from mull.evaluation.search.split import SplitReport, find_split
 from mull.model.configs import ETDConfig, MTPConfig
 from mull.retrofit.source import load_tokenizer
@@ -156,6 +157,60 @@ def split(
     print(f"figure: {folder / 'split.html'}")
 
 
+@app.command("calibrate")
+def calibrate_depth(
+    model: ModelArgument,
+    data: Annotated[list[str] | None, Option(help="Files, folders, s3://… or hf:…; default: Python's library.")] = None,
+    target_iterations: Annotated[float | None, Option(help="Mean think iterations of a token.")] = None,
+    tolerance: Annotated[float | None, Option(help="Nats that the loss may rise above that of all iterations.")] = None,
+    rule: Annotated[str, Option(help="state, confidence, kl, repeat or learned.")] = "state",
+    iterations: Annotated[int | None, Option(help="Most think iterations; default: the model's own.")] = None,
+    stop: Annotated[
+        Literal["last_kv", "own_state", "active_only"], Option(help="What a stopped token leaves behind.")
+    ] = "last_kv",
+    length: Annotated[int, Option(help="Tokens per row.", min=2)] = 256,
+    rows: Annotated[int, Option(help="Held-out rows to measure on.", min=1)] = 32,
+    out: Annotated[str, Option(help="Folder for calibration.json and calibration.html.")] = "out/calibration",
+) -> None:
+    """Find the threshold at which tokens of MODEL stop thinking, and store it in the model's folder."""
+    place, folder = local_path(model), local_path(out)
+    loaded: Any = from_pretrained(model, allow_missing=False)
+    tokenizer = load_tokenizer(model)
+    documents = load_stdlib().held_out if data is None else load_documents(data)
+    texts = (document.text for document in documents)
+    dataset = pack_texts(texts, tokenizer, length=length, vocab_size=loaded.config.vocab_size)
+    found = calibrate(
+        loaded.to(device()),
+        dataset,
+        rule=rule,
+        iterations=iterations,
+        target_iterations=target_iterations,
+        tolerance=tolerance,
+        stop=stop,
+        max_rows=rows,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "calibration.json").write_text(found.model_dump_json(indent=1))
+    table = [tuple(point.model_dump().values()) for point in found.curve]
+    page = Report(f"Depth of {model}", command=" ".join(["mull", *sys.argv[1:]]))
+    section = page.section("Loss against executed layers")
+    section.figure(depth_figure(found.curve), "Loss against the mean number of layers that a token runs.")
+    section.table(DEPTH_COLUMNS, table, f"{found.n_targets} targets; nats per token.")
+    page.write(folder / "calibration.html")
+    for row in [DEPTH_COLUMNS, *table]:
+        print(*(f"{cell:.4f}".rjust(12) if isinstance(cell, float) else f"{cell or '':>12}" for cell in row), sep="")
+    chosen, halting = found.chosen, found.halting
+    print(f"chosen: {halting.rule} at {halting.limit:.6g}: {chosen.iterations:.2f} iterations, loss {chosen.loss:.4f}")
+    if isinstance(loaded.config.etd, dict) and (place / "config.json").is_file():
+        loaded.config.etd |= {"adaptive_depth": True, "confidence_threshold": None, "halting": halting.model_dump()}
+        loaded.config.save_pretrained(place)
+        print(f"stored in {place / 'config.json'}")
+
+
+DEPTH_COLUMNS = ("rule", "threshold", "iterations", "layers", "readouts", "loss")
+"""Of a calibration: means per token; `DepthPoint` says more."""
+
+
 PROBE_COLUMNS = ("layers", "extra loss", "standard error", "per layer", "rows", "dropped")
 """What is shown of a probed window; losses in nats per token."""
 
@@ -216,6 +271,9 @@ def continue_prompt(
     compile_max: Annotated[
         bool, Option("--compile-max", help="Compile with packed weights: minutes, then fastest.")
     ] = False,
+    adaptive: Annotated[
+        bool | None, Option(help="Let tokens stop thinking early; default: as the model is stored.")
+    ] = None,
     stats: Annotated[bool, Option("--stats", help="Print time and acceptance to standard error.")] = False,
 ) -> None:
     """Continue a prompt, printing tokens as they come."""
@@ -245,6 +303,7 @@ def continue_prompt(
         eos_token_id=encoder.ends(loaded.generation_config.eos_token_id),
         think_iterations=think_iterations,
         streamer=TextStreamer(tokenizer),
+        adaptive=adaptive,
         compile="max" if compile_max else compile_,
     )
     if stats:

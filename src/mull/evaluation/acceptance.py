@@ -46,7 +46,7 @@ def describe_call(stats: GenerationStats) -> dict[str, str]:
     return {
         "prompt": f"{stats.prompt_tokens} tokens",
         "new": f"{stats.new_tokens} tokens",
-        "think iterations": "of an explicit path" if stats.think_iterations is None else str(stats.think_iterations),
+        "think iterations": _iterations(stats),
         "rounds": f"{stats.rounds} ({rounds})" if rounds else "0",
         "mean accepted length": f"{stats.mean_accepted_length:.2f} tokens per row and round, the model's own included",
         "speed": f"{stats.tokens_per_second:.1f} tokens per second of decoding",
@@ -55,3 +55,12 @@ def describe_call(stats: GenerationStats) -> dict[str, str]:
         "decode": f"{stats.decode_seconds:.3f} s",
         "warm-up": f"{stats.warm_up_seconds:.3f} s",
     }
+
+
+def _iterations(stats: GenerationStats) -> str:
+    if stats.think_iterations is None:
+        return "of an explicit path"
+    if not stats.think_histogram:
+        return str(stats.think_iterations)
+    counts = ", ".join(f"{depth}: {count}" for depth, count in sorted(stats.think_histogram.items()))
+    return f"{stats.mean_think_iterations:.2f} on average, at most {stats.think_iterations} (tokens by iterations: {counts})"

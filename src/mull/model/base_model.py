@@ -518,7 +518,8 @@ class MullModel(MullPreTrainedModel):
             input_ids: ``[B, T]``.
             options: ``attention_mask``, ``position_ids``, ``think_iterations``, ``policy`` and ``unembed`` as in `forward`;
                 ``adaptive``, too, but False if not given; and ``backprop_iterations``: back-propagate through the last ones only.
-                The others, and the encoder before them, run without gradient. None back-propagates through all.
+                The others, and the encoder before them, run without gradient. None back-propagates through all. To a list
+                ``think_states``, the states ``[B, T, D]`` after each iteration are appended, before they are decoded.
 
         Raises:
             TypeError: an argument of another type.
@@ -538,6 +539,7 @@ class MullModel(MullPreTrainedModel):
         adaptive: bool | HaltingConfig = False,
         unembed: Callable[[Tensor], Tensor] | None = None,
         policy: Policy | None = None,
+        think_states: list[Tensor] | None = None,
     ) -> list[Tensor]:
         require_tensors(attention_mask=attention_mask, position_ids=position_ids)
         iterations = self.iterations(think_iterations)
@@ -565,6 +567,8 @@ class MullModel(MullPreTrainedModel):
             with torch.no_grad() if iteration < n_detached else nullcontext():
                 first = n_encoder + iteration * n_think
                 h = advance(h, visits[first : first + n_think])
+                if think_states is not None:
+                    think_states.append(h)
                 if every_iteration or iteration == iterations - 1:
                     states.append(self.norm(advance(h, decoder)))
         return states

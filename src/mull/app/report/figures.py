@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
+from mull.evaluation.search.calibration import DepthPoint
 from mull.evaluation.search.split import SplitReport
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -147,6 +148,21 @@ def angular_distance_figure(split: SplitReport) -> Figure:
     panels[-1].set(xlabel="decoder layer", xlim=(-0.6, split.n_layers - 0.4))
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=18))
     return figure
+
+
+@mpl.rc_context(STYLE)
+def depth_figure(curve: Sequence[DepthPoint]) -> Figure:
+    """Loss against executed layers: a line for each way of stopping, and a point for the oracle."""
+    figure = Figure()
+    axes = figure.subplots()
+    names = list(dict.fromkeys(point.rule for point in curve))
+    for colour, marker, name in zip(cycle(PALETTE), cycle(MARKERS), names, strict=False):
+        points = sorted((point.layers, point.loss) for point in curve if point.rule == name)
+        style = "--" if name in ("fixed", "random") else "-"
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=style, label=name)
+    axes.set_xlabel("decoder layers per token (mean)")
+    axes.set_ylabel("held-out loss (nats per token)")
+    return _with_legend(figure, 3)
 
 
 def _finish_losses(figure: Figure, axes: Axes, label: str) -> Figure:
