@@ -167,6 +167,44 @@ def test_generate_drafts_with_the_native_heads_of_a_base_checkpoint(
     assert re.search(r"^ +2 +\d+ +\d+ +\d+ +[\d.]+%$", drafted.err, re.MULTILINE)
 
 
+def test_calibrate_measures_and_stores_a_threshold(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    split = ETDConfig(n_encoder_layers=2, n_think_layers=2, n_decoder_layers=2, max_think_iterations=3)
+    saved = tmp_path / "model"
+    wrap_transformer_with_etd(base, split).save_pretrained(saved)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(saved)
+    arguments = [
+        "calibrate",
+        saved,
+        "--data",
+        checkpoint / "text.txt",
+        "--length",
+        32,
+        "--rows",
+        4,
+        "--out",
+        tmp_path / "out",
+    ]
+    assert run(monkeypatch, *arguments) == 2
+    assert "Give either" in capsys.readouterr().err
+    assert run(monkeypatch, *arguments, "--target-iterations", 2) == 0
+    printed = capsys.readouterr().out
+    stored = json.loads((saved / "config.json").read_text())["etd"]
+    assert stored["adaptive_depth"] is True
+    assert stored["halting"]["rule"] == "state"
+    assert f"chosen: state at {stored['halting']['threshold']:.6g}" in printed
+    found = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert found["halting"] == stored["halting"]
+    assert "<svg" in (tmp_path / "out" / "calibration.html").read_text()
+    call = ["generate", saved, "--prompt", "def f1(x):", "--max-new-tokens", 8, "--stats"]
+    assert run(monkeypatch, *call) == 0
+    assert "on average, at most 3 (tokens by iterations:" in capsys.readouterr().err
+    assert run(monkeypatch, *call, "--no-adaptive") == 0
+    assert "on average" not in capsys.readouterr().err
+
+
 def test_split_measures_and_proposes(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
