@@ -27,7 +27,8 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "layers": (3, "heads recursive_heads value_head"),
     "model": (
         4,
-        "path configs memory growing_cache fixed_cache families inputs policy halting executor base_model causal_lm",
+        "path configs configuration memory growing_cache fixed_cache families inputs policy halting executor base_model "
+        "causal_lm",
     ),
     "retrofit": (5, "reading source native_heads wrap presets"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
@@ -54,16 +55,16 @@ BUDGETS = {
     "ops": 700,
     "layers": 900,
     "data": 1070,
-    "model": 1860,
-    "decoding": 1100,
+    "model": 2270,
+    "decoding": 1160,
     "retrofit": 1200,
-    "training": 2600,
-    "evaluation": 2000,
-    "app": 2220,
+    "training": 2720,
+    "evaluation": 2200,
+    "app": 2290,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 11700
+MAX_CODE_LINES = 12600
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

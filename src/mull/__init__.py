@@ -1,9 +1,10 @@
 """mull retrofits pretrained decoder language models: recursive depth, multi-token heads, token-weighted training."""
 
 from mull.decoding.generate import GenerateOutput, GenerationStats, generate
-from mull.model.base_model import MullConfig, MullModel
+from mull.model.base_model import MullModel
 from mull.model.causal_lm import MullForCausalLM, MullOutput
 from mull.model.configs import ETDConfig, HaltingConfig, MTPConfig
+from mull.model.configuration import MullConfig
 from mull.model.growing_cache import SlotCache
 from mull.model.path import Path, Visit, from_actions, from_layers, recursion
 from mull.model.policy import GivenTokens, Policy

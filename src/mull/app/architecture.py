@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mull.model.base_model import MullConfig
 from mull.model.causal_lm import MullForCausalLM
+from mull.model.configuration import MullConfig
 from mull.model.families import FAMILIES
 from mull.model.path import MAX_LAYERS
 from mull.runtime.arguments import nearest

@@ -12,8 +12,8 @@ from mull.app.prepare import Prepared, arithmetic_task, backbone_config
 from mull.app.recipe import ModelSection, Recipe, Stage
 from mull.evaluation.rewards import REWARDS
 from mull.layers.value_head import ValueHead
-from mull.model.base_model import MullConfig
 from mull.model.causal_lm import MullForCausalLM
+from mull.model.configuration import MullConfig
 from mull.model.families import require_supported
 from mull.retrofit.source import GGUF, find_source, load_tokenizer
 from mull.retrofit.wrap import from_pretrained, wrap_transformer_with_etd

@@ -5,23 +5,21 @@ Its weights keep their Hugging Face names, so a base checkpoint loads without re
 Shapes: B batch, T tokens, D model width.
 """
 
-import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from mull.model.configs import HaltingConfig, etd_from_dict, layer_kinds, mtp_from_dict
+from mull.model.configuration import MullConfig
 from mull.model.executor import OnVisit, run
 from mull.model.families import install_recurrent_hooks, require_supported
 from mull.model.fixed_cache import FixedMemory, StaticCall, StaticSlotCache
@@ -42,77 +40,6 @@ from mull.model.memory import CallMemory
 from mull.model.path import MAX_ITERATIONS, Path, check_path, from_layers
 from mull.model.policy import Policy
 from mull.runtime.arguments import require, require_callable, require_count, require_ids, require_tensors
-
-REQUIRES = "pip install mull, and import mull before AutoModelForCausalLM.from_pretrained"
-"""Stands in ``config.json``: where mull was not imported, transformers says only that it does not know the model type."""
-
-
-@strict
-class MullConfig(PreTrainedConfig):
-    """Configuration of a retrofitted model: the backbone's own configuration, and what mull adds to it.
-
-    Fields of the backbone's configuration are read and set here, too: ``config.vocab_size`` is ``config.text_config.vocab_size``.
-
-    Args:
-        text_config: Configuration of the backbone.
-        etd: Fields of `ETDConfig`, or None for a model that runs every layer once.
-        mtp: Fields of `MTPConfig`, or None for a model that predicts the next token only.
-
-    Raises:
-        ValueError: no `text_config`, as in the configuration of a model that was not retrofitted.
-    """
-
-    model_type = "mull"
-    has_no_defaults_at_init = True
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3")}
-    keys_to_ignore_at_inference = ["past_key_values", "mtp_loss", "mtp_step_losses"]
-
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
-    etd: dict[str, Any] | None = None
-    mtp: dict[str, Any] | None = None
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.text_config is None:
-            # transformers would make up a backbone of billions of random weights.
-            raise ValueError(
-                "A MullConfig needs text_config, the configuration of a backbone. Load a checkpoint that is not mull's with "
-                "mull.from_pretrained, which retrofits it."
-            )
-        super().__post_init__(**kwargs)
-        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if not hasattr(self, name):
-                setattr(self, name, None)
-
-    def __getattr__(self, name: str) -> Any:
-        """Fields that only the backbone's configuration has: other libraries ask for them here."""
-        if not name.startswith("_"):
-            text_config = vars(self).get("text_config")
-            if isinstance(text_config, PreTrainedConfig):
-                return getattr(text_config, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        text_config = vars(self).get("text_config")
-        if name == "tie_word_embeddings" and vars(self).get("_post_init_done"):
-            setattr(text_config, name, value)  # a field of every configuration; loading takes the backbone's
-        own = name.startswith("_") or name in vars(self) or hasattr(type(self), name)
-        if not own and isinstance(text_config, PreTrainedConfig) and hasattr(text_config, name):
-            setattr(text_config, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain values; ``config.json`` also says what it takes to load it."""
-        self._name_adapter_targets()
-        return {**super().to_dict(), "requires": REQUIRES}
-
-    def _name_adapter_targets(self) -> None:
-        # PEFT looks up by model type which modules to adapt, in the dictionary that it asked for just before.
-        for targets in vars(sys.modules.get("peft.utils.constants", sys)).values():
-            if isinstance(targets, dict) and "llama" in targets:
-                targets["mull"] = targets.get(self.get_text_config().model_type)
 
 
 class MullPreTrainedModel(PreTrainedModel):
@@ -388,9 +315,8 @@ class MullModel(MullPreTrainedModel):
         cache = self._bound_cache(past_key_values, use_cache, visits)
         if cache is not None and isinstance(attention_mask, Tensor):
             check_padding_side(attention_mask, h.shape[1], self.text_config)
-        halting = None
         if policy is None and path is None:
-            halting = policy = self.halting(adaptive, think_iterations, new_tokens(attention_mask, h), unembed)
+            policy = self.halting(adaptive, think_iterations, new_tokens(attention_mask, h), unembed)
         elif adaptive:
             raise ValueError("adaptive decides which tokens run, and so does a path or a policy: give one of them.")
         stream = None if kept is None else [h if 0 in kept else None]
@@ -411,10 +337,8 @@ class MullModel(MullPreTrainedModel):
         h = self.norm(h)
         if stream is not None and stream[-1] is not None:
             stream[-1] = h
-        metrics = None if halting is None else halting.metrics()
-        if not torch.compiler.is_compiling():
-            fixed = {"think_iterations": self.iterations(think_iterations), "early_exit": False}
-            self._etd_metrics = fixed if metrics is None else metrics
+        metrics = policy.metrics() if isinstance(policy, Halting) else None
+        self._keep_metrics(metrics, think_iterations)
         return MullModelOutput(
             last_hidden_state=h,
             past_key_values=cache,
@@ -422,6 +346,11 @@ class MullModel(MullPreTrainedModel):
             router_logits=None if routed is None else tuple(routed),  # type: ignore[arg-type]
             metrics=metrics,
         )
+
+    def _keep_metrics(self, metrics: dict[str, Any] | None, think_iterations: int | None) -> None:
+        if not torch.compiler.is_compiling():
+            fixed = {"think_iterations": self.iterations(think_iterations), "early_exit": False}
+            self._etd_metrics = fixed if metrics is None else metrics
 
     def given_depths(self, depths: Tensor) -> GivenDepths:
         """The policy of a call whose tokens run these iterations ``[B, T]``.
@@ -619,5 +548,4 @@ class MullModel(MullPreTrainedModel):
         return cache
 
 
-AutoConfig.register("mull", MullConfig)
 AutoModel.register(MullConfig, MullModel)

@@ -21,8 +21,9 @@ from transformers.utils.generic import can_return_tuple
 
 from mull.layers.heads import HeadTask, MTPHeads, NativeHeads, RunBlock, before_norm, head_losses
 from mull.layers.recursive_heads import ChainedSteps
-from mull.model.base_model import MullConfig, MullModel, MullPreTrainedModel
+from mull.model.base_model import MullModel, MullPreTrainedModel
 from mull.model.configs import HaltingConfig, MTPConfig
+from mull.model.configuration import MullConfig
 from mull.model.executor import run_layer
 from mull.model.families import new_block, new_norm
 from mull.model.fixed_cache import StaticCall, StaticSlotCache

@@ -27,8 +27,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, cached_files
 
 from mull.layers.heads import MTPHeads, before_norm, shifted
-from mull.model.base_model import MullConfig
 from mull.model.causal_lm import MullForCausalLM
+from mull.model.configuration import MullConfig
 from mull.model.executor import run_layer
 from mull.retrofit.reading import read_config
 from mull.retrofit.source import find_source
