@@ -270,8 +270,7 @@ class MullModel(MullPreTrainedModel):
             output_attentions: Refused: attention weights are not collected.
             think_iterations: Passes through the think block, exactly this many; default as in `ETDConfig`.
             path: Explicit visits ``(layer, occurrence)`` instead; see `mull.model.path`.
-            adaptive: Whether tokens may stop before the last iteration: True by the model's own rule, or give a rule; default as
-                in `ETDConfig`. See `mull.model.halting`.
+            adaptive: Whether tokens may stop earlier, or by which rule (`mull.model.halting`); default as in `ETDConfig`.
             policy: Which tokens run a visit, instead; see `mull.model.policy`.
             on_visit: See `mull.model.executor.run`.
             output_router_logits: Return what the routers of experts gave, ``[B * T, E]`` for each visit of a layer that has one.
