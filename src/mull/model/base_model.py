@@ -276,8 +276,7 @@ class MullModel(MullPreTrainedModel):
             output_router_logits: Return what the routers of experts gave, ``[B * T, E]`` for each visit of a layer that has one.
             heads_follow: The caller runs the extra heads. Otherwise training would leave them as they are without a word.
             unembed: The unembedding, for halting rules that decode early.
-            **keywords: What collators add: packed documents as ``cu_seq_lens_q`` or ``seq_idx`` (see
-                `mull.model.inputs.packed_positions`), and `WITHOUT_EFFECT`.
+            **keywords: What collators add: packed documents (`mull.model.inputs.packed_positions`), and `WITHOUT_EFFECT`.
 
         Returns:
             ``last_hidden_state``: final-normed states ``[B, T, D]``. ``hidden_states``: embeddings, then the residual stream
