@@ -31,10 +31,10 @@ from mull.model.inputs import (
     check_keywords,
     check_padding_side,
     fixed_layer_inputs,
-    is_packed,
     layer_inputs,
     new_tokens,
     packed_positions,
+    use_of_cache,
 )
 from mull.model.memory import CallMemory
 from mull.model.path import MAX_ITERATIONS, Path, check_path, from_layers
@@ -288,12 +288,7 @@ class MullModel(MullPreTrainedModel):
             ValueError: arguments that contradict each other or the cache, or that cannot be obeyed; or the model is in training
                 mode, with extra heads that could be trained and do not follow.
         """
-        if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError("output_attentions=True is not supported: attention weights are not collected.")
-        if policy is not None:
-            require_callable("policy.active", getattr(policy, "active", policy), "a policy of mull.model.policy")
-        if self.training and torch.is_grad_enabled() and not heads_follow:
-            self._refuse_to_leave_heads_out()
+        self._check_options(output_attentions, policy, heads_follow)
         if output_router_logits is None:
             output_router_logits = getattr(self.text_config, "output_router_logits", False)
         visits = self.path(think_iterations, path)
@@ -302,14 +297,8 @@ class MullModel(MullPreTrainedModel):
         check_call(self.text_config, h.shape[:2], attention_mask, position_ids, use_cache)
         position_ids = packed_positions(keywords, h.shape[:2], attention_mask, position_ids)
         check_keywords(keywords)
-        if position_ids is not None and attention_mask is None and is_packed(position_ids):
-            # With a cache, transformers' masks would let documents see each other, silently.
-            if past_key_values is not None or use_cache:
-                raise ValueError(
-                    "position_ids restart, so the rows hold several packed documents, and these cannot continue from a cache. "
-                    "Pass use_cache=False, or one document per row."
-                )
-            use_cache = False
+        if position_ids is not None and attention_mask is None:
+            use_cache = use_of_cache(position_ids, past_key_values is not None, use_cache)
         cache = self._bound_cache(past_key_values, use_cache, visits)
         if cache is not None and isinstance(attention_mask, Tensor):
             check_padding_side(attention_mask, h.shape[1], self.text_config)
@@ -411,8 +400,13 @@ class MullModel(MullPreTrainedModel):
         selected = selected_hidden_states(asked)  # type: ignore[arg-type]
         return range(n_states) if selected is None else resolve_hidden_states_indices(self, selected, n_states)
 
-    def _refuse_to_leave_heads_out(self) -> None:
-        if any(parameter.requires_grad for heads in self.heads_beside for parameter in heads.parameters()):
+    def _check_options(self, output_attentions: bool | None, policy: Policy | None, heads_follow: bool) -> None:
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions=True is not supported: attention weights are not collected.")
+        if policy is not None:
+            require_callable("policy.active", getattr(policy, "active", policy), "a policy of mull.model.policy")
+        trains = self.training and torch.is_grad_enabled() and not heads_follow
+        if trains and any(parameter.requires_grad for heads in self.heads_beside for parameter in heads.parameters()):
             raise ValueError(
                 "The base model is trained by itself, as TRL does it, so its extra heads would stay untrained. Freeze them "
                 "(model.mtp_heads.requires_grad_(False)), or train with mull train or transformers' Trainer."

@@ -175,6 +175,23 @@ def is_packed(position_ids: Tensor) -> bool:
     return bool((position_ids.diff(dim=1) != 1).any())
 
 
+def use_of_cache(position_ids: Tensor, cached: bool, use_cache: bool | None) -> bool | None:
+    """`use_cache` of a call without a mask: False where `position_ids` ``[B, T]`` restart.
+
+    Raises:
+        ValueError: they restart, and a cache is given or asked for.
+    """
+    if not is_packed(position_ids):
+        return use_cache
+    # transformers' masks would let documents see each other, silently.
+    if cached or use_cache:
+        raise ValueError(
+            "position_ids restart, so the rows hold several packed documents, and these cannot continue from a cache. "
+            "Pass use_cache=False, or one document per row."
+        )
+    return False
+
+
 def find_documents(position_ids: Tensor, batch_size: int) -> Documents | None:
     """Locate packed documents by the restarts of `position_ids` ``[B, T]``; None if every row is one document.
 
