@@ -106,6 +106,12 @@ def generate(_: pytest.MonkeyPatch) -> Names:
     return {"model": with_heads(), "tokenizer": tokenizer()}
 
 
+def looped(_: pytest.MonkeyPatch) -> Names:
+    base = tiny("qwen3", vocab_size=len(tokenizer()), num_hidden_layers=6, eos_token_id=0)
+    model = wrap_transformer_with_etd(base, SPLIT).eval()
+    return {"model": model, "tokenizer": tokenizer(), "texts": TEXTS * 40}
+
+
 def nothing(_: pytest.MonkeyPatch) -> Names:
     return {}
 
@@ -114,6 +120,8 @@ PAGES: dict[str, Callable[[pytest.MonkeyPatch], Names]] = {
     "README.md": readme,
     "docs/index.md": qwen3,
     "docs/concepts/forward-pass.md": nothing,
+    "docs/concepts/halting.md": nothing,
+    "docs/how-to/depth.md": looped,
     "docs/concepts/paths-and-slots.md": nothing,
     "docs/how-to/split.md": split,
     "docs/how-to/train.md": train,
@@ -224,7 +232,7 @@ def test_links_lead_somewhere(page: str) -> None:
         )
 
 
-NOT_NAMES = {"mull.objectives": "a group of entry points"}
+NOT_NAMES = {"mull.objectives": "a group of entry points", "mull.halting": "another one"}
 
 
 def exists(name: str) -> bool:

@@ -38,11 +38,11 @@ LAYOUT: dict[str, tuple[int, str]] = {
         "base iterations resources next_token step_supervision exits evidence weight_statistics weightings weighted_mtp critic "
         "grpo table",
     ),
-    "evaluation": (7, "held_out lossless acceptance rewards cost search"),
+    "evaluation": (7, "held_out lossless acceptance rewards depth_trace cost search"),
     "evaluation.cost": (7, "count disk training decoding"),
     "evaluation.search": (7, "loop_probe split calibration"),
     "app": (8, "yaml_text architecture recipe prepare build run report demo cli"),
-    "app.report": (8, "figures page"),
+    "app.report": (8, "figures page inspect_page"),
     "app.demo": (8, "chapter loops weights speculation chain demo"),
 }
 """Each folder's floor, and its files in the order in which they build on each other. Two folders on one floor do not know each

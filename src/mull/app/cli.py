@@ -17,6 +17,7 @@ from typer import Argument, Option
 from mull.app.demo.demo import run_demo
 from mull.app.recipe import load_recipe, recipe_schema, wrong_value
 from mull.app.report.figures import angular_distance_figure, depth_figure
+from mull.app.report.inspect_page import write_inspection
 from mull.app.report.page import Report
 from mull.app.run import estimate_recipe, run_recipe
 from mull.data.corpus import load_stdlib
@@ -25,9 +26,10 @@ from mull.data.sources import load_documents
 from mull.data.tokenizer import TextEncoder
 from mull.decoding.generate import GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position, describe_call
+from mull.evaluation.depth_trace import trace_depth
 from mull.evaluation.search.calibration import calibrate
 from mull.evaluation.search.split import SplitReport, find_split
-from mull.model.configs import ETDConfig, MTPConfig
+from mull.model.configs import ETDConfig, HaltingConfig, MTPConfig
 from mull.retrofit.source import load_tokenizer
 from mull.retrofit.wrap import from_pretrained
 from mull.runtime.distributed import device
@@ -308,6 +310,69 @@ def continue_prompt(
     )
     if stats:
         print(_stats_text(output.stats), file=sys.stderr)
+
+
+@app.command("inspect")
+def inspect_depth(
+    model: ModelArgument,
+    prompt: Annotated[list[str], Option(help="Text to continue; one page for each.")],
+    max_new_tokens: Annotated[int, Option(help="Tokens to write after the prompt.", min=1)] = 32,
+    think_iterations: Annotated[int | None, Option(help="Most passes through the think block.")] = None,
+    rule: Annotated[str | None, Option(help="Halting rule; default: the model's own.")] = None,
+    threshold: Annotated[float | None, Option(help="Threshold of the rule.")] = None,
+    draft: Annotated[Literal["mtp"] | None, Option(help="Draft with the model's heads; same text.")] = None,
+    out: Annotated[str, Option(help="Folder for the pages.")] = "out/inspect",
+) -> None:
+    """Show how long each token of a text thinks: a page for each prompt."""
+    loaded: Any = from_pretrained(model, allow_missing=False)
+    tokenizer = load_tokenizer(model)
+    encoder = TextEncoder(tokenizer)
+    halting: HaltingConfig | bool = True
+    if rule is not None or threshold is not None:
+        own = None if loaded.etd_config is None else loaded.etd_config.halting_of(True)
+        fields = {} if own is None else own.model_dump()
+        changed = {"rule": rule, "threshold": threshold} if rule else {"threshold": threshold}
+        halting = HaltingConfig(**fields | changed)
+    for number, text in enumerate(prompt, start=1):
+        tokens = torch.tensor(encoder.prompts([text]))
+        rounds = Rounds()
+        output = generate(
+            loaded.to(device()),
+            tokens,
+            max_new_tokens=max_new_tokens,
+            draft=draft,
+            adaptive=halting,
+            think_iterations=think_iterations,
+            eos_token_id=encoder.ends(loaded.generation_config.eos_token_id),
+            streamer=rounds,
+        )
+        trace = trace_depth(loaded, output.sequences, None if halting is True else halting, think_iterations)
+        file = local_path(out) / f"{number}.html"
+        write_inspection(
+            trace,
+            tokenizer,
+            file,
+            title=f"How long the tokens of {model} think",
+            command=" ".join(["mull", *sys.argv[1:]]),
+            n_prompt=tokens.shape[1],
+            drafted=rounds.drafted,
+        )
+        print(f"{trace.mean_iterations:.2f} iterations on average, at most {trace.iterations}: {file}")
+
+
+class Rounds:
+    """A streamer that notes which tokens were drafted: all of a round but the last."""
+
+    def __init__(self) -> None:
+        self.drafted: list[bool] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt first, then the tokens of each round."""
+        first = not self.drafted
+        self.drafted += [not first] * (len(value) - 1) + [False]
+
+    def end(self) -> None:
+        """Nothing follows."""
 
 
 def _stats_text(stats: GenerationStats) -> str:

@@ -59,21 +59,11 @@ def run(
     for number, visit in enumerate(path):
         layer, kind, before = layers[visit.layer], kinds[visit.layer], h
         mask = None if policy is None else policy.active(visit, h)
-        active = None if mask is None else ActiveTokens.of(mask, every_row=kind == "linear_attention")
-        own = None
-        if kind == "linear_attention":
-            active = inputs.recurrent_tokens(active)
-        elif mask is None and memory is not None and memory.has_gaps(number):
-            active = ActiveTokens.of(
-                torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-            )  # whose mask hides gaps
-        elif mask is not None and policy is not None and policy.stop == "own_state":
-            if isinstance(layer, FSDPModule):
-                raise ValueError(
-                    "stop='own_state' needs whole layers, and these are sharded over ranks: use 'last_kv'."
-                )
-            own = keys_of_idle(layer, kind, h, inputs, ActiveTokens.of(~mask, every_row=False))
-        if policy is not None and isinstance(layer, FSDPModule):
+        if mask is None and memory is not None and memory.has_gaps(number):
+            mask = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)  # gaps take a mask per row to hide
+        active, own = _tokens_that_run(kind, mask, inputs), None
+        if policy is not None:
+            own = keys_of_idle(layer, kind, h, inputs, mask) if policy.stop == "own_state" else None
             h = _keep_pace(layer, kind, h, inputs, active)
         if active is not None and not active.any:
             assert memory is not None
@@ -86,11 +76,20 @@ def run(
     return h
 
 
+def _tokens_that_run(kind: str, mask: Tensor | None, inputs: LayerInputs) -> ActiveTokens | None:
+    """The tokens where `mask` ``[B, T]`` is True; None if it is None, and all tokens run."""
+    if kind == "linear_attention":
+        return inputs.recurrent_tokens(None if mask is None else ActiveTokens.of(mask))
+    return None if mask is None else ActiveTokens.of(mask, every_row=False)
+
+
 def _keep_pace(layer: nn.Module, kind: str, h: Tensor, inputs: LayerInputs, active: ActiveTokens | None) -> Tensor:
     """Run a sharded layer on one token, in vain, if no token of this rank runs it and one of another rank does.
 
     Ranks gather a sharded layer's weights together, and its gradients.
     """
+    if not isinstance(layer, FSDPModule):
+        return h
     runs = active is None or active.any
     anywhere = global_sum(torch.tensor(float(runs), device=h.device)) > 0
     if runs or not anywhere:
@@ -121,16 +120,27 @@ class KeyTaker(CallSlot):
         return self.taken
 
 
-def keys_of_idle(layer: nn.Module, kind: str, h: Tensor, inputs: LayerInputs, idle: ActiveTokens) -> LayerKeys | None:
-    """Keys and values that an attention layer projects from the states of tokens that do not run it; None if all run.
+def keys_of_idle(layer: nn.Module, kind: str, h: Tensor, inputs: LayerInputs, mask: Tensor | None) -> LayerKeys | None:
+    """Keys and values that an attention layer projects from the states of tokens that do not run it.
 
     Args:
         layer: The decoder layer.
         kind: Its kind.
         h: States ``[B, T, D]``.
         inputs: What the call's layers share.
-        idle: The tokens.
+        mask: ``[B, T]``, False for these tokens; None if there are none.
+
+    Returns:
+        None if all tokens run, and for recurrent layers, which have no keys.
+
+    Raises:
+        ValueError: the layer is sharded over ranks.
     """
+    if mask is None or kind == "linear_attention":
+        return None
+    if isinstance(layer, FSDPModule):
+        raise ValueError("stop='own_state' needs whole layers, and these are sharded over ranks: use 'last_kv'.")
+    idle = ActiveTokens.of(~mask, every_row=False)
     if not idle.any:
         return None
     taker = KeyTaker()
