@@ -151,6 +151,33 @@ def test_every_weighting_trains_all_heads(tmp_path: Path, values: dict[str, Any]
     assert log[-1]["weights/ess"] < 1 - 1e-6, "all weights are equal"
 
 
+@pytest.mark.parametrize("supervision", ["expected", "improvement"])
+def test_exits_are_trained_and_used(tmp_path: Path, supervision: str) -> None:
+    values: dict[str, Any] = {"train__algo": "exits", "exits": {"supervision": supervision}, "train__peak_lr": 0.05}
+    if supervision == "improvement":
+        values["train__trainable"] = ["model.exit_head.*"]
+    recipe = named(tmp_path, "tiny", model__etd__halting={"rule": "learned"}, **values)
+    estimate_recipe(parse_recipe(recipe))
+    carry_out(recipe)
+    log = records(tmp_path / "tiny")
+    assert all(1 <= record["exit_iteration"] <= record["iterations"] for record in log)
+    assert all(math.isfinite(value) for record in log for value in record.values())
+    model = mull.from_pretrained(tmp_path / "tiny" / "model")
+    assert model.model.exit_head is not None
+    assert model.model.exit_head.weight.abs().max() > 0, "it starts at 0"
+    assert model(torch.tensor([[1, 2, 3]]), adaptive=True).metrics is not None
+
+
+def test_iterations_can_be_drawn_per_token(tmp_path: Path) -> None:
+    losses = {}
+    for name, per in (("first", "token"), ("second", "token"), ("step", "step")):
+        iterations = {"iterations": {"kind": "uniform", "maximum": 3, "per": per}}
+        carry_out(named(tmp_path, name, loss=iterations))
+        losses[name] = [record["loss"] for record in records(tmp_path / name)]
+    assert losses["first"] == losses["second"]
+    assert losses["first"] != losses["step"]
+
+
 def test_a_reference_that_is_the_model_itself_weighs_all_tokens_alike(tmp_path: Path) -> None:
     carry_out(named(tmp_path, "base", train__steps=1))
     recipe = named(tmp_path, "tiny", train__algo="rho1-wmtp", train__steps=2, train__peak_lr=0.1)
