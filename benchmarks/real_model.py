@@ -260,7 +260,7 @@ def variants_of(model: Any, stock: Any, llama: Mapping[str, Path], arguments: ar
         if suffix == MAX_TUNED and not arguments.max:
             continue
         for name, drafting in drafts.items():
-            if suffix and name == "mull, adaptive" or suffix == MAX_TUNED and name == LONGEST:
+            if (suffix and name == "mull, adaptive") or (suffix == MAX_TUNED and name == LONGEST):
                 continue
             variants[name + suffix] = mull_variant(model, tokens, 0.0, {**drafting, **options})
     for kind, file in llama.items():

@@ -346,7 +346,8 @@ def inspect_depth(
             eos_token_id=encoder.ends(loaded.generation_config.eos_token_id),
             streamer=rounds,
         )
-        trace = trace_depth(loaded, output.sequences, None if halting is True else halting, think_iterations)
+        rule_of_call = halting if isinstance(halting, HaltingConfig) else None
+        trace = trace_depth(loaded, output.sequences, rule_of_call, think_iterations)
         file = local_path(out) / f"{number}.html"
         write_inspection(
             trace,
