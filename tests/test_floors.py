@@ -60,7 +60,7 @@ BUDGETS = {
     "retrofit": 1200,
     "training": 2720,
     "evaluation": 2200,
-    "app": 2290,
+    "app": 2400,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 

@@ -162,7 +162,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.latin(5, "family", "name", "stop")
+@pytest.mark.latin(8, "family", "name", "stop")
 def test_every_memory_computes_what_the_oracle_does(family: str, name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     model, tokens, path, masks = wrapped(exact, family), ids(ROWS, TOKENS), PATHS[name], masks_of(name)
     expected = oracle(model, tokens, path, masks)

@@ -77,7 +77,7 @@ def in_calls(
 
 @pytest.mark.parametrize("stop", ["last_kv", "own_state", "active_only"])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.latin(7, "family", "rule", "stop")
+@pytest.mark.latin(12, "family", "rule", "stop")
 @torch.no_grad()
 def test_the_same_tokens_stop_in_one_call_and_in_many(
     family: str, rule: str, stop: Any, exact: Exact, ids: Ids
@@ -94,7 +94,7 @@ def test_the_same_tokens_stop_in_one_call_and_in_many(
 
 @pytest.mark.parametrize("rule", ["state", "kl"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.latin(4, "family", "rule", "side")
+@pytest.mark.latin(6, "family", "rule", "side")
 @torch.no_grad()
 def test_padded_rows_stop_where_they_do_alone(family: str, rule: str, side: str, exact: Exact, ids: Ids) -> None:
     model, tokens, padding = wrapped(exact(family), rule), ids(ROWS, TOKENS), 3
@@ -212,7 +212,7 @@ def test_generate_with_a_cache_is_generate_without(
 
 @pytest.mark.parametrize("stop", ["last_kv", "own_state", "active_only"])
 @pytest.mark.parametrize("draft_length", [None, 0, 1, 3])
-@pytest.mark.latin(6, "family", "stop", "draft_length")
+@pytest.mark.latin(10, "family", "stop", "draft_length")
 def test_our_decoding_writes_the_text_of_transformers_with_and_without_drafts(
     family: str, stop: Any, draft_length: int | None, exact: Exact, ids: Ids
 ) -> None:

@@ -73,7 +73,7 @@ CASES = [
     *entry(
         Resources, {"model": MODEL}, "model", "iterations", "reference", "value_head", "held_out", "reward", "pad_id"
     ),
-    *entry(ETDConfig, SPLIT.model_dump()),
+    *entry(ETDConfig, SPLIT.model_dump(), "n_encoder_layers", "n_think_layers", "max_think_iterations", "halting"),
     *entry(ETDConfig.for_model, {}, "model"),
     *entry(MTPConfig, {}, "num_predict_tokens", "mtp_head_type"),
     *entry(IterationSampling, {}, "maximum"),

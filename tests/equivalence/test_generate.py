@@ -49,6 +49,7 @@ def test_chunked_prefill_generates_the_same(family: str, chunk: int, ids: Ids) -
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.latin(2, "family")
 def test_left_padded_rows_generate_what_they_do_alone(family: str, ids: Ids) -> None:
     model = wrap_transformer_with_etd(tiny(family), SPLIT)
     options = {"do_sample": False, "think_iterations": 3, **NEW}
@@ -70,7 +71,7 @@ def test_left_padded_rows_generate_what_they_do_alone(family: str, ids: Ids) -> 
     ],
     ids=["sampled", "beams", "beams-returned", "penalty"],
 )
-@pytest.mark.latin(2, "family", "options")
+@pytest.mark.latin(4, "family", "options")
 def test_one_iteration_generates_what_the_base_model_does(family: str, options: dict[str, object], ids: Ids) -> None:
     base = tiny(family)
     set_seed(0)
@@ -81,7 +82,7 @@ def test_one_iteration_generates_what_the_base_model_does(family: str, options: 
 
 
 @pytest.mark.parametrize("num_beams", [2, 4])
-@pytest.mark.latin(2, "family", "num_beams")
+@pytest.mark.latin(4, "family", "num_beams")
 def test_beams_with_cache_are_beams_without(family: str, num_beams: int, ids: Ids) -> None:
     """Every slot is reordered with its beam, recurrent states included."""
     model = wrap_transformer_with_etd(tiny(family), SPLIT)

@@ -136,7 +136,7 @@ def test_packed_documents_are_separate_ones_aligned_by_hand(
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family_name", ["qwen3-tied", "olmo3", "qwen3_5"])
 @pytest.mark.parametrize("kind", ["transformer", "mlp", "sequential", "sequential-shared", "native", "native-stream"])
-@pytest.mark.latin(2, "side", "kind")
+@pytest.mark.latin(4, "side", "kind", "family_name")
 def test_padded_rows_are_unpadded_ones(family_name: str, kind: str, side: str, exact: Exact, ids: Ids) -> None:
     model = with_heads(exact(family_name), kind)
     tokens, labels = labelled(ids, 2, 12)
@@ -270,6 +270,7 @@ EACH_KIND_AND_FAMILY = [("qwen3-tied", kind) for kind in KINDS] + [
 
 
 @pytest.mark.parametrize(("family_name", "kind"), EACH_KIND_AND_FAMILY)
+@pytest.mark.latin(2, "family_name", "kind")
 def test_heads_are_saved_and_loaded_with_the_model(family_name: str, kind: str, tmp_path: Path, ids: Ids) -> None:
     model = with_heads(tiny(family_name), kind)
     tokens = ids(2, 12)
@@ -377,6 +378,7 @@ def test_targets_for_heads_that_are_not_there_are_refused(ids: Ids) -> None:
 
 
 @pytest.mark.parametrize(("family_name", "use_reentrant"), [("qwen3", True), ("qwen3", False), ("qwen3_5", False)])
+@pytest.mark.latin(2, "family_name", "use_reentrant", "kind")
 def test_checkpointing_changes_no_gradient_of_the_heads(
     family_name: str, use_reentrant: bool, kind: str, exact: Exact, ids: Ids
 ) -> None:
@@ -491,6 +493,7 @@ def _first(kind: str) -> str:
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("kind", ["transformer", "mlp", "sequential-shared", "native"])
 @pytest.mark.parametrize("train_heads", [False, True], ids=["frozen-heads", "trained-heads"])
+@pytest.mark.latin(2, "kind", "train_heads")
 def test_lora_of_peft_adapts_the_backbone_beside_heads(train_heads: bool, kind: str, tmp_path: Path, ids: Ids) -> None:
     peft = pytest.importorskip("peft", reason="needs the extra eval")
     tokens = ids(2, 12)

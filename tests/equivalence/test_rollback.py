@@ -20,7 +20,7 @@ Ids = Callable[..., Tensor]
     [(prompt, calls) for prompt in (1, 2, 11) for calls in ([5], [1] * 5, [2, 1, 2])],
     ids=str,
 )
-@pytest.mark.latin(5, "family", "prompt", "calls")
+@pytest.mark.latin(7, "family", "prompt", "calls")
 def test_wrong_tokens_leave_no_trace(family: str, prompt: int, calls: list[int], exact: Exact, ids: Ids) -> None:
     model = wrap_transformer_with_etd(exact(family), SPLIT)
     right, wrong, rest = ids(2, prompt), ids(2, 5, seed=1), ids(2, 2, seed=2)
@@ -140,6 +140,7 @@ def test_crop_takes_a_negative_number_within_the_cache(ids: Ids) -> None:
 
 
 @pytest.mark.parametrize("family_name", ["qwen3", "olmo3", *HYBRIDS])
+@pytest.mark.latin(2, "family_name")
 def test_assisted_generation_of_transformers_is_lossless(family_name: str, ids: Ids) -> None:
     """Prompt lookup drafts wrong tokens on random models all the time; transformers refuses it on its own hybrids."""
     model = wrap_transformer_with_etd(tiny(family_name), SPLIT)

@@ -97,6 +97,7 @@ def test_the_base_model_loads_alone(tmp_path: Path, ids: Ids) -> None:
         )
 
 
+@pytest.mark.latin(2, "family")
 def test_a_base_checkpoint_loads_without_renaming(family: str, tmp_path: Path, ids: Ids) -> None:
     base = tiny(family)
     base.save_pretrained(tmp_path)
@@ -129,6 +130,7 @@ def test_another_split_replaces_the_stored_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
+@pytest.mark.latin(2, "family", "clone")
 def test_copies_are_independent(family: str, clone: Callable[[MullForCausalLM], MullForCausalLM], ids: Ids) -> None:
     model = wrap_transformer_with_etd(tiny(family), SPLIT)
     expected = logits(model, ids(2, 12))

@@ -68,7 +68,7 @@ def test_early_decoding_is_a_shorter_path(family: str, exact: Exact, ids: Ids) -
 
 
 @pytest.mark.parametrize("backprop", [1, 2, 3, 9])
-@pytest.mark.latin(2, "family", "backprop")
+@pytest.mark.latin(4, "family", "backprop")
 def test_truncated_back_propagation_cuts_the_loop(family: str, backprop: int, exact: Exact, ids: Ids) -> None:
     """Reference: the same path with the state detached by hand, run through transformers' layers one visit at a time."""
     model = wrap_transformer_with_etd(exact(family), SPLIT)

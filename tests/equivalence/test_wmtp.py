@@ -193,6 +193,7 @@ FAMILIES = {"qwen3": (DEPTH, EXACT), "qwen3_next-dense": (DEPTH | MIXED, 1e-5)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.latin(2, "family", "algorithm")
 def test_packed_documents_train_like_separate_ones(family: str, algorithm: str, exact: Exact) -> None:
     row, documents = 2, DOCUMENTS[2]
     layers, tolerance = FAMILIES[family]
@@ -222,7 +223,7 @@ def second_step(algorithm: str, control: Control, heads: str, n: int) -> Step:
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-@pytest.mark.latin(2, "algorithm", "control")
+@pytest.mark.latin(4, "algorithm", "control")
 def test_the_mean_weight_is_1_over_all_targets_of_the_step(algorithm: str, control: Control) -> None:
     step = second_step(algorithm, control, "mlp", 8)
     valid = torch.cat(step.targets) >= 0
@@ -244,7 +245,7 @@ COMBINATIONS += [
 
 
 @pytest.mark.parametrize(("algorithm", "control", "heads"), COMBINATIONS)
-@pytest.mark.latin(2, "algorithm")
+@pytest.mark.latin(4, "algorithm")
 def test_the_split_into_micro_batches_changes_nothing(algorithm: str, control: Control, heads: str) -> None:
     whole = second_step(algorithm, control, heads, 1)
     for n in (2, 8):
@@ -548,6 +549,7 @@ def losses_on_noise(heads: str) -> list[float]:
 
 
 @pytest.mark.parametrize("heads", ["transformer", "sequential", "native"])
+@pytest.mark.latin(3, "heads")
 def test_nothing_is_learnt_where_there_is_nothing_to_learn(heads: str) -> None:
     """Tokens drawn at random cannot be predicted: a head below ln V would have seen its label."""
     for loss in losses_on_noise(heads):
@@ -555,6 +557,7 @@ def test_nothing_is_learnt_where_there_is_nothing_to_learn(heads: str) -> None:
 
 
 @pytest.mark.parametrize("heads", ["transformer", "sequential", "native"])
+@pytest.mark.latin(3, "heads")
 def test_labels_shifted_by_one_are_caught(heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above, with every head asked for the token before its own, can fail: what a head sees, it learns."""
 

@@ -229,6 +229,7 @@ CHANGED: dict[str, tuple[Any, Any, str]] = {
 
 
 @pytest.mark.parametrize("what", CHANGED)
+@pytest.mark.latin(2, "what")
 def test_a_run_resumes_with_the_same_content_only(tmp_path: Path, what: str) -> None:
     make, change, message = CHANGED[what]
     recipe = make(tmp_path, train__steps=2)
@@ -456,6 +457,7 @@ def test_stages_run_one_after_the_other_in_one_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "step"), [("heads", 2), ("heads", 4), ("stopped", 1), ("stopped", 5)], ids=["1", "border", "2", "2 late"]
 )
+@pytest.mark.latin(2, "step")
 def test_an_interrupted_stage_resumes_bit_for_bit(
     straight: Path, tmp_path: Path, place: str, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,7 @@ def regrets(name: str, costs: Sequence[float], n_seeds: int = 10, catch_up: floa
 
 
 @pytest.mark.parametrize("name", ["zero", "useless"])
+@pytest.mark.latin(2, "name")
 def test_useless_heads_cost_a_few_percent_of_the_first_call_and_one_of_the_second(name: str) -> None:
     for catch_up, usual, worst in ((0.001, 0.02, 0.03), (0.02, 0.035, 0.055)):
         found = [regrets(name, costs, n_seeds=4, catch_up=catch_up) for costs in TABLES]
@@ -151,6 +152,7 @@ def test_useless_heads_cost_a_few_percent_of_the_first_call_and_one_of_the_secon
 
 
 @pytest.mark.parametrize("name", ["vanilla", "good", "great"])
+@pytest.mark.latin(3, "name")
 def test_useful_heads_are_used_nearly_as_well_as_with_the_best_fixed_length(name: str) -> None:
     found = [regrets(name, costs) for costs in TABLES]
     assert mean(first for first, _ in found) < 0.055
@@ -174,7 +176,7 @@ def batch(
 
 @pytest.mark.parametrize("name", ["zero", "vanilla", "good", "great"])
 @pytest.mark.parametrize("costs", BATCH_COSTS)
-@pytest.mark.latin(2, "name", "costs")
+@pytest.mark.latin(4, "name", "costs")
 def test_a_batch_that_waits_for_its_slowest_row_loses_little_and_gains_where_drafts_pay(costs: str, name: str) -> None:
     for n_tokens, spread in ((64, 0.0), (64, 0.5), (256, 0.3)):
         found, fixed = [], [[] for _ in range(1 + LONGEST)]
@@ -188,6 +190,7 @@ def test_a_batch_that_waits_for_its_slowest_row_loses_little_and_gains_where_dra
 
 
 @pytest.mark.parametrize("name", ["zero", "useless"])
+@pytest.mark.latin(2, "name")
 def test_heads_that_become_useless_are_given_up_within_a_few_rounds(name: str) -> None:
     for costs in TABLES:
         found = []

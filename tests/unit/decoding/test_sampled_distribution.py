@@ -116,7 +116,7 @@ def test_the_joint_distribution_of_emitted_tokens_is_the_targets(
 
 
 @pytest.mark.parametrize("name", WARPERS)
-@pytest.mark.latin(2, "name")
+@pytest.mark.latin(3, "name")
 def test_every_warper_keeps_the_distribution(name: str) -> None:
     assert deviation(exact, World.random(sampling=sampling_of(name)), 2, 2) < 1e-12
 
@@ -138,7 +138,7 @@ ADVERSARIES: dict[str, tuple[list[float], list[float]]] = {
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["drawn", "argmax"])
 @pytest.mark.parametrize("name", ADVERSARIES)
-@pytest.mark.latin(2, "name", "deterministic")
+@pytest.mark.latin(3, "name", "deterministic")
 def test_no_distribution_of_the_drafts_changes_the_targets(name: str, deterministic: bool) -> None:
     world = World.constant(*ADVERSARIES[name], deterministic=deterministic)
     assert deviation(exact, world, 2, 2) < 1e-12

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 from noisy_module import Noisy, optimizers_of, step
-from pydantic import ValidationError
 
 from mull.runtime import checkpoint as module
 from mull.runtime import storage
@@ -290,7 +289,7 @@ def test_a_later_format_is_refused(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"keep_last": 0}, {"url": "s4://x"}, {"url": ""}, {"keep": 1}])
 def test_a_setting_that_cannot_work_is_refused(wrong):
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValueError, match="|".join(wrong)):
         CheckpointConfig(**wrong)
 
 

@@ -176,7 +176,7 @@ TRAINED: dict[str, Any] = {
 @pytest.mark.parametrize("kind", [None, "mlp", "transformer", "sequential", "native"])
 @pytest.mark.parametrize("chosen", TRAINED)
 @pytest.mark.parametrize("backprop", [None, 2])
-@pytest.mark.latin(3, "kind", "chosen", "backprop")
+@pytest.mark.latin(8, "kind", "chosen", "backprop")
 def test_training_costs_the_products_of_the_gradients_that_it_computes(
     kind: Any, chosen: str, backprop: int | None
 ) -> None:

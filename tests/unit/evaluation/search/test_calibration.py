@@ -33,6 +33,7 @@ def rows() -> PackedDataset:
 
 
 @pytest.mark.parametrize("rule", ["state", "kl", "learned"])
+@pytest.mark.latin(3, "rule")
 def test_the_mean_depth_is_the_one_that_was_asked_for(model: Any, rows: PackedDataset, rule: str) -> None:
     found = calibrate(model, rows, rule=rule, target_iterations=2.0)
     assert found.chosen.iterations == pytest.approx(2.0, abs=0.2)
