@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import COMMON, FAMILIES
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
