@@ -276,6 +276,15 @@ def test_gradients_do_not_depend_on_checkpointing(family_name: str, stop: Any, e
         torch.testing.assert_close(found[1][name], expected, atol=1e-9, rtol=1e-9)
 
 
+def test_while_everybody_thinks_no_token_is_gathered(ids: Ids, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = wrapped(tiny("qwen3")), ids(2, 6)
+    never = HaltingConfig(rule="state", threshold=2.0)
+    monkeypatch.setattr("mull.model.executor.ActiveTokens.of", lambda *_: pytest.fail("all tokens run"))
+    with torch.no_grad():
+        model(tokens, attention_mask=torch.ones_like(tokens), think_iterations=ITERATIONS, adaptive=never)
+        mull.generate(model, tokens, max_new_tokens=3, think_iterations=ITERATIONS, adaptive=never, pad_token_id=0)
+
+
 def test_a_saved_model_stops_as_before(tmp_path: Any, ids: Ids) -> None:
     for rule in ("learned", "state"):
         model, tokens = wrapped(tiny("qwen3"), rule, threshold=0.6), ids(ROWS, TOKENS)

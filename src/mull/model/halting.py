@@ -248,7 +248,9 @@ class Halting:
         if visit.layer == self._block.start:
             if visit.occurrence == 0:
                 self.depth = torch.ones(h.shape[:2], dtype=torch.long, device=h.device)
-                self._thinking, self._kept = self._tokens, {}
+                # A mask of all tokens would have the layers gather them.
+                everybody = self._tokens is None or bool(self._tokens.all())
+                self._thinking, self._kept = None if everybody else self._tokens, {}
             else:
                 self._ask(visit.occurrence, h.detach())
             self._before = h.detach()
