@@ -128,7 +128,8 @@ def synthetic(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     ids = torch.randint(1, 4096, (8, 1024), generator=torch.Generator().manual_seed(0))
     results = {}
-    for precision, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for precision, dtype in ((name, dtypes[name]) for name in arguments.precision):
         model = model_of(dtype)
         ways = {
             "training, 4 x 256": forward(model, ids[:4, :256], train=True),
@@ -176,6 +177,7 @@ def show(name: str, result: dict[str, Any]) -> None:
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", type=Path, help="folder of a pretrained model of 30 layers")
+    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
