@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Annotated, Any, Literal
 
@@ -21,8 +22,8 @@ from mull.app.report.inspect_page import write_inspection
 from mull.app.report.page import Report
 from mull.app.run import estimate_recipe, run_recipe
 from mull.data.corpus import load_stdlib
-from mull.data.packing import pack_texts
-from mull.data.sources import load_documents
+from mull.data.packing import PackedDataset, pack_texts
+from mull.data.sources import Document, load_documents
 from mull.data.tokenizer import TextEncoder
 from mull.decoding.generate import GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position, describe_call
@@ -113,6 +114,22 @@ def _print_once(text: str) -> None:
         print(text)
 
 
+def _held_out(data: list[str] | None) -> Sequence[Document]:
+    """Text to measure a model on. It is read before the model, so that a wrong path is told at once."""
+    return load_stdlib().held_out if data is None else load_documents(data)
+
+
+def _rows(documents: Sequence[Document], name: str, model: Any, length: int) -> PackedDataset:
+    """The text in tokens of the model that has this name."""
+    config = model.config.get_text_config()
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"--length {length} exceeds the model's {config.max_position_embeddings} positions: measure shorter rows."
+        )
+    texts = (document.text for document in documents)
+    return pack_texts(texts, load_tokenizer(name), length=length, vocab_size=config.vocab_size)
+
+
 @app.command()
 def split(
     model: ModelArgument,
@@ -129,15 +146,9 @@ def split(
 ) -> None:
     """Measure which layers of MODEL encode, think and decode, and propose an ETDConfig."""
     folder = local_path(out)
-    documents = load_stdlib().held_out if data is None else load_documents(data)
+    documents = _held_out(data)
     loaded: Any = from_pretrained(model, allow_missing=False)
-    text_config = loaded.config.get_text_config()
-    longest = text_config.max_position_embeddings
-    if length > longest:
-        raise ValueError(f"--length {length} exceeds the model's {longest} positions: measure shorter rows.")
-    texts = (document.text for document in documents)
-    tokenizer = load_tokenizer(model)
-    dataset = pack_texts(texts, tokenizer, length=length, vocab_size=text_config.vocab_size)
+    dataset = _rows(documents, model, loaded, length)
     measured = list(dataset.in_order(batch_size))[:batches]
     report = find_split(
         loaded.to(device()),
@@ -168,22 +179,19 @@ def calibrate_depth(
     rule: Annotated[str, Option(help="state, confidence, kl, repeat or learned.")] = "state",
     iterations: Annotated[int | None, Option(help="Most think iterations; default: the model's own.")] = None,
     stop: Annotated[
-        Literal["last_kv", "own_state", "active_only"], Option(help="What a stopped token leaves behind.")
-    ] = "last_kv",
+        Literal["last_kv", "own_state", "active_only"] | None,
+        Option(help="What a stopped token leaves behind; default: the model's own."),
+    ] = None,
     length: Annotated[int, Option(help="Tokens per row.", min=2)] = 256,
     rows: Annotated[int, Option(help="Held-out rows to measure on.", min=1)] = 32,
     out: Annotated[str, Option(help="Folder for calibration.json and calibration.html.")] = "out/calibration",
 ) -> None:
     """Find the threshold at which tokens of MODEL stop thinking, and store it in the model's folder."""
-    place, folder = local_path(model), local_path(out)
+    place, folder, documents = local_path(model), local_path(out), _held_out(data)
     loaded: Any = from_pretrained(model, allow_missing=False)
-    tokenizer = load_tokenizer(model)
-    documents = load_stdlib().held_out if data is None else load_documents(data)
-    texts = (document.text for document in documents)
-    dataset = pack_texts(texts, tokenizer, length=length, vocab_size=loaded.config.vocab_size)
     found = calibrate(
         loaded.to(device()),
-        dataset,
+        _rows(documents, model, loaded, length),
         rule=rule,
         iterations=iterations,
         target_iterations=target_iterations,

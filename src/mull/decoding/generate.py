@@ -374,12 +374,8 @@ def _halting(
     """When tokens stop, and after how many iterations at the latest; None where all of them run everything."""
     if path is not None and adaptive:
         raise ValueError("adaptive decides which tokens run, and so does a path: give one of them.")
-    # Built once to refuse what does not fit the model.
-    if path is not None or model.model.halting(adaptive, think_iterations, unembed=model.lm_head) is None:
-        return None
-    assert model.etd_config is not None, "only a think block is adaptive"
-    config = model.etd_config.halting_of(adaptive)
-    return None if config is None else (config, model.iterations(think_iterations))
+    policy = None if path is not None else model.model.halting(adaptive, think_iterations)
+    return None if policy is None else (policy.config, policy.iterations)
 
 
 def _compilation(given: bool | str) -> Compilation | None:

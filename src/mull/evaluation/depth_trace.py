@@ -123,9 +123,7 @@ def trace_depth(
     for depth in range(1, n_iterations + 1):
         hidden = model.hidden_states(input_ids, think_iterations=depth)
         fixed[depth] = float(torch.tensor(_losses(model, hidden, input_ids)).mean())
-    config = model.etd_config.halting_of(True if halting is None else halting)
-    assert config is not None, "a rule makes the call adaptive"
-    return DepthTrace(halting=config, iterations=n_iterations, tokens=tokens, fixed=fixed)
+    return DepthTrace(halting=policy.config, iterations=n_iterations, tokens=tokens, fixed=fixed)
 
 
 def _losses(model: MullForCausalLM, hidden: Tensor, input_ids: Tensor) -> list[float]:

@@ -20,7 +20,7 @@ SPLITS: dict[str, tuple[float, float]] = {"published": (7 / 16, 4 / 16), "quarte
 """Encoder and think fractions of the depth. ``published`` is 7-4-5 of 16 layers (arXiv:2510.07358), ``quarters`` 25/50/25."""
 
 
-LIMITS = {"fixed": 0.0, "state": 0.95, "confidence": 0.9, "kl": 5e-4, "repeat": 1.0, "learned": 0.5}
+LIMITS = {"fixed": 0.0, "state": 0.95, "confidence": 0.9, "kl": 1e-3, "repeat": 1.0, "learned": 0.5}
 """Thresholds of the halting rules where none is given."""
 
 
@@ -32,7 +32,7 @@ class HaltingConfig(Frozen):
 
     threshold: float | None = None
     """Where the rule stops. Tokens think longer the higher it is for ``state`` (cosine), ``confidence`` (probability), ``repeat``
-    (times) and ``learned`` (cumulative probability), and the lower it is for ``kl`` (nats). None: 0.95, 0.9, 1, 0.5 and 5e-4."""
+    (times) and ``learned`` (cumulative probability), and the lower it is for ``kl`` (nats). None: 0.95, 0.9, 1, 0.5 and 1e-3."""
 
     stop: Stop = "last_kv"
     """What a stopped token offers to later tokens in the iterations that it does not run. Stored with a checkpoint: a model

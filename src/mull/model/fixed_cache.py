@@ -259,7 +259,7 @@ class FixedMemory:
         assert call.n_keys <= cache.capacity, f"{call.n_keys} keys do not fit into {cache.capacity} slots"
         self._cache = cache
         self._call = call
-        self._offered = None if stop is None else OfferedKeys(stop)
+        self._offered = OfferedKeys(stop)
 
     def has_gaps(self, number: int) -> bool:
         """See `Memory`, also for the methods below."""
@@ -271,17 +271,12 @@ class FixedMemory:
         slot = self._cache.slots[number]
         merge = None
         if active is not None and isinstance(slot, AttentionSlot):
-            merge = (self._offered or OfferedKeys("active_only")).merge(visit.layer, active, own)
+            merge = self._offered.merge(visit.layer, active, own)
             slot.mark_known(self._call, merge.known)
-        return FixedSlot(slot, self._call, active, merge, partial(self._note, visit.layer))
-
-    def _note(self, layer: int, key: Tensor, value: Tensor) -> None:
-        if self._offered is not None:
-            self._offered.note(layer, LayerKeys(key, value))
+        return FixedSlot(slot, self._call, active, merge, partial(self._offered.note, visit.layer))
 
     def pass_over(self, number: int, visit: Visit, h: Tensor, own: LayerKeys | None = None) -> None:
         """The tokens offer what their kind of stopping says, or nothing."""
-        assert self._offered is not None, "without a policy, every token runs"
         slot = self._cache.slots[number]
         if isinstance(slot, RecurrentState):
             slot.passed_over = self._call.n_valid is None
@@ -303,7 +298,7 @@ class FixedSlot:
         call: StaticCall,
         active: ActiveTokens | None = None,
         merge: Merge | None = None,
-        note: Callable[[Tensor, Tensor], None] | None = None,
+        note: Callable[[LayerKeys], None] | None = None,
     ) -> None:
         # Which of the two it is follows from the layer: each calls only the methods of its kind.
         self._slot: Any = slot
@@ -332,7 +327,7 @@ class FixedSlot:
         """Write keys and values at the positions of their tokens, and return those that attention looks at."""
         if self._merge is None:
             if self._note is not None:
-                self._note(key_states, value_states)
+                self._note(LayerKeys(key_states, value_states))
             return self._slot.update(self._call, key_states, value_states)
         keys = self._merge(key_states, value_states)
         key, value = self._slot.update(self._call, keys.key, keys.value)

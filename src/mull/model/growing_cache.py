@@ -374,7 +374,7 @@ class GrowingMemory:
 
     def __init__(self, cache: SlotCache, stop: Stop | None = None) -> None:
         self._cache = cache
-        self._offered = None if stop is None else OfferedKeys(stop)
+        self._offered = OfferedKeys(stop)
 
     def has_gaps(self, number: int) -> bool:
         """See `Memory`, also for the methods below."""
@@ -386,16 +386,11 @@ class GrowingMemory:
         """The slot of a visit."""
         merge = None
         if active is not None and self._cache.layer_kinds[visit.layer] != "linear_attention":
-            merge = (self._offered or OfferedKeys("active_only")).merge(visit.layer, active, own)
-        return GrowingSlot(self._cache, number, active, merge, partial(self._note, visit.layer))
-
-    def _note(self, layer: int, key: Tensor, value: Tensor) -> None:
-        if self._offered is not None:
-            self._offered.note(layer, LayerKeys(key, value))
+            merge = self._offered.merge(visit.layer, active, own)
+        return GrowingSlot(self._cache, number, active, merge, partial(self._offered.note, visit.layer))
 
     def pass_over(self, number: int, visit: Visit, h: Tensor, own: LayerKeys | None = None) -> None:
         """The tokens offer what their kind of stopping says, or fill the slot with what no query sees."""
-        assert self._offered is not None, "without a policy, every token runs"
         slot = self._cache.layers[number]
         if isinstance(slot, RecurrentSlot):
             slot.pass_over(h)
@@ -420,7 +415,7 @@ class GrowingSlot:
         number: int,
         active: ActiveTokens | None,
         merge: Merge | None,
-        note: Callable[[Tensor, Tensor], None],
+        note: Callable[[LayerKeys], None],
     ) -> None:
         self._cache = cache
         self._number = number
@@ -445,7 +440,7 @@ class GrowingSlot:
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Append keys and values, and return those that attention looks at."""
         if self._merge is None:
-            self._note(key_states, value_states)
+            self._note(LayerKeys(key_states, value_states))
             return self._cache.update(key_states, value_states, self._number, *args, **kwargs)
         key, value = self._cache.append(self._number, self._merge(key_states, value_states))
         return self._merge.active.of_rows(key), self._merge.active.of_rows(value)

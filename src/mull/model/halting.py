@@ -98,8 +98,8 @@ def state(config: HaltingConfig) -> Rule:
 def confidence(config: HaltingConfig) -> Rule:
     """The most probable token has at least this probability (CALM, arXiv:2207.07061, softmax response).
 
-    CALM takes the difference of the two largest probabilities. Models whose iterations were taught one step each are confident
-    about intermediate results, and stop far too early.
+    CALM takes the difference of the two largest probabilities. A model whose iterations were each taught a step of a procedure
+    may be confident about an intermediate result, and stop too early.
     """
     return lambda evidence: evidence.log_probabilities().amax(-1).exp() >= config.limit
 
@@ -108,8 +108,8 @@ def kl(config: HaltingConfig) -> Rule:
     """The iteration hardly changed the prediction: its divergence from the one before is at most the threshold, in nats.
 
     Source:
-        Huginn (arXiv:2502.05171, section 6.1), which stops at 5e-4. A first iteration has no prediction before it, so no token
-        stops after it.
+        Huginn (arXiv:2502.05171), whose code stops at 1e-3. A first iteration has no prediction before it, so no token stops
+        after it.
     """
 
     def rule(evidence: Evidence) -> Tensor:
@@ -225,13 +225,13 @@ class Halting:
         readout: Readout | None = None,
         exit_head: nn.Module | None = None,
     ) -> None:
+        self.config = config
         self.stop: Stop = config.stop
         self.iterations = iterations
         self.depth: Tensor | None = None
         """``[B, T]``: iterations of each token so far."""
         self.n_readouts = 0
         """Tokens that were decoded early, over all iterations."""
-        self._config = config
         self._rule = make_rule(config)
         self._block = think_layers
         self._tokens = tokens
@@ -267,7 +267,7 @@ class Halting:
         evidence = Evidence(iteration, state, self._before[thinking], self._kept, self._readout, self._exit_head)
         goes_on = ~self._rule(evidence)
         self.n_readouts += evidence.n_readouts
-        if iteration < self._config.min_iterations:
+        if iteration < self.config.min_iterations:
             goes_on = torch.ones_like(goes_on)
         if not bool(goes_on.all()):
             self._kept = {name: value[goes_on] for name, value in self._kept.items()}

@@ -98,10 +98,10 @@ class OfferedKeys:
     """What tokens offer in the visits that they do not run, see `Stop`. It belongs to one call, and follows its visits in order.
 
     Args:
-        stop: Which of the three meanings.
+        stop: Which of the three meanings; None for a call without a policy, in which every token runs.
     """
 
-    def __init__(self, stop: Stop) -> None:
+    def __init__(self, stop: Stop | None) -> None:
         self._stop = stop
         self._last: dict[int, LayerKeys] = {}
 

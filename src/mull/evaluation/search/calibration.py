@@ -1,7 +1,7 @@
 """Calibration: the threshold of a halting rule for a mean depth or a loss, and what each rule gives at each depth.
 
 Every point is measured by running the model as it runs in use: tokens that stop leave behind what the configuration says. Beside
-the rules stand the fixed depths; *random*, the depths that the chosen rule gave, dealt out to other tokens; and the *oracle*, in
+the rules stand the fixed depths; *random*, the depths that the chosen rule gave, shuffled among the tokens; and the *oracle*, in
 which each token runs the iteration that predicts its next token best, which only someone who knows that token can do.
 
 Shapes: B batch, T tokens, k iterations.
@@ -78,7 +78,7 @@ def calibrate(
     iterations: int | None = None,
     target_iterations: float | None = None,
     tolerance: float | None = None,
-    stop: Stop = "last_kv",
+    stop: Stop | None = None,
     max_rows: int | None = None,
     batch_size: int = 4,
     seed: int = 0,
@@ -92,10 +92,10 @@ def calibrate(
         iterations: Most iterations; default as in the model's configuration.
         target_iterations: Mean iterations of a token to come closest to. Give this or `tolerance`.
         tolerance: Stop as early as the loss stays within so many nats of that of all iterations.
-        stop: What a stopped token leaves behind.
+        stop: What a stopped token leaves behind; default as in the model.
         max_rows: Measure on the first rows only.
         batch_size: Rows per pass.
-        seed: Of the random dealing.
+        seed: Of the shuffling.
 
     Raises:
         ValueError: both or neither of the aims, no think block, or an unknown rule.
@@ -108,6 +108,8 @@ def calibrate(
     if rule not in rules:
         raise ValueError(f"rule={rule!r} cannot be calibrated in this model. Choose one of {', '.join(rules)}.")
     n_iterations = model.iterations(iterations)
+    if stop is None:
+        stop = "last_kv" if model.etd_config.halting is None else model.etd_config.halting.stop
     kept = rows.in_order(batch_size)
     batches = list(kept if max_rows is None else islice(kept, -(-max_rows // batch_size)))
     measure = _Measure(model, batches, n_iterations, seed)
@@ -128,7 +130,7 @@ def calibrate(
                 curve.append(at(name, place))
                 if name == rule:
                     progress.advance()
-                    curve.append(measure.dealt(stop))
+                    curve.append(measure.shuffled(stop))
         progress.advance()
         curve.append(measure.oracle(stop))
 
@@ -197,8 +199,8 @@ class _Measure:
         ]
         return self._point(name, threshold, losses, 0)
 
-    def dealt(self, stop: Stop) -> DepthPoint:
-        """The depths of the latest rule, dealt out anew among the tokens of a batch."""
+    def shuffled(self, stop: Stop) -> DepthPoint:
+        """The depths of the latest rule, shuffled among the tokens of a batch."""
         for index, depths in enumerate(self._latest):
             order = torch.randperm(depths.numel(), generator=self._generator).to(depths.device)
             self._latest[index] = depths.flatten()[order].view_as(depths)
