@@ -40,14 +40,15 @@ def mixed(model: MullForCausalLM, tokens: Tensor, rule: str, **fields: Any) -> H
     if rule == "repeat":
         return HaltingConfig(rule=rule, threshold=1, **fields)
     deep, shallow = (1e-9, 30.0) if rule == "kl" else (1.1, -1.1)
-    for _ in range(12):
+    for _ in range(16):
         threshold = (deep * shallow) ** 0.5 if rule == "kl" else (deep + shallow) / 2
         config = HaltingConfig(rule=rule, threshold=threshold, **fields)
         with torch.no_grad():
-            mean = depths_of(model(tokens, think_iterations=ITERATIONS, adaptive=config)).double().mean()
-        if 1.7 < mean < ITERATIONS - 0.7:
+            depths = depths_of(model(tokens, think_iterations=ITERATIONS, adaptive=config))
+        mean = depths.double().mean()
+        if 1.7 < mean < ITERATIONS - 0.7 and len(depths.unique()) > 1:
             break
-        deep, shallow = (threshold, shallow) if mean > 2.5 else (deep, threshold)
+        deep, shallow = (threshold, shallow) if mean > 2.3 else (deep, threshold)
     return config
 
 
@@ -145,6 +146,56 @@ def test_no_decision_looks_ahead_or_at_another_row(rule: str, exact: Exact, ids:
     other[2] = ids(1, TOKENS, seed=4)[0]
     changed = depths_of(model(other, **options))
     assert torch.equal(changed[:2, :-1], expected[:2, :-1])
+
+
+def statistic(rule: str, model: MullForCausalLM, states: list[Tensor]) -> list[Tensor]:
+    """After each iteration, what a rule compares, written out; the larger, the sooner a token stops. `states` begin before the
+    first iteration."""
+    logits = [model.lm_head(model.model.norm(state)) for state in states[1:]]
+    log_p = [each.log_softmax(-1) for each in logits]
+    never = torch.full(states[0].shape[:2], -torch.inf, dtype=torch.float64)
+    if rule == "state":
+        return [(a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt() for a, b in pairwise(states)]
+    if rule == "confidence":
+        return [each.exp().max(-1).values for each in log_p]
+    if rule == "kl":
+        return [never, *(-(b.exp() * (b - a)).sum(-1) for a, b in pairwise(log_p))]
+    if rule == "repeat":
+        same = [b.argmax(-1) == a.argmax(-1) for a, b in pairwise(logits)]
+        return [
+            never,
+            *(torch.stack(same[:n]).flip(0).long().cumprod(0).sum(0).double() for n in range(1, 1 + len(same))),
+        ]
+    assert model.model.exit_head is not None
+    stay = [1 - model.model.exit_head(state)[..., 0].sigmoid() for state in states[1:]]
+    return [1 - torch.stack(stay[:n]).prod(0) for n in range(1, 1 + len(stay))]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@torch.no_grad()
+def test_tokens_stop_where_the_formula_of_their_rule_says(rule: str, exact: Exact, ids: Ids) -> None:
+    model, tokens = wrapped(exact("qwen3"), rule), ids(ROWS, TOKENS)
+    config = mixed(model, tokens, rule) if rule != "repeat" else HaltingConfig(rule=rule, threshold=2)
+    policy = model.model.halting(config, ITERATIONS, unembed=model.lm_head)
+    assert policy is not None
+    states: list[Tensor] = []
+    first, last = SPLIT.think_layers[0], SPLIT.think_layers[-1]
+
+    def keep(visit: Any, before: Tensor, after: Tensor) -> None:
+        if visit == (first, 0):
+            states.append(before)
+        if visit.layer == last:
+            states.append(after)
+
+    model.model(tokens, path=SPLIT.path(ITERATIONS), policy=policy, on_visit=keep, use_cache=False)
+    depths = policy.metrics()["think_iterations"]
+    found = statistic(rule, model, states)
+    limit = -config.limit if rule == "kl" else config.limit
+    expected = torch.full_like(depths, ITERATIONS)
+    for iteration in range(ITERATIONS - 1, 0, -1):
+        expected = torch.where(found[iteration - 1] >= limit, iteration, expected)
+    assert torch.equal(depths, expected)
+    assert len(depths.unique()) > 1
 
 
 @pytest.mark.parametrize("family_name", SOME)

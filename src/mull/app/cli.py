@@ -208,7 +208,7 @@ def calibrate_depth(
     section.table(DEPTH_COLUMNS, table, f"{found.n_targets} targets; nats per token.")
     page.write(folder / "calibration.html")
     for row in [DEPTH_COLUMNS, *table]:
-        print(*(f"{cell:.4f}".rjust(12) if isinstance(cell, float) else f"{cell or '':>12}" for cell in row), sep="")
+        print(*(f"{cell:.5g}".rjust(12) if isinstance(cell, float) else f"{cell or '':>12}" for cell in row), sep="")
     chosen, halting = found.chosen, found.halting
     print(f"chosen: {halting.rule} at {halting.limit:.6g}: {chosen.iterations:.2f} iterations, loss {chosen.loss:.4f}")
     if isinstance(loaded.config.etd, dict) and (place / "config.json").is_file():

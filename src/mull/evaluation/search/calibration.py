@@ -113,12 +113,13 @@ def calibrate(
     kept = rows.in_order(batch_size)
     batches = list(kept if max_rows is None else islice(kept, -(-max_rows // batch_size)))
     measure = _Measure(model, batches, n_iterations, seed)
-    n_passes = n_iterations + len(rules) * len(GRID) + 2 * len(GRID) + BISECTIONS + 2
+    grids = {name: list(dict.fromkeys(SCALES[name](place) for place in GRID)) for name in rules}
+    n_passes = n_iterations + sum(map(len, grids.values())) + len(grids[rule]) + BISECTIONS + 1
     with Progress(n_passes, "pass", patient=True) as progress:
 
-        def at(name: str, place: float) -> DepthPoint:
+        def at(name: str, threshold: float) -> DepthPoint:
             progress.advance()
-            return measure.rule(HaltingConfig(rule=name, threshold=SCALES[name](place), stop=stop))
+            return measure.rule(HaltingConfig(rule=name, threshold=threshold, stop=stop))
 
         curve = []
         for number in range(1, n_iterations + 1):
@@ -126,8 +127,8 @@ def calibrate(
             curve.append(measure.fixed(number, stop))
         full = curve[-1]
         for name in rules:
-            for place in GRID:
-                curve.append(at(name, place))
+            for threshold in grids[name]:
+                curve.append(at(name, threshold))
                 if name == rule:
                     progress.advance()
                     curve.append(measure.shuffled(stop))
@@ -143,7 +144,7 @@ def calibrate(
         low, high, tried = 0.0, 1.0, []
         for _ in range(BISECTIONS):
             place = (low + high) / 2
-            tried.append(at(rule, place))
+            tried.append(at(rule, SCALES[rule](place)))
             low, high = (place, high) if too_shallow(tried[-1]) else (low, place)
     every = [*tried, *(point for point in curve if point.rule == rule)]
     if target_iterations is not None:

@@ -36,6 +36,7 @@ def rows() -> PackedDataset:
 @pytest.mark.latin(3, "rule")
 def test_the_mean_depth_is_the_one_that_was_asked_for(model: Any, rows: PackedDataset, rule: str) -> None:
     found = calibrate(model, rows, rule=rule, target_iterations=2.0)
+    # 360 tokens, many with nearly equal scores: a threshold moves several of them at once.
     assert found.chosen.iterations == pytest.approx(2.0, abs=0.2)
     assert found.halting.rule == rule
     batch = next(rows.in_order(len(rows)))
