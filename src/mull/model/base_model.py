@@ -502,10 +502,20 @@ class MullModel(MullPreTrainedModel):
         Returns:
             Final-normed states ``[B, T, D]``.
         """
-        h = self.embed_tokens(input_ids)
+        h = self.decode_part(self.embed_tokens(input_ids), cache, call, slice(0, len(cache.path)), policy)
+        return self.norm(h)
+
+    def decode_part(
+        self, h: Tensor, cache: StaticSlotCache, call: StaticCall, part: slice, policy: Policy | None = None
+    ) -> Tensor:
+        """Run states ``[B, T, D]`` along a part of the path of a cache of fixed size. The parts before it have run.
+
+        Returns:
+            States ``[B, T, D]``, without the final norm.
+        """
         inputs = self.fixed_layer_inputs(h, call)
         memory = FixedMemory(cache, call, None if policy is None else policy.stop)
-        return self.norm(run(self.layers, self.kinds, cache.path, h, inputs, memory, policy))
+        return run(self.layers, self.kinds, cache.path[part], h, inputs, memory, policy, first=part.start)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):

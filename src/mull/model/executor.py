@@ -5,6 +5,7 @@ keeps what a visit leaves, and the *layer inputs* hold what all layers share. Th
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from mull.model.inputs import LayerInputs
-from mull.model.memory import ActiveTokens, CallMemory, CallSlot, LayerKeys, LayerMemory, Memory, Merge, OfferedKeys
+from mull.model.inputs import LayerInputs, PartialInputs
+from mull.model.memory import ActiveTokens, CallMemory, CallSlot, LayerKeys, LayerMemory, Memory, Merge
 from mull.model.path import Visit
 from mull.model.policy import Policy
 from mull.runtime.distributed import global_sum
@@ -31,6 +32,7 @@ def run(
     memory: Memory | None = None,
     policy: Policy | None = None,
     *,
+    first: int = 0,
     on_visit: OnVisit | None = None,
 ) -> Tensor:
     """Run tokens along a path.
@@ -38,13 +40,14 @@ def run(
     Args:
         layers: Decoder layers of transformers.
         kinds: Kind of each of them.
-        path: Visits; with a memory that has a past, the whole path that its slots belong to. Without a memory, any part of one:
-            visits leave nothing but `h`, so a pass can stop between two visits and go on from there, along several paths.
+        path: Visits, of the path that the memory's slots belong to. Without a memory, any part of one: visits leave nothing but
+            `h`, so a pass can stop between two visits and go on from there, along several paths.
         h: States ``[B, T, D]`` that enter the first visit.
         inputs: What the layers share.
         memory: What the visits remember; None where nothing precedes or follows the call.
         policy: Which tokens run a visit; None runs all of them. A token that does not run keeps its state, and offers to other
             tokens what `Policy.stop` says.
+        first: Number of the first visit, where `path` is a later part of the memory's.
         on_visit: Called after each visit, also after one that no token ran.
 
     Returns:
@@ -56,41 +59,74 @@ def run(
     if policy is not None:
         inputs.require_masks()
         memory = memory or CallMemory(policy.stop)
-    for number, visit in enumerate(path):
+    chosen = Chosen(inputs, True)
+    for number, visit in enumerate(path, first):
         layer, kind, before = layers[visit.layer], kinds[visit.layer], h
-        mask = None if policy is None else policy.active(visit, h)
-        if mask is None and memory is not None and memory.has_gaps(number):
-            mask = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)  # gaps take a mask per row to hide
-        active, own = _tokens_that_run(kind, mask, inputs), None
+        running = True if policy is None else policy.active(visit, h)
+        if running is True and memory is not None and memory.has_gaps(number):
+            running = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)  # gaps take a mask per row to hide
+        if running is not chosen.running:
+            chosen = Chosen(inputs, running)
+        own = None
         if policy is not None:
-            own = keys_of_idle(layer, kind, h, inputs, mask) if policy.stop == "own_state" else None
-            h = _keep_pace(layer, kind, h, inputs, active)
-        if active is not None and not active.any:
+            own = keys_of_idle(layer, kind, h, inputs, chosen.others) if policy.stop == "own_state" else None
+            h = _keep_pace(layer, kind, h, inputs, chosen.any(kind))
+        if chosen.any(kind):
+            part = chosen.part(kind)
+            active = None if part is None else part.active
+            slot = None if memory is None else memory.slot(number, visit, active, own)
+            h = run_layer(layer, kind, h, inputs, slot, part)
+        else:
             assert memory is not None
             memory.pass_over(number, visit, h, own)
-        else:
-            slot = None if memory is None else memory.slot(number, visit, active, own)
-            h = run_layer(layer, kind, h, inputs, slot, active)
         if on_visit is not None:
             on_visit(visit, before, h)
     return h
 
 
-def _tokens_that_run(kind: str, mask: Tensor | None, inputs: LayerInputs) -> ActiveTokens | None:
-    """The tokens where `mask` ``[B, T]`` is True; None if it is None, and all tokens run."""
-    if kind == "linear_attention":
-        return inputs.recurrent_tokens(None if mask is None else ActiveTokens.of(mask))
-    return None if mask is None else ActiveTokens.of(mask, every_row=False)
+class Chosen:
+    """The tokens that run a visit, looked up once for all visits that the same tokens run.
+
+    Args:
+        inputs: What the layers share.
+        running: The answer of `Policy.active`.
+    """
+
+    def __init__(self, inputs: LayerInputs, running: Tensor | bool) -> None:
+        self.running = running
+        self._inputs = inputs
+        self._parts: dict[bool, PartialInputs | None] = {}
+
+    @functools.cached_property
+    def others(self) -> "Chosen":
+        """The tokens that do not run it."""
+        return Chosen(self._inputs, ~self.running if isinstance(self.running, Tensor) else not self.running)
+
+    def any(self, kind: str) -> bool:
+        """Whether a token runs a layer of this kind."""
+        part = None if self.running is False else self.part(kind)
+        return self.running is not False and (part is None or part.active.any)
+
+    def part(self, kind: str) -> PartialInputs | None:
+        """The inputs of a layer of this kind for these tokens; None if they are all tokens."""
+        recurrent = kind == "linear_attention"
+        if recurrent not in self._parts:
+            active = None
+            if isinstance(self.running, Tensor):
+                active = ActiveTokens.of(self.running)
+            if recurrent:
+                active = self._inputs.recurrent_tokens(active)
+            self._parts[recurrent] = None if active is None else PartialInputs(self._inputs, active)
+        return self._parts[recurrent]
 
 
-def _keep_pace(layer: nn.Module, kind: str, h: Tensor, inputs: LayerInputs, active: ActiveTokens | None) -> Tensor:
+def _keep_pace(layer: nn.Module, kind: str, h: Tensor, inputs: LayerInputs, runs: bool) -> Tensor:
     """Run a sharded layer on one token, in vain, if no token of this rank runs it and one of another rank does.
 
     Ranks gather a sharded layer's weights together, and its gradients.
     """
     if not isinstance(layer, FSDPModule):
         return h
-    runs = active is None or active.any
     anywhere = global_sum(torch.tensor(float(runs), device=h.device)) > 0
     if runs or not anywhere:
         return h
@@ -115,12 +151,13 @@ class KeyTaker(CallSlot):
     ) -> tuple[Tensor, Tensor]:
         """End the layer, unless gradients are wanted: sharded layers have to reach their own end then."""
         self.taken = key_states, value_states
-        if not torch.is_grad_enabled():
+        # Compiled code leaves out by itself what nothing reads.
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise _Taken
         return self.taken
 
 
-def keys_of_idle(layer: nn.Module, kind: str, h: Tensor, inputs: LayerInputs, mask: Tensor | None) -> LayerKeys | None:
+def keys_of_idle(layer: nn.Module, kind: str, h: Tensor, inputs: LayerInputs, idle: Chosen) -> LayerKeys | None:
     """Keys and values that an attention layer projects from the states of tokens that do not run it.
 
     Args:
@@ -128,28 +165,28 @@ def keys_of_idle(layer: nn.Module, kind: str, h: Tensor, inputs: LayerInputs, ma
         kind: Its kind.
         h: States ``[B, T, D]``.
         inputs: What the call's layers share.
-        mask: ``[B, T]``, False for these tokens; None if there are none.
+        idle: These tokens.
 
     Returns:
-        None if all tokens run, and for recurrent layers, which have no keys.
+        None if there are none, and for recurrent layers, which have no keys.
 
     Raises:
         ValueError: the layer is sharded over ranks.
     """
-    if mask is None or kind == "linear_attention":
+    if kind == "linear_attention" or not idle.any(kind):
         return None
     if isinstance(layer, FSDPModule):
         raise ValueError("stop='own_state' needs whole layers, and these are sharded over ranks: use 'last_kv'.")
-    idle = ActiveTokens.of(~mask, every_row=False)
-    if not idle.any:
-        return None
-    taker = KeyTaker()
-    options = _options(taker, None, idle.gather(inputs.position_ids), inputs.rotary_of(kind, idle))
+    taker, part = KeyTaker(), idle.part(kind)
+    if part is None:
+        options = _options(taker, None, inputs.position_ids, inputs.rotary[kind])
+    else:
+        options = _options(taker, None, part.position_ids, part.rotary(kind))
     with contextlib.suppress(_Taken):
-        nn.Module.__call__(layer, idle.gather(h), **options)  # past gradient checkpointing, which would run it again
+        # Past gradient checkpointing, which would run the layer again.
+        nn.Module.__call__(layer, h if part is None else part.active.gather(h), **options)
     assert taker.taken is not None, "attention layers store their keys"
-    merged = Merge(OfferedKeys("active_only"), 0, idle, None)(*taker.taken)
-    return merged._replace(known=None)
+    return LayerKeys(*taker.taken) if part is None else Merge(part.active, None)(*taker.taken)._replace(known=None)
 
 
 def run_layer(
@@ -158,7 +195,7 @@ def run_layer(
     h: Tensor,
     inputs: LayerInputs,
     slot: LayerMemory | None = None,
-    active: ActiveTokens | None = None,
+    part: PartialInputs | None = None,
 ) -> Tensor:
     """Run one decoder layer of transformers, unmodified, for one visit.
 
@@ -168,7 +205,7 @@ def run_layer(
         h: States ``[B, T, D]``.
         inputs: What the call's layers share.
         slot: The visit's memory, or None.
-        active: The tokens that run, for a recurrent layer `LayerInputs.recurrent_tokens`; None for all of them.
+        part: The inputs of the tokens that run, for a recurrent layer `LayerInputs.recurrent_tokens`; None for all of them.
 
     Returns:
         States ``[B, T, D]``; those of tokens that do not run are what they were.
@@ -177,15 +214,15 @@ def run_layer(
         # Gradient checkpointing would otherwise drop the slot; this one may be read again.
         layer._can_checkpoint_with_cache = True  # type: ignore[assignment]
     if kind == "linear_attention":
-        return _run_recurrent(layer, h, inputs, slot, active)
-    if active is None:
+        return _run_recurrent(layer, h, inputs, slot, None if part is None else part.active)
+    if part is None:
         options = _options(slot, inputs.masks[kind], inputs.position_ids, inputs.rotary[kind])
         # Positional: reentrant checkpointing only follows positional inputs.
         return layer(h, **options)
     assert slot is not None
-    mask = inputs.mask_of(kind, slot.n_keys, slot.known, active)
-    options = _options(slot, mask, active.gather(inputs.position_ids), inputs.rotary_of(kind, active))
-    return active.scatter(h, layer(active.gather(h), **options))
+    mask = part.mask(kind, slot.n_keys, slot.known)
+    options = _options(slot, mask, part.position_ids, part.rotary(kind))
+    return part.active.scatter(h, layer(part.active.gather(h), **options))
 
 
 def _options(slot: LayerMemory | None, mask: Any, position_ids: Tensor, rotary: Any) -> dict[str, Any]:

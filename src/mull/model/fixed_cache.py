@@ -12,9 +12,7 @@ Shapes: B batch, T tokens of a call, A tokens that run in the row with most of t
 convolution.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from mull.model.configs import Stop
-from mull.model.memory import ActiveTokens, LayerKeys, Merge, OfferedKeys, head_width
+from mull.model.memory import ActiveTokens, LayerKeys, Merge, head_width
 from mull.model.path import Path, Visit
 from mull.ops.gated_delta import DeltaWrites, convolution_window, no_op_where_inactive, short_gated_delta, written_state
 
@@ -70,7 +68,13 @@ class AttentionSlot:
 
     def forget(self) -> None:
         """Forget which tokens offered nothing."""
-        self.known = None
+        if self.known is not None:
+            self.known.fill_(True)
+
+    def keep_known(self) -> None:
+        """Have `known` from the beginning, for compiled calls that run a part of their tokens."""
+        shape = self.key.shape[0], self.key.shape[2]
+        self.known = _fixed(torch.ones(shape, dtype=torch.bool, device=self.key.device))
 
     def mark_known(self, call: StaticCall, known: Tensor | None) -> None:
         """Say which of a call's tokens, ``[B, T]``, offer keys; None for all."""
@@ -79,8 +83,17 @@ class AttentionSlot:
         if known is None:
             known = torch.ones_like(call.positions, dtype=torch.bool)
         if self.known is None:
-            self.known = torch.ones(self.key.shape[0], self.key.shape[2], dtype=torch.bool, device=known.device)
+            self.keep_known()
+            assert self.known is not None
         self.known[self._rows, call.positions] = known
+
+    def read(self, call: StaticCall) -> LayerKeys:
+        """What a call's tokens offer here."""
+        known = None if self.known is None else self.known[self._rows, call.positions]
+        key, value = (
+            buffer.transpose(1, 2)[self._rows, call.positions].transpose(1, 2) for buffer in (self.key, self.value)
+        )
+        return LayerKeys(key, value, known)
 
     def update(self, call: StaticCall, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write a call's keys and values, ``[B, H, T, W]``, and return those that attention looks at."""
@@ -120,7 +133,7 @@ class RecurrentState:
         """Append a call's inputs ``[B, C, A]``, of the tokens `active` ``[B, T]``; return what the layer convolves."""
         assert self.undecided_inputs is None, "a call waits for its commit"
         full = torch.cat([self.window, inputs], dim=-1)
-        self._active = active
+        self._active, self.passed_over = active, False
         if call.n_valid is None:
             self.undecided_inputs = full
         else:
@@ -214,6 +227,12 @@ class StaticSlotCache:
             return AttentionSlot(keys, dtype, device)
 
         self.slots = [new_slot(kinds[visit.layer]) for visit in path]
+        latest: dict[int, int] = {}
+        self.earlier: list[int | None] = []
+        """For each visit, the number of the one before it of the same layer; None if it is the first."""
+        for number, visit in enumerate(path):
+            self.earlier.append(latest.get(visit.layer))
+            latest[visit.layer] = number
         self._head_slots = [new_slot("full_attention") for _ in range(n_head_blocks)]
 
     def head_slot(self, block: int, call: StaticCall) -> "FixedSlot":
@@ -221,9 +240,9 @@ class StaticSlotCache:
         assert call.n_keys <= self.capacity, f"{call.n_keys} keys do not fit into {self.capacity} slots"
         return FixedSlot(self._head_slots[block], call)
 
-    def commit(self, n_keep: Tensor) -> None:
-        """After a call with ``n_valid=None``, keep its first `n_keep` tokens, ``[B]`` int64, in every recurrent state."""
-        for slot in self.slots:
+    def commit(self, n_keep: Tensor, visits: slice = slice(None)) -> None:
+        """After a call with ``n_valid=None``, keep its first `n_keep` tokens, ``[B]`` int64, in recurrent states of `visits`."""
+        for slot in self.slots[visits]:
             if isinstance(slot, RecurrentState):
                 slot.commit(n_keep)
 
@@ -259,7 +278,7 @@ class FixedMemory:
         assert call.n_keys <= cache.capacity, f"{call.n_keys} keys do not fit into {cache.capacity} slots"
         self._cache = cache
         self._call = call
-        self._offered = OfferedKeys(stop)
+        self._stop = stop
 
     def has_gaps(self, number: int) -> bool:
         """See `Memory`, also for the methods below."""
@@ -271,9 +290,18 @@ class FixedMemory:
         slot = self._cache.slots[number]
         merge = None
         if active is not None and isinstance(slot, AttentionSlot):
-            merge = self._offered.merge(visit.layer, active, own)
+            merge = Merge(active, self._idle(number, own))
             slot.mark_known(self._call, merge.known)
-        return FixedSlot(slot, self._call, active, merge, partial(self._offered.note, visit.layer))
+        return FixedSlot(slot, self._call, active, merge)
+
+    def _idle(self, number: int, own: LayerKeys | None) -> LayerKeys | None:
+        """What tokens offer in a visit that they do not run."""
+        earlier = self._cache.earlier[number]
+        if self._stop != "last_kv" or earlier is None:
+            return own
+        slot = self._cache.slots[earlier]
+        assert isinstance(slot, AttentionSlot), "a layer is of one kind"
+        return slot.read(self._call)
 
     def pass_over(self, number: int, visit: Visit, h: Tensor, own: LayerKeys | None = None) -> None:
         """The tokens offer what their kind of stopping says, or nothing."""
@@ -281,7 +309,7 @@ class FixedMemory:
         if isinstance(slot, RecurrentState):
             slot.passed_over = self._call.n_valid is None
             return
-        keys = self._offered.idle(visit.layer, own)
+        keys = self._idle(number, own)
         if keys is None:
             slot.mark_known(self._call, torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device))
             return
@@ -298,14 +326,12 @@ class FixedSlot:
         call: StaticCall,
         active: ActiveTokens | None = None,
         merge: Merge | None = None,
-        note: Callable[[LayerKeys], None] | None = None,
     ) -> None:
         # Which of the two it is follows from the layer: each calls only the methods of its kind.
         self._slot: Any = slot
         self._call = call
-        self._active = None if active is None else active.mask
+        self._active = active
         self._merge = merge
-        self._note = note
 
     @property
     def n_keys(self) -> int:
@@ -326,8 +352,6 @@ class FixedSlot:
     ) -> tuple[Tensor, Tensor]:
         """Write keys and values at the positions of their tokens, and return those that attention looks at."""
         if self._merge is None:
-            if self._note is not None:
-                self._note(LayerKeys(key_states, value_states))
             return self._slot.update(self._call, key_states, value_states)
         keys = self._merge(key_states, value_states)
         key, value = self._slot.update(self._call, keys.key, keys.value)
@@ -343,7 +367,10 @@ class FixedSlot:
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
         """Append a call's inputs to the window, or keep them until the commit."""
-        return self._slot.convolve(self._call, conv_states, self._active)
+        if self._active is None:
+            return self._slot.convolve(self._call, conv_states, None)
+        inputs = self._active.to_all_rows(conv_states)
+        return self._active.of_rows(self._slot.convolve(self._call, inputs, self._active.mask))
 
     def update_recurrent_state(
         self, recurrent_states: Tensor | None, layer_idx: int, state_idx: int = 0, **kwargs: Any
@@ -359,5 +386,8 @@ class FixedSlot:
         self, rule: Any, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Run the rule and advance the state, or keep what it would write until the commit."""
+        if self._active is None:
+            return self._slot.delta_rule(self._call, rule, (query, key, value), g, beta, **kwargs), self._slot.state
+        query, key, value, g, beta = map(self._active.to_all_rows, (query, key, value, g, beta))
         out = self._slot.delta_rule(self._call, rule, (query, key, value), g, beta, **kwargs)
-        return out, self._slot.state
+        return self._active.of_rows(out), self._slot.state

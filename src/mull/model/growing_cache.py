@@ -386,7 +386,7 @@ class GrowingMemory:
         """The slot of a visit."""
         merge = None
         if active is not None and self._cache.layer_kinds[visit.layer] != "linear_attention":
-            merge = self._offered.merge(visit.layer, active, own)
+            merge = Merge(active, self._offered.idle(visit.layer, own))
         return GrowingSlot(self._cache, number, active, merge, partial(self._offered.note, visit.layer))
 
     def pass_over(self, number: int, visit: Visit, h: Tensor, own: LayerKeys | None = None) -> None:
@@ -406,7 +406,7 @@ class GrowingSlot:
         number: Number of the visit in the cache's path.
         active: The tokens that run; None for all.
         merge: Extends their keys to all tokens of the call, for attention layers that run a part of the tokens.
-        note: Told the keys and values of a call that all tokens run.
+        note: Told the keys and values that the call's tokens offer.
     """
 
     def __init__(
@@ -419,7 +419,7 @@ class GrowingSlot:
     ) -> None:
         self._cache = cache
         self._number = number
-        self._active = None if active is None else active.mask
+        self._active = active
         self._merge = merge
         self._note = note
 
@@ -427,7 +427,7 @@ class GrowingSlot:
     def n_keys(self) -> int:
         """See `LayerMemory`, also for the methods below."""
         assert self._active is not None, "asked when a part of the tokens runs"
-        return self._cache.get_mask_sizes(self._active.shape[1], self._number)[0]
+        return self._cache.get_mask_sizes(self._active.mask.shape[1], self._number)[0]
 
     @property
     def known(self) -> Tensor | None:
@@ -442,7 +442,9 @@ class GrowingSlot:
         if self._merge is None:
             self._note(LayerKeys(key_states, value_states))
             return self._cache.update(key_states, value_states, self._number, *args, **kwargs)
-        key, value = self._cache.append(self._number, self._merge(key_states, value_states))
+        keys = self._merge(key_states, value_states)
+        self._note(keys)
+        key, value = self._cache.append(self._number, keys)
         return self._merge.active.of_rows(key), self._merge.active.of_rows(value)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
@@ -455,7 +457,12 @@ class GrowingSlot:
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
         """Append a call's inputs to the window."""
-        return self._cache.update_conv_state(conv_states, self._number, state_idx, active=self._active, **kwargs)
+        if self._active is None:
+            return self._cache.update_conv_state(conv_states, self._number, state_idx, **kwargs)
+        inputs, mask = self._active.to_all_rows(conv_states), self._active.mask
+        return self._active.of_rows(
+            self._cache.update_conv_state(inputs, self._number, state_idx, active=mask, **kwargs)
+        )
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
@@ -471,7 +478,12 @@ class GrowingSlot:
         self, rule: Any, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Run the rule past inactive tokens, and record its inputs."""
-        if self._active is not None:
-            g, beta = no_op_where_inactive(g, beta, active_first(self._active, g.shape[1]))
-        self._cache.layers[self._number].record(self._active, key, value, g, beta)
-        return rule(query, key, value, g=g, beta=beta, **kwargs)
+        slot = self._cache.layers[self._number]
+        if self._active is None:
+            slot.record(None, key, value, g, beta)
+            return rule(query, key, value, g=g, beta=beta, **kwargs)
+        query, key, value, g, beta = map(self._active.to_all_rows, (query, key, value, g, beta))
+        g, beta = no_op_where_inactive(g, beta, active_first(self._active.mask, g.shape[1]))
+        slot.record(self._active.mask, key, value, g, beta)
+        out, state = rule(query, key, value, g=g, beta=beta, **kwargs)
+        return self._active.of_rows(out), state

@@ -191,13 +191,16 @@ class GivenDepths:
     def __init__(self, depths: Tensor, think_layers: range, stop: Stop) -> None:
         self.stop = stop
         self._depths = depths
+        self._masks: dict[int, Tensor] = {}
         self._block = think_layers
 
-    def active(self, visit: Visit, h: Tensor) -> Tensor | None:
+    def active(self, visit: Visit, h: Tensor) -> Tensor | bool:
         """Tokens with more iterations than this visit's layer has run."""
         if visit.layer not in self._block or visit.occurrence == 0:
-            return None
-        return self._depths > visit.occurrence
+            return True
+        if visit.occurrence not in self._masks:
+            self._masks[visit.occurrence] = self._depths > visit.occurrence
+        return self._masks[visit.occurrence]
 
 
 class Halting:
@@ -238,29 +241,32 @@ class Halting:
         self._readout = readout
         self._exit_head = exit_head
         self._before: Tensor | None = None
-        self._thinking: Tensor | None = None
+        self._thinking: Tensor | bool = True
         self._kept: dict[str, Tensor] = {}
 
-    def active(self, visit: Visit, h: Tensor) -> Tensor | None:
+    def active(self, visit: Visit, h: Tensor) -> Tensor | bool:
         """Tokens that still think; all of them outside the think block and in its first iteration."""
         if visit.layer not in self._block:
-            return None
+            return True
         if visit.layer == self._block.start:
             if visit.occurrence == 0:
                 self.depth = torch.ones(h.shape[:2], dtype=torch.long, device=h.device)
                 # A mask of all tokens would have the layers gather them.
                 everybody = self._tokens is None or bool(self._tokens.all())
-                self._thinking, self._kept = None if everybody else self._tokens, {}
+                self._thinking, self._kept = True if everybody or self._tokens is None else self._tokens, {}
             else:
                 self._ask(visit.occurrence, h.detach())
             self._before = h.detach()
-        return None if visit.occurrence == 0 else self._thinking
+        return True if visit.occurrence == 0 else self._thinking
 
     @torch.no_grad()
     def _ask(self, iteration: int, h: Tensor) -> None:
         assert self.depth is not None, "the first iteration comes first"
         assert self._before is not None, "the first iteration comes first"
-        thinking = torch.ones_like(self.depth, dtype=torch.bool) if self._thinking is None else self._thinking
+        if self._thinking is False:
+            return
+        everybody = torch.ones_like(self.depth, dtype=torch.bool)
+        thinking = self._thinking if isinstance(self._thinking, Tensor) else everybody
         state = h[thinking]
         if not len(state):
             return
@@ -269,10 +275,12 @@ class Halting:
         self.n_readouts += evidence.n_readouts
         if iteration < self.config.min_iterations:
             goes_on = torch.ones_like(goes_on)
-        if not bool(goes_on.all()):
+        if not bool(goes_on.any()):
+            self._thinking = False
+        elif not bool(goes_on.all()):
             self._kept = {name: value[goes_on] for name, value in self._kept.items()}
             self._thinking = thinking.masked_scatter(thinking, goes_on)
-        self.depth = self.depth + (1 if self._thinking is None else self._thinking.long())
+        self.depth = self.depth + (self._thinking if isinstance(self._thinking, bool) else self._thinking.long())
 
     def metrics(self) -> dict[str, Any]:
         """What happened, for `MullOutput.metrics`.

@@ -9,6 +9,7 @@ All of it is computed once per call. Recurrent layers need two things that atten
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import NoneType
 from typing import Any
 
@@ -238,35 +239,6 @@ class LayerInputs:
             return active if padding is None else ActiveTokens.of(active.mask & (padding == 1))
         return None if self.in_states is None else ActiveTokens.reordered(self.in_states)
 
-    def mask_of(self, kind: str, n_keys: int, known: Tensor | None, active: ActiveTokens) -> Tensor:
-        """Attention mask of the tokens that run, in the form that the implementation takes.
-
-        Args:
-            kind: Kind of the layer.
-            n_keys: Keys that attention looks at.
-            known: ``[B, n_keys]``, False for keys that are no token's; None if all are.
-            active: The tokens that run.
-
-        Returns:
-            ``[R, 1, A, n_keys]``.
-
-        Raises:
-            ValueError: the implementation cannot obey such a mask.
-        """
-        self.require_masks()
-        mask = self.masks[kind]
-        n_tokens = active.mask.shape[1]
-        if mask is None:
-            mask = torch.ones(1, 1, n_tokens, n_keys, dtype=torch.bool, device=active.mask.device)
-            mask = mask.tril(n_keys - n_tokens)
-        visible = mask if mask.dtype == torch.bool else mask == 0
-        visible = active.gather(visible.transpose(1, 2)).transpose(1, 2)  # (R, 1, A, n_keys)
-        if known is not None:
-            visible = visible & active.of_rows(known)[:, None, None]
-        # What fills up a row is not kept, but a query that sees no key at all has no gradient.
-        visible = visible | ~active.filled[:, None, :, None]
-        return visible if mask.dtype == torch.bool else additive(visible, mask.dtype)
-
     def require_masks(self) -> None:
         """Refuse an attention that cannot run a part of the tokens.
 
@@ -279,10 +251,61 @@ class LayerInputs:
                 f"attn_implementation={' or '.join(map(repr, MASKED_ATTENTION))}."
             )
 
-    def rotary_of(self, kind: str, active: ActiveTokens) -> Any:
-        """Position embeddings of the tokens that run."""
-        embeddings = self.rotary[kind]
-        return None if embeddings is None else tuple(active.gather(part) for part in embeddings)
+
+class PartialInputs:
+    """What attention layers of one call share, for the tokens that run. The layers of an iteration look the same up.
+
+    Args:
+        inputs: For all tokens.
+        active: The tokens that run.
+    """
+
+    def __init__(self, inputs: LayerInputs, active: ActiveTokens) -> None:
+        self.active = active
+        self._inputs = inputs
+        self._rotary: dict[str, Any] = {}
+        self._visible: dict[tuple[str, int], Tensor] = {}
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """``[R, A]``."""
+        return self.active.gather(self._inputs.position_ids)
+
+    def rotary(self, kind: str) -> Any:
+        """Position embeddings of layers of a kind."""
+        embeddings = self._inputs.rotary[kind]
+        if embeddings is not None and kind not in self._rotary:
+            self._rotary[kind] = tuple(self.active.gather(part) for part in embeddings)
+        return self._rotary.get(kind)
+
+    def mask(self, kind: str, n_keys: int, known: Tensor | None) -> Tensor:
+        """Attention mask, in the form that the implementation takes.
+
+        Args:
+            kind: Kind of the layer.
+            n_keys: Keys that attention looks at.
+            known: ``[B, n_keys]``, False for keys that are no token's; None if all are.
+
+        Returns:
+            ``[R, 1, A, n_keys]``.
+        """
+        of_all = self._inputs.masks[kind]
+        if (kind, n_keys) not in self._visible:
+            self._visible[kind, n_keys] = self._gathered(of_all, n_keys)
+        visible = self._visible[kind, n_keys]
+        if known is not None:
+            visible = visible & self.active.of_rows(known)[:, None, None]
+        # What fills up a row is not kept, but a query that sees no key at all has no gradient.
+        visible = visible | ~self.active.filled[:, None, :, None]
+        return visible if of_all is None or of_all.dtype == torch.bool else additive(visible, of_all.dtype)
+
+    def _gathered(self, mask: Tensor | None, n_keys: int) -> Tensor:
+        n_tokens = self.active.mask.shape[1]
+        if mask is None:
+            mask = torch.ones(1, 1, n_tokens, n_keys, dtype=torch.bool, device=self.active.mask.device)
+            mask = mask.tril(n_keys - n_tokens)
+        visible = mask if mask.dtype == torch.bool else mask == 0
+        return self.active.gather(visible.transpose(1, 2)).transpose(1, 2)
 
 
 def layer_inputs(

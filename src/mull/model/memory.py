@@ -38,11 +38,14 @@ class ActiveTokens:
     """``[R]``: which rows they are; None for all B rows."""
 
     @classmethod
-    def of(cls, mask: Tensor, every_row: bool = True) -> "ActiveTokens":
-        """The tokens where `mask` ``[B, T]`` is True; without `every_row`, rows that have none are left out."""
+    def of(cls, mask: Tensor) -> "ActiveTokens":
+        """The tokens where `mask` ``[B, T]`` is True. Rows that have none are left out."""
+        if torch.compiler.is_compiling():  # values cannot be read, so shapes are those of all tokens
+            index = inactive_last(mask)
+            return cls(mask, index, mask.gather(1, index))
         counts = mask.sum(1).tolist()
         busy = [row for row, count in enumerate(counts) if count]
-        rows = None if every_row or len(busy) in (0, len(mask)) else torch.tensor(busy, device=mask.device)
+        rows = None if len(busy) in (0, len(mask)) else torch.tensor(busy, device=mask.device)
         of_rows = mask if rows is None else mask[rows]
         index = inactive_last(of_rows)[:, : max(counts)]
         return cls(mask, index, of_rows.gather(1, index), rows)
@@ -60,6 +63,10 @@ class ActiveTokens:
     def of_rows(self, x: Tensor) -> Tensor:
         """``[B, ...]`` to ``[R, ...]``."""
         return x if self.rows is None else x[self.rows]
+
+    def to_all_rows(self, x: Tensor) -> Tensor:
+        """``[R, ...]`` to ``[B, ...]``, with zeros in the other rows."""
+        return x if self.rows is None else x.new_zeros(len(self.mask), *x.shape[1:]).index_copy(0, self.rows, x)
 
     def gather(self, x: Tensor) -> Tensor:
         """``[B or 1, T, ...]`` to ``[R, A, ...]``."""
@@ -114,34 +121,26 @@ class OfferedKeys:
         """What tokens offer in a layer's next visit if they do not run it; `own` is projected from their states."""
         return own if self._stop == "own_state" else self._last.get(layer)
 
-    def merge(self, layer: int, active: ActiveTokens, own: LayerKeys | None) -> "Merge":
-        """The merge of the layer's next visit."""
-        return Merge(self, layer, active, self.idle(layer, own))
-
 
 @dataclass(frozen=True)
 class Merge:
     """Extends the keys and values of the active tokens to all tokens of the call."""
 
-    offered: OfferedKeys
-    layer: int
     active: ActiveTokens
-    before: LayerKeys | None
-    """Read when the visit begins and not again: gradient checkpointing may run the layer a second time."""
+    idle: LayerKeys | None
+    """What tokens offer if they do not run the visit; None for nothing."""
 
     @property
     def known(self) -> Tensor | None:
         """``[B, T]``: tokens that offer keys and values after the merge; None for all."""
-        if self.before is None:
+        if self.idle is None:
             return self.active.mask
-        return None if self.before.known is None else self.active.mask | self.before.known
+        return None if self.idle.known is None else self.active.mask | self.idle.known
 
     def __call__(self, key: Tensor, value: Tensor) -> LayerKeys:
         """``[R, H, A, W]`` each to ``[B, H, T, W]``."""
-        old_key, old_value = (None, None) if self.before is None else (self.before.key, self.before.value)
-        merged = LayerKeys(self._merged(key, old_key), self._merged(value, old_value), self.known)
-        self.offered.note(self.layer, merged)
-        return merged
+        old_key, old_value = (None, None) if self.idle is None else (self.idle.key, self.idle.value)
+        return LayerKeys(self._merged(key, old_key), self._merged(value, old_value), self.known)
 
     def _merged(self, new: Tensor, old: Tensor | None) -> Tensor:
         rows, tokens = self.active.mask.shape
@@ -179,7 +178,7 @@ class LayerMemory(Protocol):
         """Delta-rule state ``[B, H, K, V]``; None before the first token."""
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """Append the convolution's inputs ``[B, C, A]`` to the window, and return what the layer convolves."""
+        """Append the convolution's inputs ``[R, C, A]`` to the window, and return what the layer convolves."""
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
@@ -192,7 +191,7 @@ class LayerMemory(Protocol):
     def delta_rule(
         self, rule: Any, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Run a delta rule of transformers past inactive tokens. Outputs ``[B, A, H, V]``, and the state after the call."""
+        """Run a delta rule of transformers past inactive tokens. Outputs ``[R, A, H, V]``, and the state after the call."""
 
 
 class Memory(Protocol):
@@ -227,7 +226,8 @@ class CallMemory:
 
     def slot(self, number: int, visit: Visit, active: ActiveTokens | None, own: LayerKeys | None = None) -> "CallSlot":
         """The slot of a visit."""
-        merge = None if active is None else self._offered.merge(visit.layer, active, own)
+        # What tokens offer is looked up now and not again: gradient checkpointing may run the layer a second time.
+        merge = None if active is None else Merge(active, self._offered.idle(visit.layer, own))
         return CallSlot(self._offered, visit.layer, merge)
 
     def pass_over(self, number: int, visit: Visit, h: Tensor, own: LayerKeys | None = None) -> None:
@@ -261,6 +261,7 @@ class CallSlot:
             self._offered.note(self._layer, LayerKeys(key_states, value_states))
             return key_states, value_states
         keys = self._merge(key_states, value_states)
+        self._offered.note(self._layer, keys)
         return self._merge.active.of_rows(keys.key), self._merge.active.of_rows(keys.value)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:

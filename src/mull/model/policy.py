@@ -16,22 +16,25 @@ class Policy(Protocol):
     def stop(self) -> Stop:
         """What tokens that do not run leave behind."""
 
-    def active(self, visit: Visit, h: Tensor) -> Tensor | None:
-        """``[B, T]``, True for tokens that run `visit`, given the states ``[B, T, D]`` before it; None for all of them."""
+    def active(self, visit: Visit, h: Tensor) -> Tensor | bool:
+        """``[B, T]``, True for tokens that run `visit`, given the states ``[B, T, D]`` before it; or one answer for all of them.
+
+        Visits that the same tokens run should be given the same tensor, which is then looked at once.
+        """
 
 
 class GivenTokens:
     """The tokens that run a visit are known beforehand.
 
     Args:
-        masks: ``[B, T]`` by visit; at visits without a mask, every token runs.
+        masks: ``[B, T]`` by visit, or one answer for all tokens; at visits without a mask, every token runs.
         stop: What tokens that do not run leave behind.
     """
 
-    def __init__(self, masks: Mapping[Visit, Tensor], stop: Stop = "last_kv") -> None:
+    def __init__(self, masks: Mapping[Visit, Tensor | bool], stop: Stop = "last_kv") -> None:
         self._masks = masks
         self.stop: Stop = stop
 
-    def active(self, visit: Visit, h: Tensor) -> Tensor | None:
+    def active(self, visit: Visit, h: Tensor) -> Tensor | bool:
         """The visit's mask."""
-        return self._masks.get(visit)
+        return self._masks.get(visit, True)
