@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from conftest import EXACT, SPLIT, tiny
@@ -287,6 +288,75 @@ def test_our_decoding_writes_the_text_of_transformers_with_and_without_drafts(
     )
 
 
+@pytest.fixture
+def scattered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule by which about half of the tokens stop after each iteration, also in texts that repeat themselves."""
+    monkeypatch.setitem(halting.RULES, "scattered", lambda _: lambda evidence: (1e3 * evidence.state[:, 0]).frac() > 0)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compile` runs the function as it is, but tells it that it is being compiled, so that no value is looked at."""
+
+    def compiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.compiler, "is_compiling", lambda: True)
+                return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+
+
+@pytest.mark.parametrize("stop", ["last_kv", "own_state", "active_only"])
+@pytest.mark.parametrize("draft_length", [0, 3])
+@pytest.mark.latin(10, "family", "stop", "draft_length")
+@pytest.mark.usefixtures("traced", "scattered")
+def test_rounds_of_fixed_shapes_write_the_same(
+    family: str, stop: Any, draft_length: int, exact: Exact, ids: Ids
+) -> None:
+    model, tokens = wrapped(exact(family), mtp=MTPConfig(num_predict_tokens=3), stop=stop), ids(ROWS, TOKENS)
+    call = {
+        "adaptive": HaltingConfig(rule="scattered", stop=stop),
+        "think_iterations": ITERATIONS,
+        "max_new_tokens": 9,
+        "eos_token_id": (),
+    }
+    draft = {"draft": "mtp", "draft_length": draft_length}
+    expected = mull.generate(model, tokens, pad_token_id=0, **draft, **call)
+    for _ in range(2):  # the second time, on the buffers of the first
+        out = mull.generate(model, tokens, pad_token_id=0, compile=True, **draft, **call)
+        assert torch.equal(out.sequences, expected.sequences)
+    assert len(expected.stats.think_histogram) > 1
+    if not draft_length:  # drafts near the end differ: compiled rounds keep their length
+        assert out.stats.think_histogram == expected.stats.think_histogram
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", ["last_kv", "own_state", "active_only"])
+@pytest.mark.parametrize("family_name", ["qwen3", "qwen3_5"])
+@pytest.mark.usefixtures("scattered")
+def test_compiled_rounds_write_the_same(
+    family_name: str, stop: Any, exact: Exact, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its checks cannot be compiled
+    model, tokens = wrapped(exact(family_name), mtp=MTPConfig(num_predict_tokens=2), stop=stop), ids(ROWS, TOKENS)
+    call = {
+        "adaptive": HaltingConfig(rule="scattered", stop=stop),
+        "think_iterations": ITERATIONS,
+        "max_new_tokens": 9,
+        "eos_token_id": (),
+    }
+    for draft in ({}, {"draft": "mtp", "draft_length": 2}):
+        expected = mull.generate(model, tokens, pad_token_id=0, **draft, **call)
+        out = mull.generate(model, tokens, pad_token_id=0, compile=True, **draft, **call)
+        again = mull.generate(model, tokens, pad_token_id=0, compile=True, **draft, **call)
+        assert torch.equal(out.sequences, expected.sequences)
+        assert torch.equal(again.sequences, expected.sequences)
+        assert again.stats.warm_up_seconds == 0
+
+
 def test_rows_that_stopped_leave_the_batch_of_a_visit(ids: Ids) -> None:
     """Batched decoding: layers see the rows that still think, and are not called when there are none."""
     model, tokens = wrapped(tiny("qwen3")), ids(4, TOKENS)
@@ -379,8 +449,6 @@ def test_what_does_not_fit_is_refused(ids: Ids) -> None:
         model(tokens, adaptive="yes")
     with pytest.raises(ValueError, match="which the bare MullModel lacks"):
         model.model(tokens, adaptive=HaltingConfig(rule="kl", stop="own_state"))
-    with pytest.raises(ValueError, match="cannot be compiled"):
-        mull.generate(model, tokens, max_new_tokens=1, adaptive=True, compile=True)
     with pytest.raises(ValueError, match="give one of them"):
         ETDConfig(**SPLIT.model_dump() | {"confidence_threshold": 0.5, "halting": HaltingConfig()})
 

@@ -80,7 +80,7 @@ class DecoderCache:
             return kept
         rounded = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         size = Size(key.n_rows, rounded, key.max_drafts)
-        decoder = self.decoders[key] = Decoder(model, key.path, sampling, size, key.compiled)
+        decoder = self.decoders[key] = Decoder(model, key.path, sampling, size, key.compiled, key.halting)
         while len(self.decoders) > KEPT_DECODERS:
             del self.decoders[next(iter(self.decoders))]
         return decoder

@@ -202,8 +202,7 @@ def generate(
         pad_token_id: Fills rows that ended early; None uses the model's own.
         think_iterations: Passes through the think block; default as in `ETDConfig`.
         path: Explicit visits ``(layer, occurrence)`` instead.
-        adaptive: Whether tokens may stop before the last iteration, as in the model's `forward`. Not with `compile`: which layers
-            run is known only while they run.
+        adaptive: Whether tokens may stop before the last iteration, as in the model's `forward`.
         streamer: Receives tokens as they come; a single row only.
         compile: Compile a round, once per size and draft length: seconds to minutes in the first call, less time per token
             later. ``"default"`` (or True) or ``"max"``: on a CPU, each compiled round keeps a copy of the weights, packed for
@@ -229,10 +228,6 @@ def generate(
     visits = model.path(think_iterations, path)
     compiled = _compilation(compile)
     halting = _halting(model, adaptive, think_iterations, path)
-    if halting is not None and compiled is not None:
-        raise ValueError(
-            "An adaptive call cannot be compiled, because its layers are chosen as they run: leave compile out."
-        )
     key = DecoderKey(visits, len(prompts), _max_drafts(model, draft, draft_length), model.dtype, compiled, halting)
     kept = DecoderCache.of(model)
     decoder = kept.decoder(model, key, sampling, max(map(len, prompts)) + max_new_tokens)

@@ -6,8 +6,10 @@ shapes depend on the draft length alone, so it can be compiled, and captured as 
 Shapes: B rows, T tokens, D model width, V vocabulary, K drafts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +20,8 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import HaltingConfig
 from mull.model.fixed_cache import StaticCall, StaticSlotCache
 from mull.model.halting import Halting
-from mull.model.path import Path
+from mull.model.path import Path, Visit
+from mull.model.policy import GivenTokens
 from mull.ops.sampling import Sampling, Verdict, accept, accept_greedy, draw, penalize, seen_along, warp
 from mull.runtime.progress import Progress
 
@@ -137,6 +140,8 @@ class Decoder:
         self._newest: list[int] = []
         self._running: list[bool] = []
         self.preparation = Preparation.of(model, compiled, halting is not None)
+        if halting is not None and self.preparation:
+            self.cache.prepare_stops(halting[0].stop)
         self._prepared: dict[int, Callable[[], Tensor]] = {}
 
     @property
@@ -264,12 +269,14 @@ class Decoder:
         def run() -> Tensor:
             return self._round(length, window, self.size.capacity)
 
+        if self.halting is not None:
+            return AdaptiveRound(self, length, window)
         prepared: Callable[[], Tensor] = run
         if self.preparation.compiled is not None:
             prepared = torch.compile(run, fullgraph=True, dynamic=False)
-        return CapturedRound(prepared, self._mutable()) if self.preparation.captured else prepared
+        return CapturedRound(prepared, self.mutable()) if self.preparation.captured else prepared
 
-    def _mutable(self) -> list[Tensor]:
+    def mutable(self) -> list[Tensor]:
         """Buffers whose change outlives a round: all others are overwritten before they are read again."""
         text = self.text
         kept = [text.n_known, *self.cache.recurrent_buffers()]
@@ -281,22 +288,39 @@ class Decoder:
 
     def _round(self, length: int, window: int, n_keys: int) -> Tensor:
         """One round. ``[B, K + 1]``: the tokens gained, then `NO_TOKEN`."""
-        text = self.text
-        newest = text.newest
-        proposal = None
-        inputs = text.tokens.gather(1, newest[:, None])
+        proposal = self.propose(length, window, n_keys)
+        call, policy = self.call(length, n_keys), self.round_policy(length)
+        h = self.model.model.decode(self.inputs(proposal), self.cache, call, policy)
+        gained = self.conclude(h, call, proposal)
         if length:
-            proposal = self.drafter.draft(length, window, n_keys, self.uniform[:, :length])
-            inputs = torch.cat([inputs, proposal.tokens], 1)
+            self.cache.commit(self.n_gained(gained))
+        if policy is not None:
+            self.note_depths(policy, gained)
+        return gained
+
+    def propose(self, length: int, window: int, n_keys: int) -> Proposal | None:
+        """The drafts of a round; None for none."""
+        return self.drafter.draft(length, window, n_keys, self.uniform[:, :length]) if length else None
+
+    def inputs(self, proposal: Proposal | None) -> Tensor:
+        """``[B, K + 1]``: each row's newest token, and its drafts."""
+        newest = self.text.tokens.gather(1, self.text.newest[:, None])
+        return newest if proposal is None else torch.cat([newest, proposal.tokens], 1)
+
+    def call(self, length: int, n_keys: int) -> StaticCall:
+        """Where the inputs of a round are in the cache."""
+        newest = self.text.newest
         positions = newest[:, None] + torch.arange(length + 1, device=newest.device)
         # A plain step advances recurrent states at once; a verified one waits for the verdict.
-        n_valid = None if length else text.running.long()
+        n_valid = None if length else self.text.running.long()
         alone = not length and self.size.n_rows == 1 and not self.preparation
-        call = StaticCall(positions, n_keys, n_valid, sees_all=alone)
-        policy = self._policy(text.running[:, None].expand(-1, length + 1))
-        h = self.model.model.decode(inputs, self.cache, call, policy)
+        return StaticCall(positions, n_keys, n_valid, sees_all=alone)
+
+    def conclude(self, h: Tensor, call: StaticCall, proposal: Proposal | None) -> Tensor:
+        """Judge the drafts by the final-normed states ``[B, K + 1, D]``, and append the tokens gained."""
+        text = self.text
         if text.states is not None:
-            text.states[self._row_numbers, positions] = h
+            text.states[self._row_numbers, call.positions] = h
         logits = self.model.lm_head(h)
         if proposal is None:
             token = self._choose(logits[:, 0])
@@ -304,15 +328,28 @@ class Decoder:
         else:
             verdict = self._judge(logits, proposal)
         n_gained = torch.where(text.running, verdict.n_accepted + 1, 0)
-        if length:
-            self.cache.commit(n_gained)
-        offsets = torch.arange(length + 1, device=newest.device)
-        emitted = torch.cat([inputs[:, 1:], verdict.next_token[:, None]], 1)
+        emitted = verdict.next_token[:, None]
+        if proposal is not None:
+            emitted = torch.cat([proposal.tokens, emitted], 1)
+        offsets = torch.arange(emitted.shape[1], device=emitted.device)
         emitted = torch.where(offsets < verdict.n_accepted[:, None], emitted, verdict.next_token[:, None])
         self._append(emitted, n_gained)
-        if policy is not None and policy.depth is not None:
-            self.depths = [row[:n] for row, n in zip(policy.depth.tolist(), n_gained.tolist(), strict=True)]
         return torch.where(offsets < n_gained[:, None], emitted, NO_TOKEN)
+
+    @staticmethod
+    def n_gained(gained: Tensor) -> Tensor:
+        """``[B]``: how many tokens a round gave."""
+        return (gained != NO_TOKEN).sum(1)
+
+    def note_depths(self, policy: Halting, gained: Tensor) -> None:
+        """Remember how many iterations the tokens took that a round kept."""
+        assert policy.depth is not None, "noted after the pass"
+        n_gained = self.n_gained(gained).tolist()
+        self.depths = [row[:n] for row, n in zip(policy.depth.tolist(), n_gained, strict=True)]
+
+    def round_policy(self, length: int) -> Halting | None:
+        """The policy of a round."""
+        return self._policy(self.text.running[:, None].expand(-1, length + 1))
 
     def _policy(self, tokens: Tensor) -> Halting | None:
         """The policy of a pass over tokens; `tokens` ``[B, T]`` is False for those that do not count."""
@@ -345,6 +382,118 @@ class Decoder:
         return accept(target, proposal.distribution, proposal.tokens, self.uniform[:, -1 - n_drafts :])
 
 
+class AdaptiveRound:
+    """A compiled round of an adaptive decoder. What runs between two decisions is compiled, and the decisions are not.
+
+    Shapes do not depend on who thinks: while a token does, an iteration computes all tokens of the batch, and keeps the others as
+    they were.
+
+    Args:
+        decoder: The decoder.
+        length: Drafts of the round.
+        window: Positions that the heads catch up on.
+    """
+
+    def __init__(self, decoder: Decoder, length: int, window: int) -> None:
+        self._decoder = decoder
+        self._length = length
+        self._window = window
+        assert decoder.halting is not None, "an adaptive decoder"
+        etd = decoder.model.model.etd_config
+        assert etd is not None, "an adaptive decoder has a think block"
+        first, width, n_iterations = etd.n_encoder_layers, etd.n_think_layers, decoder.halting[1]
+        self._iterations = [slice(first + width * j, first + width * (j + 1)) for j in range(n_iterations)]
+        self._think_layers = etd.think_layers
+        self._begin, self._conclude = self._compiled(self._first_part), self._compiled(self._last_part)
+        self._think = [self._compiled(partial(self._iteration, part)) for part in self._iterations]
+        self._pass_over = [self._compiled(partial(self._nobody, part)) for part in self._iterations]
+        self._commit = [self._compiled(partial(decoder.cache.commit, visits=part)) for part in self._iterations]
+        with undone(decoder.mutable()):
+            self._run_every_part()
+
+    @staticmethod
+    def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(part, fullgraph=True, dynamic=False)
+
+    def _run_every_part(self) -> None:
+        """Compile now, and not when a token first takes this way."""
+        proposal, h = self._begin()
+        everybody = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+        for number, _ in enumerate(self._iterations):
+            if number:  # all tokens run the first iteration
+                self._pass_over[number](h)
+            h = self._think[number](h, everybody if number else True)
+        self._finish(h, proposal, len(self._iterations))
+
+    def __call__(self) -> Tensor:
+        """Run it on the present content of the buffers."""
+        decoder = self._decoder
+        policy = decoder.round_policy(self._length)
+        assert policy is not None, "an adaptive decoder"
+        proposal, h = self._begin()
+        n_run = 0
+        for number, _ in enumerate(self._iterations):
+            running = policy.active(Visit(self._think_layers.start, number), h)
+            if running is False:
+                self._pass_over[number](h)
+                continue
+            if running is True and number:
+                running = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+            h, n_run = self._think[number](h, running), number + 1
+        gained = self._finish(h, proposal, n_run)
+        decoder.note_depths(policy, gained)
+        return gained
+
+    def _finish(self, h: Tensor, proposal: Proposal | None, n_run: int) -> Tensor:
+        gained: Tensor = self._conclude(h, proposal)
+        if self._length:
+            n_gained = self._decoder.n_gained(gained)
+            for commit in self._commit[:n_run]:
+                commit(n_gained)
+        return gained
+
+    def _first_part(self) -> tuple[Proposal | None, Tensor]:
+        """Drafts, and the states that enter the think block."""
+        decoder = self._decoder
+        proposal = decoder.propose(self._length, self._window, decoder.size.capacity)
+        h = decoder.model.model.embed_tokens(decoder.inputs(proposal))
+        return proposal, self._part(h, slice(0, self._iterations[0].start))
+
+    def _iteration(self, part: slice, h: Tensor, running: Tensor | bool) -> Tensor:
+        return self._part(h, part, running)
+
+    def _nobody(self, part: slice, h: Tensor) -> None:
+        self._part(h, part, False)
+
+    def _last_part(self, h: Tensor, proposal: Proposal | None) -> Tensor:
+        decoder, rest = self._decoder, slice(self._iterations[-1].stop, len(self._decoder.cache.path))
+        h = decoder.model.model.norm(self._part(h, rest))
+        call = decoder.call(self._length, decoder.size.capacity)
+        gained = decoder.conclude(h, call, proposal)
+        if self._length:
+            n_gained = decoder.n_gained(gained)
+            decoder.cache.commit(n_gained, slice(0, self._iterations[0].start))
+            decoder.cache.commit(n_gained, rest)
+        return gained
+
+    def _part(self, h: Tensor, part: slice, running: Tensor | bool = True) -> Tensor:
+        decoder = self._decoder
+        assert decoder.halting is not None, "an adaptive decoder"
+        visits = decoder.cache.path[part]
+        policy = GivenTokens(dict.fromkeys(visits, running), decoder.halting[0].stop)
+        call = decoder.call(self._length, decoder.size.capacity)
+        return decoder.model.model.decode_part(h, decoder.cache, call, part, policy)
+
+
+@contextmanager
+def undone(buffers: Sequence[Tensor]) -> Iterator[None]:
+    """Undo what happens to these buffers meanwhile."""
+    before = [buffer.clone() for buffer in buffers]
+    yield
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
+
+
 class CapturedRound:
     """A round as a CUDA graph: one launch instead of hundreds.
 
@@ -354,23 +503,16 @@ class CapturedRound:
     """
 
     def __init__(self, run: Callable[[], Tensor], mutable: Sequence[Tensor]) -> None:
-        before = [buffer.clone() for buffer in mutable]
-
-        def undo() -> None:
-            for buffer, value in zip(mutable, before, strict=True):
-                buffer.copy_(value)
-
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(2):
-                run()
-                undo()
+                with undone(mutable):
+                    run()
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with undone(mutable), torch.cuda.graph(self.graph):
             self.result = run()
-        undo()
 
     def __call__(self) -> Tensor:
         """Run it on the present content of the buffers."""

@@ -96,6 +96,8 @@ class ETDConfig(Frozen):
             ValueError: a stopped token would leave behind something else than this model was made for.
         """
         require("adaptive", adaptive, (bool, HaltingConfig, NoneType), "True, False or a HaltingConfig")
+        if adaptive is False or (adaptive is None and not self.adaptive_depth):
+            return None
         own = self.halting or HaltingConfig()
         if self.confidence_threshold is not None:
             own = HaltingConfig(rule="confidence", threshold=self.confidence_threshold)
@@ -106,7 +108,7 @@ class ETDConfig(Frozen):
                     f"{adaptive.stop!r}, which would compute something else: leave stop as it is, or load the model with another."
                 )
             return adaptive
-        return own if (self.adaptive_depth if adaptive is None else adaptive) else None
+        return own
 
     @property
     def think_layers(self) -> range:

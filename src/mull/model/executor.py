@@ -5,7 +5,6 @@ keeps what a visit leaves, and the *layer inputs* hold what all layers share. Th
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -69,7 +68,7 @@ def run(
             chosen = Chosen(inputs, running)
         own = None
         if policy is not None:
-            own = keys_of_idle(layer, kind, h, inputs, chosen.others) if policy.stop == "own_state" else None
+            own = keys_of_idle(layer, kind, h, inputs, chosen.others()) if policy.stop == "own_state" else None
             h = _keep_pace(layer, kind, h, inputs, chosen.any(kind))
         if chosen.any(kind):
             part = chosen.part(kind)
@@ -96,11 +95,14 @@ class Chosen:
         self.running = running
         self._inputs = inputs
         self._parts: dict[bool, PartialInputs | None] = {}
+        self._others: Chosen | None = None
 
-    @functools.cached_property
     def others(self) -> "Chosen":
         """The tokens that do not run it."""
-        return Chosen(self._inputs, ~self.running if isinstance(self.running, Tensor) else not self.running)
+        if self._others is None:
+            running = ~self.running if isinstance(self.running, Tensor) else not self.running
+            self._others = Chosen(self._inputs, running)
+        return self._others
 
     def any(self, kind: str) -> bool:
         """Whether a token runs a layer of this kind."""

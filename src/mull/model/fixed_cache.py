@@ -246,6 +246,12 @@ class StaticSlotCache:
             if isinstance(slot, RecurrentState):
                 slot.commit(n_keep)
 
+    def prepare_stops(self, stop: Stop) -> None:
+        """Have the buffers that compiled calls need if tokens may stop."""
+        for slot, earlier in zip(self.slots, self.earlier, strict=True):
+            if stop == "active_only" and earlier is not None and isinstance(slot, AttentionSlot):
+                slot.keep_known()
+
     def reset(self) -> None:
         """Forget every token, in place."""
         for slot in (*self.slots, *self._head_slots):

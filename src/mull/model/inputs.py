@@ -9,7 +9,6 @@ All of it is computed once per call. Recurrent layers need two things that atten
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from types import NoneType
 from typing import Any
 
@@ -262,14 +261,11 @@ class PartialInputs:
 
     def __init__(self, inputs: LayerInputs, active: ActiveTokens) -> None:
         self.active = active
+        self.position_ids = active.gather(inputs.position_ids)
+        """``[R, A]``."""
         self._inputs = inputs
         self._rotary: dict[str, Any] = {}
         self._visible: dict[tuple[str, int], Tensor] = {}
-
-    @cached_property
-    def position_ids(self) -> Tensor:
-        """``[R, A]``."""
-        return self.active.gather(self._inputs.position_ids)
 
     def rotary(self, kind: str) -> Any:
         """Position embeddings of layers of a kind."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mull.model.causal_lm import MullForCausalLM
+from mull.model.policy import Policy
 from mull.ops.targets import label_positions, require_targets, valid_tokens
 from mull.runtime.distributed import global_sum
 
@@ -137,10 +138,18 @@ def batch_states(
         **layout(batch),
         think_iterations=iterations,
         backprop_iterations=backprop_iterations,
-        policy=None if depths is None else model.model.given_depths(depths.to(model.device)),
+        policy=_given(model, depths),
     )
 
 
-def batch_states_by_iteration(model: MullForCausalLM, batch: Batch, iterations: int) -> Sequence[Tensor]:
+def batch_states_by_iteration(
+    model: MullForCausalLM, batch: Batch, iterations: int, depths: Tensor | None = None
+) -> Sequence[Tensor]:
     """States as in `batch_states`, decoded after each of the iterations."""
-    return model.hidden_states_by_iteration(batch["input_ids"], **layout(batch), think_iterations=iterations)
+    return model.hidden_states_by_iteration(
+        batch["input_ids"], **layout(batch), think_iterations=iterations, policy=_given(model, depths)
+    )
+
+
+def _given(model: MullForCausalLM, depths: Tensor | None) -> Policy | None:
+    return None if depths is None else model.model.given_depths(depths.to(model.device))

@@ -32,12 +32,14 @@ class StepSupervision(Objective):
     Args:
         iterations: Iterations of the second phase, e.g. ``IterationSampling(kind="uniform", minimum=2, maximum=5)``.
         threshold: Running accuracy of the first step that ends the first phase.
+        stop_unlabelled: Tokens without a label at any step stop after the first iteration, as in adaptive calls. In use they have
+            to stop there, too.
 
     Raises:
         ValueError: `iterations` truncates back-propagation, or `threshold` lies outside ``(0, 1)``.
     """
 
-    def __init__(self, iterations: IterationSampling, threshold: float = 0.93) -> None:
+    def __init__(self, iterations: IterationSampling, threshold: float = 0.93, stop_unlabelled: bool = False) -> None:
         if iterations.backprop_iterations is not None:
             raise ValueError(
                 f"backprop_iterations={iterations.backprop_iterations} would cut off losses, because step supervision has one "
@@ -47,6 +49,7 @@ class StepSupervision(Objective):
             raise ValueError(f"threshold={threshold} is an accuracy and must lie between 0 and 1.")
         self.iterations = iterations
         self.threshold = threshold
+        self.stop_unlabelled = stop_unlabelled
         self._first_step_accuracy = 0.0
         self._mastered = False
 
@@ -69,7 +72,8 @@ class StepSupervision(Objective):
         """
         batch, iterations = plan.batches[index], plan.iterations
         step_labels = batch["step_labels"]
-        states = batch_states_by_iteration(model, batch, iterations)
+        depths = torch.where((step_labels != IGNORED).any(-1), iterations, 1)
+        states = batch_states_by_iteration(model, batch, iterations, depths if self.stop_unlabelled else None)
         labelled = (step_labels[..., :iterations] != IGNORED).any(-1)  # (B, T)
         targets = step_labels[labelled][:, :iterations].T  # (k, N)
         logits = model.lm_head(torch.stack([state[labelled] for state in states])).float()  # (k, N, V)
