@@ -56,7 +56,7 @@ def trained(task: ChainTask, stop_prompt: bool, steps: int, seed: int) -> MullFo
     model = wrap_transformer_with_etd(AutoModelForCausalLM.from_config(config), etd)
     sampling = IterationSampling(kind="uniform", minimum=2, maximum=task.max_train_hops)
     objective = StepSupervision(sampling, stop_unlabelled=stop_prompt)
-    settings: dict[str, Any] = {"schedule": "wsd", "decay_share": 0.5, "weight_decay": 0.0, "precision": "fp32"}
+    settings: dict[str, Any] = {"schedule": "wsd", "decay_share": 0.3, "weight_decay": 0.0, "precision": "fp32"}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), seed)
         bench.train("chain", model, objective, task.batches(32, seed), steps=steps, peak_lr=2e-3, **settings)

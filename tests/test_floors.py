@@ -55,16 +55,16 @@ BUDGETS = {
     "ops": 700,
     "layers": 900,
     "data": 1070,
-    "model": 2270,
+    "model": 2370,
     "decoding": 1160,
     "retrofit": 1200,
     "training": 2720,
     "evaluation": 2200,
-    "app": 2400,
+    "app": 2520,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 12600
+MAX_CODE_LINES = 13000
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

@@ -12,7 +12,7 @@ from mull.data.chain import ChainTask, accuracy_by_hops
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
-from mull.training.objectives.base import Batch
+from mull.training.objectives.base import Batch, batch_states_by_iteration
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.step_supervision import StepSupervision
 
@@ -23,7 +23,7 @@ TASK = ChainTask()
 class Chain:
     """A looped model of about 0.1 million parameters, and a control with the same parameters and steps in a single pass."""
 
-    n_parameters: int
+    model: MullForCausalLM
     n_prompts: int
     overall: dict[int, float]
     """Accuracy over questions of 1 to 7 hops, by number of iterations."""
@@ -48,7 +48,9 @@ class Chain:
             "precision": "fp32",  # matrices of width 64: bf16 is 1.6 times slower
         }
         batches = TASK.batches(32, bench.seed)
-        sampled = StepSupervision(IterationSampling(kind="uniform", minimum=2, maximum=TASK.max_train_hops))
+        # The tokens of the prompt have nothing left to compute after the first iteration.
+        sampling = IterationSampling(kind="uniform", minimum=2, maximum=TASK.max_train_hops)
+        sampled = StepSupervision(sampling, stop_unlabelled=True)
         bench.train("chain", model, sampled, batches, **settings)
 
         def answers(index: int) -> Batch:
@@ -61,7 +63,7 @@ class Chain:
         n_prompts = bench.size.chain_prompts
         overall, by_hops = chain_accuracy(model, TASK, n_prompts, bench.seed)
         single_pass, _ = chain_accuracy(control, TASK, n_prompts, bench.seed)
-        return cls(model.num_parameters(), n_prompts, overall, by_hops, single_pass[1])
+        return cls(model, n_prompts, overall, by_hops, single_pass[1])
 
     def tell(self) -> dict[str, Any]:
         """Accuracy against iterations."""
@@ -70,6 +72,7 @@ class Chain:
         percent = {name: {k: 100 * share for k, share in row.items()} for name, row in rows.items()}
         return {
             "task": TASK,
+            "n_parameters": self.model.num_parameters(),
             "accuracy": accuracy_against_iterations(
                 {f"questions of {all_hops} hops": self.overall},
                 self.by_hops,
@@ -101,14 +104,13 @@ def _model(seed: int) -> MullForCausalLM:
 def chain_accuracy(
     model: MullForCausalLM, task: ChainTask, n_prompts: int, seed: int
 ) -> tuple[dict[int, float], dict[int, dict[int, float]]]:
-    """Share of right answers after 1 to 9 iterations, on fresh prompts with every number of hops.
+    """Share of right answers after 1 to 9 iterations of the queries, on fresh prompts with every number of hops.
 
     Returns:
         By number of iterations, over all questions of at least one hop; and by number of hops and of iterations.
     """
     batch = task.batches(n_prompts, seed, train=False)(0)
-    ids, mask, positions = (batch[name] for name in ("input_ids", "attention_mask", "position_ids"))
-    states = model.hidden_states_by_iteration(ids, attention_mask=mask, position_ids=positions, think_iterations=9)
+    states = batch_states_by_iteration(model, batch, 9, torch.where(batch["hops"] >= 0, 9, 1))
     overall: dict[int, float] = {}
     by_hops: dict[int, dict[int, float]] = {hops: {} for hops in range(1, task.max_hops + 1)}
     for iterations, state in enumerate(states, start=1):

@@ -59,6 +59,8 @@ class DemoSize:
     drafting_tokens: int = 96
     chain_steps: int = 600
     chain_prompts: int = 256
+    depth_rows: int = 16
+    """Held-out rows on which halting rules are compared."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mull.app.demo.chain import Chain
 from mull.app.demo.chapter import Bench, Chapter, DemoSize
+from mull.app.demo.depth import Depth
 from mull.app.demo.loops import Loops, Samples
 from mull.app.demo.speculation import Speculation
 from mull.app.demo.weights import Weights
@@ -29,12 +30,13 @@ def run_demo(out: Path, seed: int = 0, size: DemoSize | None = None) -> Path:
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     bench = Bench(out, seed, size or DemoSize())
-    loops = Loops.train(bench)
+    loops, chain = Loops.train(bench), Chain.train(bench)
     chapters: dict[str, Chapter] = {
         "loops": loops,
         "weights": Weights.train(bench, loops),
         "speculation": Speculation.train(bench, loops),
-        "chain": Chain.train(bench),
+        "chain": chain,
+        "depth": Depth.train(bench, loops, chain),
         "samples": Samples.train(bench, loops),
     }
     report = Report(

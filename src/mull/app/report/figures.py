@@ -165,6 +165,26 @@ def depth_figure(curve: Sequence[DepthPoint]) -> Figure:
     return _with_legend(figure, 3)
 
 
+@mpl.rc_context(STYLE)
+def hops_figure(rules: Mapping[str, Mapping[float, float]], by_hops: Mapping[int, float]) -> Figure:
+    """Accuracy in 0 to 1 against mean iterations, by rule, and the mean iterations of questions by their hops."""
+    figure = Figure(figsize=(8.4, 3.9))
+    axes, bars = figure.subplots(1, 2)
+    for colour, marker, (name, line) in zip(cycle(PALETTE), cycle(MARKERS), rules.items(), strict=False):
+        points = sorted(line.items())
+        axes.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            marker=marker,
+            linestyle="--" if name == "fixed" else "-",
+            label=name,
+        )
+    _percent(axes, xlabel="iterations per question (mean)", ylabel="right answers (%)", title="Right answers")
+    bars.bar([*by_hops], [*by_hops.values()], color=PALETTE[0])
+    bars.set(xlabel="hops of the question", ylabel="iterations (mean)", title="Depth of a question", xticks=[*by_hops])
+    return _with_legend(figure, 3)
+
+
 def _finish_losses(figure: Figure, axes: Axes, label: str) -> Figure:
     axes.set(xlabel="tokens", ylabel=label)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -61,7 +61,10 @@ class Section:
     blocks: list[Block] = field(default_factory=list)
 
     def prose(self, text: str) -> "Section":
-        """Add paragraphs, separated by blank lines. Text between backticks is set as code; everything is escaped."""
+        """Add paragraphs, separated by blank lines.
+
+        Text between backticks is set as code, and ``[text](page.html)`` is a link. Everything else is escaped.
+        """
         paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text.strip())]
         self.blocks.append(Block(kind="prose", body=paragraphs))
         return self
@@ -152,7 +155,7 @@ class Report:
     def html(self) -> str:
         """The page as text."""
         environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        environment.filters["code"] = _code_spans
+        environment.filters["spans"] = _spans
         environment.filters["inline_svg"] = _inline_svg
         template = resources.files("mull.app.report").joinpath("page.html.j2").read_text("utf-8")
         facts = {
@@ -207,9 +210,10 @@ def _cells(column: Sequence[str | int | float | None], digits: int) -> list[str]
     return cells
 
 
-def _code_spans(text: str) -> Markup:
-    """Escape `text` and set text between backticks as code."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+def _spans(text: str) -> Markup:
+    """Escape `text`, set text between backticks as code and ``[text](page.html)`` as a link to a page in the same folder."""
+    coded = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+    return Markup(re.sub(r"\[([^\]]+)\]\(([\w-]+\.html)\)", r'<a href="\2">\1</a>', coded))
 
 
 def _inline_svg(text: str, prefix: str, label: str) -> Markup:

@@ -28,6 +28,7 @@ TINY = DemoSize(
     held_out_rows=8,
     chain_steps=3,
     chain_prompts=4,
+    depth_rows=2,
     new_tokens=4,
     weights_steps=4,
     own_rows=4,
@@ -61,17 +62,19 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path) -> None:
     report = run_demo(tmp_path, seed=0, size=TINY).read_text()
     page = Headings()
     page.feed(report)
-    assert page.headings[:8] == [
+    assert page.headings[:10] == [
         "What was trained",
         "Where to loop",
         "Loss against iterations",
         "Weighing tokens",
         "Drafting",
         "A task that needs depth: chain to root",
+        "Adaptive depth",
+        "Adaptive depth on text",
         "Samples",
         "Saved and loaded",
     ]
-    assert page.figures == 6
+    assert page.figures == 8
     assert "the same logits, bit for bit" in report
     assert "OTHER logits" not in report
     assert "All calls wrote the same tokens." in report
@@ -106,7 +109,8 @@ def test_accuracy_is_counted_per_hop_and_iteration() -> None:
     roots, hops = batch["step_labels"][..., -1], batch["hops"]
     for iterations in (1, 4):
         with torch.no_grad():
-            answers = model(**inputs, think_iterations=iterations, use_cache=False).logits.argmax(-1)
+            queries = model.model.given_depths(torch.where(hops >= 0, iterations, 1))
+            answers = model(**inputs, think_iterations=iterations, policy=queries, use_cache=False).logits.argmax(-1)
         right = (answers == roots).float()
         shares = [right[hops == distance].mean().item() for distance in range(1, 8)]
         assert len(set(shares)) > 1
