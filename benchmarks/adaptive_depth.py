@@ -3,7 +3,8 @@
 Tokens stop at random, each on its own, so that the mean depth is known: after 1, 2 or 3 of 4 iterations with equal probability,
 which is 2 on average. Four ways of running are measured, each in turns with the fixed path and with a rule that never stops:
 training (forward and backward), prefill of 1,024 tokens, decoding of one row and of eight. The time of the other layers and of
-the unembedding, measured by a path without the think block, is taken off.
+the unembedding, measured by a path without the think block, is taken off. Then decoding of one row, compiled and not: what
+compiling gains with adaptive depth, relative to what it gains with a fixed one.
 
 `--real DIRECTORY` measures decoding with a pretrained model instead: three iterations of six of its layers at a mean of 1.5, and
 with the rule that reads the unembedding, whose cost is included.
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 import mull
 from mull import ETDConfig, HaltingConfig, wrap_transformer_with_etd
+from mull.decoding import decoder_cache
 from mull.model.halting import RULES, Evidence
 from mull.model.path import from_layers
 
@@ -94,9 +96,9 @@ def decoding(model: Any, ids: Tensor, tokens: int) -> Way:
     return run
 
 
-def measure(way: Way, calls: dict[str, dict[str, Any]], rounds: int) -> dict[str, list[float]]:
+def measure(way: Way, calls: dict[Any, dict[str, Any]], rounds: int) -> dict[Any, list[float]]:
     """Seconds of each call, in turns, without the first round."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for number in range(rounds + 1):
         for name in names[number % len(names) :] + names[: number % len(names)]:
@@ -141,7 +143,30 @@ def synthetic(arguments: argparse.Namespace) -> dict[str, Any]:
             seconds = measure(way, calls, arguments.rounds)
             results[f"{precision}, {name}"] = {**shares(seconds, "rest"), "seconds": seconds}
             show(f"{precision}, {name}", results[f"{precision}, {name}"])
+        results[f"{precision}, compiled"] = compiled(ways["decoding, 1 row"], calls, arguments.rounds)
     return results
+
+
+def compiled(way: Way, calls: dict[str, dict[str, Any]], rounds: int) -> dict[str, Any]:
+    """What compiling gains, by call: the time of a token before, divided by that after."""
+    decoder_cache.KEPT_DECODERS = 2 * len(calls)
+    turns = {
+        (name, mode): {**calls[name], "compile": mode} for name in ("fixed", "never", "half") for mode in (False, True)
+    }
+    seconds = measure(way, turns, rounds)
+    gains = {
+        name: [eager / fast for eager, fast in zip(seconds[name, False], seconds[name, True], strict=True)]
+        for name, _ in list(turns)[::2]
+    }
+    kept = {
+        name: [a / b for a, b in zip(values, gains["fixed"], strict=True)]
+        for name, values in gains.items()
+        if name != "fixed"
+    }
+    for name, values in kept.items():
+        gain, fixed = statistics.median(gains[name]), statistics.median(gains["fixed"])
+        print(f"compiled: {name} gains {gain:.2f}, fixed {fixed:.2f}; kept {statistics.median(values):.2f}", flush=True)
+    return {"gains": gains, "kept": kept}
 
 
 def real(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,8 @@ deciding when a question is answered are compared on fresh prompts: a fixed numb
 `confidence`. The thresholds are chosen on other prompts: the one with the most right answers, and among equals the one with the
 fewest iterations.
 
-    python benchmarks/chain_depth.py [--nodes 32 --hops 6] [--seeds 0 1 2]
+    python benchmarks/chain_depth.py --nodes 16 --hops 5 --most 12 --steps 600
+    python benchmarks/chain_depth.py --nodes 32 --hops 6 --most 18 --steps 1500 --short 500 --arms stopped
 """
 
 import argparse
@@ -15,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,34 @@ PROMPTS = 256
 """Prompts for choosing a threshold, and as many others for the test."""
 
 
-def trained(task: ChainTask, stop_prompt: bool, steps: int, seed: int) -> MullForCausalLM:
+def first_short(task: ChainTask, seed: int, n_short: int) -> Callable[[int], dict[str, Tensor]]:
+    """Batches of which the first `n_short` have half of the nodes in their prompts.
+
+    A prompt with all of them begins with a plateau of thousands of steps, in which no edge is found.
+    """
+    half = ChainTask(n_nodes=task.n_nodes // 2, n_chains=task.n_chains, max_train_hops=task.max_train_hops)
+    short, whole = half.batches(32, seed), task.batches(32, seed)
+
+    def batch(index: int) -> dict[str, Tensor]:
+        if index >= n_short:
+            return whole(index)
+        found = short(index)
+        generator = torch.Generator().manual_seed(index)
+        nodes = torch.stack([torch.randperm(task.n_nodes, generator=generator) for _ in found["input_ids"]])
+        # The special tokens follow the nodes in both vocabularies.
+        names = torch.cat(
+            [nodes[:, : half.n_nodes], torch.tensor([[task.separator_id, task.end_id]]).expand(32, -1)], 1
+        )
+        for name in ("input_ids", "step_labels", "labels"):
+            old = found[name]
+            new = names.gather(1, old.clamp(min=0).flatten(1)).view_as(old)
+            found[name] = torch.where(old < 0, old, new)
+        return found
+
+    return batch
+
+
+def trained(task: ChainTask, stop_prompt: bool, steps: int, n_short: int, seed: int) -> MullForCausalLM:
     config = Qwen3Config(
         vocab_size=task.vocab_size,
         hidden_size=64,
@@ -56,10 +84,10 @@ def trained(task: ChainTask, stop_prompt: bool, steps: int, seed: int) -> MullFo
     model = wrap_transformer_with_etd(AutoModelForCausalLM.from_config(config), etd)
     sampling = IterationSampling(kind="uniform", minimum=2, maximum=task.max_train_hops)
     objective = StepSupervision(sampling, stop_unlabelled=stop_prompt)
-    settings: dict[str, Any] = {"schedule": "wsd", "decay_share": 0.3, "weight_decay": 0.0, "precision": "fp32"}
+    settings: dict[str, Any] = {"schedule": "wsd", "decay_share": 0.4, "weight_decay": 0.0, "precision": "fp32"}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), seed)
-        bench.train("chain", model, objective, task.batches(32, seed), steps=steps, peak_lr=2e-3, **settings)
+        bench.train("chain", model, objective, first_short(task, seed, n_short), steps=steps, peak_lr=2e-3, **settings)
     return model.eval()
 
 
@@ -124,9 +152,9 @@ def best(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(points, key=lambda point: (point["accuracy"], -point["iterations"]))
 
 
-def measure(task: ChainTask, stop_prompt: bool, steps: int, seed: int, most: int) -> dict[str, Any]:
-    started = time.perf_counter()
-    model = trained(task, stop_prompt, steps, seed)
+def measure(task: ChainTask, stop_prompt: bool, arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
+    started, most = time.perf_counter(), arguments.most
+    model = trained(task, stop_prompt, arguments.steps, arguments.short, seed)
     result: dict[str, Any] = {"training_seconds": time.perf_counter() - started}
     questions = Questions(model, task, stop_prompt, seed, most)
     choice = best([questions.score(0, k) for k in range(1, most + 1)])
@@ -167,6 +195,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--hops", type=int, default=6, help="deepest question of the training")
     parser.add_argument("--most", type=int, default=18, help="largest number of iterations in the test")
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--short", type=int, default=0, help="first steps, on prompts with half of the nodes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=["all", "stopped"], default=["all", "stopped"])
     parser.add_argument("--threads", type=int, default=1)
@@ -179,10 +208,10 @@ def main(given: Sequence[str] | None = None) -> int:
     for arm in arguments.arms:
         for seed in arguments.seeds:
             name = f"{'prompt stopped' if arm == 'stopped' else 'all tokens think'}, seed {seed}"
-            results[name] = measure(task, arm == "stopped", arguments.steps, seed, arguments.most)
+            results[name] = measure(task, arm == "stopped", arguments, seed)
             show(name, results[name])
     file = arguments.result or RESULTS / f"chain_depth-{arguments.nodes}-cpu.json"
-    fields = {"nodes": arguments.nodes, "hops": arguments.hops, "steps": arguments.steps}
+    fields = {"nodes": arguments.nodes, "hops": arguments.hops, "steps": arguments.steps, "short": arguments.short}
     file.write_text(json.dumps({**header("cpu", **fields), "results": results}, indent=1) + "\n")
     return 0
 

@@ -43,7 +43,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "evaluation.search": (7, "loop_probe split calibration"),
     "app": (8, "yaml_text architecture recipe prepare build run report demo cli"),
     "app.report": (8, "figures page inspect_page"),
-    "app.demo": (8, "chapter loops weights speculation chain demo"),
+    "app.demo": (8, "chapter loops weights speculation chain depth demo"),
 }
 """Each folder's floor, and its files in the order in which they build on each other. Two folders on one floor do not know each
 other. An import under ``TYPE_CHECKING`` is held to the same rule: a type is knowledge, too."""

@@ -9,7 +9,6 @@ Shapes: B rows, T tokens, D model width, V vocabulary, K drafts.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -404,16 +403,13 @@ class AdaptiveRound:
         first, width, n_iterations = etd.n_encoder_layers, etd.n_think_layers, decoder.halting[1]
         self._iterations = [slice(first + width * j, first + width * (j + 1)) for j in range(n_iterations)]
         self._think_layers = etd.think_layers
-        self._begin, self._conclude = self._compiled(self._first_part), self._compiled(self._last_part)
-        self._think = [self._compiled(partial(self._iteration, part)) for part in self._iterations]
-        self._pass_over = [self._compiled(partial(self._nobody, part)) for part in self._iterations]
-        self._commit = [self._compiled(partial(decoder.cache.commit, visits=part)) for part in self._iterations]
+        self._begin, self._conclude = _compiled(self._first_part), _compiled(self._last_part)
+        self._think = [_compiled(self._part, part) for part in self._iterations]
+        self._pass_over = [_compiled(self._nobody, part) for part in self._iterations]
+        waits = length > 0 and bool(decoder.cache.recurrent_buffers())
+        self._commit = [_compiled(self._keep, part) for part in self._iterations] if waits else []
         with undone(decoder.mutable()):
             self._run_every_part()
-
-    @staticmethod
-    def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(part, fullgraph=True, dynamic=False)
 
     def _run_every_part(self) -> None:
         """Compile now, and not when a token first takes this way."""
@@ -422,7 +418,7 @@ class AdaptiveRound:
         for number, _ in enumerate(self._iterations):
             if number:  # all tokens run the first iteration
                 self._pass_over[number](h)
-            h = self._think[number](h, everybody if number else True)
+            h = self._think[number](everybody if number else True, h)
         self._finish(h, proposal, len(self._iterations))
 
     def __call__(self) -> Tensor:
@@ -437,19 +433,18 @@ class AdaptiveRound:
             if running is False:
                 self._pass_over[number](h)
                 continue
-            if running is True and number:
-                running = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-            h, n_run = self._think[number](h, running), number + 1
+            if number:  # compiled for a mask, and for one layout of it
+                everybody = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+                running = everybody & running
+            h, n_run = self._think[number](running, h), number + 1
         gained = self._finish(h, proposal, n_run)
         decoder.note_depths(policy, gained)
         return gained
 
     def _finish(self, h: Tensor, proposal: Proposal | None, n_run: int) -> Tensor:
         gained: Tensor = self._conclude(h, proposal)
-        if self._length:
-            n_gained = self._decoder.n_gained(gained)
-            for commit in self._commit[:n_run]:
-                commit(n_gained)
+        for commit in self._commit[:n_run]:
+            commit(gained)
         return gained
 
     def _first_part(self) -> tuple[Proposal | None, Tensor]:
@@ -457,32 +452,40 @@ class AdaptiveRound:
         decoder = self._decoder
         proposal = decoder.propose(self._length, self._window, decoder.size.capacity)
         h = decoder.model.model.embed_tokens(decoder.inputs(proposal))
-        return proposal, self._part(h, slice(0, self._iterations[0].start))
-
-    def _iteration(self, part: slice, h: Tensor, running: Tensor | bool) -> Tensor:
-        return self._part(h, part, running)
+        return proposal, self._part(slice(0, self._iterations[0].start), True, h)
 
     def _nobody(self, part: slice, h: Tensor) -> None:
-        self._part(h, part, False)
+        self._part(part, False, h)
+
+    def _keep(self, part: slice, gained: Tensor) -> None:
+        self._decoder.cache.commit(self._decoder.n_gained(gained), part)
 
     def _last_part(self, h: Tensor, proposal: Proposal | None) -> Tensor:
         decoder, rest = self._decoder, slice(self._iterations[-1].stop, len(self._decoder.cache.path))
-        h = decoder.model.model.norm(self._part(h, rest))
+        h = decoder.model.model.norm(self._part(rest, True, h))
         call = decoder.call(self._length, decoder.size.capacity)
         gained = decoder.conclude(h, call, proposal)
         if self._length:
-            n_gained = decoder.n_gained(gained)
-            decoder.cache.commit(n_gained, slice(0, self._iterations[0].start))
-            decoder.cache.commit(n_gained, rest)
+            self._keep(slice(0, self._iterations[0].start), gained)
+            self._keep(rest, gained)
         return gained
 
-    def _part(self, h: Tensor, part: slice, running: Tensor | bool = True) -> Tensor:
+    def _part(self, part: slice, running: Tensor | bool, h: Tensor) -> Tensor:
         decoder = self._decoder
         assert decoder.halting is not None, "an adaptive decoder"
         visits = decoder.cache.path[part]
         policy = GivenTokens(dict.fromkeys(visits, running), decoder.halting[0].stop)
         call = decoder.call(self._length, decoder.size.capacity)
         return decoder.model.model.decode_part(h, decoder.cache, call, part, policy)
+
+
+def _compiled(part: Callable[..., Any], *fixed: slice) -> Callable[..., Any]:
+    """A part of a round with its first arguments, as one graph."""
+
+    def run(*values: Any) -> Any:
+        return part(*fixed, *values)
+
+    return torch.compile(run, fullgraph=True, dynamic=False)
 
 
 @contextmanager
