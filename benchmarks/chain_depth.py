@@ -46,8 +46,11 @@ def first_short(task: ChainTask, seed: int, n_short: int) -> Callable[[int], dic
 
     A prompt with all of them begins with a plateau of thousands of steps, in which no edge is found.
     """
+    whole = task.batches(32, seed)
+    if not n_short:
+        return whole
     half = ChainTask(n_nodes=task.n_nodes // 2, n_chains=task.n_chains, max_train_hops=task.max_train_hops)
-    short, whole = half.batches(32, seed), task.batches(32, seed)
+    short = half.batches(32, seed)
 
     def batch(index: int) -> dict[str, Tensor]:
         if index >= n_short:

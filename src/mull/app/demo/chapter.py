@@ -37,7 +37,7 @@ class DemoSize:
     corpus_bytes: int = 6_000_000
     vocab_size: int = 2048
     length: int = 256
-    batch_size: int = 16
+    batch_size: int = 8
     width: int = 128
     layers: int = 8
     base_steps: int = 240
@@ -48,7 +48,7 @@ class DemoSize:
     """Tokens of each sample."""
 
     weights_steps: int = 24
-    own_rows: int = 128
+    own_rows: int = 96
     """Rows of text that the looped model writes for its heads, of `own_tokens` each."""
 
     own_tokens: int = 160

@@ -86,7 +86,7 @@ class Weights:
         noisy, planted = plant_noise(
             loops.text.train, NOISE, vocab_size=config.vocab_size, special_ids=[config.eos_token_id], seed=bench.seed
         )
-        batches = ShuffledBatches(MarkedRows(noisy, planted), bench.size.batch_size // 2, bench.seed)
+        batches = ShuffledBatches(MarkedRows(noisy, planted), bench.size.batch_size, bench.seed)
         reference = wrap_transformer_with_etd(copy.deepcopy(base), None).eval().requires_grad_(False)
 
         def clean_loss(model: MullForCausalLM) -> dict[str, float]:
