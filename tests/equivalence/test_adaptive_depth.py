@@ -463,6 +463,9 @@ def test_readouts_are_counted(ids: Ids) -> None:
         with torch.no_grad():
             metrics = model(tokens, think_iterations=ITERATIONS, adaptive=config).metrics
         assert metrics["readouts"] == n_readouts
+        call = {"max_new_tokens": 3, "eos_token_id": (), "pad_token_id": 0, "think_iterations": ITERATIONS}
+        stats = mull.generate(model, tokens, adaptive=config, **call).stats
+        assert stats.readouts == n_readouts * 2 // TOKENS, "two tokens of each row ran in rounds"
 
 
 def test_the_defaults_are_those_of_the_configuration(ids: Ids) -> None:

@@ -54,6 +54,9 @@ class GenerationStats:
     """Tokens by the think iterations that they took, of an adaptive call: those of the text that ran in rounds. The prompt is not
     counted."""
 
+    readouts: int = 0
+    """Passes of the unembedding, token by token, that halting rules took in rounds, on top of those of the predictions."""
+
     drafted: list[int] = field(default_factory=list)
     """How often a first, second, ... token was drafted."""
 
@@ -279,6 +282,7 @@ def _run(
         stats.record(length, counts, kept, seconds, warm_up)
         for depth, count in Counter(depth for row in decoder.depths for depth in row).items():
             stats.think_histogram[depth] = stats.think_histogram.get(depth, 0) + count
+        stats.readouts += decoder.readouts
         if chosen == 0 and not warm_up:
             plain.append(seconds)
         if streamer is not None:

@@ -119,6 +119,8 @@ class Decoder:
         self.halting = halting
         self.depths: list[list[int]] = []
         """Iterations that the newest tokens of each row took in the latest round, of an adaptive decoder."""
+        self.readouts = 0
+        """Tokens that the latest round decoded early."""
         heads = model.mtp_heads if size.max_drafts else None
         n_blocks = 0 if heads is None or heads.pointwise else len(heads.heads)
         config = model.config.get_text_config()
@@ -341,8 +343,9 @@ class Decoder:
         return (gained != NO_TOKEN).sum(1)
 
     def note_depths(self, policy: Halting, gained: Tensor) -> None:
-        """Remember how many iterations the tokens took that a round kept."""
+        """Remember how many iterations the tokens took that a round kept, and what deciding took."""
         assert policy.depth is not None, "noted after the pass"
+        self.readouts = policy.n_readouts
         n_gained = self.n_gained(gained).tolist()
         self.depths = [row[:n] for row, n in zip(policy.depth.tolist(), n_gained, strict=True)]
 

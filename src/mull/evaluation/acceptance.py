@@ -63,4 +63,6 @@ def _iterations(stats: GenerationStats) -> str:
     if not stats.think_histogram:
         return str(stats.think_iterations)
     counts = ", ".join(f"{depth}: {count}" for depth, count in sorted(stats.think_histogram.items()))
-    return f"{stats.mean_think_iterations:.2f} on average, at most {stats.think_iterations} (tokens by iterations: {counts})"
+    readouts = f"; {stats.readouts} early readouts" if stats.readouts else ""
+    mean = f"{stats.mean_think_iterations:.2f} on average, at most {stats.think_iterations}"
+    return f"{mean} (tokens by iterations: {counts}{readouts})"
