@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo_hybrid-nope": ("olmo_hybrid", {**LINEAR, "num_key_value_heads": 4, "rope_parameters": {"rope_theta": None}}),
 }
 HYBRIDS = ["qwen3_next-dense", "qwen3_next-moe", "qwen3_5", "qwen3_5-moe", "olmo_hybrid", "olmo_hybrid-nope"]
+MANY_FAMILIES = 6
 EXACT = 1e-6
 """Tolerance of comparisons in fp64. Errors in bookkeeping are 1e-3 and more, rounding is 1e-15; but transformers' norms round to
 fp32 on the way, and where 1e-15 crosses such a boundary it comes back as 5e-8 (measured)."""
@@ -69,23 +71,31 @@ def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **ch
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``latin(n, *names)``: of all combinations of these parameters, every n-th diagonal belongs to the quick tests.
+    """Choose the quick tests among the combinations of a test's parameters; the rest is slow.
 
-    As in a Latin square, any two of three parameters still meet in each pair of their values. The rest is slow.
+    ``latin(n, *names)``: of all combinations of these parameters (default: of all), every n-th diagonal is quick. As in a Latin
+    square, any two of three parameters still meet in each pair of their values. A test of many families without this mark has
+    every other diagonal; which of the two depends on the test, so that each family is in half of the tests.
     """
-    numbers: dict[tuple[Any, str], dict[str, int]] = {}
+    functions: dict[Any, list[Any]] = {}
     for item in items:
-        mark = item.get_closest_marker("latin")
-        if mark is None:
+        if hasattr(item, "callspec"):
+            functions.setdefault(item.function, []).append(item)  # type: ignore[attr-defined]
+    for function, cases in functions.items():
+        mark = cases[0].get_closest_marker("latin")
+        params = [case.callspec.params for case in cases]
+        families = {value for of_case in params for value in of_case.values() if str(value) in FAMILIES}
+        if mark is None and len(families) < MANY_FAMILIES:
             continue
-        every, *names = mark.args
-        diagonal = 0
-        for name in names:
+        every, *names = (2,) if mark is None else mark.args
+        names = names or list(params[0])
+        start = 0 if mark is not None else zlib.crc32(function.__name__.encode())
+        numbers: dict[str, dict[str, int]] = {name: {} for name in names}
+        for case, of_case in zip(cases, params, strict=True):
             # pytest's own indices count combinations, not values.
-            values = numbers.setdefault((item.function, name), {})  # type: ignore[attr-defined]
-            diagonal += values.setdefault(repr(item.callspec.params[name]), len(values))  # type: ignore[attr-defined]
-        if diagonal % every:
-            item.add_marker("slow")
+            places = [numbers[name].setdefault(repr(of_case[name]), len(numbers[name])) for name in names]
+            if (start + sum(places)) % every:
+                case.add_marker("slow")
 
 
 def delta_rule_reference(

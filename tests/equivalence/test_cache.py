@@ -58,7 +58,7 @@ def random_path(seed: int, n_layers: int = 8) -> Path:
 @torch.no_grad()
 @pytest.mark.parametrize("iterations", [1, 2, 3, 4])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.latin(6, "family", "iterations", "schedule")
+@pytest.mark.latin(12, "family", "iterations", "schedule")
 def test_cached_is_uncached_for_every_number_of_iterations(
     family: str, iterations: int, schedule: str, exact: Exact, ids: Ids
 ) -> None:
@@ -71,7 +71,7 @@ def test_cached_is_uncached_for_every_number_of_iterations(
 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.latin(6, "family", "seed")
+@pytest.mark.latin(12, "family", "seed")
 def test_cached_is_uncached_along_random_paths(family: str, seed: int, exact: Exact, ids: Ids) -> None:
     model = wrap_transformer_with_etd(exact(family), None)
     tokens, path = ids(2, TOKENS), random_path(seed)
@@ -96,7 +96,7 @@ def test_paths_may_reorder_layers_and_leave_kinds_of_layers_out(
 @torch.no_grad()
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("iterations", [1, 3])
-@pytest.mark.latin(4, "family", "iterations", "schedule")
+@pytest.mark.latin(8, "family", "iterations", "schedule")
 def test_left_padded_rows_are_the_rows_alone(
     family: str, iterations: int, schedule: str, exact: Exact, ids: Ids
 ) -> None:
@@ -112,7 +112,7 @@ def test_left_padded_rows_are_the_rows_alone(
 @torch.no_grad()
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("iterations", [1, 3])
-@pytest.mark.latin(4, "family", "iterations", "schedule")
+@pytest.mark.latin(8, "family", "iterations", "schedule")
 def test_right_padded_rows_are_the_rows_alone(
     family: str, iterations: int, schedule: str, exact: Exact, ids: Ids
 ) -> None:

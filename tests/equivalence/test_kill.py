@@ -59,7 +59,8 @@ def kill_in_the_middle(folder: Path, content: dict[str, Any]) -> int:
     return metrics.read_text().count("\n")
 
 
-@pytest.mark.parametrize("place", ["local", pytest.param("s3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["local", "s3"])
 def test_killed_and_resumed_equals_uninterrupted(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url = str(tmp_path / "elsewhere") if place == "local" else request.getfixturevalue("bucket")
     killed = recipe(tmp_path, "killed", url)

@@ -110,7 +110,7 @@ def labelled(ids: Ids, rows: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("family_name", "kind"), EACH_FAMILY)
-@pytest.mark.latin(3, "family_name", "kind")
+@pytest.mark.latin(6, "family_name", "kind")
 def test_packed_documents_are_separate_ones_aligned_by_hand(
     family_name: str, kind: str, exact: Exact, ids: Ids
 ) -> None:
@@ -136,7 +136,7 @@ def test_packed_documents_are_separate_ones_aligned_by_hand(
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family_name", ["qwen3-tied", "olmo3", "qwen3_5"])
 @pytest.mark.parametrize("kind", ["transformer", "mlp", "sequential", "sequential-shared", "native", "native-stream"])
-@pytest.mark.latin(4, "side", "kind", "family_name")
+@pytest.mark.latin(8, "side", "kind", "family_name")
 def test_padded_rows_are_unpadded_ones(family_name: str, kind: str, side: str, exact: Exact, ids: Ids) -> None:
     model = with_heads(exact(family_name), kind)
     tokens, labels = labelled(ids, 2, 12)
@@ -157,7 +157,7 @@ def test_padded_rows_are_unpadded_ones(family_name: str, kind: str, side: str, e
 
 @torch.no_grad()
 @pytest.mark.parametrize(("family_name", "kind"), EACH_FAMILY)
-@pytest.mark.latin(2, "family_name", "kind")
+@pytest.mark.latin(4, "family_name", "kind")
 def test_no_head_sees_what_it_predicts(family_name: str, kind: str, exact: Exact, ids: Ids) -> None:
     """Head k at i reads tokens up to i, and up to i + k where it is sequential. Row j + 1 of the batch has another token at j."""
     model = with_heads(exact(family_name), kind)
@@ -201,6 +201,7 @@ def test_the_divisor_of_a_whole_step_divides_every_head(ids: Ids) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
+@pytest.mark.latin(4)
 def test_rows_that_are_too_short_for_a_head_give_it_no_loss(length: int, kind: str, ids: Ids) -> None:
     model = with_heads(tiny("qwen3"), kind)
     tokens = ids(2, length)
@@ -223,7 +224,7 @@ def test_a_row_without_any_label_changes_nothing(kind: str, exact: Exact, ids: I
 
 @torch.no_grad()
 @pytest.mark.parametrize(("family_name", "kind"), EACH_FAMILY)
-@pytest.mark.latin(2, "family_name", "kind")
+@pytest.mark.latin(4, "family_name", "kind")
 def test_fresh_heads_change_no_logit_and_predict_what_the_trunk_predicts(family_name: str, kind: str, ids: Ids) -> None:
     base = tiny(family_name)
     for parameter in base.model.norm.parameters():
@@ -270,7 +271,7 @@ EACH_KIND_AND_FAMILY = [("qwen3-tied", kind) for kind in KINDS] + [
 
 
 @pytest.mark.parametrize(("family_name", "kind"), EACH_KIND_AND_FAMILY)
-@pytest.mark.latin(2, "family_name", "kind")
+@pytest.mark.latin(4, "family_name", "kind")
 def test_heads_are_saved_and_loaded_with_the_model(family_name: str, kind: str, tmp_path: Path, ids: Ids) -> None:
     model = with_heads(tiny(family_name), kind)
     tokens = ids(2, 12)
@@ -291,7 +292,7 @@ def test_heads_are_saved_and_loaded_with_the_model(family_name: str, kind: str, 
     [(*each, "base") for each in EACH_KIND_AND_FAMILY if "native" not in each[1]]
     + [(*each, "mull") for each in EACH_KIND_AND_FAMILY],
 )
-@pytest.mark.latin(2, "kind", "source")
+@pytest.mark.latin(4, "kind", "source")
 def test_heads_that_a_checkpoint_lacks_start_as_the_trunk(
     family_name: str, kind: str, source: str, tmp_path: Path, ids: Ids
 ) -> None:
@@ -343,6 +344,7 @@ def test_a_copy_has_heads_of_its_own(kind: str, ids: Ids) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family_name", ["qwen3", "qwen3_5"])
+@pytest.mark.latin(3)
 def test_generation_is_that_of_the_trunk(family_name: str, kind: str, ids: Ids) -> None:
     base = tiny(family_name)
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -378,7 +380,7 @@ def test_targets_for_heads_that_are_not_there_are_refused(ids: Ids) -> None:
 
 
 @pytest.mark.parametrize(("family_name", "use_reentrant"), [("qwen3", True), ("qwen3", False), ("qwen3_5", False)])
-@pytest.mark.latin(2, "family_name", "use_reentrant", "kind")
+@pytest.mark.latin(4, "family_name", "use_reentrant", "kind")
 def test_checkpointing_changes_no_gradient_of_the_heads(
     family_name: str, use_reentrant: bool, kind: str, exact: Exact, ids: Ids
 ) -> None:
@@ -398,6 +400,7 @@ def test_checkpointing_changes_no_gradient_of_the_heads(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.latin(3)
 def test_half_precision_models_train(dtype: torch.dtype, kind: str, ids: Ids) -> None:
     model = with_heads(tiny("qwen3"), kind)
     tokens = ids(2, 12)
@@ -453,6 +456,7 @@ def test_a_frozen_trunk_trains_heads_only(kind: str, ids: Ids) -> None:
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("kind", ["transformer", "mlp", "sequential-shared"])
+@pytest.mark.latin(3)
 def test_trainer_of_transformers_accumulates_exactly_with_heads(kind: str, tmp_path: Path, ids: Ids) -> None:
     """Two steps of two micro-batches are two steps of whole batches, and evaluation reports a loss."""
     rows = [{"input_ids": row, "labels": row.clone()} for row in ids(4, 13)]
@@ -493,7 +497,7 @@ def _first(kind: str) -> str:
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("kind", ["transformer", "mlp", "sequential-shared", "native"])
 @pytest.mark.parametrize("train_heads", [False, True], ids=["frozen-heads", "trained-heads"])
-@pytest.mark.latin(2, "kind", "train_heads")
+@pytest.mark.latin(4, "kind", "train_heads")
 def test_lora_of_peft_adapts_the_backbone_beside_heads(train_heads: bool, kind: str, tmp_path: Path, ids: Ids) -> None:
     peft = pytest.importorskip("peft", reason="needs the extra eval")
     tokens = ids(2, 12)

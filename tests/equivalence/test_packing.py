@@ -19,7 +19,7 @@ def packed_positions() -> Tensor:
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
-@pytest.mark.latin(4, "family", "iterations")
+@pytest.mark.latin(8, "family", "iterations")
 def test_packed_is_separate(
     family: str, iterations: int, exact: Callable[..., PreTrainedModel], ids: Callable[..., Tensor]
 ) -> None:

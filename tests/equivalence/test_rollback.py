@@ -20,7 +20,7 @@ Ids = Callable[..., Tensor]
     [(prompt, calls) for prompt in (1, 2, 11) for calls in ([5], [1] * 5, [2, 1, 2])],
     ids=str,
 )
-@pytest.mark.latin(7, "family", "prompt", "calls")
+@pytest.mark.latin(14, "family", "prompt", "calls")
 def test_wrong_tokens_leave_no_trace(family: str, prompt: int, calls: list[int], exact: Exact, ids: Ids) -> None:
     model = wrap_transformer_with_etd(exact(family), SPLIT)
     right, wrong, rest = ids(2, prompt), ids(2, 5, seed=1), ids(2, 2, seed=2)

@@ -65,7 +65,7 @@ def ragged(lengths: Sequence[int], seed: int = 0, left: bool = True) -> tuple[Te
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.latin(6, "family", "head")
+@pytest.mark.latin(12, "family", "head")
 def test_drafts_do_not_change_greedy_text(family: str, head: str) -> None:
     model = with_heads(family, head)
     accepted = 0
@@ -80,7 +80,7 @@ def test_drafts_do_not_change_greedy_text(family: str, head: str) -> None:
     assert accepted >= 5, "hardly a draft was accepted, so nothing was tested"
 
 
-@pytest.mark.latin(3, "family")
+@pytest.mark.latin(6, "family")
 def test_plain_text_is_that_of_transformers(family: str) -> None:
     model = with_heads(family, "mlp")
     ids, mask = ragged([5, 1, 17, 9])
@@ -112,6 +112,7 @@ def test_any_path_can_be_drafted_for(family: str) -> None:
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.latin(2)
 def test_draft_length_is_free_to_change(penalty: float) -> None:
     model = with_heads("qwen3_next-dense", "sequential")
     ids, mask = ragged([6, 2, 11])
@@ -169,7 +170,7 @@ LENGTHS = [3, 3, 1, 0, 0, 2, 3, 0, 1, 3, 2, 3]
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", ["qwen3", "olmo3", *HYBRIDS[:3]])
-@pytest.mark.latin(6, "family", "head")
+@pytest.mark.latin(12, "family", "head")
 def test_after_every_round_the_state_is_that_of_a_fresh_start(
     family: str, head: str, exact: Callable[..., Any]
 ) -> None:
@@ -197,7 +198,7 @@ def test_after_every_round_the_state_is_that_of_a_fresh_start(
 @pytest.mark.parametrize(
     ("family", "piece"), [*((family, 1024) for family in ("qwen3", "olmo3", *HYBRIDS[:3])), ("qwen3", 3)]
 )
-@pytest.mark.latin(6, "family", "head")
+@pytest.mark.latin(12, "family", "head")
 def test_heads_draft_what_their_training_pass_says(
     family: str, piece: int, head: str, exact: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +241,7 @@ def counting_model(head: str, period: int = 7) -> MullForCausalLM:
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.latin(4, "head")
+@pytest.mark.latin(8, "head")
 def test_heads_that_know_the_sequence_gain_lookahead_and_one_tokens_per_pass(head: str) -> None:
     model = counting_model(head)
     ids = 3 + (torch.arange(4)[:, None] + torch.arange(8)) % 7

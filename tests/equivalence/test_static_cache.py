@@ -106,7 +106,7 @@ def padded(rows: Sequence[Tensor], seed: int = 9) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.latin(4, "family", "name")
+@pytest.mark.latin(8, "family", "name")
 def test_any_chunks_equal_the_uncached_forward(family: str, name: str, exact: Exact, ids: Ids) -> None:
     model, tokens = wrap_transformer_with_etd(exact(family), SPLIT), ids(2, 26)
     expected = torch.stack([alone(model, PATHS[name], row) for row in tokens])
@@ -120,7 +120,7 @@ def test_any_chunks_equal_the_uncached_forward(family: str, name: str, exact: Ex
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["two iterations", "arbitrary"])
 @pytest.mark.parametrize("width", [1, 5, LONGEST_SHORT_CALL + 3])
-@pytest.mark.latin(4, "family", "name", "width")
+@pytest.mark.latin(8, "family", "name", "width")
 def test_every_number_of_tokens_can_be_kept(family: str, name: str, width: int, exact: Exact, ids: Ids) -> None:
     """Row r keeps r tokens of a verification, then all rows go on: logits and everything held are those of a fresh prefill."""
     model, rows = wrap_transformer_with_etd(exact(family), SPLIT), width + 1
@@ -334,6 +334,7 @@ def test_a_layer_of_another_size_is_refused(exact: Exact, ids: Ids) -> None:
         pytest.param("qwen3", [0, 3, 0], "inductor", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.latin(2)
 def test_calls_compile_to_one_graph_each(
     family_name: str, layers: list[int], backend: str, ids: Ids, monkeypatch: pytest.MonkeyPatch
 ) -> None:

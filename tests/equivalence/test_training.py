@@ -28,7 +28,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.latin(3, "family", "use_reentrant", "packed")
+@pytest.mark.latin(6, "family", "use_reentrant", "packed")
 def test_checkpointing_changes_no_gradient(
     family: str, use_reentrant: bool, packed: bool, exact: Exact, ids: Ids
 ) -> None:
@@ -68,7 +68,7 @@ def test_early_decoding_is_a_shorter_path(family: str, exact: Exact, ids: Ids) -
 
 
 @pytest.mark.parametrize("backprop", [1, 2, 3, 9])
-@pytest.mark.latin(4, "family", "backprop")
+@pytest.mark.latin(8, "family", "backprop")
 def test_truncated_back_propagation_cuts_the_loop(family: str, backprop: int, exact: Exact, ids: Ids) -> None:
     """Reference: the same path with the state detached by hand, run through transformers' layers one visit at a time."""
     model = wrap_transformer_with_etd(exact(family), SPLIT)

@@ -193,7 +193,7 @@ FAMILIES = {"qwen3": (DEPTH, EXACT), "qwen3_next-dense": (DEPTH | MIXED, 1e-5)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.latin(2, "family", "algorithm")
+@pytest.mark.latin(4, "family", "algorithm")
 def test_packed_documents_train_like_separate_ones(family: str, algorithm: str, exact: Exact) -> None:
     row, documents = 2, DOCUMENTS[2]
     layers, tolerance = FAMILIES[family]
@@ -223,7 +223,7 @@ def second_step(algorithm: str, control: Control, heads: str, n: int) -> Step:
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-@pytest.mark.latin(4, "algorithm", "control")
+@pytest.mark.latin(8, "algorithm", "control")
 def test_the_mean_weight_is_1_over_all_targets_of_the_step(algorithm: str, control: Control) -> None:
     step = second_step(algorithm, control, "mlp", 8)
     valid = torch.cat(step.targets) >= 0
@@ -245,7 +245,7 @@ COMBINATIONS += [
 
 
 @pytest.mark.parametrize(("algorithm", "control", "heads"), COMBINATIONS)
-@pytest.mark.latin(4, "algorithm")
+@pytest.mark.latin(8, "algorithm")
 def test_the_split_into_micro_batches_changes_nothing(algorithm: str, control: Control, heads: str) -> None:
     whole = second_step(algorithm, control, heads, 1)
     for n in (2, 8):

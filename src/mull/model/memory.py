@@ -60,6 +60,11 @@ class ActiveTokens:
         """Whether a token runs."""
         return self.index.shape[1] > 0
 
+    @property
+    def _single(self) -> bool:
+        """Rows have one token each, so nothing moves inside of them."""
+        return self.mask.shape[1] == 1
+
     def of_rows(self, x: Tensor) -> Tensor:
         """``[B, ...]`` to ``[R, ...]``."""
         return x if self.rows is None else x[self.rows]
@@ -71,13 +76,16 @@ class ActiveTokens:
     def gather(self, x: Tensor) -> Tensor:
         """``[B or 1, T, ...]`` to ``[R, A, ...]``."""
         rows = x.expand(len(self.index), *x.shape[1:]) if len(x) == 1 else self.of_rows(x)
-        return rows.gather(1, _like(self.index, rows))
+        return rows if self._single else rows.gather(1, _like(self.index, rows))
 
     def scatter(self, x: Tensor, new: Tensor) -> Tensor:
         """``x [B, T, ...]`` with the entries of active tokens replaced by those of `new` ``[R, A, ...]``."""
-        old = self.of_rows(x)
-        index = _like(self.index, old)
-        out = old.scatter(1, index, torch.where(_like(self.filled, old), new, old.gather(1, index)))
+        old, filled = self.of_rows(x), self.filled
+        if self._single:
+            out = torch.where(_like(filled, old), new, old)
+        else:
+            index = _like(self.index, old)
+            out = old.scatter(1, index, torch.where(_like(filled, old), new, old.gather(1, index)))
         return out if self.rows is None else x.index_copy(0, self.rows, out)
 
 

@@ -22,7 +22,7 @@ def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-@pytest.mark.latin(2, "family")
+@pytest.mark.latin(4, "family")
 def test_a_built_model_is_the_one_that_its_checkpoint_loads(family: str, tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["a"], 257)
     model_type, options = FAMILIES[family]

@@ -84,6 +84,7 @@ def test_a_recipe_trains_and_its_model_loads_everywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("tied", "heads"), [(False, "mlp"), (True, "mlp"), (False, "native")])
+@pytest.mark.latin(3)
 def test_the_trunk_is_a_checkpoint_of_transformers_alone(
     tmp_path: Path, tied: bool, heads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +137,7 @@ def test_evaluation_has_its_own_interval_and_does_not_disturb_training(tmp_path:
     ],
     ids=lambda values: "-".join(map(str, values.values()))[:30],
 )
+@pytest.mark.latin(3)
 def test_every_weighting_trains_all_heads(tmp_path: Path, values: dict[str, Any]) -> None:
     if "rho1" in values:
         carry_out(named(tmp_path, "base", train__steps=1))
@@ -229,7 +231,7 @@ CHANGED: dict[str, tuple[Any, Any, str]] = {
 
 
 @pytest.mark.parametrize("what", CHANGED)
-@pytest.mark.latin(2, "what")
+@pytest.mark.latin(4, "what")
 def test_a_run_resumes_with_the_same_content_only(tmp_path: Path, what: str) -> None:
     make, change, message = CHANGED[what]
     recipe = make(tmp_path, train__steps=2)
@@ -289,6 +291,7 @@ def test_a_second_process_is_refused_and_disturbs_nothing(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("bytes_left", [100, 3000, 20_000], ids=["configuration", "tokenizer", "weights"])
+@pytest.mark.latin(3)
 def test_a_full_disk_ends_an_export_in_a_sentence_and_leaves_nothing(tmp_path: Path, bytes_left: int) -> None:
     recipe = named(tmp_path, "tiny", checkpoint={"asynchronous": False})
     real = transformers.PreTrainedModel.save_pretrained
@@ -457,7 +460,7 @@ def test_stages_run_one_after_the_other_in_one_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "step"), [("heads", 2), ("heads", 4), ("stopped", 1), ("stopped", 5)], ids=["1", "border", "2", "2 late"]
 )
-@pytest.mark.latin(2, "step")
+@pytest.mark.latin(4, "step")
 def test_an_interrupted_stage_resumes_bit_for_bit(
     straight: Path, tmp_path: Path, place: str, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -601,6 +604,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("values", "error", "message"), REFUSED)
 @pytest.mark.parametrize("carried_out", [True, False], ids=["run", "dry-run"])
+@pytest.mark.latin(3)
 def test_data_tokenizer_and_models_must_fit(
     tmp_path: Path, values: dict[str, Any], error: type[Exception], message: str, carried_out: bool
 ) -> None:

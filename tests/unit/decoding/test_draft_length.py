@@ -176,7 +176,7 @@ def batch(
 
 @pytest.mark.parametrize("name", ["zero", "vanilla", "good", "great"])
 @pytest.mark.parametrize("costs", BATCH_COSTS)
-@pytest.mark.latin(4, "name", "costs")
+@pytest.mark.latin(8, "name", "costs")
 def test_a_batch_that_waits_for_its_slowest_row_loses_little_and_gains_where_drafts_pay(costs: str, name: str) -> None:
     for n_tokens, spread in ((64, 0.0), (64, 0.5), (256, 0.3)):
         found, fixed = [], [[] for _ in range(1 + LONGEST)]

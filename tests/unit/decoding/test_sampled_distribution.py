@@ -107,7 +107,7 @@ def deviation(run: Round, world: World, n_drafts: int, n_tokens: int) -> float:
 @pytest.mark.parametrize(("n_drafts", "n_tokens"), [(0, 2), (1, 2), (1, 3), (2, 2), (2, 3), (3, 2), (3, 3)])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["drawn", "argmax"])
 @pytest.mark.parametrize("name", ["plain", "all"])
-@pytest.mark.latin(4, "name", "deterministic", "n_drafts")
+@pytest.mark.latin(8, "name", "deterministic", "n_drafts")
 def test_the_joint_distribution_of_emitted_tokens_is_the_targets(
     name: str, deterministic: bool, n_drafts: int, n_tokens: int
 ) -> None:
@@ -116,7 +116,7 @@ def test_the_joint_distribution_of_emitted_tokens_is_the_targets(
 
 
 @pytest.mark.parametrize("name", WARPERS)
-@pytest.mark.latin(3, "name")
+@pytest.mark.latin(6, "name")
 def test_every_warper_keeps_the_distribution(name: str) -> None:
     assert deviation(exact, World.random(sampling=sampling_of(name)), 2, 2) < 1e-12
 
@@ -138,7 +138,7 @@ ADVERSARIES: dict[str, tuple[list[float], list[float]]] = {
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["drawn", "argmax"])
 @pytest.mark.parametrize("name", ADVERSARIES)
-@pytest.mark.latin(3, "name", "deterministic")
+@pytest.mark.latin(6, "name", "deterministic")
 def test_no_distribution_of_the_drafts_changes_the_targets(name: str, deterministic: bool) -> None:
     world = World.constant(*ADVERSARIES[name], deterministic=deterministic)
     assert deviation(exact, world, 2, 2) < 1e-12
@@ -196,6 +196,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.latin(2)
 def test_the_exact_check_refuses_a_round_with(name: str) -> None:
     assert deviation(BROKEN[name], World.random(sampling=sampling_of("all")), 1, 2) > 1e-3
 

@@ -175,6 +175,7 @@ def assert_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 
 
 @pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.latin(3)
 def test_every_tensor_of_a_released_checkpoint_arrives(layout: str, sharded: bool, tmp_path: Path, ids: Ids) -> None:
     heads = head_tensors(layout)
     assert len(fused(heads)) == (15 if LAYOUTS[layout][1] is DENSE_SHAPES else 19)
@@ -366,6 +367,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("truth", ["normed", "stream"])
+@pytest.mark.latin(2)
 def test_the_state_that_heads_were_trained_on_is_found_pinned_and_saved(
     truth: str, fitted: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -437,6 +439,7 @@ def test_only_native_heads_are_calibrated() -> None:
 # Saving, training, exporting
 
 
+@pytest.mark.latin(3)
 def test_a_saved_model_keeps_the_names_and_comes_back_bit_for_bit(layout: str, tmp_path: Path, ids: Ids) -> None:
     model = mull.from_pretrained(str(released(tmp_path / "base", layout)), SPLIT, NATIVE)
     model.save_pretrained(tmp_path / "mull")
@@ -466,6 +469,7 @@ def train_heads(model: MullForCausalLM, tokens: Tensor) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.latin(3)
 def test_training_the_heads_leaves_the_trunk_alone(layout: str, tmp_path: Path, ids: Ids) -> None:
     model = mull.from_pretrained(str(released(tmp_path, layout)), SPLIT, NATIVE)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -497,7 +501,7 @@ STATES = ["without heads", "sharded, without heads", "with heads", "sharded, wit
     ("layout", "state"),
     [(layout, state) for layout in LAYOUTS for state in (STATES if layout == "qwen3_5-moe" else STATES[2:4])],
 )
-@pytest.mark.latin(2, "layout", "state")
+@pytest.mark.latin(4, "layout", "state")
 def test_exported_heads_are_what_engines_and_mull_read(layout: str, state: str, tmp_path: Path) -> None:
     model = mull.from_pretrained(str(released(tmp_path / "source", layout)), SPLIT, NATIVE)
     folder = stock(tmp_path / "stock", layout, state)

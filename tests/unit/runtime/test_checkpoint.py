@@ -71,6 +71,7 @@ def names(url: str) -> list[str]:
 # Training
 
 
+@pytest.mark.latin(2)
 def test_a_resumed_run_continues_bit_for_bit(url, asynchronous):
     model = Noisy()
     optimizers = optimizers_of(model)
@@ -178,6 +179,7 @@ def test_a_complete_checkpoint_of_the_same_step_stays(url):
     assert load(path) == 1
 
 
+@pytest.mark.latin(2)
 def test_the_oldest_go_in_the_order_of_numbers(url):
     for number in (999_999, 1_000_000, 5):
         save(url, number)

@@ -176,7 +176,7 @@ TRAINED: dict[str, Any] = {
 @pytest.mark.parametrize("kind", [None, "mlp", "transformer", "sequential", "native"])
 @pytest.mark.parametrize("chosen", TRAINED)
 @pytest.mark.parametrize("backprop", [None, 2])
-@pytest.mark.latin(8, "kind", "chosen", "backprop")
+@pytest.mark.latin(16, "kind", "chosen", "backprop")
 def test_training_costs_the_products_of_the_gradients_that_it_computes(
     kind: Any, chosen: str, backprop: int | None
 ) -> None:
@@ -255,7 +255,7 @@ def kept(call: Any, parameters: Any) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.latin(2, "family", "precision")
+@pytest.mark.latin(4, "family", "precision")
 def test_activations_are_what_autograd_keeps(family: str, precision: str) -> None:
     real = model(family)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

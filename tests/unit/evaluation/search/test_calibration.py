@@ -35,7 +35,7 @@ def rows() -> PackedDataset:
 @pytest.mark.parametrize("rule", ["state", "kl", "learned"])
 @pytest.mark.latin(3, "rule")
 def test_the_mean_depth_is_the_one_that_was_asked_for(model: Any, rows: PackedDataset, rule: str) -> None:
-    found = calibrate(model, rows, rule=rule, target_iterations=2.0)
+    found = calibrate(model, rows, rule=rule, target_iterations=2.0, batch_size=18)
     # 360 tokens, many with nearly equal scores: a threshold moves several of them at once.
     assert found.chosen.iterations == pytest.approx(2.0, abs=0.2)
     assert found.halting.rule == rule
@@ -59,7 +59,7 @@ def test_the_mean_depth_is_the_one_that_was_asked_for(model: Any, rows: PackedDa
 
 
 def test_a_tolerance_is_kept(model: Any, rows: PackedDataset) -> None:
-    found = calibrate(model, rows, tolerance=0.05)
+    found = calibrate(model, rows, tolerance=0.05, batch_size=18)
     full = next(point for point in found.curve if point.rule == "fixed" and point.iterations == ITERATIONS)
     assert found.chosen.loss <= full.loss + 0.05
     assert found.chosen.iterations <= ITERATIONS

@@ -181,6 +181,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.latin(3)
 def test_a_step_has_the_gradient_of_reinforce(case: str) -> None:
     family, heads, options = CASES[case]
     model, reward = make_model(family, heads), Graded()
