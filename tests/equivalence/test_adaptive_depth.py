@@ -4,6 +4,7 @@
 computing a state are far enough apart to change a decision.
 """
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -24,6 +25,12 @@ Exact = Callable[..., PreTrainedModel]
 Ids = Callable[..., Tensor]
 
 ROWS, TOKENS, ITERATIONS = 3, 12, 4
+NINE: dict[str, Any] = {
+    "adaptive": HaltingConfig(rule="scattered"),
+    "think_iterations": ITERATIONS,
+    "max_new_tokens": 9,
+    "eos_token_id": (),
+}
 RULES = ["state", "confidence", "kl", "repeat", "learned"]
 SOME = ["qwen3", "olmo3", "qwen3_next-moe", "qwen3_5", "olmo_hybrid"]
 
@@ -317,12 +324,7 @@ def test_rounds_of_fixed_shapes_write_the_same(
     family: str, stop: Any, draft_length: int, exact: Exact, ids: Ids
 ) -> None:
     model, tokens = wrapped(exact(family), mtp=MTPConfig(num_predict_tokens=3), stop=stop), ids(ROWS, TOKENS)
-    call = {
-        "adaptive": HaltingConfig(rule="scattered", stop=stop),
-        "think_iterations": ITERATIONS,
-        "max_new_tokens": 9,
-        "eos_token_id": (),
-    }
+    call = NINE | {"adaptive": HaltingConfig(rule="scattered", stop=stop)}
     draft = {"draft": "mtp", "draft_length": draft_length}
     expected = mull.generate(model, tokens, pad_token_id=0, **draft, **call)
     for _ in range(2):  # the second time, on the buffers of the first
@@ -342,12 +344,7 @@ def test_compiled_rounds_write_the_same(
 ) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its checks cannot be compiled
     model, tokens = wrapped(exact(family_name), mtp=MTPConfig(num_predict_tokens=2), stop=stop), ids(ROWS, TOKENS)
-    call = {
-        "adaptive": HaltingConfig(rule="scattered", stop=stop),
-        "think_iterations": ITERATIONS,
-        "max_new_tokens": 9,
-        "eos_token_id": (),
-    }
+    call = NINE | {"adaptive": HaltingConfig(rule="scattered", stop=stop)}
     for draft in ({}, {"draft": "mtp", "draft_length": 2}):
         expected = mull.generate(model, tokens, pad_token_id=0, **draft, **call)
         out = mull.generate(model, tokens, pad_token_id=0, compile=True, **draft, **call)
@@ -451,6 +448,82 @@ def test_what_does_not_fit_is_refused(ids: Ids) -> None:
         model.model(tokens, adaptive=HaltingConfig(rule="kl", stop="own_state"))
     with pytest.raises(ValueError, match="give one of them"):
         ETDConfig(**SPLIT.model_dump() | {"confidence_threshold": 0.5, "halting": HaltingConfig()})
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (lambda n: torch.ones(n, dtype=torch.long), "gave torch.int64: give a tensor of booleans"),
+        (lambda n: [True] * n, "gave list"),
+        (lambda n: torch.ones(n, 3, dtype=torch.bool), "was asked about 6 tokens, and what it gave is (6, 3)"),
+        (lambda n: torch.ones(n + 1, dtype=torch.bool), "and what it gave is (7,)"),
+    ],
+)
+def test_what_a_foreign_rule_gives_is_checked(
+    answer: Any, error: str, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(halting.RULES, "odd", lambda _: lambda evidence: answer(len(evidence.state)))
+    model = wrapped(tiny("qwen3"))
+    with pytest.raises((TypeError, ValueError), match=re.escape(error)):
+        model(ids(2, 3), think_iterations=2, adaptive=HaltingConfig(rule="odd"))
+
+
+def test_what_a_rule_keeps_is_checked(ids: Ids, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rule(evidence: Evidence) -> Tensor:
+        evidence.kept["sum"] = evidence.state.sum()
+        return evidence.state[:, 0] > 0
+
+    monkeypatch.setitem(halting.RULES, "odd", lambda _: rule)
+    with pytest.raises(ValueError, match=r"kept\['sum'\] is Tensor"):
+        wrapped(tiny("qwen3"))(ids(2, 3), think_iterations=2, adaptive=HaltingConfig(rule="odd"))
+
+
+def test_reentrant_checkpointing_would_lose_gradients_and_is_refused(ids: Ids) -> None:
+    model, tokens = wrapped(tiny("qwen3")), ids(2, 4)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.train()
+    with pytest.raises(ValueError, match="Reentrant gradient checkpointing would lose"):
+        model(tokens, labels=tokens, adaptive=True, use_cache=False)
+    with pytest.raises(ValueError, match="Reentrant gradient checkpointing would lose"):
+        model.model.hidden_states(tokens, policy=model.model.given_depths(torch.ones_like(tokens)))
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+
+
+def test_router_logits_of_tokens_that_stop_are_refused(ids: Ids) -> None:
+    model, tokens = wrapped(tiny("qwen3_next-moe")), ids(2, 4)
+    with pytest.raises(ValueError, match="have no router logits"):
+        model(tokens, output_router_logits=True, adaptive=True)
+    model(tokens, output_router_logits=True, adaptive=False)
+
+
+@pytest.mark.usefixtures("scattered")
+def test_a_compiled_model_takes_its_decisions_outside_of_the_graph(ids: Ids) -> None:
+    model, tokens = wrapped(tiny("qwen3")), ids(ROWS, 9)
+    call = {"think_iterations": 3, "adaptive": HaltingConfig(rule="scattered"), "use_cache": False}
+    with torch.no_grad():
+        expected, out = model(tokens, **call), torch.compile(model, backend="eager")(tokens, **call)
+    assert len(depths_of(expected).unique()) > 1
+    assert torch.equal(depths_of(out), depths_of(expected))
+    assert torch.equal(out.logits, expected.logits)
+
+
+@pytest.mark.usefixtures("traced", "scattered")
+@pytest.mark.parametrize("mode", ["inference", "autocast"])
+def test_modes_of_the_caller_change_no_text(mode: str, ids: Ids) -> None:
+    model, tokens = wrapped(tiny("qwen3_5")), ids(ROWS, 5)
+    expected = mull.generate(model, tokens, pad_token_id=0, **NINE)
+    with torch.inference_mode() if mode == "inference" else torch.autocast("cpu", dtype=torch.bfloat16):
+        texts = [mull.generate(model, tokens, pad_token_id=0, compile=mode, **NINE) for mode in (False, True)]
+    texts.append(mull.generate(model, tokens, pad_token_id=0, compile=True, **NINE))
+    assert all(torch.equal(text.sequences, expected.sequences) for text in texts)
+
+
+@pytest.mark.usefixtures("traced", "scattered")
+def test_depths_are_counted_up_to_the_end_of_a_text(ids: Ids) -> None:
+    model, tokens = wrapped(tiny("qwen3"), mtp=MTPConfig(num_predict_tokens=3)), ids(ROWS, 9)
+    call = {**NINE, "max_new_tokens": 2, "draft": "mtp", "draft_length": 3, "pad_token_id": 0}
+    stats = mull.generate(model, tokens, compile=True, **call).stats
+    assert sum(stats.think_histogram.values()) == ROWS, "the second token of each row"
 
 
 def test_readouts_are_counted(ids: Ids) -> None:

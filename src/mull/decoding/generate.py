@@ -7,7 +7,8 @@ Drafts change how long it takes, not what comes out.
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal, Protocol
@@ -233,16 +234,25 @@ def generate(
     halting = _halting(model, adaptive, think_iterations, path)
     key = DecoderKey(visits, len(prompts), _max_drafts(model, draft, draft_length), model.dtype, compiled, halting)
     kept = DecoderCache.of(model)
-    decoder = kept.decoder(model, key, sampling, max(map(len, prompts)) + max_new_tokens)
     policy = kept.policy(key) if draft_length is None else DraftLength(key.max_drafts, fixed=draft_length)
     stats = GenerationStats(
         prompt_tokens=sum(map(len, prompts)),
         think_iterations=None if path is not None else model.iterations(think_iterations),
     )
     rows = _Rows(len(prompts), max_new_tokens, _end_tokens(model, eos_token_id))
-    _run(decoder, policy, prompts, rows, _generator(sampling, seed), streamer, stats)
+    with _plain_mode(model):
+        decoder = kept.decoder(model, key, sampling, max(map(len, prompts)) + max_new_tokens)
+        _run(decoder, policy, prompts, rows, _generator(sampling, seed), streamer, stats)
     stats.new_tokens = sum(map(len, rows.tokens))
     return GenerateOutput(_joined(input_ids, rows.tokens, padding), stats)
+
+
+@contextmanager
+def _plain_mode(model: MullForCausalLM) -> Iterator[None]:
+    """Leave inference mode, whose tensors later calls could not write to, and autocast, whose keys do not fit the buffers."""
+    autocast = torch.autocast(model.lm_head.weight.device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), autocast:
+        yield
 
 
 def _run(
@@ -280,7 +290,8 @@ def _run(
             # Rows differ in how many drafts they accept, and the one with the most left decides when the call ends.
             policy.observe(length, [counts[row] - 1 for row in last], seconds, backlog[length])
         stats.record(length, counts, kept, seconds, warm_up)
-        for depth, count in Counter(depth for row in decoder.depths for depth in row).items():
+        of_text = (row[:n] for row, n in zip(decoder.depths, kept, strict=False))
+        for depth, count in Counter(depth for row in of_text for depth in row).items():
             stats.think_histogram[depth] = stats.think_histogram.get(depth, 0) + count
         stats.readouts += decoder.readouts
         if chosen == 0 and not warm_up:

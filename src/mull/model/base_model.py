@@ -36,7 +36,7 @@ from mull.model.inputs import (
     packed_positions,
     use_of_cache,
 )
-from mull.model.memory import CallMemory
+from mull.model.memory import CallMemory, Memory
 from mull.model.path import MAX_ITERATIONS, Path, check_path, from_layers
 from mull.model.policy import Policy
 from mull.runtime.arguments import require, require_callable, require_count, require_ids, require_tensors
@@ -178,6 +178,7 @@ class MullModel(MullPreTrainedModel):
         halting = None if self.etd_config is None else self.etd_config.halting
         self.exit_head = ExitHead(self.text_config.hidden_size, 1) if halting and halting.rule == "learned" else None
         self._etd_metrics: dict[str, Any] = {}
+        self._collects_router_logits = False
         self.post_init()
 
     def adopt(self, backbone: Any) -> None:
@@ -318,7 +319,7 @@ class MullModel(MullPreTrainedModel):
         watched = after if stream is not None or on_visit is not None else None
         memory = None if cache is None else GrowingMemory(cache, None if policy is None else policy.stop)
         with self.router_logits() if output_router_logits else nullcontext() as routed:
-            h = run(self.layers, self.kinds, visits, h, inputs, memory, policy, on_visit=watched)
+            h = self._run(visits, h, inputs, memory, policy, watched)
         if cache is not None:
             cache.advance(h.shape[1])
         h = self.norm(h)
@@ -416,6 +417,7 @@ class MullModel(MullPreTrainedModel):
     def router_logits(self) -> Iterator[list[Tensor]]:
         """Collect the logits ``[tokens, E]`` of every router of experts that runs meanwhile, visit by visit."""
         collected: list[Tensor] = []
+        self._collects_router_logits = True
         recorder: Any = (self.rules._can_record_outputs or {}).get("router_logits")
         hooks = [
             module.register_forward_hook(lambda _module, _args, output: collected.append(output[recorder.index]))
@@ -425,6 +427,7 @@ class MullModel(MullPreTrainedModel):
         try:
             yield collected
         finally:
+            self._collects_router_logits = False
             for hook in hooks:
                 hook.remove()
 
@@ -478,7 +481,7 @@ class MullModel(MullPreTrainedModel):
         memory = None if policy is None else CallMemory(policy.stop)
 
         def advance(h: Tensor, part: Path) -> Tensor:
-            return run(self.layers, self.kinds, part, h, inputs, memory, policy)
+            return self._run(part, h, inputs, memory, policy)
 
         decoder = visits[n_encoder + n_think * iterations :]
         states = []
@@ -493,6 +496,37 @@ class MullModel(MullPreTrainedModel):
                 if every_iteration or iteration == iterations - 1:
                     states.append(self.norm(advance(h, decoder)))
         return states
+
+    def _run(
+        self,
+        path: Path,
+        h: Tensor,
+        inputs: LayerInputs,
+        memory: Memory | None,
+        policy: Policy | None,
+        on_visit: OnVisit | None = None,
+    ) -> Tensor:
+        """See `mull.model.executor.run`."""
+        if policy is not None:
+            self._check_policy(policy)
+        # The host takes the decisions of a rule, which no graph can hold.
+        runner = torch.compiler.disable(run) if isinstance(policy, Halting) else run
+        return runner(self.layers, self.kinds, path, h, inputs, memory, policy, on_visit=on_visit)
+
+    def _check_policy(self, policy: Policy) -> None:
+        if self._collects_router_logits and (self.rules._can_record_outputs or {}).get("router_logits"):
+            raise ValueError(
+                "Tokens that stop have no router logits: call with output_router_logits=False, or adaptive=False and iterations "
+                "that are drawn per step."
+            )
+        first: Any = self.layers[0]
+        reentrant = getattr(getattr(first, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
+        trains = self.training and torch.is_grad_enabled() and getattr(first, "gradient_checkpointing", False)
+        if reentrant and trains and policy.stop != "active_only":
+            raise ValueError(
+                "Reentrant gradient checkpointing would lose the gradient of the keys that stopped tokens leave behind: enable "
+                "it with gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
 
     def decode(
         self, input_ids: Tensor, cache: StaticSlotCache, call: StaticCall, policy: Policy | None = None

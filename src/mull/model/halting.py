@@ -271,7 +271,7 @@ class Halting:
         if not len(state):
             return
         evidence = Evidence(iteration, state, self._before[thinking], self._kept, self._readout, self._exit_head)
-        goes_on = ~self._rule(evidence)
+        goes_on = ~self._answer(evidence)
         self.n_readouts += evidence.n_readouts
         if iteration < self.config.min_iterations:
             goes_on = torch.ones_like(goes_on)
@@ -281,6 +281,28 @@ class Halting:
             self._kept = {name: value[goes_on] for name, value in self._kept.items()}
             self._thinking = thinking.masked_scatter(thinking, goes_on)
         self.depth = self.depth + (self._thinking if isinstance(self._thinking, bool) else self._thinking.long())
+
+    def _answer(self, evidence: Evidence) -> Tensor:
+        """The rule's, which may be that of another package.
+
+        Raises:
+            TypeError: it is no tensor of booleans.
+            ValueError: it is not one for each token, or what the rule keeps is not.
+        """
+        n_tokens, name = len(evidence.state), f"The halting rule {self.config.rule!r}"
+        stops: Any = self._rule(evidence)
+        if not isinstance(stops, Tensor) or stops.dtype != torch.bool:
+            kind = stops.dtype if isinstance(stops, Tensor) else type(stops).__name__
+            raise TypeError(f"{name} gave {kind}: give a tensor of booleans, True for tokens that stop.")
+        kept: Any = {f"kept[{key!r}]": value for key, value in evidence.kept.items()}
+        for what, value in {"what it gave": stops, **kept}.items():
+            shape = tuple(value.shape) if isinstance(value, Tensor) else None
+            if not shape or shape[0] != n_tokens or (value is stops and len(shape) > 1):
+                raise ValueError(
+                    f"{name} was asked about {n_tokens} tokens, and {what} is {shape or type(value).__name__}: it takes a tensor "
+                    "with an entry for each token."
+                )
+        return stops
 
     def metrics(self) -> dict[str, Any]:
         """What happened, for `MullOutput.metrics`.

@@ -178,6 +178,13 @@ def test_iterations_can_be_drawn_per_token(tmp_path: Path) -> None:
         losses[name] = [record["loss"] for record in records(tmp_path / name)]
     assert losses["first"] == losses["second"]
     assert losses["first"] != losses["step"]
+    per_token = {"iterations": {"kind": "uniform", "maximum": 3, "per": "token"}}
+    resumed = named(tmp_path, "resumed", loss=per_token, checkpoint={"every": 4})
+    carry_out(resumed)
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-000006")
+    shutil.rmtree(tmp_path / "resumed" / "model")
+    carry_out(resumed, resume=True)
+    assert_same(tmp_path / "first", tmp_path / "resumed")
 
 
 def test_a_reference_that_is_the_model_itself_weighs_all_tokens_alike(tmp_path: Path) -> None:
