@@ -55,7 +55,7 @@ BUDGETS = {
     "ops": 700,
     "layers": 900,
     "data": 1070,
-    "model": 2370,
+    "model": 2400,
     "decoding": 1160,
     "retrofit": 1200,
     "training": 2720,
