@@ -40,26 +40,26 @@ class DemoSize:
     batch_size: int = 8
     width: int = 128
     layers: int = 8
-    base_steps: int = 240
-    continued_steps: int = 100
+    base_steps: int = 160
+    continued_steps: int = 80
     max_iterations: int = 4
     held_out_rows: int = 96
     new_tokens: int = 60
     """Tokens of each sample."""
 
-    weights_steps: int = 24
-    own_rows: int = 96
+    weights_steps: int = 12
+    own_rows: int = 64
     """Rows of text that the looped model writes for its heads, of `own_tokens` each."""
 
     own_tokens: int = 160
-    drafting_steps: int = 40
+    drafting_steps: int = 32
     drafting_prompts: int = 8
     """Held-out prompts that are decoded in every way, for `drafting_tokens` each."""
 
     drafting_tokens: int = 96
-    chain_steps: int = 600
+    chain_steps: int = 400
     chain_prompts: int = 256
-    depth_rows: int = 16
+    depth_rows: int = 8
     """Held-out rows on which halting rules are compared."""
 
 

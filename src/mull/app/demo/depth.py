@@ -78,7 +78,7 @@ class Depth:
     def tell(self) -> dict[str, Any]:
         """Accuracy and loss against executed layers, and the sample."""
         best = {name: max(self._of(name), key=lambda point: (point[3], -point[2])) for name in ("fixed", "state")}
-        rows: Rows = [[name, threshold, depth, 100 * share] for name, threshold, depth, share in self.chain]
+        rows: Rows = [[name, f"{value:g}", depth, 100 * share] for name, value, depth, share in self.chain]
         return {
             "accuracy": hops_figure(
                 {name: {point[2]: point[3] for point in self._of(name)} for name in ("fixed", "state", "confidence")},
