@@ -71,7 +71,7 @@ def first_short(task: ChainTask, seed: int, n_short: int) -> Callable[[int], dic
     return batch
 
 
-def trained(task: ChainTask, stop_prompt: bool, steps: int, n_short: int, seed: int) -> MullForCausalLM:
+def trained(task: ChainTask, stop_prompt: bool, arguments: argparse.Namespace, seed: int) -> MullForCausalLM:
     config = Qwen3Config(
         vocab_size=task.vocab_size,
         hidden_size=64,
@@ -85,12 +85,20 @@ def trained(task: ChainTask, stop_prompt: bool, steps: int, n_short: int, seed: 
     torch.manual_seed(seed)
     etd = ETDConfig(n_encoder_layers=1, n_think_layers=1, n_decoder_layers=0, max_think_iterations=task.max_train_hops)
     model = wrap_transformer_with_etd(AutoModelForCausalLM.from_config(config), etd)
-    sampling = IterationSampling(kind="uniform", minimum=2, maximum=task.max_train_hops)
+    sampling = IterationSampling(kind="uniform", minimum=2, maximum=arguments.loops or task.max_train_hops)
     objective = StepSupervision(sampling, stop_unlabelled=stop_prompt)
     settings: dict[str, Any] = {"schedule": "wsd", "decay_share": 0.4, "weight_decay": 0.0, "precision": "fp32"}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), seed)
-        bench.train("chain", model, objective, first_short(task, seed, n_short), steps=steps, peak_lr=2e-3, **settings)
+        bench.train(
+            "chain",
+            model,
+            objective,
+            first_short(task, seed, arguments.short),
+            steps=arguments.steps,
+            peak_lr=2e-3,
+            **settings,
+        )
     return model.eval()
 
 
@@ -157,7 +165,7 @@ def best(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def measure(task: ChainTask, stop_prompt: bool, arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     started, most = time.perf_counter(), arguments.most
-    model = trained(task, stop_prompt, arguments.steps, arguments.short, seed)
+    model = trained(task, stop_prompt, arguments, seed)
     result: dict[str, Any] = {"training_seconds": time.perf_counter() - started}
     questions = Questions(model, task, stop_prompt, seed, most)
     choice = best([questions.score(0, k) for k in range(1, most + 1)])
@@ -198,6 +206,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--hops", type=int, default=6, help="deepest question of the training")
     parser.add_argument("--most", type=int, default=18, help="largest number of iterations in the test")
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--loops", type=int, help="most iterations in the training; default: the hops")
     parser.add_argument("--short", type=int, default=0, help="first steps, on prompts with half of the nodes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=["all", "stopped"], default=["all", "stopped"])
@@ -214,7 +223,13 @@ def main(given: Sequence[str] | None = None) -> int:
             results[name] = measure(task, arm == "stopped", arguments, seed)
             show(name, results[name])
     file = arguments.result or RESULTS / f"chain_depth-{arguments.nodes}-cpu.json"
-    fields = {"nodes": arguments.nodes, "hops": arguments.hops, "steps": arguments.steps, "short": arguments.short}
+    fields = {
+        "nodes": arguments.nodes,
+        "hops": arguments.hops,
+        "steps": arguments.steps,
+        "short": arguments.short,
+        "loops": arguments.loops,
+    }
     file.write_text(json.dumps({**header("cpu", **fields), "results": results}, indent=1) + "\n")
     return 0
 
