@@ -19,7 +19,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from os import PathLike
@@ -234,7 +234,8 @@ def load_checkpoint(
         tensors: Tensors to overwrite in place, by name, on any device. A `DTensor` may be sharded over another number of ranks
             than when it was stored.
         configuration: Settings of the run that resumes.
-        newer: Prefix of settings that checkpoints of earlier versions lack. Where none is stored, a warning says so.
+        newer: Prefix of settings that checkpoints of earlier versions lack. Where none is stored, the settings that both versions
+            note are compared, and a warning names the others.
 
     Returns:
         The values given to `CheckpointWriter.save`.
@@ -248,13 +249,14 @@ def load_checkpoint(
     """
     content = _read_marker(url)
     stored = content["configuration"]
-    known = any(name.startswith(newer) for name in stored)
-    absent = [] if known else sorted(name for name in configuration if name.startswith(newer))
-    if absent and distributed.rank() == 0:
-        logger.warning(
-            "%s is of an earlier version, so these are not compared: %s.", storage.redact(url), ", ".join(absent)
-        )
-    _check_configuration(url, stored, {name: value for name, value in configuration.items() if name not in absent})
+    noted, given = (any(name.startswith(newer) for name in names) for names in (stored, configuration))
+    if given and not noted:
+        # Versions differ in what they note, and None may have stood for what is noted now.
+        both = {name for name, value in stored.items() if name in configuration and value is not None}
+        _warn_of_earlier_version(url, sorted(configuration.keys() - both))
+        stored = {name: stored[name] for name in both}
+        configuration = {name: configuration[name] for name in both}
+    _check_configuration(url, stored, configuration)
     reader, metadata = _open(url, content)
     _check_tensors(url, tensors, metadata)
     # Not DCP's `load`: it reads the metadata again, and turns each error into a `CheckpointException`, which is no `Exception`.
@@ -264,6 +266,13 @@ def load_checkpoint(
     with _damage(url):
         reader.read_data(planner.create_local_plan(), planner).wait()
     return content["values"]
+
+
+def _warn_of_earlier_version(url: str, absent: Sequence[str]) -> None:
+    if absent and distributed.rank() == 0:
+        logger.warning(
+            "%s is of an earlier version, so these are not compared: %s.", storage.redact(url), ", ".join(absent)
+        )
 
 
 class _Files(FileSystem):

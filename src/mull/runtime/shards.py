@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import IO, Any
 
 import torch
@@ -53,6 +54,9 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): _get_layout,
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
     **{(kind.__module__, kind.__qualname__): kind for kind in _CLASSES},
+    # Earlier versions noted the folder.
+    ("pathlib", "PosixPath"): PurePosixPath,
+    ("pathlib", "WindowsPath"): PureWindowsPath,
 }
 """Everything that DCP's metadata may refer to: plain data, and nothing that acts."""
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import pickle
 import re
 import resource
 import shutil
@@ -20,6 +21,7 @@ import yaml
 from conftest import tiny
 from recipes import ARCHITECTURE, answers, changed, content
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.nn import functional as F
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
@@ -277,10 +279,21 @@ def test_a_checkpoint_of_earlier_versions_resumes_with_a_warning(
     carry_out(recipe)
     marker = tmp_path / "tiny" / "checkpoints" / "step-000002" / "checkpoint.json"
     stored = json.loads(marker.read_text())
-    stored["configuration"] = {k: v for k, v in stored["configuration"].items() if not k.startswith("content.")}
-    marker.write_text(json.dumps({k: v for k, v in stored.items() if k != "digest"}))
+    settings = {k: v for k, v in stored["configuration"].items() if not k.startswith("content.")}
+    # One had another default, one was not there yet, and one is gone.
+    settings |= {"model.text_config.dtype": None, "model.pad_token_id": 0}
+    del settings["model.etd.adaptive_depth"]
+    stored = {k: v for k, v in stored.items() if k not in ("digest", "digests")}
+    marker.write_text(json.dumps({**stored, "configuration": settings}))
+    metadata = marker.with_name(".metadata")
+    folder = pickle.loads(metadata.read_bytes())
+    folder.storage_meta = StorageMeta(checkpoint_id=marker.parent)
+    metadata.write_bytes(pickle.dumps(folder))
     assert carry_out(recipe, resume=True).step == 2
     assert "of an earlier version, so these are not compared: content.data.batch_size, content.data.rows" in caplog.text
+    assert "model.etd.adaptive_depth" in caplog.text
+    with pytest.raises(ValueError, match=r"another configuration \(train.peak_lr: 0.01 stored, 0.02 given\)"):
+        carry_out(changed(recipe, train__peak_lr=0.02), resume=True)
 
 
 def test_a_second_process_is_refused_and_disturbs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
