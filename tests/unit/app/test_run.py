@@ -292,7 +292,7 @@ def test_a_checkpoint_of_earlier_versions_resumes_with_a_warning(
     assert carry_out(recipe, resume=True).step == 2
     assert "of an earlier version, so these are not compared: content.data.batch_size, content.data.rows" in caplog.text
     assert "model.etd.adaptive_depth" in caplog.text
-    with pytest.raises(ValueError, match=r"another configuration \(train.peak_lr: 0.01 stored, 0.02 given\)"):
+    with pytest.raises(ValueError, match=r"another configuration \(train.peak_lr: 0.0003 stored, 0.02 given\)"):
         carry_out(changed(recipe, train__peak_lr=0.02), resume=True)
 
 
