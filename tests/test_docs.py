@@ -107,6 +107,7 @@ def generate(_: pytest.MonkeyPatch) -> Names:
 
 
 def looped(_: pytest.MonkeyPatch) -> Names:
+    save_checkpoint("Qwen/Qwen3-0.6B", n_layers=28)
     base = tiny("qwen3", vocab_size=len(tokenizer()), num_hidden_layers=6, eos_token_id=0)
     model = wrap_transformer_with_etd(base, SPLIT).eval()
     return {"model": model, "tokenizer": tokenizer(), "texts": TEXTS * 40}

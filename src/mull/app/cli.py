@@ -211,6 +211,9 @@ def calibrate_depth(
         print(*(f"{cell:.5g}".rjust(12) if isinstance(cell, float) else f"{cell or '':>12}" for cell in row), sep="")
     chosen, halting = found.chosen, found.halting
     print(f"chosen: {halting.rule} at {halting.limit:.6g}: {chosen.iterations:.2f} iterations, loss {chosen.loss:.4f}")
+    print(f"The same depths shuffled among the tokens: loss {found.shuffled.loss:.4f}")
+    if chosen.loss >= found.shuffled.loss and halting.rule == rule:
+        print("So the rule does not find the tokens that need depth. It saves compute and nothing else.")
     if isinstance(loaded.config.etd, dict) and (place / "config.json").is_file():
         loaded.config.etd |= {"adaptive_depth": True, "confidence_threshold": None, "halting": halting.model_dump()}
         loaded.config.save_pretrained(place)

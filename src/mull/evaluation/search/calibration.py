@@ -62,6 +62,9 @@ class Calibration(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     chosen: DepthPoint
+    shuffled: DepthPoint
+    """The depths of `chosen`, shuffled among the tokens: what its mean depth alone is worth."""
+
     curve: list[DepthPoint]
     halting: HaltingConfig
     """The chosen rule with its threshold."""
@@ -106,7 +109,10 @@ def calibrate(
         raise ValueError("Calibration needs a think block, and this model has none: load it with etd=ETDConfig(...).")
     rules = [name for name in SCALES if name != "learned" or model.model.exit_head is not None]
     if rule not in rules:
-        raise ValueError(f"rule={rule!r} cannot be calibrated in this model. Choose one of {', '.join(rules)}.")
+        raise ValueError(
+            f"rule={rule!r} cannot be calibrated here: the range of its thresholds is unknown, or the model has no exit head. "
+            f"Choose one of {', '.join(rules)}."
+        )
     n_iterations = model.iterations(iterations)
     if stop is None:
         stop = "last_kv" if model.etd_config.halting is None else model.etd_config.halting.stop
@@ -114,7 +120,8 @@ def calibrate(
     batches = list(kept if max_rows is None else islice(kept, -(-max_rows // batch_size)))
     measure = _Measure(model, batches, n_iterations, seed)
     grids = {name: list(dict.fromkeys(SCALES[name](place) for place in GRID)) for name in rules}
-    n_passes = n_iterations + sum(map(len, grids.values())) + len(grids[rule]) + BISECTIONS + 1
+    grids["repeat"] = [times for times in grids["repeat"] if times < n_iterations]  # more are never reached
+    n_passes = n_iterations + sum(map(len, grids.values())) + len(grids[rule]) + BISECTIONS + 3
     with Progress(n_passes, "pass", patient=True) as progress:
 
         def at(name: str, threshold: float) -> DepthPoint:
@@ -146,13 +153,21 @@ def calibrate(
             place = (low + high) / 2
             tried.append(at(rule, SCALES[rule](place)))
             low, high = (place, high) if too_shallow(tried[-1]) else (low, place)
-    every = [*tried, *(point for point in curve if point.rule == rule)]
-    if target_iterations is not None:
-        chosen = min(every, key=lambda point: abs(point.iterations - target_iterations))
-    else:
-        chosen = min([point for point in every if not too_shallow(point)] or [full], key=lambda point: point.iterations)
+        every = [*tried, *(point for point in curve if point.rule == rule)]
+        if target_iterations is not None:
+            chosen = min(every, key=lambda point: abs(point.iterations - target_iterations))
+        else:
+            fits = [point for point in every if not too_shallow(point)]
+            chosen = min(fits or [full], key=lambda point: point.iterations)
+        if chosen.rule == rule and chosen.threshold is not None:
+            chosen = at(rule, chosen.threshold)
+            progress.advance()
+            shuffled = measure.shuffled(stop)
+            curve += [chosen, shuffled]
+        else:
+            shuffled = full
     found = HaltingConfig(rule=chosen.rule, threshold=chosen.threshold if chosen.rule == rule else None, stop=stop)
-    return Calibration(chosen=chosen, curve=curve, halting=found, n_targets=measure.n_targets)
+    return Calibration(chosen=chosen, shuffled=shuffled, curve=curve, halting=found, n_targets=measure.n_targets)
 
 
 class _Measure:

@@ -54,6 +54,8 @@ def test_the_mean_depth_is_the_one_that_was_asked_for(model: Any, rows: PackedDa
     assert all(point.readouts == 0 for point in by_rule["state"])
     assert all(point.readouts > 0 for point in by_rule["confidence"] if point.iterations > 1)
     assert by_rule["oracle"][0].loss < min(point.loss for point in by_rule["fixed"])
+    assert found.chosen in found.curve
+    assert found.shuffled.iterations == found.chosen.iterations
     dealt = [point.iterations for point in by_rule["random"]]
     assert dealt == pytest.approx([point.iterations for point in by_rule[rule]])
 
@@ -69,7 +71,7 @@ def test_what_cannot_be_calibrated_is_refused(model: Any, rows: PackedDataset) -
     for options in ({}, {"target_iterations": 2.0, "tolerance": 0.1}):
         with pytest.raises(ValueError, match="Give either"):
             calibrate(model, rows, **options)
-    with pytest.raises(ValueError, match="rule='stat' cannot be calibrated"):
+    with pytest.raises(ValueError, match="rule='stat' cannot be calibrated here"):
         calibrate(model, rows, rule="stat", tolerance=0.1)
     with pytest.raises(ValueError, match="needs a think block"):
         calibrate(wrap_transformer_with_etd(tiny("qwen3"), None), rows, tolerance=0.1)
