@@ -290,10 +290,12 @@ class PartialInputs:
             self._visible[kind, n_keys] = self._gathered(of_all, n_keys)
         visible = self._visible[kind, n_keys]
         if known is not None:
-            visible = visible & self.active.of_rows(known)[:, None, None]
-        # What fills up a row is not kept, but a query that sees no key at all has no gradient.
-        visible = visible | ~self.active.filled[:, None, :, None]
+            visible = self._filled_up(visible & self.active.of_rows(known)[:, None, None])
         return visible if of_all is None or of_all.dtype == torch.bool else additive(visible, of_all.dtype)
+
+    def _filled_up(self, visible: Tensor) -> Tensor:
+        """What fills up a row is not kept, but a query that sees no key at all has no gradient."""
+        return visible | ~self.active.filled[:, None, :, None]
 
     def _gathered(self, mask: Tensor | None, n_keys: int) -> Tensor:
         n_tokens = self.active.mask.shape[1]
@@ -301,7 +303,7 @@ class PartialInputs:
             mask = torch.ones(1, 1, n_tokens, n_keys, dtype=torch.bool, device=self.active.mask.device)
             mask = mask.tril(n_keys - n_tokens)
         visible = mask if mask.dtype == torch.bool else mask == 0
-        return self.active.gather(visible.transpose(1, 2)).transpose(1, 2)
+        return self._filled_up(self.active.gather(visible.transpose(1, 2)).transpose(1, 2))
 
 
 def layer_inputs(

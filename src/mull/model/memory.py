@@ -80,12 +80,14 @@ class ActiveTokens:
 
     def scatter(self, x: Tensor, new: Tensor) -> Tensor:
         """``x [B, T, ...]`` with the entries of active tokens replaced by those of `new` ``[R, A, ...]``."""
-        old, filled = self.of_rows(x), self.filled
-        if self._single:
-            out = torch.where(_like(filled, old), new, old)
+        if self._single and not torch.compiler.is_compiling():
+            out = new  # every row that is there has its token
+        elif self._single:
+            out = torch.where(_like(self.filled, x), new, x)
         else:
+            old = self.of_rows(x)
             index = _like(self.index, old)
-            out = old.scatter(1, index, torch.where(_like(filled, old), new, old.gather(1, index)))
+            out = old.scatter(1, index, torch.where(_like(self.filled, old), new, old.gather(1, index)))
         return out if self.rows is None else x.index_copy(0, self.rows, out)
 
 
