@@ -6,8 +6,8 @@ deciding when a question is answered are compared on fresh prompts: a fixed numb
 `confidence`. The thresholds are chosen on other prompts: the one with the most right answers, and among equals the one with the
 fewest iterations.
 
-    python benchmarks/chain_depth.py --nodes 16 --hops 5 --most 12 --steps 600
-    python benchmarks/chain_depth.py --nodes 32 --hops 6 --most 18 --steps 1500 --short 500 --arms stopped
+    python benchmarks/chain_depth.py
+    python benchmarks/chain_depth.py --nodes 16 --hops 5 --most 12 --steps 600 --short 0 --arms all stopped
 """
 
 import argparse
@@ -207,9 +207,9 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--most", type=int, default=18, help="largest number of iterations in the test")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--loops", type=int, help="most iterations in the training; default: the hops")
-    parser.add_argument("--short", type=int, default=0, help="first steps, on prompts with half of the nodes")
+    parser.add_argument("--short", type=int, default=500, help="first steps, on prompts with half of the nodes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=["all", "stopped"], default=["all", "stopped"])
+    parser.add_argument("--arms", nargs="+", choices=["all", "stopped"], default=["stopped"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--result", type=Path)
     arguments = parser.parse_args(sys.argv[1:] if given is None else given)
