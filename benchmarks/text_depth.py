@@ -1,21 +1,21 @@
 """What halting rules give on text: each at the same mean depth, beside fixed depths, random stops and the oracle.
 
 The model is the demo's looped model of Python sources. Its exit head, for the rule `learned`, is trained afterwards, with the
-rest frozen. Every rule is calibrated to the same mean iterations on the held-out rows on which it is measured: what is compared
-is which tokens it picks at equal cost, not how well a threshold carries over to other text.
+rest frozen. Every rule runs with several thresholds, and is compared with fixed depths at the same mean iterations, on the line
+between the nearest points: what counts is which tokens it picks at equal cost. *random* are the depths of `state`, shuffled.
 
     python benchmarks/text_depth.py [--seeds 0 1 2]
 """
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from race import header, machine
 
@@ -24,7 +24,7 @@ from mull import HaltingConfig
 from mull.app.demo.chapter import Bench
 from mull.app.demo.loops import Loops
 from mull.data.sampler import ShuffledBatches
-from mull.evaluation.search.calibration import SCALES, calibrate
+from mull.evaluation.search.calibration import calibrate
 from mull.training.objectives.exits import ExitsConfig
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.resources import Resources
@@ -49,26 +49,31 @@ def measure(seed: int, target: float, rows: int) -> dict[str, Any]:
         exits = make_objective("exits", resources, ExitsConfig(supervision="improvement"))
         batches = ShuffledBatches(loops.text.train, bench.size.batch_size, 1000 + seed)
         bench.train("exits", model, exits, batches, steps=HEAD_STEPS, trainable=("*exit_head*",))
-        points = {}
-        for rule in SCALES:
-            found = calibrate(
-                model.eval(), loops.text.held_out, rule=rule, target_iterations=target, max_rows=rows, seed=seed
-            )
-            near = [point for point in found.curve if point.rule == "random"]
-            points[rule] = {
-                **found.chosen.model_dump(),
-                "random": min(near, key=lambda point: abs(point.iterations - target)).model_dump(),
-            }
-        named = {"fixed": [point.model_dump() for point in found.curve if point.rule == "fixed"]}
-        named["oracle"] = [point.model_dump() for point in found.curve if point.rule == "oracle"]
-        return {"rules": points, **named, "targets": found.n_targets, "split": split.model_dump()}
+        found = calibrate(
+            model.eval(), loops.text.held_out, rule="state", target_iterations=target, max_rows=rows, seed=seed
+        )
+        points = [point.model_dump() for point in found.curve]
+        return {"points": points, "targets": found.n_targets, "split": split.model_dump()}
 
 
-def between(fixed: Sequence[dict[str, Any]], iterations: float) -> float:
-    """Loss of a mixture of two fixed depths, interpolated between them."""
-    low, high = fixed[int(iterations) - 1], fixed[min(int(iterations), len(fixed) - 1)]
-    share = iterations - int(iterations)
-    return float((1 - share) * low["loss"] + share * high["loss"])
+def at_depth(points: Sequence[dict[str, Any]], iterations: float) -> float | None:
+    """Loss at a mean depth, on the line between the nearest points below and above; None where there are none."""
+    known = sorted((point["iterations"], point["loss"]) for point in points)
+    depths, losses = zip(*known, strict=True)
+    if not depths[0] <= iterations <= depths[-1]:
+        return None
+    return float(np.interp(iterations, depths, losses))
+
+
+def gains(result: dict[str, Any], iterations: float) -> dict[str, float]:
+    """By how many nats each way is better than fixed depths at the same mean depth."""
+    by_rule: dict[str, list[dict[str, Any]]] = {}
+    for point in result["points"]:
+        by_rule.setdefault(point["rule"], []).append(point)
+    fixed = at_depth(by_rule["fixed"], iterations)
+    assert fixed is not None, "inside of what was measured"
+    found = {rule: at_depth(points, iterations) for rule, points in by_rule.items()}
+    return {rule: fixed - loss for rule, loss in found.items() if loss is not None}
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -79,24 +84,19 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--result", type=Path, default=RESULTS / "text_depth-cpu.json")
     arguments = parser.parse_args(sys.argv[1:] if given is None else given)
     print(f"{machine()}, torch {torch.__version__}", flush=True)
-    results = {seed: measure(seed, arguments.target, arguments.rows) for seed in arguments.seeds}
-    fields = {"target": arguments.target, "rows": arguments.rows}
-    arguments.result.write_text(json.dumps({**header("cpu", **fields), "results": results}, indent=1) + "\n")
-    first = next(iter(results.values()))
-    print("fixed", [[round(point["loss"], 4) for point in result["fixed"]] for result in results.values()])
-    print("oracle", [[(round(p["loss"], 4), round(p["iterations"], 2)) for p in r["oracle"]] for r in results.values()])
-    for rule in first["rules"]:
-        gains, chance = [], []
-        for result in results.values():
-            point = result["rules"][rule]
-            shuffled = point["random"]
-            gains.append(between(result["fixed"], point["iterations"]) - point["loss"])
-            chance.append(between(result["fixed"], shuffled["iterations"]) - shuffled["loss"])
-        print(
-            f"{rule:10} better than a fixed depth by {statistics.mean(gains):.4f} nats ({min(gains):.4f} to {max(gains):.4f}), "
-            f"random by {statistics.mean(chance):.4f} ({min(chance):.4f} to {max(chance):.4f})",
-            flush=True,
-        )
+    results = {}
+    for seed in arguments.seeds:
+        results[seed] = measure(seed, arguments.target, arguments.rows)
+        fields = {"target": arguments.target, "rows": arguments.rows}
+        arguments.result.write_text(json.dumps({**header("cpu", **fields), "results": results}, indent=1) + "\n")
+        fixed = [f"{p['loss']:.4f}" for p in results[seed]["points"] if p["rule"] == "fixed"]
+        oracle = [
+            (round(p["iterations"], 2), round(p["loss"], 4)) for p in results[seed]["points"] if p["rule"] == "oracle"
+        ]
+        print(f"seed {seed}: fixed {', '.join(fixed)}; oracle {oracle[0]}", flush=True)
+        for depth in (1.5, 2.0, 2.5, 3.0):
+            gained = ", ".join(f"{rule} {gain:+.4f}" for rule, gain in gains(results[seed], depth).items())
+            print(f"  better than fixed at {depth} iterations: {gained}", flush=True)
     return 0
 
 
