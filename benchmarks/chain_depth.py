@@ -24,9 +24,9 @@ import torch
 from race import header, machine
 from scipy.stats import spearmanr
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3Config
 
-from mull import ETDConfig, HaltingConfig, MullForCausalLM, wrap_transformer_with_etd
+from mull import HaltingConfig, MullForCausalLM
+from mull.app.demo.chain import chain_model
 from mull.app.demo.chapter import Bench
 from mull.data.chain import ChainTask
 from mull.training.objectives.iterations import IterationSampling
@@ -72,19 +72,7 @@ def first_short(task: ChainTask, seed: int, n_short: int) -> Callable[[int], dic
 
 
 def trained(task: ChainTask, stop_prompt: bool, arguments: argparse.Namespace, seed: int) -> MullForCausalLM:
-    config = Qwen3Config(
-        vocab_size=task.vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=task.length,
-    )
-    torch.manual_seed(seed)
-    etd = ETDConfig(n_encoder_layers=1, n_think_layers=1, n_decoder_layers=0, max_think_iterations=task.max_train_hops)
-    model = wrap_transformer_with_etd(AutoModelForCausalLM.from_config(config), etd)
+    model = chain_model(task, seed)
     sampling = IterationSampling(kind="uniform", minimum=2, maximum=arguments.loops or task.max_train_hops)
     objective = StepSupervision(sampling, stop_unlabelled=stop_prompt)
     settings: dict[str, Any] = {"schedule": "wsd", "decay_share": 0.4, "weight_decay": 0.0, "precision": "fp32"}

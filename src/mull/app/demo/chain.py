@@ -37,7 +37,7 @@ class Chain:
     @classmethod
     def train(cls, bench: Bench) -> Self:
         """Supervise the looped model after every iteration, and the control on the answers alone."""
-        model, control = (_model(bench.seed) for _ in range(2))
+        model, control = (chain_model(TASK, bench.seed) for _ in range(2))
         print(f"chain task: {model.num_parameters():,} parameters, {bench.size.chain_steps} steps, then the control")
         settings: dict[str, Any] = {
             "steps": bench.size.chain_steps,
@@ -84,19 +84,20 @@ class Chain:
         }
 
 
-def _model(seed: int) -> MullForCausalLM:
+def chain_model(task: ChainTask, seed: int) -> MullForCausalLM:
+    """A fresh model of about 0.1 million parameters: one layer that encodes and one that thinks."""
     config = Qwen3Config(
-        vocab_size=TASK.vocab_size,
+        vocab_size=task.vocab_size,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=16,
-        max_position_embeddings=TASK.length,
+        max_position_embeddings=task.length,
     )
     torch.manual_seed(seed)
-    etd = ETDConfig(n_encoder_layers=1, n_think_layers=1, n_decoder_layers=0, max_think_iterations=TASK.max_train_hops)
+    etd = ETDConfig(n_encoder_layers=1, n_think_layers=1, n_decoder_layers=0, max_think_iterations=task.max_train_hops)
     return wrap_transformer_with_etd(AutoModelForCausalLM.from_config(config), etd)
 
 
