@@ -38,6 +38,7 @@ ITERATIONS = 4
 STOP = {1: 1 / 3, 2: 1 / 2, 3: 1.0}
 """Probability that a token that still thinks stops after an iteration: depths 1, 2 and 3 are equally likely."""
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STOP_REAL = {1: 0.6, 2: 0.75}
 """Of three iterations: a mean of 1.5."""
 
@@ -130,9 +131,8 @@ def synthetic(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     ids = torch.randint(1, 4096, (8, 1024), generator=torch.Generator().manual_seed(0))
     results = {}
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    for precision, dtype in ((name, dtypes[name]) for name in arguments.precision):
-        model = model_of(dtype)
+    for precision in arguments.precision:
+        model = model_of(DTYPES[precision])
         ways = {
             "training, 4 x 256": forward(model, ids[:4, :256], train=True),
             "prefill, 1 x 1024": forward(model, ids[:1], train=False),
@@ -172,7 +172,8 @@ def compiled(way: Way, calls: dict[str, dict[str, Any]], rounds: int) -> dict[st
 def real(arguments: argparse.Namespace) -> dict[str, Any]:
     RULES["drawn"] = drawn(STOP_REAL)
     split = ETDConfig(n_encoder_layers=6, n_think_layers=6, n_decoder_layers=18)
-    model = mull.from_pretrained(arguments.real, etd=split, dtype=torch.bfloat16)
+    precision = arguments.precision[0]
+    model = mull.from_pretrained(arguments.real, etd=split, dtype=DTYPES[precision])
     ids = torch.randint(1, 40_000, (1, 128), generator=torch.Generator().manual_seed(0))
     fixed = {"think_iterations": 3}
     calls = {
@@ -184,7 +185,7 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     seconds = measure(decoding(model, ids, arguments.tokens), calls, arguments.rounds)
     results = {**shares(seconds, "rest"), "seconds": seconds}
-    show("decoding, 1 row, bf16, real model", results)
+    show(f"decoding, 1 row, {precision}, real model", results)
     whole = statistics.median(a / b for a, b in zip(seconds["half"], seconds["fixed"], strict=True))
     print(f"whole pass at a mean of 1.5 iterations: {whole:.2f} of that at 3")
     return {"decoding": results, "whole_pass": whole}
