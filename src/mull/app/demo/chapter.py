@@ -32,7 +32,7 @@ def table_by_iterations(heading: str, rows: Mapping[str, Mapping[int, float]]) -
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSize:
-    """How large the demo is. The defaults take 6 to 7 minutes on two cores; tests shrink them."""
+    """How large the demo is. The defaults take 5 to 8 minutes on two cores; tests shrink them."""
 
     corpus_bytes: int = 6_000_000
     vocab_size: int = 2048
