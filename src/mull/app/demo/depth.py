@@ -86,7 +86,9 @@ class Depth:
             ),
             "thresholds": Table(["rule", "threshold", "iterations", "right (%)"], rows),
             "best": best,
-            "confident": max(point[3] for point in self._of("confidence")),
+            "confident": max(
+                (point[3] for point in self._of("confidence") if point[2] <= best["fixed"][2]), default=0.0
+            ),
             "loss": depth_figure(self.text.curve),
             "sample": self.sample,
             "page": INSPECTION,
