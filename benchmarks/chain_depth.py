@@ -156,19 +156,18 @@ def measure(task: ChainTask, stop_prompt: bool, arguments: argparse.Namespace, s
     model = trained(task, stop_prompt, arguments, seed)
     result: dict[str, Any] = {"training_seconds": time.perf_counter() - started}
     questions = Questions(model, task, stop_prompt, seed, most)
-    choice = best([questions.score(0, k) for k in range(1, most + 1)])
-    result["fixed"] = questions.score(1, round(choice["iterations"]))
-    result["fixed curve"] = [questions.score(1, k) for k in range(1, most + 1)]
+    ways: dict[str, list[tuple[int, HaltingConfig | None]]] = {"fixed": [(k, None) for k in range(1, most + 1)]}
     for rule, thresholds in THRESHOLDS.items():
-        choice = best([questions.score(0, most, HaltingConfig(rule=rule, threshold=value)) for value in thresholds])
-        result[rule] = questions.score(1, most, HaltingConfig(rule=rule, threshold=choice["threshold"]))
-        curve = [questions.score(1, most, HaltingConfig(rule=rule, threshold=value)) for value in thresholds]
-        result[f"{rule} curve"] = curve
+        ways[rule] = [(most, HaltingConfig(rule=rule, threshold=value)) for value in thresholds]
+    chosen = {}
+    for name, of_name in ways.items():
+        choices, points = ([questions.score(part, *way) for way in of_name] for part in (0, 1))
+        place = choices.index(best(choices))
+        chosen[name], result[name] = of_name[place], points[place]
+        result[f"{name} curve"] = [[p["threshold"], p["accuracy"], p["iterations"]] for p in points]
     # In turns, because the speed of a machine drifts.
-    ways = {"fixed": (round(result["fixed"]["iterations"]), None)}
-    ways["state"] = (most, HaltingConfig(rule="state", threshold=result["state"]["threshold"]))
-    seconds = {name: [questions.ask(1, *way)["seconds"] for _ in range(5)] for name, way in ways.items() for _ in (0,)}
-    result["seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
+    turns = [{name: questions.ask(1, *chosen[name])["seconds"] for name in ("fixed", "state")} for _ in range(5)]
+    result["seconds"] = {name: statistics.median(turn[name] for turn in turns) for name in ("fixed", "state")}
     return result
 
 

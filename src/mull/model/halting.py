@@ -283,7 +283,7 @@ class Halting:
         self.depth = self.depth + (self._thinking if isinstance(self._thinking, bool) else self._thinking.long())
 
     def _answer(self, evidence: Evidence) -> Tensor:
-        """The rule's, which may be that of another package.
+        """What the rule answers, checked: it may be of another package.
 
         Raises:
             TypeError: it is no tensor of booleans.

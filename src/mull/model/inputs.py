@@ -252,7 +252,7 @@ class LayerInputs:
 
 
 class PartialInputs:
-    """What attention layers of one call share, for the tokens that run. The layers of an iteration look the same up.
+    """What attention layers of one call share, for the tokens that run. Each part is gathered once for all layers that need it.
 
     Args:
         inputs: For all tokens.

@@ -8,6 +8,7 @@ from conftest import SPLIT, VOCAB, tiny
 from torch import Tensor, nn
 
 from mull.model.causal_lm import MullForCausalLM
+from mull.model.policy import GivenTokens
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.step_supervision import StepSupervision
@@ -68,6 +69,23 @@ def test_every_iteration_meets_the_label_of_its_own_step(model: MullForCausalLM,
         assert output.weight == count
         assert output.metrics["last_step_accuracy"] == pytest.approx(float(hits))
         assert output.metrics["loss"] == pytest.approx(float(expected.detach()) / count, abs=1e-5)
+
+
+def test_tokens_without_a_label_can_stop_after_the_first_iteration(model: MullForCausalLM, ids: Ids) -> None:
+    data, sums = batch(ids), {}
+    labelled = (data["step_labels"] != -100).any(-1)
+    for stops in (False, True):
+        objective = StepSupervision(IterationSampling(maximum=3), stop_unlabelled=stops)
+        objective.load_state_dict({"first_step_accuracy": 0.99, "mastered": True})
+        sums[stops] = objective(model, data).sum
+    expected = torch.zeros(())
+    for iterations in (1, 2, 3):
+        masks = {visit: labelled for visit in model.path(iterations) if visit.occurrence}
+        out = model(data["input_ids"], think_iterations=iterations, policy=GivenTokens(masks), use_cache=False)
+        targets = data["step_labels"][..., iterations - 1].flatten()
+        expected = expected + nn.functional.cross_entropy(out.logits.flatten(0, 1), targets, reduction="sum")
+    torch.testing.assert_close(sums[True], expected, atol=1e-4, rtol=0)
+    assert abs(float(sums[True] - sums[False])) > 1e-2
 
 
 def test_the_first_phase_ends_when_the_first_step_is_mastered(model: MullForCausalLM, ids: Ids) -> None:
