@@ -24,10 +24,10 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "runtime": (1, "arguments storage distributed progress timing shards checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
     "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise"),
-    "layers": (3, "heads recursive_heads value_head"),
+    "layers": (3, "heads recursive_heads value_head routers"),
     "model": (
         4,
-        "path configs configuration memory growing_cache fixed_cache families inputs policy halting executor base_model "
+        "path configs configuration memory growing_cache fixed_cache families inputs policy halting routing executor base_model "
         "causal_lm",
     ),
     "retrofit": (5, "reading source native_heads wrap presets"),
@@ -53,9 +53,9 @@ TOP = ("mull.__init__", "mull.__main__")
 BUDGETS = {
     "runtime": 1050,
     "ops": 700,
-    "layers": 900,
+    "layers": 1000,
     "data": 1070,
-    "model": 2400,
+    "model": 2700,
     "decoding": 1160,
     "retrofit": 1200,
     "training": 2720,

@@ -29,6 +29,7 @@ class DecoderKey:
     dtype: torch.dtype
     compiled: Compilation | None
     halting: tuple[HaltingConfig, int] | None = None
+    routed: bool = False
     sampling: Sampling | None = None
     weights: tuple[int, ...] = ()
     """Addresses of the parameters, where compiled code and captured graphs read them; and where they are packed into the code,
@@ -65,9 +66,9 @@ class DecoderCache:
     def decoder(self, model: MullForCausalLM, key: DecoderKey, sampling: Sampling, n_tokens: int) -> Decoder:
         """A decoder for rows of up to `n_tokens`: a new one, or if rounds are prepared, one of an earlier call."""
         capacity = n_tokens + Size.slack(key.max_drafts)
-        if not Preparation.of(model, key.compiled, key.halting is not None):
+        if not Preparation.of(model, key.compiled, key.halting is not None or key.routed):
             size = Size(key.n_rows, capacity, key.max_drafts)
-            return Decoder(model, key.path, sampling, size, halting=key.halting)
+            return Decoder(model, key.path, sampling, size, halting=key.halting, routed=key.routed)
         weights = tuple(parameter.data_ptr() for parameter in model.parameters())
         if key.compiled == "max":
             # An optimizer, or an adapter that is merged, changes weights in place.
@@ -80,7 +81,7 @@ class DecoderCache:
             return kept
         rounded = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         size = Size(key.n_rows, rounded, key.max_drafts)
-        decoder = self.decoders[key] = Decoder(model, key.path, sampling, size, key.compiled, key.halting)
+        decoder = self.decoders[key] = Decoder(model, key.path, sampling, size, key.compiled, key.halting, key.routed)
         while len(self.decoders) > KEPT_DECODERS:
             del self.decoders[next(iter(self.decoders))]
         return decoder

@@ -232,7 +232,11 @@ def generate(
     visits = model.path(think_iterations, path)
     compiled = _compilation(compile)
     halting = _halting(model, adaptive, think_iterations, path)
-    key = DecoderKey(visits, len(prompts), _max_drafts(model, draft, draft_length), model.dtype, compiled, halting)
+    routed = path is None and model.etd_config is not None and model.etd_config.router is not None
+    if routed and compiled:
+        raise ValueError("Layer routers decide on the host, and compile cannot: leave compile out, or give a path.")
+    n_drafts = _max_drafts(model, draft, draft_length)
+    key = DecoderKey(visits, len(prompts), n_drafts, model.dtype, compiled, halting, routed)
     kept = DecoderCache.of(model)
     policy = kept.policy(key) if draft_length is None else DraftLength(key.max_drafts, fixed=draft_length)
     stats = GenerationStats(

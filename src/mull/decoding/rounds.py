@@ -99,6 +99,7 @@ class Decoder:
         sampling: How tokens are chosen.
         size: Rows and tokens.
         halting: When tokens stop thinking, and the most iterations; None if all visits run.
+        routed: Whether layer routers decide which layers run.
         compiled: Run rounds through ``torch.compile``; None runs them as they are.
     """
 
@@ -110,6 +111,7 @@ class Decoder:
         size: Size,
         compiled: Compilation | None = None,
         halting: tuple[HaltingConfig, int] | None = None,
+        routed: bool = False,
     ) -> None:
         weight = model.lm_head.weight
         device = weight.device
@@ -117,6 +119,7 @@ class Decoder:
         self.sampling = sampling
         self.size = size
         self.halting = halting
+        self.routed = routed
         self.depths: list[list[int]] = []
         """Iterations that the newest tokens of each row took in the latest round, of an adaptive decoder."""
         self.readouts = 0
@@ -140,7 +143,7 @@ class Decoder:
         self._row_numbers = torch.arange(size.n_rows, device=device)[:, None]
         self._newest: list[int] = []
         self._running: list[bool] = []
-        self.preparation = Preparation.of(model, compiled, halting is not None)
+        self.preparation = Preparation.of(model, compiled, halting is not None or routed)
         if halting is not None and self.preparation:
             self.cache.prepare_stops(halting[0].stop)
         self._prepared: dict[int, Callable[[], Tensor]] = {}
@@ -167,13 +170,15 @@ class Decoder:
         lengths = self.text.n_known.clone()
         h_last = self.model.lm_head.weight.new_zeros(len(prompts), self.model.lm_head.weight.shape[1])
         n_columns = max(map(len, prompts))
-        for first in range(0, n_columns, PREFILL_TOKENS):
-            width = min(PREFILL_TOKENS, n_columns - first)
+        most = n_columns if self.routed else PREFILL_TOKENS  # routers decide on the whole prompt
+        for first in range(0, n_columns, most):
+            width = min(most, n_columns - first)
             positions = (first + torch.arange(width, device=device)).expand(len(prompts), -1)
             n_valid = (lengths - first).clamp(0, width)
             call = StaticCall(positions, first + width, n_valid, fresh=first == 0)
             policy = self._policy(torch.arange(width, device=device) < n_valid[:, None])
-            h = self.model.model.decode(self.text.tokens[:, first : first + width], self.cache, call, policy)
+            new = self.text.tokens[:, first : first + width]
+            h = self.model.model.decode(new, self.cache, call, policy, routed=self.routed)
             if self.text.states is not None:
                 self.text.states[:, first : first + width] = h
             ends_here = (lengths > first) & (lengths <= first + width)
@@ -291,7 +296,7 @@ class Decoder:
         """One round. ``[B, K + 1]``: the tokens gained, then `NO_TOKEN`."""
         proposal = self.propose(length, window, n_keys)
         call, policy = self.call(length, n_keys), self.round_policy(length)
-        h = self.model.model.decode(self.inputs(proposal), self.cache, call, policy)
+        h = self.model.model.decode(self.inputs(proposal), self.cache, call, policy, routed=self.routed)
         gained = self.conclude(h, call, proposal)
         if length:
             self.cache.commit(self.n_gained(gained))

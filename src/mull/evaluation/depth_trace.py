@@ -97,8 +97,7 @@ def trace_depth(
             states.append(after[0])
 
     n_iterations = model.iterations(iterations)
-    path = model.path(n_iterations)
-    out = model.model(input_ids, path=path, policy=policy, on_visit=keep, use_cache=False)
+    out = model.model(input_ids, think_iterations=n_iterations, policy=policy, on_visit=keep, use_cache=False)
     losses = _losses(model, out.last_hidden_state, input_ids)
     depths = policy.metrics()["think_iterations"][0].tolist()
     readouts = [accurately(model.lm_head(model.model.norm(state))).softmax(-1).max(-1) for state in states[1:]]

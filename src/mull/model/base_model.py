@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D model width.
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
-from mull.model.configs import HaltingConfig, etd_from_dict, layer_kinds, mtp_from_dict
+from mull.layers.routers import LayerRouter, Prompts, prompt_tokens, sequence_numbers
+from mull.model.configs import HaltingConfig, LayerRouterConfig, etd_from_dict, layer_kinds, mtp_from_dict
 from mull.model.configuration import MullConfig
-from mull.model.executor import OnVisit, run
+from mull.model.executor import OnVisit, run, run_layer
 from mull.model.families import install_recurrent_hooks, require_supported
 from mull.model.fixed_cache import FixedMemory, StaticCall, StaticSlotCache
 from mull.model.growing_cache import GrowingMemory, SlotCache
@@ -38,7 +40,8 @@ from mull.model.inputs import (
 )
 from mull.model.memory import CallMemory, Memory
 from mull.model.path import MAX_ITERATIONS, Path, check_path, from_layers
-from mull.model.policy import Policy
+from mull.model.policy import Policy, Together
+from mull.model.routing import LayerRouting, RoutedParts
 from mull.runtime.arguments import require, require_callable, require_count, require_ids, require_tensors
 
 
@@ -177,6 +180,8 @@ class MullModel(MullPreTrainedModel):
         self.adopt(AutoModel.from_config(self.text_config))
         halting = None if self.etd_config is None else self.etd_config.halting
         self.exit_head = ExitHead(self.text_config.hidden_size, 1) if halting and halting.rule == "learned" else None
+        self.etd = None if self.etd_config is None else RoutedParts(self.etd_config, self.text_config.hidden_size)
+        """Layer routers, their warm-up and statistics; None without a think block."""
         self._etd_metrics: dict[str, Any] = {}
         self._collects_router_logits = False
         self.post_init()
@@ -216,6 +221,10 @@ class MullModel(MullPreTrainedModel):
         if isinstance(module, ExitHead):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, LayerRouter):
+            module.start_at_execute()
+        elif isinstance(module, RoutedParts):
+            module.start_anew()
 
     def rotary(self, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
         """Position embeddings by kind of layer, for states ``[B, T, D]`` at `position_ids` ``[B, T]``."""
@@ -250,6 +259,7 @@ class MullModel(MullPreTrainedModel):
         path: Sequence[Sequence[int]] | None = None,
         adaptive: bool | HaltingConfig | None = None,
         policy: Policy | None = None,
+        prompt_mask: Tensor | None = None,
         on_visit: OnVisit | None = None,
         output_router_logits: bool | None = None,
         heads_follow: bool = False,
@@ -272,7 +282,10 @@ class MullModel(MullPreTrainedModel):
             think_iterations: Passes through the think block, exactly this many; default as in `ETDConfig`.
             path: Explicit visits ``(layer, occurrence)`` instead; see `mull.model.path`.
             adaptive: Whether tokens may stop earlier, or by which rule (`mull.model.halting`); default as in `ETDConfig`.
-            policy: Which tokens run a visit, instead; see `mull.model.policy`.
+            policy: Which tokens run a visit, instead; see `mull.model.policy`. Layer routers decide, too.
+            prompt_mask: ``[B, T]``, True for the tokens that layer routers of sequences may look at. If not given, they look at
+                all tokens of a call that fills a cache, and otherwise at the first token of each sequence: what follows may be
+                what a caller wants to know the probability of.
             on_visit: See `mull.model.executor.run`.
             output_router_logits: Return what the routers of experts gave, ``[B * T, E]`` for each visit of a layer that has one.
             heads_follow: The caller runs the extra heads. Otherwise training would leave them as they are without a word.
@@ -300,6 +313,7 @@ class MullModel(MullPreTrainedModel):
         check_keywords(keywords)
         if position_ids is not None and attention_mask is None:
             use_cache = use_of_cache(position_ids, past_key_values is not None, use_cache)
+        prefills = past_key_values is not None or use_cache is True
         cache = self._bound_cache(past_key_values, use_cache, visits)
         if cache is not None and isinstance(attention_mask, Tensor):
             check_padding_side(attention_mask, h.shape[1], self.text_config)
@@ -309,6 +323,11 @@ class MullModel(MullPreTrainedModel):
             raise ValueError("adaptive decides which tokens run, and so does a path or a policy: give one of them.")
         stream = None if kept is None else [h if 0 in kept else None]
         inputs = self.layer_inputs(h, attention_mask, position_ids, cache)
+        if path is None:
+            tokens = new_tokens(attention_mask, h)
+            if prompt_mask is None and prefills:
+                prompt_mask = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+            policy = self.with_routing(policy, h, inputs, tokens, prompt_mask, None if cache is None else cache)
 
         def after(visit: Any, before: Tensor, state: Tensor) -> None:
             if stream is not None and kept is not None:
@@ -325,7 +344,7 @@ class MullModel(MullPreTrainedModel):
         h = self.norm(h)
         if stream is not None and stream[-1] is not None:
             stream[-1] = h
-        metrics = policy.metrics() if isinstance(policy, Halting) else None
+        metrics = None if policy is None else policy.metrics() or None
         self._keep_metrics(metrics, think_iterations)
         return MullModelOutput(
             last_hidden_state=h,
@@ -338,7 +357,7 @@ class MullModel(MullPreTrainedModel):
     def _keep_metrics(self, metrics: dict[str, Any] | None, think_iterations: int | None) -> None:
         if not torch.compiler.is_compiling():
             fixed = {"think_iterations": self.iterations(think_iterations), "early_exit": False}
-            self._etd_metrics = fixed if metrics is None else metrics
+            self._etd_metrics = fixed | (metrics or {})
 
     def given_depths(self, depths: Tensor) -> GivenDepths:
         """The policy of a call whose tokens run these iterations ``[B, T]``.
@@ -348,8 +367,73 @@ class MullModel(MullPreTrainedModel):
         """
         if self.etd_config is None:
             raise ValueError("Iterations per token need a think block, and this model has none.")
-        halting = self.etd_config.halting
-        return GivenDepths(depths, self.etd_config.think_layers, "last_kv" if halting is None else halting.stop)
+        etd = self.etd_config
+        return GivenDepths(depths, etd.think_layers, etd.stop, etd.visits_per_iteration)
+
+    def with_routing(
+        self,
+        policy: Policy | None,
+        h: Tensor,
+        inputs: LayerInputs,
+        tokens: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        cache: SlotCache | StaticSlotCache | None = None,
+        given: Tensor | None = None,
+    ) -> Policy | None:
+        """The policy of a call together with the decisions of layer routers; the same policy in a model without them.
+
+        Args:
+            policy: What else decides.
+            h: States ``[B, T, D]`` that enter the first layer.
+            inputs: What the layers of the call share.
+            tokens: ``[B, T]``, False for padding; None without.
+            prompt_mask: As in `forward`.
+            cache: Keeps the decisions about rows.
+            given: ``[B, L]`` actions by layer that are taken instead.
+        """
+        config = None if self.etd_config is None else self.etd_config.router
+        if config is None:
+            return policy
+        assert self.etd is not None, "a model with routers"
+        assert self.etd_config is not None, "a model with routers"
+        prompts = None
+        # Rows of a cache with tokens were decided about when it was filled.
+        if config.granularity == "sequence" and not (cache is not None and cache.decisions):
+            prompts = self._prompts(config, h, inputs, tokens, prompt_mask)
+        learns = self.training and torch.is_grad_enabled() and cache is None
+        routing = LayerRouting(
+            config,
+            self.etd,
+            self.etd_config.stop,
+            prompts=prompts,
+            tokens=tokens,
+            kept=None if cache is None else cache.decisions,
+            attempt=partial(self._attempt, inputs) if learns else None,
+            given=given,
+        )
+        return routing if policy is None else Together((policy, routing))
+
+    def _prompts(
+        self,
+        config: LayerRouterConfig,
+        h: Tensor,
+        inputs: LayerInputs,
+        tokens: Tensor | None,
+        prompt_mask: Tensor | None,
+    ) -> Prompts:
+        rows = torch.arange(len(h), device=h.device)[:, None].expand(h.shape[:2])
+        # With a mask, positions may restart at padding, and rows hold one sequence each.
+        sequences = rows if tokens is not None else sequence_numbers(inputs.position_ids.expand(h.shape[:2]))
+        everything = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+        real = everything if tokens is None else tokens
+        labelled = everything if prompt_mask is None else ~prompt_mask
+        looks_at = prompt_tokens(labelled, real, sequences)
+        return Prompts(looks_at, sequences, 1 + int(sequences[-1, -1]), config.num_windows)
+
+    @torch.no_grad()
+    def _attempt(self, inputs: LayerInputs, layer: int, h: Tensor) -> Tensor:
+        """What a layer makes of states ``[B, T, D]`` if all tokens run it."""
+        return run_layer(self.layers[layer], self.kinds[layer], h, inputs)
 
     def halting(
         self,
@@ -391,6 +475,7 @@ class MullModel(MullPreTrainedModel):
             tokens=tokens,
             readout=None if unembed is None else lambda states: unembed(self.norm(states)),
             exit_head=self.exit_head,
+            visits_per_iteration=self.etd_config.visits_per_iteration,
         )
 
     def _kept_states(self, asked: bool | int | Sequence[int] | None, n_states: int) -> Container[int] | None:
@@ -405,7 +490,7 @@ class MullModel(MullPreTrainedModel):
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions=True is not supported: attention weights are not collected.")
         if policy is not None:
-            require_callable("policy.active", getattr(policy, "active", policy), "a policy of mull.model.policy")
+            require("policy", policy, Policy, "a mull.model.policy.Policy")
         trains = self.training and torch.is_grad_enabled() and not heads_follow
         if trains and any(parameter.requires_grad for heads in self.heads_beside for parameter in heads.parameters()):
             raise ValueError(
@@ -440,7 +525,8 @@ class MullModel(MullPreTrainedModel):
 
         Args:
             input_ids: ``[B, T]``.
-            options: ``attention_mask``, ``position_ids``, ``think_iterations``, ``policy`` and ``unembed`` as in `forward`;
+            options: ``attention_mask``, ``position_ids``, ``think_iterations``, ``policy``, ``prompt_mask`` and ``unembed`` as in
+                `forward`;
                 ``adaptive``, too, but False if not given; and ``backprop_iterations``: back-propagate through the last ones only.
                 The others, and the encoder before them, run without gradient. None back-propagates through all. To a list
                 ``think_states``, the states ``[B, T, D]`` after each iteration are appended, before they are decoded.
@@ -463,9 +549,10 @@ class MullModel(MullPreTrainedModel):
         adaptive: bool | HaltingConfig = False,
         unembed: Callable[[Tensor], Tensor] | None = None,
         policy: Policy | None = None,
+        prompt_mask: Tensor | None = None,
         think_states: list[Tensor] | None = None,
     ) -> list[Tensor]:
-        require_tensors(attention_mask=attention_mask, position_ids=position_ids)
+        require_tensors(attention_mask=attention_mask, position_ids=position_ids, prompt_mask=prompt_mask)
         iterations = self.iterations(think_iterations)
         if backprop_iterations is not None:
             require("backprop_iterations", backprop_iterations, int, "a whole number, or leave it out")
@@ -473,28 +560,28 @@ class MullModel(MullPreTrainedModel):
             raise ValueError(f"backprop_iterations={backprop_iterations} must be at least 1, or nothing is trained.")
         n_detached = 0 if backprop_iterations is None else max(iterations - backprop_iterations, 0)
         visits = self.path(think_iterations)
-        etd = self.etd_config
-        n_encoder, n_think = (0, 0) if etd is None else (etd.n_encoder_layers, etd.n_think_layers)
+        etd, whole = self.etd_config, slice(0, len(visits))
+        encoder, thinks, decoder = (slice(0), [whole], slice(0)) if etd is None else etd.sections(iterations)
         h = self._embed(input_ids, None)
         inputs = self.layer_inputs(h, attention_mask, position_ids)
-        policy = policy or self.halting(adaptive, think_iterations, new_tokens(attention_mask, h), unembed)
+        tokens = new_tokens(attention_mask, h)
+        policy = policy or self.halting(adaptive, think_iterations, tokens, unembed)
+        policy = self.with_routing(policy, h, inputs, tokens, prompt_mask)
         memory = None if policy is None else CallMemory(policy.stop)
 
         def advance(h: Tensor, part: Path) -> Tensor:
             return self._run(part, h, inputs, memory, policy)
 
-        decoder = visits[n_encoder + n_think * iterations :]
         states = []
         with torch.no_grad() if n_detached else nullcontext():
-            h = advance(h, visits[:n_encoder])
-        for iteration in range(iterations):
+            h = advance(h, visits[encoder])
+        for iteration, think in enumerate(thinks):
             with torch.no_grad() if iteration < n_detached else nullcontext():
-                first = n_encoder + iteration * n_think
-                h = advance(h, visits[first : first + n_think])
+                h = advance(h, visits[think])
                 if think_states is not None:
                     think_states.append(h)
                 if every_iteration or iteration == iterations - 1:
-                    states.append(self.norm(advance(h, decoder)))
+                    states.append(self.norm(advance(h, visits[decoder])))
         return states
 
     def _run(
@@ -509,8 +596,8 @@ class MullModel(MullPreTrainedModel):
         """See `mull.model.executor.run`."""
         if policy is not None:
             self._check_policy(policy)
-        # The host takes the decisions of a rule, which no graph can hold.
-        runner = torch.compiler.disable(run) if isinstance(policy, Halting) else run
+        # The host takes decisions that read values, which no graph can hold.
+        runner = run if policy is None or policy.traceable else torch.compiler.disable(run)
         return runner(self.layers, self.kinds, path, h, inputs, memory, policy, on_visit=on_visit)
 
     def _check_policy(self, policy: Policy) -> None:
@@ -529,15 +616,34 @@ class MullModel(MullPreTrainedModel):
             )
 
     def decode(
-        self, input_ids: Tensor, cache: StaticSlotCache, call: StaticCall, policy: Policy | None = None
+        self,
+        input_ids: Tensor,
+        cache: StaticSlotCache,
+        call: StaticCall,
+        policy: Policy | None = None,
+        *,
+        routed: bool = False,
     ) -> Tensor:
         """Run tokens ``[B, T]`` along the path of a cache of fixed size, as `mull.generate` does.
+
+        Args:
+            input_ids: The tokens.
+            cache: Its path's visits run.
+            call: Where the tokens are in it.
+            policy: Which of them run a visit.
+            routed: Whether layer routers decide, too; in the first call, those of sequences about the tokens that count.
 
         Returns:
             Final-normed states ``[B, T, D]``.
         """
-        h = self.decode_part(self.embed_tokens(input_ids), cache, call, slice(0, len(cache.path)), policy)
-        return self.norm(h)
+        h = self.embed_tokens(input_ids)
+        if routed:
+            inputs, tokens = self.fixed_layer_inputs(h, call), None
+            if call.n_valid is not None:
+                tokens = torch.arange(h.shape[1], device=h.device) < call.n_valid[:, None]
+            everything = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+            policy = self.with_routing(policy, h, inputs, tokens, everything, cache)
+        return self.norm(self.decode_part(h, cache, call, slice(0, len(cache.path)), policy))
 
     def decode_part(
         self, h: Tensor, cache: StaticSlotCache, call: StaticCall, part: slice, policy: Policy | None = None

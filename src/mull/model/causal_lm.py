@@ -29,6 +29,7 @@ from mull.model.families import new_block, new_norm
 from mull.model.fixed_cache import StaticCall, StaticSlotCache
 from mull.model.growing_cache import SlotCache
 from mull.model.inputs import LayerInputs, packed_positions
+from mull.model.routing import RoutedParts
 from mull.ops.cross_entropy import accurate
 from mull.ops.targets import IGNORED, label_positions, require_targets, targets_of
 from mull.runtime.arguments import require_count, require_ids, require_shape
@@ -161,6 +162,8 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         shift_labels = keywords.pop("shift_labels", None)
         if shift_labels is not None and self.mtp_config is not None:
             raise ValueError("Extra heads predict further tokens than shift_labels names: give labels, unshifted.")
+        if labels is not None:
+            keywords = self._with_prompts(keywords, labels)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if isinstance(tokens, Tensor):
             position_ids = packed_positions(keywords, tokens.shape[:2], attention_mask, position_ids)
@@ -217,6 +220,13 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             metrics=out.metrics,
         )
 
+    def _with_prompts(self, keywords: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+        """Let routers of sequences look at the tokens before the first one with a label."""
+        config = None if self.etd_config is None else self.etd_config.router
+        if config is None or config.granularity == "token" or "prompt_mask" in keywords:
+            return keywords
+        return keywords | {"prompt_mask": labels == IGNORED}
+
     def _checked_labels(self, name: str, labels: Any, shape: Sequence[int]) -> Tensor | None:
         if labels is None:
             return None
@@ -263,6 +273,11 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             tuple(router_logits), config.num_experts, config.num_experts_per_tok, mask
         )
         return loss
+
+    @property
+    def etd(self) -> RoutedParts | None:
+        """Layer routers and their statistics; None without a think block."""
+        return self.model.etd
 
     @property
     def _etd_metrics(self) -> dict[str, Any]:

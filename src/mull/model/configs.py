@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from transformers import PreTrainedConfig
 
-from mull.model.path import MAX_ITERATIONS, MAX_LAYERS, Path, recursion
+from mull.model.path import MAX_ITERATIONS, MAX_LAYERS, Path, recursion, repeatable
 from mull.runtime.arguments import Frozen, require
 
 Stop = Literal["last_kv", "own_state", "active_only"]
@@ -47,6 +47,40 @@ class HaltingConfig(Frozen):
         return LIMITS.get(self.rule, 0.5) if self.threshold is None else self.threshold
 
 
+class LayerRouterConfig(Frozen):
+    """Which layers have a router that skips, executes or repeats them, and how it decides; see `mull.model.routing`.
+
+    Source:
+        Dr.LLM (arXiv:2510.12773), whose routers are 128 wide and in front of every layer.
+    """
+
+    hidden_size: int = Field(default=256, ge=1, le=2**20)
+    """Width of a router's inner layer."""
+
+    num_windows: int = Field(default=8, ge=1, le=2**20)
+    """Windows that a prompt is cut into, for routers of sequences."""
+
+    num_actions: Literal[2, 3] = 3
+    """3: skip, execute, repeat; 2 leaves repeating out, and with it the slots of second visits."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of the probabilities that training learns by."""
+
+    use_gumbel: bool = False
+    """Training draws the action from its probability (Gumbel-softmax, arXiv:1611.01144, straight through) instead of taking the
+    most probable one."""
+
+    granularity: Literal["sequence", "token"] = "sequence"
+    """``sequence``: decided once per row, on its prompt, and kept with the cache. ``token``: by each token's own state."""
+
+    scope: Literal["think", "all"] = "think"
+    """The layers of the think block, or all layers."""
+
+    stop: Stop | None = None
+    """What a token offers to later tokens in the visits that it skips. None: nothing (``active_only``); in a model with adaptive
+    depth what its stopped tokens offer, since a model has one kind of stopping."""
+
+
 class ETDConfig(Frozen):
     """Which decoder layers encode, think and decode, and how often the think block runs.
 
@@ -77,13 +111,46 @@ class ETDConfig(Frozen):
     halting: HaltingConfig | None = None
     """When tokens stop in adaptive calls; the rule ``state`` if not given."""
 
+    use_layer_router: bool | None = None
+    """Whether layers have routers; None: if `layer_router` is given."""
+
+    layer_router: LayerRouterConfig | None = None
+    """How they decide; the usual settings if not given."""
+
+    router_warmup_steps: int = Field(default=1000, ge=0)
+    """Optimizer steps of the routers in which they execute every layer."""
+
     @model_validator(mode="after")
     def _one_rule(self) -> "ETDConfig":
         if self.confidence_threshold is not None and self.halting is not None:
             raise ValueError(
                 "confidence_threshold is short for a halting rule, and halting is given too: give one of them."
             )
+        router = self.router
+        if router is not None and router.stop and self.halting is not None and self.halting.stop != router.stop:
+            raise ValueError(
+                f"Stopped tokens would leave behind {self.halting.stop!r} and skipping ones {router.stop!r}: give halting.stop "
+                "and layer_router.stop the same value."
+            )
         return self
+
+    @property
+    def router(self) -> LayerRouterConfig | None:
+        """How layer routers decide; None without them."""
+        if self.use_layer_router is False or (self.use_layer_router is None and self.layer_router is None):
+            return None
+        return self.layer_router or LayerRouterConfig()
+
+    @property
+    def stop(self) -> Stop:
+        """What a token leaves behind in the visits that it does not run."""
+        router = self.router
+        if router is not None and router.stop is not None:
+            return router.stop
+        if self.halting is not None:
+            return self.halting.stop
+        stops = self.adaptive_depth or self.confidence_threshold is not None
+        return "last_kv" if router is None or stops else "active_only"
 
     def halting_of(self, adaptive: bool | HaltingConfig | None) -> HaltingConfig | None:
         """When tokens stop in a call with this argument; None if they all run every iteration.
@@ -98,17 +165,17 @@ class ETDConfig(Frozen):
         require("adaptive", adaptive, (bool, HaltingConfig, NoneType), "True, False or a HaltingConfig")
         if adaptive is False or (adaptive is None and not self.adaptive_depth):
             return None
-        own = self.halting or HaltingConfig()
-        if self.confidence_threshold is not None:
-            own = HaltingConfig(rule="confidence", threshold=self.confidence_threshold)
         if isinstance(adaptive, HaltingConfig):
-            if self.halting is not None and adaptive.stop != own.stop:
+            if (self.halting is not None or self.router is not None) and adaptive.stop != self.stop:
                 raise ValueError(
-                    f"The model's stopped tokens leave behind {own.stop!r} (etd.halting.stop), and the call asks for "
-                    f"{adaptive.stop!r}, which would compute something else: leave stop as it is, or load the model with another."
+                    f"The model's stopped tokens leave behind {self.stop!r} (etd.halting.stop), and the call asks for "
+                    f"{adaptive.stop!r}, which would compute something else: give stop={self.stop!r}, or load the model with "
+                    "another."
                 )
             return adaptive
-        return own
+        if self.confidence_threshold is not None:
+            return HaltingConfig(rule="confidence", threshold=self.confidence_threshold, stop=self.stop)
+        return (self.halting or HaltingConfig()).model_copy(update={"stop": self.stop})
 
     @property
     def think_layers(self) -> range:
@@ -121,8 +188,33 @@ class ETDConfig(Frozen):
         return self.n_encoder_layers + self.n_think_layers + self.n_decoder_layers
 
     def path(self, iterations: int) -> Path:
-        """The visits of a call with this many iterations."""
-        return recursion(self.n_encoder_layers, self.n_think_layers, self.n_decoder_layers, iterations)
+        """The visits of a call with this many iterations; two in succession where a router may repeat a layer."""
+        once = recursion(self.n_encoder_layers, self.n_think_layers, self.n_decoder_layers, iterations)
+        return repeatable(once, self.routed_layers) if self._repeats else once
+
+    @property
+    def routed_layers(self) -> range:
+        """Indices of the layers that have a router."""
+        if self.router is None:
+            return range(0)
+        return self.think_layers if self.router.scope == "think" else range(self.n_layers)
+
+    @property
+    def _repeats(self) -> bool:
+        return self.router is not None and self.router.num_actions == 3
+
+    @property
+    def visits_per_iteration(self) -> int:
+        """How often the path visits a think layer in each iteration."""
+        return 2 if self._repeats else 1
+
+    def sections(self, iterations: int) -> tuple[slice, list[slice], slice]:
+        """Where encoder, iterations and decoder are in a path of this configuration."""
+        twice = self._repeats and self.router is not None and self.router.scope == "all"
+        first, width = self.n_encoder_layers * (2 if twice else 1), self.n_think_layers * self.visits_per_iteration
+        thinks = [slice(first + j * width, first + (j + 1) * width) for j in range(iterations)]
+        last = thinks[-1].stop
+        return slice(0, first), thinks, slice(last, last + self.n_decoder_layers * (2 if twice else 1))
 
     def check_depth(self, n_layers: int, layer_types: list[str]) -> None:
         """Refuse a split that does not add up to the model's depth.

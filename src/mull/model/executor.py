@@ -78,6 +78,8 @@ def run(
         else:
             assert memory is not None
             memory.pass_over(number, visit, h, own)
+        if policy is not None:
+            h = policy.weigh(visit, before, h)
         if on_visit is not None:
             on_visit(visit, before, h)
     return h

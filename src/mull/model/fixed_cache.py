@@ -234,6 +234,8 @@ class StaticSlotCache:
             self.earlier.append(latest.get(visit.layer))
             latest[visit.layer] = number
         self._head_slots = [new_slot("full_attention") for _ in range(n_head_blocks)]
+        self.decisions: dict[Visit, Tensor] = {}
+        """``[B]``: what was decided about a row when it was read, by visit."""
 
     def head_slot(self, block: int, call: StaticCall) -> "FixedSlot":
         """The memory of block number `block` of the heads, which has full attention."""
@@ -254,6 +256,7 @@ class StaticSlotCache:
 
     def reset(self) -> None:
         """Forget every token, in place."""
+        self.decisions.clear()
         for slot in (*self.slots, *self._head_slots):
             for buffer in slot.buffers:
                 buffer.zero_()

@@ -225,6 +225,8 @@ class SlotCache(Cache):
         self._n_recorded = 0
         self._known: dict[int, Tensor] = {}
         """``[B, n_tokens]`` by slot, False for tokens that offer no keys there; slots in which all offer some are left out."""
+        self.decisions: dict[Visit, Tensor] = {}
+        """``[B]``: what was decided about a row for all calls that share the cache, by visit."""
         super().__init__(layers=[], offloading=offloading, offload_only_non_sliding=False)
         self.layers: list[Any] = []
 
@@ -347,21 +349,25 @@ class SlotCache(Cache):
     def reset(self) -> None:
         """Forget every token, and the path with them."""
         self.path, self.layers, self.n_tokens, self._n_recorded, self._known = (), [], 0, 0, {}
+        self.decisions = {}
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Keep these rows, in this order."""
         super().reorder_cache(beam_idx)
         self._known = {slot: known.index_select(0, beam_idx.to(known.device)) for slot, known in self._known.items()}
+        self.decisions = {visit: made[beam_idx.to(made.device)] for visit, made in self.decisions.items()}
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         super().batch_repeat_interleave(repeats)
         self._known = {slot: known.repeat_interleave(repeats, 0) for slot, known in self._known.items()}
+        self.decisions = {visit: made.repeat_interleave(repeats) for visit, made in self.decisions.items()}
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows: indices, or a mask."""
         super().batch_select_indices(indices)
         self._known = {slot: known[indices.to(known.device)] for slot, known in self._known.items()}
+        self.decisions = {visit: made[indices.to(made.device)] for visit, made in self.decisions.items()}
 
     @property
     def is_croppable(self) -> bool:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mull.model.configs import HaltingConfig, Stop
 from mull.model.path import Visit
+from mull.model.policy import Policy
 from mull.ops.cross_entropy import accurate
 from mull.runtime.arguments import nearest
 
@@ -179,31 +180,36 @@ def make_rule(config: HaltingConfig) -> Rule:
     return rule
 
 
-class GivenDepths:
+class GivenDepths(Policy):
     """The policy of a call in which the iterations of each token are known beforehand.
 
     Args:
         depths: ``[B, T]``, at least 1.
         think_layers: The layers of the think block.
         stop: What stopped tokens leave behind.
+        visits_per_iteration: How often an iteration visits a layer.
     """
 
-    def __init__(self, depths: Tensor, think_layers: range, stop: Stop) -> None:
+    traceable = True
+
+    def __init__(self, depths: Tensor, think_layers: range, stop: Stop, visits_per_iteration: int = 1) -> None:
         self.stop = stop
         self._depths = depths
         self._masks: dict[int, Tensor] = {}
         self._block = think_layers
+        self._visits = visits_per_iteration
 
     def active(self, visit: Visit, h: Tensor) -> Tensor | bool:
         """Tokens with more iterations than this visit's layer has run."""
-        if visit.layer not in self._block or visit.occurrence == 0:
+        done = visit.occurrence // self._visits
+        if visit.layer not in self._block or done == 0:
             return True
-        if visit.occurrence not in self._masks:
-            self._masks[visit.occurrence] = self._depths > visit.occurrence
-        return self._masks[visit.occurrence]
+        if done not in self._masks:
+            self._masks[done] = self._depths > done
+        return self._masks[done]
 
 
-class Halting:
+class Halting(Policy):
     """The policy of one call in which tokens stop by a rule.
 
     Args:
@@ -213,6 +219,7 @@ class Halting:
         tokens: ``[B, T]``, False for padding, which does not think beyond the first iteration; None without padding.
         readout: Early decoding, for rules that need it.
         exit_head: For the rule ``learned``.
+        visits_per_iteration: How often an iteration visits a layer.
 
     Raises:
         ValueError: unknown rule.
@@ -227,9 +234,10 @@ class Halting:
         tokens: Tensor | None = None,
         readout: Readout | None = None,
         exit_head: nn.Module | None = None,
+        visits_per_iteration: int = 1,
     ) -> None:
         self.config = config
-        self.stop: Stop = config.stop
+        self.stop = config.stop
         self.iterations = iterations
         self.depth: Tensor | None = None
         """``[B, T]``: iterations of each token so far."""
@@ -240,6 +248,7 @@ class Halting:
         self._tokens = tokens
         self._readout = readout
         self._exit_head = exit_head
+        self._visits = visits_per_iteration
         self._before: Tensor | None = None
         self._thinking: Tensor | bool = True
         self._kept: dict[str, Tensor] = {}
@@ -248,16 +257,17 @@ class Halting:
         """Tokens that still think; all of them outside the think block and in its first iteration."""
         if visit.layer not in self._block:
             return True
-        if visit.layer == self._block.start:
-            if visit.occurrence == 0:
+        iteration, repeat = divmod(visit.occurrence, self._visits)
+        if visit.layer == self._block.start and repeat == 0:
+            if iteration == 0:
                 self.depth = torch.ones(h.shape[:2], dtype=torch.long, device=h.device)
                 # A mask of all tokens would have the layers gather them.
                 everybody = self._tokens is None or bool(self._tokens.all())
                 self._thinking, self._kept = True if everybody or self._tokens is None else self._tokens, {}
             else:
-                self._ask(visit.occurrence, h.detach())
+                self._ask(iteration, h.detach())
             self._before = h.detach()
-        return True if visit.occurrence == 0 else self._thinking
+        return True if iteration == 0 else self._thinking
 
     @torch.no_grad()
     def _ask(self, iteration: int, h: Tensor) -> None:

@@ -6,7 +6,7 @@ everything that is remembered between calls (keys and values, recurrent state, c
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import count
 from typing import NamedTuple
 
@@ -70,6 +70,15 @@ def recursion(n_encoder_layers: int, n_think_layers: int, n_decoder_layers: int,
     layers = list(range(n_encoder_layers + n_think_layers + n_decoder_layers))
     encoder, others = layers[:n_encoder_layers], layers[n_encoder_layers:]
     return from_layers(encoder + others[:n_think_layers] * iterations + others[n_think_layers:])
+
+
+def repeatable(path: Path, layers: Container[int]) -> Path:
+    """A path with room to repeat: each visit of one of these layers is followed by a second one.
+
+    Source:
+        Dr.LLM (arXiv:2510.12773): a repeated layer runs twice in succession.
+    """
+    return from_layers([layer for layer, _ in path for _ in range(2 if layer in layers else 1)])
 
 
 def from_actions(actions: Sequence[int]) -> Path:

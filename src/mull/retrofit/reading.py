@@ -21,7 +21,7 @@ TRUST = "trust_remote_code"
 NO_CODE: dict[str, Any] = {TRUST: False}
 """What every ``from_pretrained`` of transformers is given first."""
 
-HEADS = ("mtp_heads.", "model.mtp.", "mtp.")
+HEADS = ("mtp_heads.", "model.mtp.", "mtp.", "model.etd.")
 """How the names of extra heads begin."""
 
 JSON_FILES = ("config", "generation_config", "tokenizer", "tokenizer_config", "model.safetensors.index")

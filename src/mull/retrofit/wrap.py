@@ -69,8 +69,9 @@ def _share_weights(model: PreTrainedModel, config: ETDConfig | None, mtp: MTPCon
     wrapped.model.adopt(model.model)
     wrapped.lm_head = model.lm_head
     weight = model.lm_head.weight
-    if wrapped.model.exit_head is not None:
-        wrapped.model.exit_head.to_empty(device=weight.device).to(weight.dtype).apply(wrapped._init_weights)
+    for added in (wrapped.model.exit_head, wrapped.model.etd):
+        if added is not None:
+            added.to_empty(device=weight.device).to(weight.dtype).apply(wrapped._init_weights)
     if mtp is not None:
         with torch.device(weight.device):
             heads = new_heads(mtp, wrapped.model).to(weight.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.policy import Policy
-from mull.ops.targets import label_positions, require_targets, valid_tokens
+from mull.ops.targets import IGNORED, label_positions, require_targets, valid_tokens
 from mull.runtime.distributed import global_sum
 
 Batch = Mapping[str, Tensor]
@@ -136,6 +136,7 @@ def batch_states(
     return model.hidden_states(
         batch["input_ids"],
         **layout(batch),
+        prompt_mask=batch["labels"] == IGNORED,
         think_iterations=iterations,
         backprop_iterations=backprop_iterations,
         policy=_given(model, depths),
@@ -147,7 +148,11 @@ def batch_states_by_iteration(
 ) -> Sequence[Tensor]:
     """States as in `batch_states`, decoded after each of the iterations."""
     return model.hidden_states_by_iteration(
-        batch["input_ids"], **layout(batch), think_iterations=iterations, policy=_given(model, depths)
+        batch["input_ids"],
+        **layout(batch),
+        prompt_mask=batch["labels"] == IGNORED,
+        think_iterations=iterations,
+        policy=_given(model, depths),
     )
 
 
