@@ -29,6 +29,9 @@ from mull.decoding.generate import GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position, describe_call
 from mull.evaluation.depth_trace import trace_depth
 from mull.evaluation.search.calibration import calibrate
+from mull.evaluation.search.route_scores import RouteTask, load_questions
+from mull.evaluation.search.route_tree import RouteSearchConfig
+from mull.evaluation.search.routes import corpus_route, describe_corpus, describe_labels, label_questions
 from mull.evaluation.search.split import SplitReport, find_split
 from mull.model.configs import ETDConfig, HaltingConfig, MTPConfig
 from mull.retrofit.source import load_tokenizer
@@ -262,6 +265,47 @@ def _describe(report: SplitReport) -> str:
         f"{report.n_tokens} tokens in {report.n_batches} batches: {report.n_passes:.0f} passes in {report.precision}, "
         f"{report.seconds:.0f} s. {' '.join(report.notes)}"
     )
+
+
+@app.command()
+def routes(
+    model: ModelArgument,
+    task: Annotated[str, Option(help="arithmetic, or .jsonl: prompt and answer, or prompt, choices and label.")],
+    out: Annotated[str | None, Option(help="File of labels, or of the one route.", show_default="out/routes/…")] = None,
+    scope: Annotated[
+        Literal["think", "all"] | None, Option(help="Layers to route; default: those that think, if there are any.")
+    ] = None,
+    labeller: Annotated[Literal["checker", "loss"], Option(help="What makes a route correct.")] = "checker",
+    simulations: Annotated[
+        int | None, Option(help="Per question (50); of --corpus: routes to run (300).", min=1)
+    ] = None,
+    max_examples: Annotated[int | None, Option(help="Only the first so many questions.", min=1)] = None,
+    batch_size: Annotated[int, Option(help="Routes in flight; of --corpus: questions per batch.", min=1)] = 8,
+    end: Annotated[bool, Option("--end", help="The end of the text belongs to an answer.")] = False,
+    corpus: Annotated[Literal["greedy", "evolution"] | None, Option(help="One route for all questions.")] = None,
+    max_visits: Annotated[int | None, Option(help="Most layers that this runs; default: the model's.", min=1)] = None,
+    seed: Annotated[int, Option(help="Seed of the search and of generated questions.", min=0, max=MAX_SEED)] = 0,
+) -> None:
+    """Search layers of MODEL to skip or repeat, for each question of a task, or once for all of them."""
+    place = local_path(out or f"out/routes/{'route.json' if corpus else 'labels.jsonl'}")
+    questions = load_questions(task, max_examples, seed)
+    loaded: Any = from_pretrained(model, allow_missing=False)
+    asked = RouteTask(loaded.to(device()), TextEncoder(load_tokenizer(model)), questions, end)
+    config = RouteSearchConfig(
+        labeller=labeller,
+        scope=scope,
+        simulations=simulations or (300 if corpus else 50),
+        batch_size=batch_size,
+        seed=seed,
+    )
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if corpus is not None:
+        found = corpus_route(asked, corpus, config, max_visits)
+        place.write_text(found.model_dump_json(indent=1))
+        print(describe_corpus(found))
+    else:
+        print(describe_labels(label_questions(asked, place, config)))
+    print(f"written to {place}")
 
 
 @app.command("generate")
