@@ -37,16 +37,9 @@ class Question:
     """A question with an exact answer, or with options of which one is right."""
 
     prompt: str
-    options: tuple[str, ...]
-    """The answer alone, or at least two options."""
-
-    label: int = 0
-    """Number of the right option."""
-
-    @property
-    def answer(self) -> str:
-        """The right answer."""
-        return self.options[self.label]
+    answer: str
+    wrong: tuple[str, ...] = ()
+    """The other options; none where the answer has to be exact."""
 
 
 def load_questions(task: str, most: int | None = None, seed: int = 0) -> list[Question]:
@@ -66,7 +59,7 @@ def load_questions(task: str, most: int | None = None, seed: int = 0) -> list[Qu
         generated = ArithmeticTask(seed=seed)
         batch = generated.prompts(0, most or 100)
         texts = ([generated.decode(row).strip("_.") for row in batch[key].tolist()] for key in ("input_ids", "answers"))
-        return [Question(prompt, (answer,)) for prompt, answer in zip(*texts, strict=True)]
+        return [Question(prompt, answer) for prompt, answer in zip(*texts, strict=True)]
     questions = [_question(record) for record in read_records(task)][:most]
     if not questions:
         raise ValueError(f"{task} has no questions: give one JSON object per line.")
@@ -76,7 +69,7 @@ def load_questions(task: str, most: int | None = None, seed: int = 0) -> list[Qu
 def _question(record: Record) -> Question:
     prompt = string_field(record, "prompt")
     if "choices" not in record.fields:
-        return Question(prompt, (string_field(record, "answer"),))
+        return Question(prompt, string_field(record, "answer"))
     choices, label = record.fields["choices"], record.fields.get("label")
     texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(choice, str) for choice in choices)
     if not texts or type(label) is not int or not 0 <= label < len(choices):
@@ -84,15 +77,15 @@ def _question(record: Record) -> Question:
             f"{record.place} has choices={choices!r} and label={label!r}: give at least two texts, and the number of the right "
             "one, from 0."
         )
-    return Question(prompt, tuple(choices), label)
+    return Question(prompt, choices[label], (*choices[:label], *choices[label + 1 :]))
 
 
 class Score(NamedTuple):
     """How a model answers one question."""
 
     correct: bool
-    """An exact answer: every token is the model's likeliest, so greedy decoding writes it. Options: the right one has the highest
-    log-likelihood, summed over its tokens; of equal ones, the first counts."""
+    """An exact answer: every token is the model's likeliest, so greedy decoding writes it. Options: the right one has a higher
+    log-likelihood, summed over its tokens, than any other."""
 
     loss: float
     """Nats per token of the right answer."""
@@ -114,8 +107,8 @@ class Rows:
     targets: Tensor
     """``[R, T]``: the next token where that belongs to an answer, -100 elsewhere."""
 
-    options: list[tuple[int, int, int]]
-    """For each question its first row, the row after its last, and its right row."""
+    of_questions: list[range]
+    """Rows of each question, that of the right answer first."""
 
     def scores(self, logits: Tensor) -> list[Score]:
         """Judge logits ``[N, V]`` at the targets, in their order."""
@@ -127,9 +120,8 @@ class Rows:
         misses = zeros.index_add(0, row, (logits.argmax(-1) != targets).double()).tolist()
         counts = valid.sum(1).tolist()
         found = []
-        for start, stop, right in self.options:
-            best = sums.index(min(sums[start:stop]), start)
-            correct = best == right if stop > start + 1 else misses[right] == 0
+        for right, *wrong in self.of_questions:
+            correct = sums[right] < min(sums[row] for row in wrong) if wrong else misses[right] == 0
             found.append(Score(correct, sums[right] / counts[right], counts[right]))
         return found
 
@@ -158,12 +150,12 @@ class RouteTask:
         Raises:
             ValueError: an answer has no token, no token comes before it, or a row is longer than the model's positions.
         """
-        rows, targets, options = list[Tensor](), list[Tensor](), list[tuple[int, int, int]]()
+        rows, targets, of_questions = list[Tensor](), list[Tensor](), list[range]()
         longest, device = self.model.config.get_text_config().max_position_embeddings, self.model.device
         for number in chosen:
             question = self.questions[number]
-            asked, label = (question.options, question.label) if wrong_options else ((question.answer,), 0)
-            options.append((len(rows), len(rows) + len(asked), len(rows) + label))
+            asked = [question.answer, *question.wrong] if wrong_options else [question.answer]
+            of_questions.append(range(len(rows), len(rows) + len(asked)))
             for prompt, ended in self.encoder.examples([(question.prompt, option) for option in asked]):
                 answer = ended if self.end else ended[:-1]
                 if not prompt or not answer or len(prompt) + len(answer) > longest:
@@ -175,7 +167,7 @@ class RouteTask:
                 targets.append(torch.tensor([*[IGNORED] * (len(prompt) - 1), *answer, IGNORED], device=device))
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         padded = pad_sequence(targets, batch_first=True, padding_value=IGNORED)
-        return Rows(pad_sequence(rows, batch_first=True), None if bool(mask.all()) else mask, padded, options)
+        return Rows(pad_sequence(rows, batch_first=True), None if bool(mask.all()) else mask, padded, of_questions)
 
 
 Prefix = tuple[int, ...]
@@ -227,7 +219,9 @@ class SharedRuns:
             states = dict(zip(batch, self._run(layer, [known[prefix[:-1]] for prefix in batch]), strict=True))
             reached |= {path: prefix for path, prefix in following.items() if prefix in states}
             known = {prefix: states[prefix] if prefix in states else known[prefix] for prefix in reached.values()}
-            self._keep(states)
+            self._cache.update(states)
+            while len(self._cache) > self._most_states:
+                self._cache.popitem(last=False)
         return [known[path] for path in paths]
 
     def _longest_known(self, path: Prefix) -> Prefix:
@@ -236,11 +230,6 @@ class SharedRuns:
         if known:
             self._cache.move_to_end(known)
         return known
-
-    def _keep(self, states: dict[Prefix, Tensor]) -> None:
-        self._cache.update(states)
-        while len(self._cache) > self._most_states:
-            self._cache.popitem(last=False)
 
     def _run(self, layer: int, states: Sequence[Tensor]) -> list[Tensor]:
         """S states after one more layer."""

@@ -67,13 +67,8 @@ def is_allowed(route: Sequence[int]) -> bool:
 
 def edits(route: Route, scope: Sequence[int]) -> list[Route]:
     """Allowed routes with another action at one layer of `scope`."""
-    changed = (
-        (*route[:layer], action, *route[layer + 1 :])
-        for layer in scope
-        for action in (0, 1, 2)
-        if action != route[layer]
-    )
-    return [edited for edited in changed if is_allowed(edited)]
+    changed = ((*route[:layer], action, *route[layer + 1 :]) for layer in scope for action in (0, 1, 2))
+    return [edited for edited in changed if edited != route and is_allowed(edited)]
 
 
 def n_edits(route: Route) -> int:
@@ -115,9 +110,7 @@ class RouteTree:
         rng: Draws untried and random children.
     """
 
-    def __init__(
-        self, n_layers: int, scope: Sequence[int], config: RouteSearchConfig, rng: np.random.Generator
-    ) -> None:
+    def __init__(self, n_layers: int, scope: range, config: RouteSearchConfig, rng: np.random.Generator) -> None:
         self._scope, self._config, self._rng = scope, config, rng
         self._nodes: dict[Route, Node] = {}
         self.root = self._node((1,) * n_layers)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.random import Generator
 
 from mull.data.route_labels import Actions, RouteLabel, read_labels
 from mull.evaluation.search.loop_probe import mean_and_error
@@ -27,9 +28,8 @@ from mull.runtime.storage import exclusive
 Method = Literal["greedy", "evolution"]
 
 PARENTS = 8
-"""Routes that a generation is bred from."""
+"""Routes that a generation of twice as many is bred from."""
 
-CHILDREN = 16
 N_CONTROLS = 8
 ATTEMPTS = 1000
 """Draws of a random route, before there are fewer controls."""
@@ -93,13 +93,14 @@ def _continued(path: Path, settings: dict[str, Any], task: RouteTask) -> list[Ro
     if not size:
         path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
     found, labels = read_labels(path)
-    if different := sorted(key for key in found | settings if found.get(key) != settings.get(key)):
-        names = ", ".join(different)
-        raise ValueError(f"{path} was written with other settings ({names}): give them again, or another file.")
+    different = sorted(key for key in found | settings if found.get(key) != settings.get(key))
     if [(label.prompt, label.answer) for label in labels] != [(q.prompt, q.answer) for q in task.questions][
         : len(labels)
     ]:
-        raise ValueError(f"{path} has labels of other questions: give the same task again, or another file.")
+        different.append("task")
+    if different:
+        names = ", ".join(different)
+        raise ValueError(f"{path} was written with other settings ({names}): give them again, or another file.")
     if size:
         os.truncate(path, size)
     return labels
@@ -247,30 +248,27 @@ def corpus_route(
     return CorpusRoute.model_validate(facts | counts | {"layers_unshared": search.layers_unshared})
 
 
-def _greedy(half: _Half, plain: Route, layers: range, most: int, _: np.random.Generator) -> Iterator[list[Route]]:
+def _greedy(half: _Half, plain: Route, layers: range, most: int, _: Generator) -> Iterator[list[Route]]:
     """Routes to run next, again and again."""
     route, better = plain, True
-    yield [plain]
     while better:
-        limit = most if sum(route) <= most else sum(route) - 1
-        near = [edit for edit in edits(route, layers) if sum(edit) <= limit]
-        yield near
+        near = [edit for edit in edits(route, layers) if sum(edit) <= max(most, sum(route) - 1)]
+        yield [route, *near]
         best = min(near, key=half.loss, default=route)
-        better = sum(route) > most or half.loss(best) < half.loss(route)
-        route = best
+        better, route = sum(route) > most or half.loss(best) < half.loss(route), best
 
 
-def _evolution(half: _Half, plain: Route, layers: range, most: int, rng: np.random.Generator) -> Iterator[list[Route]]:
+def _evolution(half: _Half, plain: Route, layers: range, most: int, rng: Generator) -> Iterator[list[Route]]:
     """Routes to run next, again and again, until a generation has no new one."""
     new = {plain}
     while new:
         yield sorted(new)  # neighbours in this order share the longest beginnings
         parents = half.within(most)[:PARENTS] or [plain]
-        children = {_mutated(parents[rng.integers(len(parents))], layers, most, rng) for _ in range(CHILDREN)}
+        children = {_mutated(parents[rng.integers(len(parents))], layers, most, rng) for _ in range(2 * PARENTS)}
         new = children - half.scores.keys()
 
 
-def _mutated(route: Route, layers: range, most: int, rng: np.random.Generator) -> Route:
+def _mutated(route: Route, layers: range, most: int, rng: Generator) -> Route:
     """One or two random edits, and as many shortening ones as it takes to come within the budget."""
     n_free = int(rng.integers(1, 3))
     while near := [edit for edit in edits(route, layers) if n_free > 0 or most < sum(route) > sum(edit)]:
@@ -281,7 +279,7 @@ def _mutated(route: Route, layers: range, most: int, rng: np.random.Generator) -
 SEARCHES = {"greedy": _greedy, "evolution": _evolution}
 
 
-def _controls(found: Route, layers: range, rng: np.random.Generator) -> list[Route]:
+def _controls(found: Route, layers: range, rng: Generator) -> list[Route]:
     """Random routes with the skips and repeats of another one."""
     drawn: set[Route] = set()
     for _ in range(ATTEMPTS):
@@ -290,34 +288,3 @@ def _controls(found: Route, layers: range, rng: np.random.Generator) -> list[Rou
         if is_allowed(route) and route != found and len(drawn) < N_CONTROLS:
             drawn.add(route)
     return sorted(drawn)
-
-
-def describe_labels(labels: Sequence[RouteLabel]) -> str:
-    """What a search for each question found, as a few lines."""
-    right = [label for label in labels if label.correct]
-    edited = [label for label in right if set(label.route) != {1}]
-    ran, alone = sum(label.layers for label in labels), sum(label.layers_unshared for label in labels)
-    return (
-        f"{'questions':<28}{len(labels):>8}\n"
-        f"{'right as the model is':<28}{sum(label.base_correct for label in labels):>8}\n"
-        f"{'right along a route':<28}{len(right):>8}\n"
-        f"{'of these, not the plain one':<28}{len(edited):>8}\n"
-        f"{'mean visits':<28}{sum(label.visits for label in right) / max(len(right), 1):>8.2f}\n"
-        f"Common beginnings saved {1 - ran / max(alone, 1):.0%} of {alone:,} layers. Next: train a router on the lines with "
-        "correct: true."
-    )
-
-
-def describe_corpus(found: CorpusRoute) -> str:
-    """What a search for one route found, as a table."""
-    rows = [("plain", found.plain), (found.method, found.found), *(("random", cost) for cost in found.controls)]
-    lines = [f"{'route':<10}{'visits':>8}{'loss':>9}{'change':>9}{'error':>9}{'right':>7}  actions"]
-    for name, cost in rows:
-        numbers = f"{cost.loss:>9.4f}{cost.change:>+9.4f}{cost.standard_error:>9.4f}{cost.correct:>7.1%}"
-        lines.append(f"{name:<10}{sum(cost.route):>8}{numbers}  {''.join(map(str, cost.route))}")
-    saved = 1 - found.layers / found.layers_unshared
-    lines.append(
-        f"Measured on {found.n_questions} questions that the search did not see. It ran {found.evaluated} routes; common "
-        f"beginnings saved {saved:.0%} of their layers. Next: model(..., path=mull.from_actions(route))."
-    )
-    return "\n".join(lines)

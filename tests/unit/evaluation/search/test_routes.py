@@ -1,5 +1,5 @@
-"""Claim: routes that share their beginnings give what passes of their own give, a search can be stopped anywhere, and it finds the
-layer that has to be skipped or repeated.
+"""Claim: routes that share their beginnings give what passes of their own give, a search can be stopped anywhere, and it finds
+the layer that has to be skipped or repeated.
 """
 
 import json
@@ -24,8 +24,8 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.model.path import from_actions, from_layers
 from mull.retrofit.wrap import wrap_transformer_with_etd
 
-EXACT_QUESTIONS = [Question("12+3=", ("15",)), Question("7*8=", ("56",)), Question("40-2=", ("38",))]
-CHOICES = [Question("12+3=", ("15", "1", "999"), 0), Question("7*8=", ("5", "56"), 1)]
+EXACT_QUESTIONS = [Question("12+3=", "15"), Question("7*8=", "56"), Question("40-2=", "38")]
+CHOICES = [Question("12+3=", "15", ("1", "999")), Question("7*8=", "56", ("5",))]
 ROUTES = [
     (1, 1, 1, 1, 1, 1, 1, 1),
     (1, 1, 1, 0, 1, 1, 1, 1),
@@ -108,7 +108,7 @@ def test_an_exact_answer_is_what_greedy_decoding_writes(end: bool) -> None:
     assert encoder.examples([("12+3=", answer)])[0][1][:-1] == written[:2], "the model should write characters"
     other = "0" if answer[1] != "0" else "1"
     for text, expected in ((answer, not end or written[2] == 15), (answer[0] + other, False), (answer[0], not end)):
-        task = task_of(model, [Question("12+3=", (text,))], end)
+        task = task_of(model, [Question("12+3=", text)], end)
         [[score]] = SharedRuns(model, task.rows([0])).scores([(1,) * 8])
         assert score.correct == expected
 
@@ -117,14 +117,15 @@ def test_scores_are_log_likelihoods_of_options_one_by_one() -> None:
     model = wrapped()
     encoder = TextEncoder(character_tokenizer())
     sums = []
-    for prompt, answer in encoder.examples([("12+3=", option) for option in CHOICES[0].options]):
+    options = ["15", "1", "999"]
+    for prompt, answer in encoder.examples([("12+3=", option) for option in options]):
         ids, n = torch.tensor([prompt + answer[:-1]]), len(answer) - 1
         with torch.no_grad():
             h = model.model(ids, path=from_layers([0, 1, 2, 3, 3, 4, 7]), use_cache=False).last_hidden_state
         logits = model.lm_head(h)[0, -n - 1 : -1]
         sums.append(F.cross_entropy(logits, ids[0, -n:], reduction="sum").item())
     for label in range(3):
-        question = Question("12+3=", CHOICES[0].options, label)
+        question = Question("12+3=", options[label], tuple(options[:label] + options[label + 1 :]))
         [[score]] = SharedRuns(model, task_of(model, [question]).rows([0])).scores([ROUTES[3]])
         assert score.loss == pytest.approx(sums[label] / score.n_tokens, abs=1e-5)
         assert score.correct == (sums[label] == min(sums))
@@ -201,10 +202,10 @@ def test_another_search_is_refused_and_the_file_is_left_alone(tmp_path: Path) ->
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"written with other settings \(seed, simulations\)"):
         label_questions(task_of(model), path, RouteSearchConfig(simulations=3, seed=1))
-    with pytest.raises(ValueError, match="labels of other questions"):
+    with pytest.raises(ValueError, match=r"other settings \(task\)"):
         label_questions(task_of(model, EXACT_QUESTIONS[1:]), path, RouteSearchConfig(simulations=2))
     assert path.read_bytes() == before
-    more = [*EXACT_QUESTIONS, Question("1+1=", ("2",))]
+    more = [*EXACT_QUESTIONS, Question("1+1=", "2")]
     assert len(label_questions(task_of(model, more), path, RouteSearchConfig(simulations=2))) == 4
     (tmp_path / "other.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     with pytest.raises(ValueError, match="no route labels"):
@@ -238,9 +239,9 @@ def with_a_layer_to_edit(action: int, seed: int) -> tuple[MullForCausalLM, list[
             paths = [from_layers([0, 1, 2, *[THE_LAYER] * times, 4, 5, 6, 7]) for times in range(3)]
             likeliest = [int(model(ids, path=path, use_cache=False).logits[0, -1].argmax()) for path in paths]
         if likeliest.count(likeliest[action]) == 1 and likeliest[action] < 14:
-            questions.append(Question(text, (encoder.tokenizer.decode([likeliest[action]]),)))
+            questions.append(Question(text, encoder.tokenizer.decode([likeliest[action]])))
     assert len(questions) >= 4, "the layer should matter"
-    return model, questions
+    return model, questions[:5]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -261,13 +262,13 @@ def test_the_layer_to_skip_or_repeat_is_found(action: int, seed: int, tmp_path: 
 def test_the_route_of_a_data_set_has_that_layer(method: Any, action: int, seed: int) -> None:
     model, questions = with_a_layer_to_edit(action, seed)
     found = corpus_route(
-        task_of(model, questions * 2), method, RouteSearchConfig(seed=seed, simulations=150), max_visits=9
+        task_of(model, questions * 2), method, RouteSearchConfig(seed=seed, simulations=100), max_visits=9
     )
     assert found.found.route[THE_LAYER] == action
     assert found.found.change < 0
     assert found.found.correct > found.plain.correct
     assert found.found.change == pytest.approx(found.found.loss - found.plain.loss)
-    assert found.evaluated <= 150
+    assert found.evaluated <= 100
     assert found.layers < found.layers_unshared
     assert found.controls
     for control in found.controls:
@@ -280,7 +281,7 @@ def test_the_route_of_a_data_set_has_that_layer(method: Any, action: int, seed: 
 
 @pytest.mark.parametrize("method", ["greedy", "evolution"])
 def test_a_route_for_all_keeps_the_budget_and_the_half_that_is_reported_is_not_searched(method: Any) -> None:
-    model, questions = wrapped(), [Question(f"{number}+1=", (str(number + 1),)) for number in range(9)]
+    model, questions = wrapped(), [Question(f"{number}+1=", str(number + 1)) for number in range(9)]
     config = RouteSearchConfig(simulations=80, batch_size=3)
     found = corpus_route(task_of(model, questions), method, config, max_visits=5)
     assert found == corpus_route(task_of(model, questions), method, config, max_visits=5)
@@ -311,7 +312,7 @@ def test_questions_are_read_and_mistakes_named(tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
     records = [{"prompt": "a", "answer": "b"}, {"prompt": "a", "choices": ["b", "c"], "label": 1}]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert load_questions(str(path)) == [Question("a", ("b",)), Question("a", ("b", "c"), 1)]
+    assert load_questions(str(path)) == [Question("a", "b"), Question("a", "c", ("b",))]
     assert len(load_questions(str(path), 1)) == 1
     for wrong in ({"choices": ["b"], "label": 0}, {"choices": ["b", "c"], "label": 2}, {"choices": ["b", "c"]}):
         path.write_text(json.dumps({"prompt": "a"} | wrong))
@@ -334,8 +335,8 @@ def test_generated_questions_have_right_answers() -> None:
 
 
 def test_what_does_not_fit_the_model_is_named() -> None:
-    task = task_of(wrapped(max_position_embeddings=8), [Question("12+3=", ("15",)), Question("1234567+3=", ("15",))])
+    task = task_of(wrapped(max_position_embeddings=8), [Question("12+3=", "15"), Question("1234567+3=", "15")])
     with pytest.raises(ValueError, match="Question 1 has 10 tokens and an answer 2: .* at most 8"):
         task.rows([0, 1])
     with pytest.raises(ValueError, match="Question 0 has 0 tokens"):
-        task_of(wrapped(), [Question("", ("15",))]).rows([0])
+        task_of(wrapped(), [Question("", "15")]).rows([0])
