@@ -31,7 +31,7 @@ from mull.evaluation.depth_trace import trace_depth
 from mull.evaluation.search.calibration import calibrate
 from mull.evaluation.search.route_scores import RouteTask, load_questions
 from mull.evaluation.search.route_tree import RouteSearchConfig
-from mull.evaluation.search.routes import corpus_route, label_questions
+from mull.evaluation.search.routes import best_route, label_questions
 from mull.evaluation.search.split import SplitReport, find_split
 from mull.model.configs import ETDConfig, HaltingConfig, MTPConfig
 from mull.retrofit.source import load_tokenizer
@@ -242,19 +242,12 @@ def _probe_rows(report: SplitReport) -> list[tuple[str, float, float | None, flo
     ]
 
 
-def _print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> None:
-    """A table; nothing in place of None."""
-    for row in [columns, *rows]:
-        cells = (f"{cell:.4f}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in row)
-        print("".join(cell.rjust(width) for cell in cells))
-
-
 def _print_split(report: SplitReport) -> None:
     """The measurements, and what follows from them."""
     for layer, distance in enumerate(report.distances):
         print(f"layer {layer:3d}  distance {distance:.4f}")
-    if report.probe:
-        _print_rows(PROBE_COLUMNS, _probe_rows(report), 15)
+    for row in [PROBE_COLUMNS, *_probe_rows(report)] if report.probe else []:
+        print(*(f"{cell:.4f}".rjust(15) if isinstance(cell, float) else f"{cell or '':>15}" for cell in row), sep="")
     print(_describe(report))
     etd = report.etd
     encoder, think, decoder = etd.n_encoder_layers, etd.n_think_layers, etd.n_decoder_layers
@@ -279,11 +272,9 @@ def routes(
     model: ModelArgument,
     task: Annotated[str, Option(help="arithmetic, or .jsonl: prompt and answer, or prompt, choices and label.")],
     out: Annotated[str | None, Option(help="File of labels, or of the one route.", show_default="out/routes/…")] = None,
-    scope: Annotated[Literal["think", "all"] | None, Option(help="Layers to route; default: think, if any.")] = None,
+    scope: Annotated[Literal["think", "all"], Option(help="Layers to route; without a think block, all.")] = "think",
     labeller: Annotated[Literal["checker", "loss"], Option(help="What makes a route correct.")] = "checker",
-    simulations: Annotated[
-        int | None, Option(help="Per question (50); of --corpus: routes to run (300).", min=1)
-    ] = None,
+    simulations: Annotated[int | None, Option(help="Per question (50); routes to run (300).", min=1)] = None,
     max_examples: Annotated[int | None, Option(help="Only the first so many questions.", min=1)] = None,
     batch_size: Annotated[int, Option(help="Routes in flight; of --corpus: questions per batch.", min=1)] = 8,
     end: Annotated[bool, Option("--end", help="The end of the text belongs to an answer.")] = False,
@@ -302,31 +293,23 @@ def routes(
     if corpus is None:
         labels = label_questions(asked, place, config)
         right = [label for label in labels if label.correct]
+        rows: Any = [("questions", "right", "of these plain right", "mean visits")]
         visits = sum(label.visits for label in right) / max(len(right), 1)
-        edited = sum(set(label.route) != {1} for label in right)
-        _print_rows(LABEL_COLUMNS, [(len(labels), sum(x.base_correct for x in labels), len(right), edited, visits)], 14)
+        rows.append((len(labels), len(right), sum(label.base_correct for label in right), visits))
         ran, alone = sum(label.layers for label in labels), sum(label.layers_unshared for label in labels)
         following = "train a router on the lines with correct: true"
     else:
-        found = corpus_route(asked, corpus, config, max_visits)
+        found = best_route(asked, corpus, config, max_visits)
         place.write_text(found.model_dump_json(indent=1))
         named = [("plain", found.plain), (corpus, found.found), *(("random", cost) for cost in found.controls)]
-        rows = [(name, sum(c.route), c.loss, c.change, c.standard_error, c.correct) for name, c in named]
-        _print_rows(ROUTE_COLUMNS, rows, 14)
-        print(f"{corpus}: {''.join(map(str, found.found.route))}, an action per layer: 0 skip, 1 execute, 2 repeat")
+        rows = [("route", "visits", "loss", "change", "standard error", "right")]
+        rows += [(name, sum(c.route), c.loss, c.change, c.standard_error, c.correct) for name, c in named]
         ran, alone = found.layers, found.layers_unshared
-        following = (
-            f"model(..., path=mull.from_actions(route)); {found.n_questions} questions, unseen by the search, say so"
-        )
+        following = f"model(..., path=mull.from_actions({list(found.found.route)}))"
+    for row in rows:
+        print(*(f"{cell:.4f}".rjust(21) if isinstance(cell, float) else f"{cell:>21}" for cell in row), sep="")
     print(f"The search ran {ran:,} layers instead of {alone:,}, as routes share their beginnings. Written to {place}.")
     print(f"Next: {following}.")
-
-
-LABEL_COLUMNS = ("questions", "base right", "right", "not plain", "mean visits")
-"""Of labels: how many the model answers as it is, along a route, and of these along another one than the plain route."""
-
-ROUTE_COLUMNS = ("route", "visits", "loss", "change", "error", "right")
-"""Of a route for all questions; see `RouteCost`."""
 
 
 @app.command("generate")

@@ -10,9 +10,6 @@ from typing import Any, Literal
 
 from mull.runtime.arguments import Frozen
 
-Actions = tuple[Literal[0, 1, 2], ...]
-"""Action of each layer: 0 skips it, 1 runs it, 2 runs it twice in succession."""
-
 
 class RouteLabel(Frozen):
     """What a search found for one question. Train routers on lines with ``correct``: the others have no right route."""
@@ -24,8 +21,9 @@ class RouteLabel(Frozen):
     answer: str
     """The right answer; of a multiple-choice question the right option."""
 
-    route: Actions
-    """The shortest correct route; of equally short ones, that of least loss. All 1, the plain route, if none was correct."""
+    route: tuple[Literal[0, 1, 2], ...]
+    """Action of each layer: 0 skips it, 1 runs it, 2 runs it twice in succession. The shortest correct route; of equally
+    short ones, that of least loss. All 1, the plain route, if none was correct."""
 
     correct: bool
     """Whether the model answers correctly along `route`, as the labeller judges."""

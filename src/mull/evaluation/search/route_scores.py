@@ -28,9 +28,6 @@ from mull.ops.targets import IGNORED
 CACHE_BYTES = 2**29
 """States that a runner keeps."""
 
-ARITHMETIC = "arithmetic"
-"""Name of the generated task: `mull.data.arithmetic.ArithmeticTask`, training questions as text."""
-
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -46,8 +43,9 @@ def load_questions(task: str, most: int | None = None, seed: int = 0) -> list[Qu
     """Questions of a task.
 
     Args:
-        task: ``arithmetic``, or what `mull.data.sources.read_records` reads, with ``prompt`` and ``answer``, or ``prompt``,
-            ``choices`` and ``label`` (number of the right choice, from 0).
+        task: ``arithmetic``, which is training questions of `mull.data.arithmetic.ArithmeticTask` as text; or what
+            `mull.data.sources.read_records` reads, with ``prompt`` and ``answer``, or ``prompt``, ``choices`` and ``label``
+            (number of the right choice, from 0).
         most: Only the first so many. ``arithmetic`` has 100 where it is not said.
         seed: Of generated questions.
 
@@ -55,7 +53,7 @@ def load_questions(task: str, most: int | None = None, seed: int = 0) -> list[Qu
         ValueError: a record of another form, or none.
         FileNotFoundError, ConnectionError, RuntimeError: as in `read_records`.
     """
-    if task == ARITHMETIC:
+    if task == "arithmetic":
         generated = ArithmeticTask(seed=seed)
         batch = generated.prompts(0, most or 100)
         texts = ([generated.decode(row).strip("_.") for row in batch[key].tolist()] for key in ("input_ids", "answers"))
@@ -194,8 +192,7 @@ class SharedRuns:
         self._model, self._rows, self._batch_size = model, rows, batch_size
         self._cache: OrderedDict[Prefix, Tensor] = OrderedDict()
         self._inputs: dict[int, LayerInputs] = {}
-        with torch.no_grad():
-            self._embedded = model.model.embed_tokens(rows.input_ids)
+        self._embedded = model.model.embed_tokens(rows.input_ids).detach()
         self._most_states = cache_bytes // self._embedded.nbytes
 
     @torch.no_grad()
@@ -235,11 +232,9 @@ class SharedRuns:
         """S states after one more layer."""
         n_states, trunk = len(states), self._model.model
         self.layers += n_states
-        h = states[0] if n_states == 1 else torch.cat(list(states))  # (S * R, T, D)
+        h = torch.cat(list(states))  # (S * R, T, D)
         if n_states not in self._inputs:
             mask = self._rows.attention_mask
             self._inputs[n_states] = trunk.layer_inputs(h, None if mask is None else mask.repeat(n_states, 1))
         h = run(trunk.layers, trunk.kinds, from_layers([layer]), h, self._inputs[n_states])
-        if n_states == 1:
-            return [h]
         return [part.clone() for part in h.chunk(n_states)]  # views would keep the whole batch in memory

@@ -34,10 +34,10 @@ class RouteSearchConfig(Frozen):
     """How routes are searched. Constants are those of the paper where it has them."""
 
     labeller: Literal["checker", "loss"] = "checker"
-    """What makes a route correct, see `mull.evaluation.search.routes.reward`."""
+    """What makes a route correct, see `mull.evaluation.search.routes.judged`."""
 
-    scope: Literal["think", "all"] | None = None
-    """Layers that may be skipped or repeated: those of the think block, or all. None: the think block if there is one."""
+    scope: Literal["think", "all"] = "think"
+    """Layers that may be skipped or repeated: those of the think block, or all. A model without one has all."""
 
     simulations: int = Field(default=50, ge=1)
     """Descents of the tree per question."""
@@ -69,11 +69,6 @@ def edits(route: Route, scope: Sequence[int]) -> list[Route]:
     """Allowed routes with another action at one layer of `scope`."""
     changed = ((*route[:layer], action, *route[layer + 1 :]) for layer in scope for action in (0, 1, 2))
     return [edited for edited in changed if edited != route and is_allowed(edited)]
-
-
-def n_edits(route: Route) -> int:
-    """Layers that do not run exactly once."""
-    return sum(action != 1 for action in route)
 
 
 def ucb(value: float, visits: int, parent_visits: int, length: int, n_layers: int, config: RouteSearchConfig) -> float:
@@ -119,10 +114,7 @@ class RouteTree:
     def descend(self) -> list[Node]:
         """Nodes from the root to a route that was not visited before, or to one that has no children. Each counts a visit."""
         walk = [self.root]
-        while walk[-1].visits:
-            child = self._child(walk[-1])
-            if child is None:
-                break
+        while walk[-1].visits and (child := self._child(walk[-1])) is not None:
             walk.append(child)
         for node in walk:
             node.visits += 1
@@ -154,6 +146,6 @@ class RouteTree:
 
     def _node(self, route: Route) -> Node:
         if route not in self._nodes:
-            children = [edit for edit in edits(route, self._scope) if n_edits(edit) > n_edits(route)]
+            children = [edit for edit in edits(route, self._scope) if edit.count(1) < route.count(1)]
             self._nodes[route] = Node(route, [children[place] for place in self._rng.permutation(len(children))])
         return self._nodes[route]

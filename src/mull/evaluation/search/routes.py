@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-from mull.data.route_labels import Actions, RouteLabel, read_labels
+from mull.data.route_labels import RouteLabel, read_labels
 from mull.evaluation.search.loop_probe import mean_and_error
 from mull.evaluation.search.route_scores import RouteTask, Score, SharedRuns
 from mull.evaluation.search.route_tree import Route, RouteSearchConfig, RouteTree, edits, is_allowed
@@ -31,36 +31,30 @@ PARENTS = 8
 """Routes that a generation of twice as many is bred from."""
 
 N_CONTROLS = 8
-ATTEMPTS = 1000
-"""Draws of a random route, before there are fewer controls."""
+"""Random routes of equal cost; fewer where a thousand draws do not find so many."""
 
 
-def routed_layers(model: MullForCausalLM, scope: Literal["think", "all"] | None) -> range:
-    """Layers that may be skipped or repeated.
-
-    Raises:
-        ValueError: the think block of a model without one.
-    """
+def routed_layers(model: MullForCausalLM, scope: Literal["think", "all"]) -> range:
+    """Layers that may be skipped or repeated; all of a model without a think block."""
     etd = model.etd_config
-    if etd is None and scope == "think":
-        raise ValueError("scope='think' needs a think block, and this model has none: choose 'all'.")
     return range(len(model.model.layers)) if etd is None or scope == "all" else etd.think_layers
 
 
-def is_right(config: RouteSearchConfig, score: Score, base: Score) -> bool:
-    """Whether a route is correct: as the checker says, or for the labeller ``loss``, if it costs no more than the plain route."""
-    return score.correct if config.labeller == "checker" else score.loss <= base.loss
+def judged(config: RouteSearchConfig, score: Score, base: Score) -> tuple[bool, float]:
+    """Whether a route is correct, and its reward from 0 to 1.
 
+    ``checker``: correct is `Score.correct`, and the reward 1 or 0. ``loss``: correct is a loss that is no higher than that of the
+    plain route; the reward is ``p / (p + p₀)``, where p and p₀ are the probabilities of the answer along the route and along the
+    plain one, as geometric means over its tokens. That is 1/2 for the plain route.
 
-def reward(config: RouteSearchConfig, score: Score, base: Score) -> float:
-    """Reward of a route, from 0 to 1.
-
-    ``checker``: 1 for a correct answer, else 0. ``loss``: ``p / (p + p₀)``, where p and p₀ are the probabilities of the answer
-    along the route and along the plain one, as geometric means over its tokens. That is 1/2 for the plain route.
+    Args:
+        config: Has the labeller.
+        score: Along the route.
+        base: Along the plain route.
     """
     if config.labeller == "checker":
-        return float(score.correct)
-    return float(np.exp(-np.logaddexp(0.0, score.loss - base.loss)))
+        return score.correct, float(score.correct)
+    return score.loss <= base.loss, float(np.exp(-np.logaddexp(0.0, score.loss - base.loss)))
 
 
 def label_questions(task: RouteTask, path: Path, config: RouteSearchConfig) -> list[RouteLabel]:
@@ -94,12 +88,10 @@ def _continued(path: Path, settings: dict[str, Any], task: RouteTask) -> list[Ro
         path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
     found, labels = read_labels(path)
     different = sorted(key for key in found | settings if found.get(key) != settings.get(key))
-    if [(label.prompt, label.answer) for label in labels] != [(q.prompt, q.answer) for q in task.questions][
-        : len(labels)
-    ]:
-        different.append("task")
-    if different:
-        names = ", ".join(different)
+    pairs = zip(labels, task.questions, strict=False)
+    others = any((label.prompt, label.answer) != (question.prompt, question.answer) for label, question in pairs)
+    if different or others:
+        names = ", ".join(different + ["task"] * others)
         raise ValueError(f"{path} was written with other settings ({names}): give them again, or another file.")
     if size:
         os.truncate(path, size)
@@ -109,19 +101,19 @@ def _continued(path: Path, settings: dict[str, Any], task: RouteTask) -> list[Ro
 def _label(task: RouteTask, index: int, runs: SharedRuns, scope: range, config: RouteSearchConfig) -> RouteLabel:
     """Search the tree of one question."""
     tree = RouteTree(len(task.model.model.layers), scope, config, np.random.default_rng((config.seed, index)))
-    plain, walks, done = tree.root.route, [[tree.root]], -1  # the plain route comes first, and is no simulation
+    plain, walks = tree.root.route, [[tree.root]]
     scores: dict[Route, Score] = {}
     while walks:
         new = list(dict.fromkeys(walk[-1].route for walk in walks if walk[-1].route not in scores))
         scores |= {route: score for route, [score] in zip(new, runs.scores(new), strict=True)}
         for walk in walks:
-            tree.credit(walk, reward(config, scores[walk[-1].route], scores[plain]))
-        done += len(walks)
-        walks = [tree.descend() for _ in range(min(config.batch_size, config.simulations - done))]
+            tree.credit(walk, judged(config, scores[walk[-1].route], scores[plain])[1])
+        left = config.simulations + 1 - tree.root.visits  # the plain route is no simulation
+        walks = [tree.descend() for _ in range(min(config.batch_size, left))]
     base, question = scores[plain], task.questions[index]
-    right = [route for route, score in scores.items() if is_right(config, score, base)]
+    right = [route for route, score in scores.items() if judged(config, score, base)[0]]
     best = min(right or [plain], key=lambda route: (sum(route), scores[route].loss))
-    results = {"correct": bool(right), "base_correct": is_right(config, base, base), "evaluated": len(scores)}
+    results = {"correct": bool(right), "base_correct": plain in right, "evaluated": len(scores)}
     losses = {"loss": scores[best].loss, "base_loss": base.loss, "simulations": config.simulations}
     cost = {"visits": sum(best), "layers": runs.layers, "layers_unshared": runs.layers_unshared}
     facts = {"index": index, "prompt": question.prompt, "answer": question.answer, "route": best}
@@ -131,7 +123,7 @@ def _label(task: RouteTask, index: int, runs: SharedRuns, scope: range, config: 
 class RouteCost(Frozen):
     """What one route for all questions costs, against the plain route."""
 
-    route: Actions
+    route: Route
     loss: float
     """Nats per token of the answers."""
 
@@ -145,7 +137,7 @@ class RouteCost(Frozen):
     """Share of questions with a right answer."""
 
 
-class CorpusRoute(Frozen):
+class BestRoute(Frozen):
     """One route for a data set. It was chosen on one half of the questions, and its cost is measured on the other half."""
 
     method: Method
@@ -197,16 +189,13 @@ class _Half:
     def cost(self, route: Route, plain: Route) -> RouteCost:
         """The route against the plain one."""
         pairs = [*zip(self.scores[route], self.scores[plain], strict=True)]
-        counts = torch.tensor([float(base.n_tokens) for _, base in pairs])
-        mean, error = mean_and_error(torch.tensor([score.loss - base.loss for score, base in pairs]) * counts, counts)
-        facts = {"route": route, "loss": self.loss(route) / float(counts.sum()), "change": float(mean)}
-        correct = sum(score.correct for score, _ in pairs) / len(pairs)
-        return RouteCost.model_validate(facts | {"standard_error": float(error), "correct": correct})
+        counts = torch.tensor([base.n_tokens for _, base in pairs], dtype=torch.float64)
+        mean, error = mean_and_error(counts * torch.tensor([score.loss - base.loss for score, base in pairs]), counts)
+        loss, correct = self.loss(route) / float(counts.sum()), sum(score.correct for score, _ in pairs) / len(pairs)
+        return RouteCost(route=route, loss=loss, change=float(mean), standard_error=float(error), correct=correct)
 
 
-def corpus_route(
-    task: RouteTask, method: Method, config: RouteSearchConfig, max_visits: int | None = None
-) -> CorpusRoute:
+def best_route(task: RouteTask, method: Method, config: RouteSearchConfig, max_visits: int | None = None) -> BestRoute:
     """Find one route for all questions: the one of least loss.
 
     ``greedy`` takes the best edit of one layer again and again: while the route is over the budget, the best that shortens it;
@@ -245,7 +234,7 @@ def corpus_route(
     costs = [report.cost(route, plain) for route in routes]
     counts = {"n_questions": len(order) // 2, "evaluated": len(search.scores), "layers": search.layers}
     facts = {"method": method, "plain": costs[0], "found": costs[1], "controls": costs[2:]}
-    return CorpusRoute.model_validate(facts | counts | {"layers_unshared": search.layers_unshared})
+    return BestRoute.model_validate(facts | counts | {"layers_unshared": search.layers_unshared})
 
 
 def _greedy(half: _Half, plain: Route, layers: range, most: int, _: Generator) -> Iterator[list[Route]]:
@@ -282,7 +271,7 @@ SEARCHES = {"greedy": _greedy, "evolution": _evolution}
 def _controls(found: Route, layers: range, rng: Generator) -> list[Route]:
     """Random routes with the skips and repeats of another one."""
     drawn: set[Route] = set()
-    for _ in range(ATTEMPTS):
+    for _ in range(1000):
         actions = rng.permutation([found[layer] for layer in layers]).tolist()
         route = (*found[: layers.start], *actions, *found[layers.stop :])
         if is_allowed(route) and route != found and len(drawn) < N_CONTROLS:

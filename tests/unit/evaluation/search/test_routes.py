@@ -19,7 +19,7 @@ from mull.data.tokenizer import TextEncoder
 from mull.evaluation.search import routes as routes_module
 from mull.evaluation.search.route_scores import Question, RouteTask, Score, SharedRuns, load_questions
 from mull.evaluation.search.route_tree import RouteSearchConfig, is_allowed
-from mull.evaluation.search.routes import corpus_route, label_questions, reward, routed_layers
+from mull.evaluation.search.routes import best_route, judged, label_questions, routed_layers
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.path import from_actions, from_layers
 from mull.retrofit.wrap import wrap_transformer_with_etd
@@ -134,11 +134,12 @@ def test_scores_are_log_likelihoods_of_options_one_by_one() -> None:
 def test_rewards_are_as_documented() -> None:
     checker, loss = RouteSearchConfig(), RouteSearchConfig(labeller="loss")
     base = Score(False, 1.5, 3)
-    assert [reward(checker, Score(right, 9.0, 3), base) for right in (True, False)] == [1.0, 0.0]
+    assert judged(checker, Score(True, 9.0, 3), base) == (True, 1.0)
+    assert judged(checker, Score(False, 0.1, 3), base) == (False, 0.0)
     p, p0 = 2.718281828459045**-0.7, 2.718281828459045**-1.5
-    assert reward(loss, Score(False, 0.7, 3), base) == pytest.approx(p / (p + p0))
-    assert reward(loss, base, base) == 0.5
-    assert reward(loss, Score(True, 1e6, 3), base) == 0.0
+    assert judged(loss, Score(False, 0.7, 3), base) == (True, pytest.approx(p / (p + p0)))
+    assert judged(loss, base, base) == (True, 0.5)
+    assert judged(loss, Score(True, 1e6, 3), base) == (False, 0.0)
 
 
 def test_no_route_is_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,8 +218,8 @@ def test_only_the_think_block_is_routed_where_there_is_one(tmp_path: Path) -> No
     for label in label_questions(task_of(model), tmp_path / "a.jsonl", RouteSearchConfig(labeller="loss")):
         assert set(label.route[:2] + label.route[6:]) == {1}
     assert routed_layers(model, "all") == range(8)
-    with pytest.raises(ValueError, match="needs a think block"):
-        routed_layers(wrapped(), "think")
+    assert routed_layers(model, "think") == range(2, 6)
+    assert routed_layers(wrapped(), "think") == range(8)
 
 
 THE_LAYER = 3
@@ -261,7 +262,7 @@ def test_the_layer_to_skip_or_repeat_is_found(action: int, seed: int, tmp_path: 
 @pytest.mark.parametrize("method", ["greedy", "evolution"])
 def test_the_route_of_a_data_set_has_that_layer(method: Any, action: int, seed: int) -> None:
     model, questions = with_a_layer_to_edit(action, seed)
-    found = corpus_route(
+    found = best_route(
         task_of(model, questions * 2), method, RouteSearchConfig(seed=seed, simulations=100), max_visits=9
     )
     assert found.found.route[THE_LAYER] == action
@@ -283,8 +284,8 @@ def test_the_route_of_a_data_set_has_that_layer(method: Any, action: int, seed: 
 def test_a_route_for_all_keeps_the_budget_and_the_half_that_is_reported_is_not_searched(method: Any) -> None:
     model, questions = wrapped(), [Question(f"{number}+1=", str(number + 1)) for number in range(9)]
     config = RouteSearchConfig(simulations=80, batch_size=3)
-    found = corpus_route(task_of(model, questions), method, config, max_visits=5)
-    assert found == corpus_route(task_of(model, questions), method, config, max_visits=5)
+    found = best_route(task_of(model, questions), method, config, max_visits=5)
+    assert found == best_route(task_of(model, questions), method, config, max_visits=5)
     assert sum(found.found.route) <= 5
     assert is_allowed(found.found.route)
     assert found.n_questions == 4
@@ -301,11 +302,11 @@ def test_a_route_for_all_keeps_the_budget_and_the_half_that_is_reported_is_not_s
 def test_a_budget_that_cannot_be_reached_is_refused() -> None:
     task = task_of(wrapped(), EXACT_QUESTIONS * 2)
     with pytest.raises(ValueError, match="and 4 visits, which single edits always reach"):
-        corpus_route(task, "greedy", RouteSearchConfig(), max_visits=3)
+        best_route(task, "greedy", RouteSearchConfig(), max_visits=3)
     with pytest.raises(ValueError, match="None of 3 routes has at most 4 visits"):
-        corpus_route(task, "greedy", RouteSearchConfig(simulations=3), max_visits=4)
+        best_route(task, "greedy", RouteSearchConfig(simulations=3), max_visits=4)
     with pytest.raises(ValueError, match="There are 3 questions"):
-        corpus_route(task_of(wrapped()), "greedy", RouteSearchConfig())
+        best_route(task_of(wrapped()), "greedy", RouteSearchConfig())
 
 
 def test_questions_are_read_and_mistakes_named(tmp_path: Path) -> None:
