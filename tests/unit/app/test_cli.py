@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -467,6 +468,10 @@ def test_routes_labels_questions_goes_on_where_it_stopped_and_finds_one_route_fo
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"mull routes: {labels} was written with other settings (seed): give them again, or another file."
     )
+    elsewhere = tmp_path / "copy"
+    shutil.copytree(checkpoint, elsewhere)
+    assert run(monkeypatch, "routes", elsewhere, *arguments[2:]) == 2
+    assert "other settings (model)" in capsys.readouterr().err
     for method in ("greedy", "evolution"):
         more = ["--corpus", method, "--max-visits", 5, "--simulations", 60]
         assert run(monkeypatch, "routes", checkpoint, "--task", task, "--out", route, *more) == 0

@@ -60,14 +60,16 @@ def judged(config: RouteSearchConfig, score: Score, base: Score) -> tuple[bool, 
 def label_questions(task: RouteTask, path: Path, config: RouteSearchConfig) -> list[RouteLabel]:
     """Find a route for each question, and write it to a file of `mull.data.route_labels` as soon as it is found.
 
-    A file that has some of the labels is continued. What a question gets depends on its number and the seed, not on that.
+    A file that has some of the labels is continued. What a question gets depends on its number and the seed, not on that. Models
+    are told apart by their names: give a model that was trained further another file.
 
     Raises:
         ValueError: the file has other settings or other questions, or a question does not fit the model.
         RuntimeError: another process writes the file.
     """
-    scope, model = routed_layers(task.model, config.scope), task.model.config.name_or_path
-    settings = {"model": model, "layers": [*scope], "end": task.end} | config.model_dump(mode="json")
+    scope, base = routed_layers(task.model, config.scope), task.model.config.get_text_config()
+    name = task.model.config.name_or_path or base.name_or_path  # a base checkpoint has only the latter
+    settings = {"model": name, "layers": [*scope], "end": task.end} | config.model_dump(mode="json")
     rows = [task.rows([number], config.labeller == "checker") for number in range(len(task.questions))]
     with exclusive(path), Progress(len(rows), "question", label="routes") as progress:
         labels = _continued(path, settings, task)
@@ -108,8 +110,8 @@ def _label(task: RouteTask, index: int, runs: SharedRuns, scope: range, config: 
         scores |= {route: score for route, [score] in zip(new, runs.scores(new), strict=True)}
         for walk in walks:
             tree.credit(walk, judged(config, scores[walk[-1].route], scores[plain])[1])
-        left = config.simulations + 1 - tree.root.visits  # the plain route is no simulation
-        walks = [tree.descend() for _ in range(min(config.batch_size, left))]
+        # The plain route is a visit, and no simulation.
+        walks = [tree.descend() for _ in range(min(config.batch_size, config.simulations + 1 - tree.root.visits))]
     base, question = scores[plain], task.questions[index]
     right = [route for route, score in scores.items() if judged(config, score, base)[0]]
     best = min(right or [plain], key=lambda route: (sum(route), scores[route].loss))
