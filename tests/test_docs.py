@@ -113,6 +113,13 @@ def looped(_: pytest.MonkeyPatch) -> Names:
     return {"model": model, "tokenizer": tokenizer(), "texts": TEXTS * 40}
 
 
+def routes(_: pytest.MonkeyPatch) -> Names:
+    save_checkpoint("Qwen/Qwen3-0.6B")
+    questions = [f'{{"prompt": "def f{number}(x):", "answer": " return {number}"}}' for number in range(6)]
+    Path("questions.jsonl").write_text("\n".join(questions), encoding="utf-8")
+    return {}
+
+
 def nothing(_: pytest.MonkeyPatch) -> Names:
     return {}
 
@@ -125,6 +132,7 @@ PAGES: dict[str, Callable[[pytest.MonkeyPatch], Names]] = {
     "docs/how-to/depth.md": looped,
     "docs/concepts/paths-and-slots.md": nothing,
     "docs/how-to/split.md": split,
+    "docs/how-to/routes.md": routes,
     "docs/how-to/train.md": train,
     "docs/how-to/weights.md": weights,
     "docs/how-to/native-heads.md": native_heads,

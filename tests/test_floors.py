@@ -23,12 +23,12 @@ ROOT = Path(__file__).parents[1]
 LAYOUT: dict[str, tuple[int, str]] = {
     "runtime": (1, "arguments storage distributed progress timing shards checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
-    "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise"),
+    "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise route_labels"),
     "layers": (3, "heads recursive_heads value_head routers"),
     "model": (
         4,
-        "path configs configuration memory growing_cache fixed_cache families inputs policy halting routing executor base_model "
-        "causal_lm",
+        "path configs configuration memory growing_cache fixed_cache families inputs policy halting routing executor "
+        "pretrained base_model causal_lm",
     ),
     "retrofit": (5, "reading source native_heads wrap presets"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
@@ -40,7 +40,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     ),
     "evaluation": (7, "held_out lossless acceptance rewards depth_trace cost search"),
     "evaluation.cost": (7, "count disk training decoding"),
-    "evaluation.search": (7, "loop_probe split calibration"),
+    "evaluation.search": (7, "loop_probe split calibration route_tree route_scores routes"),
     "app": (8, "yaml_text architecture recipe prepare build run report demo cli"),
     "app.report": (8, "figures page inspect_page"),
     "app.demo": (8, "chapter loops weights speculation chain depth demo"),
@@ -54,17 +54,17 @@ BUDGETS = {
     "runtime": 1050,
     "ops": 700,
     "layers": 1000,
-    "data": 1070,
-    "model": 2700,
+    "data": 1100,
+    "model": 2760,
     "decoding": 1160,
     "retrofit": 1200,
     "training": 2720,
     "evaluation": 2200,
-    "app": 2520,
+    "app": 2560,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 13000
+MAX_CODE_LINES = 13900
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

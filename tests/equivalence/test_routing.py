@@ -1,6 +1,7 @@
 """Claim: layer routers take the same decisions, and the model computes the same, however the tokens are divided into calls.
 
-`test_active_tokens` has that for tokens that do not run a visit. Here routers with random weights decide which those are, in fp64.
+`test_active_tokens` has that for tokens that do not run a visit. Here routers with random weights decide which those are. All in
+fp64.
 """
 
 from collections.abc import Callable
@@ -157,7 +158,7 @@ def test_padding_and_other_rows_decide_nothing(
 def test_packed_documents_are_routed_as_if_alone(family_name: str, granularity: Any, exact: Exact, ids: Ids) -> None:
     model, tokens = routed(exact(family_name), granularity=granularity), ids(ROWS, TOKENS)
     positions = torch.cat([torch.arange(5), torch.arange(TOKENS - 5)]).expand(ROWS, -1)
-    prompt = ((positions < 3)).expand(ROWS, -1)
+    prompt = (positions < 3).expand(ROWS, -1)
     whole = model(tokens, position_ids=positions, prompt_mask=prompt, use_cache=False)
     for part in (slice(0, 5), slice(5, None)):
         alone = model(tokens[:, part], prompt_mask=prompt[:, part], use_cache=False)
@@ -203,9 +204,7 @@ def test_a_route_equals_its_path(family: str, granularity: Any, exact: Exact, id
 @torch.no_grad()
 def test_a_new_router_executes(family: str, granularity: Any, exact: Exact, ids: Ids) -> None:
     base, tokens = exact(family), ids(ROWS, TOKENS)
-    config = ETDConfig(
-        **SPLIT.model_dump() | {"layer_router": LayerRouterConfig(granularity=granularity, scope="all")}
-    )
+    config = ETDConfig(**SPLIT.model_dump() | {"layer_router": LayerRouterConfig(granularity=granularity, scope="all")})
     model = wrap_transformer_with_etd(base, config).eval()  # certifies identity
     for warmup in (1000, 0):
         assert model.etd is not None

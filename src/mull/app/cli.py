@@ -29,6 +29,9 @@ from mull.decoding.generate import GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position, describe_call
 from mull.evaluation.depth_trace import trace_depth
 from mull.evaluation.search.calibration import calibrate
+from mull.evaluation.search.route_scores import RouteTask, load_questions
+from mull.evaluation.search.route_tree import RouteSearchConfig
+from mull.evaluation.search.routes import best_route, label_questions
 from mull.evaluation.search.split import SplitReport, find_split
 from mull.model.configs import ETDConfig, HaltingConfig, MTPConfig
 from mull.retrofit.source import load_tokenizer
@@ -262,6 +265,51 @@ def _describe(report: SplitReport) -> str:
         f"{report.n_tokens} tokens in {report.n_batches} batches: {report.n_passes:.0f} passes in {report.precision}, "
         f"{report.seconds:.0f} s. {' '.join(report.notes)}"
     )
+
+
+@app.command()
+def routes(
+    model: ModelArgument,
+    task: Annotated[str, Option(help="arithmetic, or .jsonl: prompt and answer, or prompt, choices and label.")],
+    out: Annotated[str | None, Option(help="File of labels, or of the one route.", show_default="out/routes/…")] = None,
+    scope: Annotated[Literal["think", "all"], Option(help="Layers to route; without a think block, all.")] = "think",
+    labeller: Annotated[Literal["checker", "loss"], Option(help="What makes a route correct.")] = "checker",
+    simulations: Annotated[int | None, Option(help="Per question (50); routes to run (300).", min=1)] = None,
+    max_examples: Annotated[int | None, Option(help="Only the first so many questions.", min=1)] = None,
+    batch_size: Annotated[int, Option(help="Routes in flight; of --corpus: questions per batch.", min=1)] = 8,
+    end: Annotated[bool, Option("--end", help="The end of the text belongs to an answer.")] = False,
+    corpus: Annotated[Literal["greedy", "evolution"] | None, Option(help="One route for all questions.")] = None,
+    max_visits: Annotated[int | None, Option(help="Most layers that this runs; default: the model's.", min=1)] = None,
+    seed: Annotated[int, Option(help="Seed of the search and of generated questions.", min=0, max=MAX_SEED)] = 0,
+) -> None:
+    """Search layers of MODEL to skip or repeat, for each question of a task, or once for all of them."""
+    place = local_path(out or f"out/routes/{'route.json' if corpus else 'labels.jsonl'}")
+    questions = load_questions(task, max_examples, seed)
+    loaded: Any = from_pretrained(model, allow_missing=False)
+    asked = RouteTask(loaded.to(device()), TextEncoder(load_tokenizer(model)), questions, end)
+    settings = {"labeller": labeller, "scope": scope, "batch_size": batch_size, "seed": seed}
+    config = RouteSearchConfig.model_validate(settings | {"simulations": simulations or (300 if corpus else 50)})
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if corpus is None:
+        labels = label_questions(asked, place, config)
+        right = [label for label in labels if label.correct]
+        rows: Any = [("questions", "right", "of these plain right", "mean visits")]
+        visits = sum(label.visits for label in right) / max(len(right), 1)
+        rows.append((len(labels), len(right), sum(label.base_correct for label in right), visits))
+        ran, alone = sum(label.layers for label in labels), sum(label.layers_unshared for label in labels)
+        following = "train a router on the lines with correct: true"
+    else:
+        found = best_route(asked, corpus, config, max_visits)
+        place.write_text(found.model_dump_json(indent=1))
+        named = [("plain", found.plain), (corpus, found.found), *(("random", cost) for cost in found.controls)]
+        rows = [("route", "visits", "loss", "change", "standard error", "right")]
+        rows += [(name, sum(c.route), c.loss, c.change, c.standard_error, c.correct) for name, c in named]
+        ran, alone = found.layers, found.layers_unshared
+        following = f"model(..., path=mull.from_actions({list(found.found.route)}))"
+    for row in rows:
+        print(*(f"{cell:.4f}".rjust(21) if isinstance(cell, float) else f"{cell:>21}" for cell in row), sep="")
+    print(f"The search ran {ran:,} layers instead of {alone:,}, as routes share their beginnings. Written to {place}.")
+    print(f"Next: {following}.")
 
 
 @app.command("generate")

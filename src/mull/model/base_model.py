@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from mull.layers.routers import LayerRouter, Prompts, prompt_tokens, sequence_numbers
-from mull.model.configs import HaltingConfig, LayerRouterConfig, etd_from_dict, layer_kinds, mtp_from_dict
+from mull.model.configs import HaltingConfig, LayerRouterConfig
 from mull.model.configuration import MullConfig
 from mull.model.executor import OnVisit, run, run_layer
 from mull.model.families import install_recurrent_hooks, require_supported
@@ -39,115 +39,11 @@ from mull.model.inputs import (
     use_of_cache,
 )
 from mull.model.memory import CallMemory, Memory
-from mull.model.path import MAX_ITERATIONS, Path, check_path, from_layers
+from mull.model.path import Path
 from mull.model.policy import Policy, Together
+from mull.model.pretrained import MullPreTrainedModel
 from mull.model.routing import LayerRouting, RoutedParts
-from mull.runtime.arguments import require, require_callable, require_count, require_ids, require_tensors
-
-
-class MullPreTrainedModel(PreTrainedModel):
-    """What `MullModel` and `MullForCausalLM` share: the configuration, and the paths that it allows."""
-
-    config: MullConfig
-    config_class = MullConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    # Recurrent states can be rolled back exactly (mull.model.growing_cache), so assisted generation is allowed on hybrids too.
-    _is_stateful = False
-
-    def __init__(self, config: MullConfig) -> None:
-        super().__init__(config)
-        assert isinstance(config.text_config, PreTrainedConfig), "transformers turns a dictionary into a configuration"
-        self.text_config = config.text_config
-        self.kinds = layer_kinds(self.text_config)
-        self.etd_config = etd_from_dict(config.etd)
-        self.mtp_config = mtp_from_dict(config.mtp)
-        if self.etd_config is not None:
-            self.etd_config.check_depth(self.text_config.num_hidden_layers, self.kinds)
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        # transformers looks for its own decorators in this module's source; the backbone decides for itself.
-        return True
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True
-
-    @classmethod
-    def prepare_distribute_model(cls, distributed_config: Any, device_map: Any = None) -> Any:
-        """Refuse pipeline parallelism before any weight is loaded: every stage would loop over layers of its own.
-
-        Raises:
-            ValueError: ``pp_size`` above 1.
-        """
-        asked = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config or cls)
-        if (asked.get("pp_size") or 1) > 1:
-            raise ValueError(
-                "pp_size is not supported: the layers of a loop are on one device. Use tp_size or fsdp_size."
-            )
-        return super().prepare_distribute_model(distributed_config, device_map)
-
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # In custom code transformers passes over modules without parameters of their own: the heads, and the experts' routers.
-        super()._initialize_weights(module, is_custom_code=False)
-
-    def new_cache(self, offloading: bool = False) -> SlotCache:
-        """An empty cache for calls of this model that share a past."""
-        return SlotCache(self.text_config, offloading)
-
-    def path(self, think_iterations: int | None = None, path: Sequence[Sequence[int]] | None = None) -> Path:
-        """The path that a call with these arguments takes.
-
-        Args:
-            think_iterations: Passes through the think block; None is the configuration's number.
-            path: Explicit visits ``(layer, occurrence)`` instead.
-
-        Raises:
-            TypeError: iterations that are no whole number, or a path that is no list of pairs.
-            ValueError: both are given, iterations outside 1 to 1000 or without a think block, or a path that does not fit.
-        """
-        n_layers = self.text_config.num_hidden_layers
-        if n_layers != len(self.kinds):
-            raise ValueError(
-                f"The model was built with {len(self.kinds)} layers and has {n_layers} now, as after layer_replication of PEFT. "
-                "Leave that out: mull repeats layers by think_iterations or path."
-            )
-        if path is not None:
-            if think_iterations is not None:
-                raise ValueError(
-                    "Give think_iterations or path, not both: a path already says how often each layer runs."
-                )
-            return check_path(path, n_layers)
-        if self.etd_config is None:
-            if think_iterations is not None:
-                require_count("think_iterations", think_iterations, 1, MAX_ITERATIONS)
-            if think_iterations not in (None, 1):
-                raise ValueError(
-                    f"think_iterations={think_iterations} needs a think block, and this model has none: load it with "
-                    "etd=ETDConfig(...) (--etd 7,4,5 on the command line), or wrap it with wrap_transformer_with_etd."
-                )
-            return from_layers(range(n_layers))
-        return self.etd_config.path(self.iterations(think_iterations))
-
-    def iterations(self, think_iterations: int | None) -> int:
-        """Passes through the think block of a call with this argument; 1 for a model without one.
-
-        Raises:
-            TypeError: no whole number.
-            ValueError: iterations outside 1 to 1000.
-        """
-        if self.etd_config is None:
-            return 1
-        if think_iterations is None:
-            return self.etd_config.max_think_iterations
-        require_count("think_iterations", think_iterations, 1, MAX_ITERATIONS)
-        return think_iterations
+from mull.runtime.arguments import require, require_ids, require_tensors
 
 
 @dataclass
@@ -283,9 +179,7 @@ class MullModel(MullPreTrainedModel):
             path: Explicit visits ``(layer, occurrence)`` instead; see `mull.model.path`.
             adaptive: Whether tokens may stop earlier, or by which rule (`mull.model.halting`); default as in `ETDConfig`.
             policy: Which tokens run a visit, instead; see `mull.model.policy`. Layer routers decide, too.
-            prompt_mask: ``[B, T]``, True for the tokens that layer routers of sequences may look at. If not given, they look at
-                all tokens of a call that fills a cache, and otherwise at the first token of each sequence: what follows may be
-                what a caller wants to know the probability of.
+            prompt_mask: ``[B, T]``, True for tokens that routers of sequences look at; see `with_routing`.
             on_visit: See `mull.model.executor.run`.
             output_router_logits: Return what the routers of experts gave, ``[B * T, E]`` for each visit of a layer that has one.
             heads_follow: The caller runs the extra heads. Otherwise training would leave them as they are without a word.
@@ -313,21 +207,17 @@ class MullModel(MullPreTrainedModel):
         check_keywords(keywords)
         if position_ids is not None and attention_mask is None:
             use_cache = use_of_cache(position_ids, past_key_values is not None, use_cache)
-        prefills = past_key_values is not None or use_cache is True
-        cache = self._bound_cache(past_key_values, use_cache, visits)
-        if cache is not None and isinstance(attention_mask, Tensor):
-            check_padding_side(attention_mask, h.shape[1], self.text_config)
-        if policy is None and path is None:
+        if prompt_mask is None and (past_key_values is not None or use_cache is True):
+            prompt_mask = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+        cache = self._bound_cache(past_key_values, use_cache, visits, attention_mask, h.shape[1])
+        if path is None and policy is None:
             policy = self.halting(adaptive, think_iterations, new_tokens(attention_mask, h), unembed)
         elif adaptive:
             raise ValueError("adaptive decides which tokens run, and so does a path or a policy: give one of them.")
         stream = None if kept is None else [h if 0 in kept else None]
         inputs = self.layer_inputs(h, attention_mask, position_ids, cache)
         if path is None:
-            tokens = new_tokens(attention_mask, h)
-            if prompt_mask is None and prefills:
-                prompt_mask = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-            policy = self.with_routing(policy, h, inputs, tokens, prompt_mask, None if cache is None else cache)
+            policy = self.with_routing(policy, h, inputs, new_tokens(attention_mask, h), prompt_mask, cache)
 
         def after(visit: Any, before: Tensor, state: Tensor) -> None:
             if stream is not None and kept is not None:
@@ -344,8 +234,7 @@ class MullModel(MullPreTrainedModel):
         h = self.norm(h)
         if stream is not None and stream[-1] is not None:
             stream[-1] = h
-        metrics = None if policy is None else policy.metrics() or None
-        self._keep_metrics(metrics, think_iterations)
+        metrics = self._keep_metrics(policy, think_iterations)
         return MullModelOutput(
             last_hidden_state=h,
             past_key_values=cache,
@@ -354,10 +243,12 @@ class MullModel(MullPreTrainedModel):
             metrics=metrics,
         )
 
-    def _keep_metrics(self, metrics: dict[str, Any] | None, think_iterations: int | None) -> None:
+    def _keep_metrics(self, policy: Policy | None, think_iterations: int | None) -> dict[str, Any] | None:
+        metrics = None if policy is None else policy.metrics() or None
         if not torch.compiler.is_compiling():
             fixed = {"think_iterations": self.iterations(think_iterations), "early_exit": False}
-            self._etd_metrics = fixed | (metrics or {})
+            self._etd_metrics = metrics if metrics and fixed.keys() <= metrics.keys() else fixed | (metrics or {})
+        return metrics
 
     def given_depths(self, depths: Tensor) -> GivenDepths:
         """The policy of a call whose tokens run these iterations ``[B, T]``.
@@ -387,7 +278,9 @@ class MullModel(MullPreTrainedModel):
             h: States ``[B, T, D]`` that enter the first layer.
             inputs: What the layers of the call share.
             tokens: ``[B, T]``, False for padding; None without.
-            prompt_mask: As in `forward`.
+            prompt_mask: ``[B, T]``, True for the tokens that routers of sequences may look at: in a call that fills a cache, all
+                of them. If not given, they look at the first token of each sequence, since a caller may want to know how probable
+                the others are.
             cache: Keeps the decisions about rows.
             given: ``[B, L]`` actions by layer that are taken instead.
         """
@@ -674,7 +567,14 @@ class MullModel(MullPreTrainedModel):
         if not embeddings.is_floating_point():
             raise ValueError(f"inputs_embeds has the type {embeddings.dtype}: give token numbers as input_ids.")
 
-    def _bound_cache(self, cache: SlotCache | None, use_cache: bool | None, visits: Path) -> SlotCache | None:
+    def _bound_cache(
+        self,
+        cache: SlotCache | None,
+        use_cache: bool | None,
+        visits: Path,
+        attention_mask: Tensor | dict[str, Any] | None,
+        n_new: int,
+    ) -> SlotCache | None:
         if use_cache is None:
             use_cache = cache is not None or bool(self.text_config.use_cache)
         if not use_cache or (self.training and self.gradient_checkpointing):
@@ -687,6 +587,8 @@ class MullModel(MullPreTrainedModel):
                 "Use model.new_cache(). Prefix tuning makes caches of this kind: use LoRA or prompt tuning instead."
             )
         cache.bind(visits)
+        if isinstance(attention_mask, Tensor):
+            check_padding_side(attention_mask, n_new, self.text_config)
         return cache
 
 

@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 
 from mull.layers.heads import HeadTask, MTPHeads, NativeHeads, RunBlock, before_norm, head_losses
 from mull.layers.recursive_heads import ChainedSteps
-from mull.model.base_model import MullModel, MullPreTrainedModel
+from mull.model.base_model import MullModel
 from mull.model.configs import HaltingConfig, MTPConfig
 from mull.model.configuration import MullConfig
 from mull.model.executor import run_layer
@@ -29,6 +29,7 @@ from mull.model.families import new_block, new_norm
 from mull.model.fixed_cache import StaticCall, StaticSlotCache
 from mull.model.growing_cache import SlotCache
 from mull.model.inputs import LayerInputs, packed_positions
+from mull.model.pretrained import MullPreTrainedModel
 from mull.model.routing import RoutedParts
 from mull.ops.cross_entropy import accurate
 from mull.ops.targets import IGNORED, label_positions, require_targets, targets_of

@@ -151,8 +151,8 @@ class LayerRouting(Policy):
         return self._running(self._chosen[0] != SKIP)
 
     def _router(self, visit: Visit) -> LayerRouter | None:
-        name = str(visit.layer)
-        return self._parts.layer_routers[name] if name in self._parts.layer_routers else None  # type: ignore[return-value]
+        routers = dict(self._parts.layer_routers.items())
+        return routers.get(str(visit.layer))  # type: ignore[return-value]
 
     def _repeats(self, visit: Visit) -> bool:
         return self._config.num_actions > REPEAT and visit.occurrence % 2 == 1
@@ -211,10 +211,10 @@ class LayerRouting(Policy):
                 change = torch.where(runs, change, self._attempt(visit.layer, before) - before)
             if repeats:
                 change = change * (actions != SKIP)[..., None]
+        assert probabilities is not None, "checked above"
         weight = probabilities[..., REPEAT] if repeats else 1 - probabilities[..., SKIP]
         return after + (weight - weight.detach()).to(after.dtype)[..., None] * change
 
     def metrics(self) -> dict[str, Any]:
         """``router_actions``: ``[B, T]`` for each decision in the order of the path, as in `mull.layers.routers`."""
         return {"router_actions": list(self.actions.values())}
-

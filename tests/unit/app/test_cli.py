@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from mull import ETDConfig, MTPConfig, wrap_transformer_with_etd
 from mull.app import cli
+from mull.data.route_labels import read_labels
 from mull.data.tokenizer import train_tokenizer
 from mull.decoding.generate import generate
+from mull.evaluation.search.routes import BestRoute
 from mull.retrofit.native_heads import export_native_heads
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(200))
@@ -437,3 +440,45 @@ def test_the_installed_command_refuses_without_a_traceback(tmp_path: Path) -> No
     done = subprocess.run([command, "train", tmp_path / "none.yaml"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == f"mull train: There is no recipe at {tmp_path}/none.yaml.\n"
+
+
+def test_routes_labels_questions_goes_on_where_it_stopped_and_finds_one_route_for_all(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, labels, route = tmp_path / "task.jsonl", tmp_path / "new" / "labels.jsonl", tmp_path / "route.json"
+    records = [
+        {"prompt": f"def f{i}(x):\n    return x +", "choices": [" 1", " 2", " x"], "label": i % 3} for i in range(6)
+    ]
+    task.write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = ["routes", checkpoint, "--task", task, "--simulations", 8, "--out", labels]
+    assert run(monkeypatch, *arguments, "--max-examples", 4) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^ +questions +right +of these plain right +mean visits$", printed, re.MULTILINE)
+    assert f"Written to {labels}." in printed
+    first = labels.read_text()
+    assert run(monkeypatch, *arguments) == 0
+    assert labels.read_text().startswith(first), "finished questions stay as they are"
+    capsys.readouterr()
+    settings, found = read_labels(labels)
+    assert settings["simulations"] == 8
+    assert [label.index for label in found] == [*range(6)]
+    assert all(len(label.route) == 6 and label.visits == sum(label.route) for label in found)
+    assert [label.answer for label in found[:3]] == [" 1", " 2", " x"]
+    assert run(monkeypatch, *arguments, "--seed", 1) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"mull routes: {labels} was written with other settings (seed): give them again, or another file."
+    )
+    elsewhere = tmp_path / "copy"
+    shutil.copytree(checkpoint, elsewhere)
+    assert run(monkeypatch, "routes", elsewhere, *arguments[2:]) == 2
+    assert "other settings (model)" in capsys.readouterr().err
+    for method in ("greedy", "evolution"):
+        more = ["--corpus", method, "--max-visits", 5, "--simulations", 60]
+        assert run(monkeypatch, "routes", checkpoint, "--task", task, "--out", route, *more) == 0
+        printed = capsys.readouterr().out
+        best = BestRoute.model_validate_json(route.read_text())
+        assert sum(best.found.route) <= 5
+        assert re.search(rf"^ +{method} +{sum(best.found.route)} +{best.found.loss:.4f} ", printed, re.MULTILINE)
+        assert str(list(best.found.route)) in printed.splitlines()[-1]
+    assert run(monkeypatch, "routes", checkpoint, "--task", tmp_path / "none.jsonl") == 2
+    assert "does not exist" in capsys.readouterr().err
