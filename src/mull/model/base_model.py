@@ -175,7 +175,7 @@ class MullModel(MullPreTrainedModel):
             output_hidden_states: Return the residual stream after every visit, or these entries only, as in transformers; default
                 as in the configuration.
             output_attentions: Refused: attention weights are not collected.
-            think_iterations: Passes through the think block, exactly this many; default as in `ETDConfig`.
+            think_iterations: Passes through the think block; default as in `ETDConfig`.
             path: Explicit visits ``(layer, occurrence)`` instead; see `mull.model.path`.
             adaptive: Whether tokens may stop earlier, or by which rule (`mull.model.halting`); default as in `ETDConfig`.
             policy: Which tokens run a visit, instead; see `mull.model.policy`. Layer routers decide, too.
@@ -197,8 +197,6 @@ class MullModel(MullPreTrainedModel):
                 mode, with extra heads that could be trained and do not follow.
         """
         self._check_options(output_attentions, policy, heads_follow)
-        if output_router_logits is None:
-            output_router_logits = getattr(self.text_config, "output_router_logits", False)
         visits = self.path(think_iterations, path)
         kept = self._kept_states(output_hidden_states, 1 + len(visits))
         h = self._embed(input_ids, inputs_embeds)
@@ -227,7 +225,7 @@ class MullModel(MullPreTrainedModel):
 
         watched = after if stream is not None or on_visit is not None else None
         memory = None if cache is None else GrowingMemory(cache, None if policy is None else policy.stop)
-        with self.router_logits() if output_router_logits else nullcontext() as routed:
+        with self.router_logits() if self._wants_router_logits(output_router_logits) else nullcontext() as routed:
             h = self._run(visits, h, inputs, memory, policy, watched)
         if cache is not None:
             cache.advance(h.shape[1])
@@ -242,6 +240,9 @@ class MullModel(MullPreTrainedModel):
             router_logits=None if routed is None else tuple(routed),  # type: ignore[arg-type]
             metrics=metrics,
         )
+
+    def _wants_router_logits(self, asked: bool | None) -> bool:
+        return getattr(self.text_config, "output_router_logits", False) if asked is None else asked
 
     def _keep_metrics(self, policy: Policy | None, think_iterations: int | None) -> dict[str, Any] | None:
         metrics = None if policy is None else policy.metrics() or None
