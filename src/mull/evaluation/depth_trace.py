@@ -87,13 +87,13 @@ def trace_depth(
     policy = model.model.halting(True if halting is None else halting, iterations, unembed=model.lm_head)
     assert policy is not None, "a rule makes the call adaptive"
     assert model.etd_config is not None, "checked by `halting`"
-    think = model.etd_config.think_layers
+    think, per_iteration = model.etd_config.think_layers, model.etd_config.visits_per_iteration
     states: list[Tensor] = []
 
     def keep(visit: Visit, before: Tensor, after: Tensor) -> None:
         if visit == (think.start, 0):
             states.append(before[0])
-        if visit.layer == think[-1]:
+        if visit.layer == think[-1] and (visit.occurrence + 1) % per_iteration == 0:
             states.append(after[0])
 
     n_iterations = model.iterations(iterations)
