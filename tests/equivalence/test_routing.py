@@ -69,7 +69,7 @@ def every_action(actions: Tensor) -> bool:
 @pytest.mark.parametrize("scope", ["think", "all"])
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-@pytest.mark.latin(16, "family", "scope", "stop", "scale")
+@pytest.mark.latin(24, "family", "scope", "stop", "scale")
 @torch.no_grad()
 def test_routers_of_tokens_decide_the_same_in_one_call_and_in_many(
     family: str, scope: Any, stop: Any, scale: float, exact: Exact, ids: Ids
@@ -166,7 +166,7 @@ def test_packed_documents_are_routed_as_if_alone(family_name: str, granularity: 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("draft_length", [None, 0, 2])
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.latin(16, "family", "granularity", "draft_length", "adaptive")
+@pytest.mark.latin(24, "family", "granularity", "draft_length", "adaptive")
 @torch.no_grad()
 def test_both_generators_write_the_same_text_with_and_without_drafts(
     family: str, granularity: Any, draft_length: int | None, adaptive: bool, exact: Exact, ids: Ids

@@ -136,7 +136,7 @@ def batch_states(
     return model.hidden_states(
         batch["input_ids"],
         **layout(batch),
-        prompt_mask=batch["labels"] == IGNORED,
+        prompt_mask=_prompt(batch),
         think_iterations=iterations,
         backprop_iterations=backprop_iterations,
         policy=_given(model, depths),
@@ -150,10 +150,15 @@ def batch_states_by_iteration(
     return model.hidden_states_by_iteration(
         batch["input_ids"],
         **layout(batch),
-        prompt_mask=batch["labels"] == IGNORED,
+        prompt_mask=_prompt(batch),
         think_iterations=iterations,
         policy=_given(model, depths),
     )
+
+
+def _prompt(batch: Batch) -> Tensor | None:
+    """What routers of sequences may look at, see `MullModel.with_routing`."""
+    return batch["labels"] == IGNORED if "labels" in batch else None
 
 
 def _given(model: MullForCausalLM, depths: Tensor | None) -> Policy | None:
