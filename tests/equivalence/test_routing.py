@@ -305,6 +305,7 @@ def test_routing_policies_are_those_of_the_model(exact: Exact, ids: Ids) -> None
         mull.generate(model, ids(1, 4), max_new_tokens=2, compile=True)
 
 
+@pytest.mark.latin(3)
 @pytest.mark.parametrize("use_gumbel", [False, True])
 @pytest.mark.parametrize("right", [SKIP, REPEAT])
 @pytest.mark.parametrize("seed", range(3))

@@ -257,6 +257,7 @@ def test_the_layer_to_skip_or_repeat_is_found(action: int, seed: int, tmp_path: 
         assert label.visits == sum(label.route)
 
 
+@pytest.mark.latin(3)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("action", [0, 2], ids=["skip", "repeat"])
 @pytest.mark.parametrize("method", ["greedy", "evolution"])
