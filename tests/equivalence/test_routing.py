@@ -247,6 +247,43 @@ def test_every_router_parameter_learns_and_training_is_hard(
         torch.testing.assert_close(gradients[1][name], gradient, msg=name, atol=EXACT, rtol=1e-6)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_plain_call_with_labels_trains_the_routers(granularity: Any, exact: Exact, ids: Ids) -> None:
+    """The backbone's configuration has it fill a cache, which says nothing about whether it trains."""
+    model, tokens = routed(exact("qwen3_5"), granularity=granularity).train(), ids(ROWS, TOKENS)
+    gradients = []
+    for options in ({}, {"use_cache": False}):
+        model.zero_grad()
+        model(tokens, labels=torch.where(torch.arange(TOKENS) < 4, -100, tokens), **options).loss.backward()
+        assert model.etd is not None
+        gradients.append([parameter.grad for parameter in model.etd.parameters()])
+    for ours, expected in zip(*gradients, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(ours, expected, atol=EXACT, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_the_prompt_is_marked_as_attention_masks_are(exact: Exact, ids: Ids) -> None:
+    model, tokens = routed(exact("qwen3")), ids(ROWS, TOKENS)
+    prompt = (torch.arange(TOKENS) < 7).expand(ROWS, -1)
+    expected = model(tokens, prompt_mask=prompt, use_cache=False).logits
+    assert torch.equal(model(tokens, prompt_mask=prompt.long(), use_cache=False).logits, expected)
+    with pytest.raises(ValueError, match="prompt_mask"):
+        model(tokens, prompt_mask=prompt[:, :5])
+
+
+def test_optimizers_that_share_the_routers_count_a_step_once(exact: Exact, ids: Ids) -> None:
+    model, tokens = routed(exact("qwen3"), granularity="token").train(), ids(ROWS, TOKENS)
+    assert model.etd is not None
+    groups = [[p for p in model.etd.parameters() if (p.ndim == 2) is matrix] for matrix in (True, False)]
+    optimizers = [torch.optim.SGD(group, lr=0.0) for group in groups]
+    others = torch.optim.SGD(model.lm_head.parameters(), lr=0.0)
+    loss_of(model, tokens).backward()  # type: ignore[no-untyped-call]
+    for optimizer in (*optimizers, others):
+        optimizer.step()
+    assert int(model.etd.n_steps) == 1
+
+
 def test_the_warm_up_counts_optimizer_steps(exact: Exact, ids: Ids, tmp_path: Any) -> None:
     model, tokens = routed(exact("qwen3"), granularity="token"), ids(ROWS, TOKENS)
     assert model.etd is not None

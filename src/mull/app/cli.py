@@ -297,7 +297,7 @@ def routes(
         visits = sum(label.visits for label in right) / max(len(right), 1)
         rows.append((len(labels), len(right), sum(label.base_correct for label in right), visits))
         ran, alone = sum(label.layers for label in labels), sum(label.layers_unshared for label in labels)
-        following = "train a router on the lines with correct: true"
+        following = "model(..., path=mull.from_actions(route)) takes the route of a line"
     else:
         found = best_route(asked, corpus, config, max_visits)
         place.write_text(found.model_dump_json(indent=1))

@@ -12,7 +12,7 @@ from mull.runtime.arguments import Frozen
 
 
 class RouteLabel(Frozen):
-    """What a search found for one question. Train routers on lines with ``correct``: the others have no right route."""
+    """What a search found for one question. Without ``correct``, no route was right."""
 
     index: int
     """Number of the question in its task, from 0."""

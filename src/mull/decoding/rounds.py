@@ -408,8 +408,7 @@ class AdaptiveRound:
         assert decoder.halting is not None, "an adaptive decoder"
         etd = decoder.model.model.etd_config
         assert etd is not None, "an adaptive decoder has a think block"
-        first, width, n_iterations = etd.n_encoder_layers, etd.n_think_layers, decoder.halting[1]
-        self._iterations = [slice(first + width * j, first + width * (j + 1)) for j in range(n_iterations)]
+        self._encoder, self._iterations, self._rest = etd.sections(decoder.halting[1])
         self._think_layers = etd.think_layers
         self._begin, self._conclude = _compiled(self._first_part), _compiled(self._last_part)
         self._think = [_compiled(self._part, part) for part in self._iterations]
@@ -460,7 +459,7 @@ class AdaptiveRound:
         decoder = self._decoder
         proposal = decoder.propose(self._length, self._window, decoder.size.capacity)
         h = decoder.model.model.embed_tokens(decoder.inputs(proposal))
-        return proposal, self._part(slice(0, self._iterations[0].start), True, h)
+        return proposal, self._part(self._encoder, True, h)
 
     def _nobody(self, part: slice, h: Tensor) -> None:
         self._part(part, False, h)
@@ -469,13 +468,13 @@ class AdaptiveRound:
         self._decoder.cache.commit(self._decoder.n_gained(gained), part)
 
     def _last_part(self, h: Tensor, proposal: Proposal | None) -> Tensor:
-        decoder, rest = self._decoder, slice(self._iterations[-1].stop, len(self._decoder.cache.path))
-        h = decoder.model.model.norm(self._part(rest, True, h))
+        decoder = self._decoder
+        h = decoder.model.model.norm(self._part(self._rest, True, h))
         call = decoder.call(self._length, decoder.size.capacity)
         gained = decoder.conclude(h, call, proposal)
         if self._length:
-            self._keep(slice(0, self._iterations[0].start), gained)
-            self._keep(rest, gained)
+            self._keep(self._encoder, gained)
+            self._keep(self._rest, gained)
         return gained
 
     def _part(self, part: slice, running: Tensor | bool, h: Tensor) -> Tensor:

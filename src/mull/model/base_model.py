@@ -43,7 +43,7 @@ from mull.model.path import Path
 from mull.model.policy import Policy, Together
 from mull.model.pretrained import MullPreTrainedModel
 from mull.model.routing import LayerRouting, RoutedParts
-from mull.runtime.arguments import require, require_ids, require_tensors
+from mull.runtime.arguments import require, require_ids, require_shape, require_tensors
 
 
 @dataclass
@@ -266,7 +266,7 @@ class MullModel(MullPreTrainedModel):
         self,
         policy: Policy | None,
         h: Tensor,
-        inputs: LayerInputs,
+        inputs: LayerInputs | None,
         tokens: Tensor | None = None,
         prompt_mask: Tensor | None = None,
         cache: SlotCache | StaticSlotCache | None = None,
@@ -277,13 +277,16 @@ class MullModel(MullPreTrainedModel):
         Args:
             policy: What else decides.
             h: States ``[B, T, D]`` that enter the first layer.
-            inputs: What the layers of the call share.
+            inputs: What the layers of the call share; None on a cache of fixed size, where a row is one sequence.
             tokens: ``[B, T]``, False for padding; None without.
-            prompt_mask: ``[B, T]``, True for the tokens that routers of sequences may look at: in a call that fills a cache, all
-                of them. If not given, they look at the first token of each sequence, since a caller may want to know how probable
-                the others are.
+            prompt_mask: ``[B, T]``, True or 1 for the tokens that routers of sequences may look at. In a call that fills a cache
+                these are all. If not given, they look at the first token of each sequence, since a caller may want to know how
+                probable the others are.
             cache: Keeps the decisions about rows.
             given: ``[B, L]`` actions by layer that are taken instead.
+
+        Raises:
+            ValueError: `prompt_mask` of another shape.
         """
         config = None if self.etd_config is None else self.etd_config.router
         if config is None:
@@ -291,10 +294,12 @@ class MullModel(MullPreTrainedModel):
         assert self.etd is not None, "a model with routers"
         assert self.etd_config is not None, "a model with routers"
         prompts = None
-        # Rows of a cache with tokens were decided about when it was filled.
+        # The rows of a filled cache have their decisions.
         if config.granularity == "sequence" and not (cache is not None and cache.decisions):
             prompts = self._prompts(config, h, inputs, tokens, prompt_mask)
-        learns = self.training and torch.is_grad_enabled() and cache is None
+        # Without a past, a layer can be tried on the call's tokens alone, whether or not a cache is being filled.
+        fresh = cache is None or (isinstance(cache, SlotCache) and not cache.n_tokens)
+        learns = self.training and torch.is_grad_enabled() and fresh
         routing = LayerRouting(
             config,
             self.etd,
@@ -302,7 +307,7 @@ class MullModel(MullPreTrainedModel):
             prompts=prompts,
             tokens=tokens,
             kept=None if cache is None else cache.decisions,
-            attempt=partial(self._attempt, inputs) if learns else None,
+            attempt=partial(self._attempt, inputs) if learns and inputs is not None else None,
             given=given,
         )
         return routing if policy is None else Together((policy, routing))
@@ -311,16 +316,20 @@ class MullModel(MullPreTrainedModel):
         self,
         config: LayerRouterConfig,
         h: Tensor,
-        inputs: LayerInputs,
+        inputs: LayerInputs | None,
         tokens: Tensor | None,
         prompt_mask: Tensor | None,
     ) -> Prompts:
+        if prompt_mask is not None:
+            require_tensors(prompt_mask=prompt_mask)
+            require_shape("prompt_mask", prompt_mask, h.shape[:2])
         rows = torch.arange(len(h), device=h.device)[:, None].expand(h.shape[:2])
         # With a mask, positions may restart at padding, and rows hold one sequence each.
-        sequences = rows if tokens is not None else sequence_numbers(inputs.position_ids.expand(h.shape[:2]))
+        one_each = tokens is not None or inputs is None
+        sequences = rows if one_each else sequence_numbers(inputs.position_ids.expand(h.shape[:2]))  # type: ignore[union-attr]
         everything = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
         real = everything if tokens is None else tokens
-        labelled = everything if prompt_mask is None else ~prompt_mask
+        labelled = everything if prompt_mask is None else ~prompt_mask.bool()
         looks_at = prompt_tokens(labelled, real, sequences)
         return Prompts(looks_at, sequences, 1 + int(sequences[-1, -1]), config.num_windows)
 
@@ -420,10 +429,9 @@ class MullModel(MullPreTrainedModel):
         Args:
             input_ids: ``[B, T]``.
             options: ``attention_mask``, ``position_ids``, ``think_iterations``, ``policy``, ``prompt_mask`` and ``unembed`` as in
-                `forward`;
-                ``adaptive``, too, but False if not given; and ``backprop_iterations``: back-propagate through the last ones only.
-                The others, and the encoder before them, run without gradient. None back-propagates through all. To a list
-                ``think_states``, the states ``[B, T, D]`` after each iteration are appended, before they are decoded.
+                `forward`; ``adaptive``, too, but False if not given; and ``backprop_iterations``: back-propagate through the last
+                ones only. The others, and the encoder before them, run without gradient. None back-propagates through all.
+                To a list ``think_states``, the states ``[B, T, D]`` after each iteration are appended, before they are decoded.
 
         Raises:
             TypeError: an argument of another type.
@@ -532,11 +540,11 @@ class MullModel(MullPreTrainedModel):
         """
         h = self.embed_tokens(input_ids)
         if routed:
-            inputs, tokens = self.fixed_layer_inputs(h, call), None
+            everything = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+            tokens = None
             if call.n_valid is not None:
                 tokens = torch.arange(h.shape[1], device=h.device) < call.n_valid[:, None]
-            everything = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-            policy = self.with_routing(policy, h, inputs, tokens, everything, cache)
+            policy = self.with_routing(policy, h, None, tokens, everything, cache)
         return self.norm(self.decode_part(h, cache, call, slice(0, len(cache.path)), policy))
 
     def decode_part(

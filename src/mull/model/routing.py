@@ -22,7 +22,7 @@ from mull.model.policy import Policy
 from mull.runtime.distributed import world_size
 
 Attempt = Callable[[int, Tensor], Tensor]
-"""States ``[B, T, D]`` to what a layer would make of them if all tokens ran it."""
+"""From a layer and the states ``[B, T, D]`` before it to those after it, if all tokens ran it."""
 
 _COUNTED: "WeakSet[RoutedParts]" = WeakSet()
 
@@ -49,7 +49,7 @@ class RoutedParts(nn.Module):
         _COUNTED.add(self)
 
     n_steps: Tensor
-    """Optimizer steps that trained one of these parameters."""
+    """Optimizer steps that trained the routers."""
     _actions: Tensor
 
     def start_anew(self) -> None:
@@ -88,9 +88,10 @@ class RoutedParts(nn.Module):
 
 
 def _count_step(optimizer: Optimizer, *_: Any) -> None:
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for parts in _COUNTED:
-        if any(id(parameter) in trained for parameter in parts.parameters()):
+        # Several optimizers may share the routers, for instance Muon and AdamW: one of them has the first parameter.
+        first = next((parameter for parameter in parts.parameters() if parameter.requires_grad), None)
+        if any(parameter is first for group in optimizer.param_groups for parameter in group["params"]):
             parts.n_steps += 1
 
 
@@ -110,7 +111,7 @@ class LayerRouting(Policy):
         kept: For routers of sequences, what the cache remembers: ``[B]`` actions by visit. Filled by the call that holds the
             prompt. None without a cache.
         attempt: Lets routers learn what an action that was not taken would have given; None where nothing is learned.
-        given: ``[B, L]`` actions by layer to take instead; routers still say what they would have done.
+        given: ``[B, L]`` actions by layer to take instead.
     """
 
     def __init__(
@@ -126,11 +127,10 @@ class LayerRouting(Policy):
         given: Tensor | None = None,
     ) -> None:
         self.stop = stop
-        self.logits: dict[Visit, Tensor] = {}
-        """What routers said in this call: ``[B, T, A]``, or ``[S, A]`` for S sequences."""
         self.actions: dict[Visit, Tensor] = {}
         """``[B, T]`` by the first visit of a layer and iteration."""
         self._config, self._parts = config, parts
+        self._routers: dict[str, Any] = dict(parts.layer_routers.items())
         self._prompts, self._tokens = prompts, tokens
         self._kept = kept
         self._attempt = attempt
@@ -151,8 +151,7 @@ class LayerRouting(Policy):
         return self._running(self._chosen[0] != SKIP)
 
     def _router(self, visit: Visit) -> LayerRouter | None:
-        routers = dict(self._parts.layer_routers.items())
-        return routers.get(str(visit.layer))  # type: ignore[return-value]
+        return self._routers.get(str(visit.layer))
 
     def _repeats(self, visit: Visit) -> bool:
         return self._config.num_actions > REPEAT and visit.occurrence % 2 == 1
@@ -175,7 +174,6 @@ class LayerRouting(Policy):
             # The cache's first tokens came while routers warmed up.
             return torch.full(shape, EXECUTE, device=h.device), None
         logits = router(h) if self._prompts is None else self._prompts.logits(router, h)
-        self.logits[visit] = logits
         learns = self._attempt is not None and logits.requires_grad
         scores = logits / self._config.temperature
         if learns and self._config.use_gumbel:
