@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, D model width, A actions, S sequences, W windows.
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
@@ -91,6 +91,31 @@ class Prompts:
         rank = torch.arange(len(of_token), device=tokens.device) - (lengths.cumsum(0) - lengths)[of_token]
         self._window = of_token * n_windows + rank * n_windows // lengths[of_token]
         self._counts = self._window.bincount(minlength=n_sequences * n_windows).view(n_sequences, n_windows)
+
+    @classmethod
+    def of(
+        cls,
+        states: Float[Tensor, "B T D"],
+        positions: Int[Tensor, "B T"] | None,
+        real: Bool[Tensor, "B T"] | None,
+        prompt_mask: Shaped[Tensor, "B T"] | None,
+        n_windows: int,
+    ) -> "Prompts":
+        """The prompts of a call.
+
+        Args:
+            states: Only their shape counts.
+            positions: A sequence starts where they restart; None for one in each row.
+            real: False for padding; None without.
+            prompt_mask: True or 1 for tokens of prompts; None for the first token of each sequence.
+            n_windows: W.
+        """
+        everything = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        rows = torch.arange(len(states), device=states.device)[:, None].expand(everything.shape)
+        sequences = rows if positions is None else sequence_numbers(positions)
+        labelled = everything if prompt_mask is None else ~prompt_mask.bool()
+        tokens = prompt_tokens(labelled, everything if real is None else real, sequences)
+        return cls(tokens, sequences, 1 + int(sequences[-1, -1]), n_windows)
 
     def logits(self, router: LayerRouter, states: Float[Tensor, "B T D"]) -> Float[Tensor, "S A"]:
         """Mean over a prompt's windows of the router's logits for the mean of a window's normed states."""

@@ -19,8 +19,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
-from mull.layers.routers import LayerRouter, Prompts, prompt_tokens, sequence_numbers
-from mull.model.configs import HaltingConfig, LayerRouterConfig
+from mull.layers.routers import LayerRouter, Prompts
+from mull.model.configs import HaltingConfig
 from mull.model.configuration import MullConfig
 from mull.model.executor import OnVisit, run, run_layer
 from mull.model.families import install_recurrent_hooks, require_supported
@@ -296,7 +296,12 @@ class MullModel(MullPreTrainedModel):
         prompts = None
         # The rows of a filled cache have their decisions.
         if config.granularity == "sequence" and not (cache is not None and cache.decisions):
-            prompts = self._prompts(config, h, inputs, tokens, prompt_mask)
+            if prompt_mask is not None:
+                require_tensors(prompt_mask=prompt_mask)
+                require_shape("prompt_mask", prompt_mask, h.shape[:2])
+            # With a mask, positions may restart at padding, and rows hold one sequence each.
+            positions = None if tokens is not None or inputs is None else inputs.position_ids.expand(h.shape[:2])
+            prompts = Prompts.of(h, positions, tokens, prompt_mask, config.num_windows)
         # Without a past, a layer can be tried on the call's tokens alone, whether or not a cache is being filled.
         fresh = cache is None or (isinstance(cache, SlotCache) and not cache.n_tokens)
         learns = self.training and torch.is_grad_enabled() and fresh
@@ -311,27 +316,6 @@ class MullModel(MullPreTrainedModel):
             given=given,
         )
         return routing if policy is None else Together((policy, routing))
-
-    def _prompts(
-        self,
-        config: LayerRouterConfig,
-        h: Tensor,
-        inputs: LayerInputs | None,
-        tokens: Tensor | None,
-        prompt_mask: Tensor | None,
-    ) -> Prompts:
-        if prompt_mask is not None:
-            require_tensors(prompt_mask=prompt_mask)
-            require_shape("prompt_mask", prompt_mask, h.shape[:2])
-        rows = torch.arange(len(h), device=h.device)[:, None].expand(h.shape[:2])
-        # With a mask, positions may restart at padding, and rows hold one sequence each.
-        one_each = tokens is not None or inputs is None
-        sequences = rows if one_each else sequence_numbers(inputs.position_ids.expand(h.shape[:2]))  # type: ignore[union-attr]
-        everything = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-        real = everything if tokens is None else tokens
-        labelled = everything if prompt_mask is None else ~prompt_mask.bool()
-        looks_at = prompt_tokens(labelled, real, sequences)
-        return Prompts(looks_at, sequences, 1 + int(sequences[-1, -1]), config.num_windows)
 
     @torch.no_grad()
     def _attempt(self, inputs: LayerInputs, layer: int, h: Tensor) -> Tensor:
