@@ -272,6 +272,49 @@ def test_the_prompt_is_marked_as_attention_masks_are(exact: Exact, ids: Ids) -> 
         model(tokens, prompt_mask=prompt[:, :5])
 
 
+@torch.no_grad()
+def test_without_a_prompt_the_first_real_token_decides(exact: Exact, ids: Ids) -> None:
+    """Logits of a call without a cache may be probabilities of its own tokens, which no router may have seen."""
+    model, tokens = routed(exact("qwen3")), ids(ROWS, TOKENS)
+    mask = (torch.arange(TOKENS) >= 2).long().expand(ROWS, -1)  # padded on the left
+    for options, first in (({}, 0), ({"attention_mask": mask}, 2)):
+        expected = actions_of(model(tokens, use_cache=False, **options))
+        changed = torch.where(torch.arange(TOKENS) > first, (tokens + 1) % 97, tokens)
+        assert torch.equal(actions_of(model(changed, use_cache=False, **options)), expected)
+        changed[:, first] = (changed[:, first] + 40) % 97
+        assert not torch.equal(actions_of(model(changed, use_cache=False, **options)), expected)
+
+
+@pytest.mark.parametrize("scope", ["think", "all"])
+@pytest.mark.parametrize("num_actions", [2, 3])
+@torch.no_grad()
+def test_tokens_stop_where_they_do_without_routers(num_actions: Any, scope: Any, exact: Exact, ids: Ids) -> None:
+    base, tokens = exact("qwen3_5"), ids(ROWS, TOKENS)
+    halting = HaltingConfig(rule="state", threshold=0.9, stop="last_kv")
+    fields = SPLIT.model_dump() | {"max_think_iterations": 4, "halting": halting}
+    router = LayerRouterConfig(num_actions=num_actions, scope=scope)
+    plain, model = (
+        wrap_transformer_with_etd(base, ETDConfig(**fields | more)).eval() for more in ({}, {"layer_router": router})
+    )
+    expected, found = (each(tokens, adaptive=True, use_cache=False) for each in (plain, model))
+    depths = expected.metrics["think_iterations"]
+    assert len(depths.unique()) > 1
+    assert torch.equal(found.metrics["think_iterations"], depths)
+    torch.testing.assert_close(found.logits, expected.logits, atol=EXACT, rtol=0)
+    given = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS) % 4 + 1
+    states = [each.hidden_states(tokens, policy=each.model.given_depths(given)) for each in (plain, model)]
+    torch.testing.assert_close(*states, atol=EXACT, rtol=0)
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_read_whole(exact: Exact, ids: Ids, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = routed(exact("qwen3")), ids(ROWS, TOKENS)
+    expected = mull.generate(model, tokens, max_new_tokens=6, eos_token_id=(), pad_token_id=0).sequences
+    monkeypatch.setattr("mull.decoding.rounds.PREFILL_TOKENS", 3)
+    found = mull.generate(model, tokens, max_new_tokens=6, eos_token_id=(), pad_token_id=0).sequences
+    assert torch.equal(found, expected)
+
+
 def test_optimizers_that_share_the_routers_count_a_step_once(exact: Exact, ids: Ids) -> None:
     model, tokens = routed(exact("qwen3"), granularity="token").train(), ids(ROWS, TOKENS)
     assert model.etd is not None
