@@ -357,6 +357,22 @@ def test_the_warm_up_counts_optimizer_steps(exact: Exact, ids: Ids, tmp_path: An
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_routers_learn_while_they_warm_up(granularity: Any, exact: Exact, ids: Ids) -> None:
+    """Otherwise nothing would depend on a parameter that is trained, where the backbone is frozen."""
+    model, tokens = routed(exact("qwen3"), granularity=granularity).train(), ids(ROWS, TOKENS)
+    assert model.etd is not None
+    model.etd.warmup_steps = 1
+    model.requires_grad_(False)
+    model.etd.requires_grad_(True)
+    labels = torch.where(torch.arange(TOKENS) < 4, -100, tokens)
+    loss = model(tokens, labels=labels).loss
+    plain = model(tokens, labels=labels, path=SPLIT.path(ITERATIONS)).loss
+    assert torch.equal(loss, plain), "and every layer runs once"
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.etd.parameters())
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @torch.no_grad()
 def test_statistics_are_those_of_the_decisions(granularity: Any, exact: Exact, ids: Ids) -> None:
     model, tokens = routed(exact("qwen3"), granularity=granularity), ids(ROWS, TOKENS)

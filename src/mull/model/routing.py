@@ -166,7 +166,7 @@ class LayerRouting(Policy):
     def _choose(self, visit: Visit, router: LayerRouter, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """Actions ``[B, T]``, and probabilities ``[B, T, A]`` where routers learn from them."""
         shape = h.shape[:2]
-        if self._executes:
+        if self._executes and self._attempt is None:
             return torch.full(shape, EXECUTE, device=h.device), None
         if self._kept is not None and visit in self._kept:
             return self._kept[visit][:, None].expand(shape), None
@@ -178,7 +178,8 @@ class LayerRouting(Policy):
         scores = logits / self._config.temperature
         if learns and self._config.use_gumbel:
             scores = (logits - torch.empty_like(logits).exponential_().log()) / self._config.temperature
-        actions = scores.argmax(-1)
+        # During the warm-up routers learn what the other actions would have given.
+        actions = torch.full_like(scores[..., 0], EXECUTE, dtype=torch.long) if self._executes else scores.argmax(-1)
         self._parts.count(actions if self._tokens is None or self._prompts is not None else actions[self._tokens])
         probabilities = scores.softmax(-1) if learns else None
         if self._prompts is not None:
