@@ -133,7 +133,7 @@ class MullModel(MullPreTrainedModel):
         elif isinstance(module, LoRABranches):
             module.start_at_zero()
         elif isinstance(module, ExpertGate):
-            module.start_undecided()
+            module.start_at_random()
         elif isinstance(module, WarmedUp):
             module.start_anew()
 
