@@ -283,7 +283,7 @@ class MullModel(MullPreTrainedModel):
                 these are all. If not given, they look at the first token of each sequence, since a caller may want to know how
                 probable the others are.
             cache: Keeps the decisions about rows.
-            given: ``[B, L]`` actions by layer that are taken instead.
+            given: ``[B, L]`` actions by layer that are taken instead. What is computed then teaches the routers nothing.
 
         Raises:
             ValueError: `prompt_mask` of another shape.
@@ -304,7 +304,7 @@ class MullModel(MullPreTrainedModel):
             prompts = Prompts.of(h, positions, tokens, prompt_mask, config.num_windows)
         # Without a past, a layer can be tried on the call's tokens alone, whether or not a cache is being filled.
         fresh = cache is None or (isinstance(cache, SlotCache) and not cache.n_tokens)
-        learns = self.training and torch.is_grad_enabled() and fresh
+        learns = self.training and torch.is_grad_enabled() and fresh and given is None
         routing = LayerRouting(
             config,
             self.etd,

@@ -69,6 +69,10 @@ class RoutedParts(nn.Module):
         """Whether routers execute every layer for now."""
         return bool(self.n_steps < self.warmup_steps)
 
+    def end_warm_up(self) -> None:
+        """Let routers decide from now on."""
+        self.n_steps.clamp_(min=self.warmup_steps)
+
     def count(self, actions: Tensor) -> None:
         """Add to the statistics."""
         self._actions += actions.flatten().bincount(minlength=3).to(self._actions.device)
@@ -129,6 +133,9 @@ class LayerRouting(Policy):
         self.stop = stop
         self.actions: dict[Visit, Tensor] = {}
         """``[B, T]`` by the first visit of a layer and iteration."""
+        self.logits: dict[Visit, Tensor] = {}
+        """By the same visits, ``[S, A]`` of routers of sequences, ``[B, T, A]`` of those of tokens. Where actions are given, they
+        have no gradient to the states."""
         self._config, self._parts = config, parts
         self._routers: dict[str, Any] = dict(parts.layer_routers.items())
         self._prompts, self._tokens = prompts, tokens
@@ -173,7 +180,9 @@ class LayerRouting(Policy):
         if self._prompts is None and self._config.granularity == "sequence":
             # The cache's first tokens came while routers warmed up.
             return torch.full(shape, EXECUTE, device=h.device), None
+        h = h if self._given is None else h.detach()
         logits = router(h) if self._prompts is None else self._prompts.logits(router, h)
+        self.logits[visit] = logits
         learns = self._attempt is not None and logits.requires_grad
         scores = logits / self._config.temperature
         if learns and self._config.use_gumbel:
