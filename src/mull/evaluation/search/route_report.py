@@ -172,16 +172,22 @@ def _agreement(actions: Sequence[Tensor], rows: RouteRows, etd: ETDConfig) -> Ag
     labelled = F.one_hot(rows.route_labels[:, list(etd.routed_layers)], 3).double()
     confusion = torch.einsum("nry,nra->ya", labelled, decided)
     right = (labelled * decided).sum(-1)
-    used, times = confusion.sum(0) + confusion.sum(1), torch.arange(3, dtype=torch.float64)
+    times = torch.arange(3, dtype=torch.float64)
     rest = etd.n_layers - len(etd.routed_layers)
     return Agreement(
         confusion=tuple(map(tuple, confusion.tolist())),
-        macro_f1=float((2 * confusion.diagonal() / used)[used > 0].mean()),
+        macro_f1=macro_f1(confusion),
         accuracy=float(right.mean()),
         layer_accuracy=tuple(right.mean(0).tolist()),
         label_visits=rest + float((labelled @ times).sum(1).mean()),
         visits=rest + float((decided @ times).sum(1).mean()),
     )
+
+
+def macro_f1(confusion: Tensor) -> float:
+    """Mean F1 over actions, of counts ``[label, decision]``. Actions that neither has are left out."""
+    used = confusion.sum(0) + confusion.sum(1)
+    return float((2 * confusion.diagonal() / used)[used > 0].mean())
 
 
 def _most_frequent(shares: Tensor, etd: ETDConfig) -> Route:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mull import ETDConfig, LayerRouterConfig, MullForCausalLM, from_actions, wrap_transformer_with_etd
-from mull.layers.routers import EXECUTE, REPEAT, SKIP, Prompts
+from mull.layers.routers import EXECUTE, REPEAT, SKIP
 from mull.training.loop import TrainConfig, train
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.resources import Resources
