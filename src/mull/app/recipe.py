@@ -167,9 +167,14 @@ class DataSection(_Section):
         if self.format not in ("text", "arithmetic"):
             if self.paths is None:
                 raise ValueError(f"format={self.format} needs paths: the standard library holds texts only")
-            splits = {"split", "config", "held_out_split"} if self.format == "routes" else set()
-            if unread := sorted(given & ({"key", "max_bytes"} | splits)):
-                raise ValueError(f"{' and '.join(unread)} are not read with format={self.format}: leave them out")
+            if unread := sorted(given & {"key", "max_bytes"}):
+                raise ValueError(
+                    f"{' and '.join(unread)} are for texts, and format={self.format} reads tasks: leave them out"
+                )
+            if self.format == "routes" and (unread := sorted(given & {"split", "config", "held_out_split"})):
+                raise ValueError(
+                    f"{' and '.join(unread)} are for datasets, and format=routes reads files: leave them out"
+                )
         if self.held_out_split is not None and self.held_out_paths is None:
             if self.paths is None:
                 raise ValueError("held_out_split needs paths or held_out_paths that have splits")
@@ -210,11 +215,7 @@ class TrainSection(TrainConfig):
 
 
 class EvalSection(_Section):
-    """Evaluation during training.
-
-    It measures the loss of every head on held-out rows; for ``arithmetic``, the share of right answers; for ``routes``, how far
-    routers decide as the labels say.
-    """
+    """Evaluation during training: losses of all heads; of ``arithmetic`` right answers, of ``routes`` how routers decide."""
 
     every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two evaluations; without it, only after the last one."""
@@ -295,8 +296,7 @@ class Stage(_Section):
         settings, kind = self.settings, self.data.format
         if (self.train.algo == "routing") != (kind == "routes"):
             raise ValueError(
-                f"train.algo={self.train.algo} with data.format={kind}: routing learns from the labels of data.format=routes, "
-                "and nothing else does"
+                f"train.algo={self.train.algo} with data.format={kind}: routing and routes need each other"
             )
         if isinstance(settings, RoutingSection) and settings.held_out_share and self.data.held_out_paths is not None:
             raise ValueError(

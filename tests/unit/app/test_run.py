@@ -229,11 +229,11 @@ def test_routers_learn_from_a_label_file_and_nothing_else_does(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"data__format": "examples"}, "routing learns from the labels of data.format=routes"),
-        ({"train__algo": "baseline-mtp", "routing": None}, "routing learns from the labels of data.format=routes"),
+        ({"data__format": "examples"}, "routing and routes need each other"),
+        ({"train__algo": "baseline-mtp", "routing": None}, "routing and routes need each other"),
         ({"train__trainable": "new"}, "train.trainable is not read by train.algo=routing"),
         ({"data__held_out_paths": ["x"]}, "both say what is evaluated"),
-        ({"data__split": "train"}, "split are not read with format=routes"),
+        ({"data__split": "train"}, "split are for datasets, and format=routes reads files"),
         ({"model__etd__layer_router": None}, "the model has none"),
         ({"model__etd__layer_router": {"scope": "think"}}, "skip or repeat layers that have no router"),
         ({"data__length": 5}, "0 of these fit into length=5"),
