@@ -40,10 +40,10 @@ WARM_UP = 0.08
 @torch.no_grad()
 def pooled_states(model: Any, rows: RouteRows) -> Tensor:
     """What each router looks at along the labelled routes, ``[N, L, W, D]``."""
-    found: dict[str, list[Tensor]] = {name: [] for name in model.etd.layer_routers}
+    found: dict[str, list[Tensor]] = {name: [] for name in model.etd.layer_routers.by_layer}
     hooks = [
         router.register_forward_pre_hook(lambda _, given, name=name: found[name].append(given[0]))
-        for name, router in model.etd.layer_routers.items()
+        for name, router in model.etd.layer_routers.by_layer.items()
     ]
     for numbers in torch.arange(len(rows)).split(8):
         router_logits(model, rows.rows(numbers))
@@ -54,7 +54,7 @@ def pooled_states(model: Any, rows: RouteRows) -> Tensor:
 
 def decided(model: Any, states: Tensor) -> Tensor:
     """Logits ``[B, L, A]`` from pooled states ``[B, L, W, D]``; prompts have at least W tokens."""
-    routers = model.etd.layer_routers.values()
+    routers = model.etd.layer_routers.by_layer.values()
     return torch.stack([router(states[:, layer]).mean(1) for layer, router in enumerate(routers)], 1)
 
 
@@ -71,7 +71,7 @@ def fit(model: Any, states: Tensor, labels: Tensor) -> dict[str, Any]:
 def train(model: Any, states: Tensor, rows: RouteRows, config: RoutingConfig, seed: int, epochs: int) -> float:
     """Train new routers, and return the last loss."""
     torch.manual_seed(seed)
-    for router in model.etd.layer_routers.values():
+    for router in model.etd.layer_routers.by_layer.values():
         router.start_at_execute()
     model.requires_grad_(False)
     model.etd.requires_grad_(True)

@@ -3,7 +3,7 @@
 from mull.decoding.generate import GenerateOutput, GenerationStats, generate
 from mull.model.base_model import MullModel
 from mull.model.causal_lm import MullForCausalLM, MullOutput
-from mull.model.configs import ETDConfig, HaltingConfig, LayerRouterConfig, MTPConfig
+from mull.model.configs import ETDConfig, HaltingConfig, LayerRouterConfig, LoRAExpertConfig, MTPConfig
 from mull.model.configuration import MullConfig
 from mull.model.growing_cache import SlotCache
 from mull.model.path import Path, Visit, from_actions, from_layers, recursion
@@ -20,6 +20,7 @@ __all__ = [
     "GivenTokens",
     "HaltingConfig",
     "LayerRouterConfig",
+    "LoRAExpertConfig",
     "MTPConfig",
     "MullConfig",
     "MullForCausalLM",

@@ -39,8 +39,9 @@ def routed(
     config = ETDConfig(**SPLIT.model_dump() | {"max_think_iterations": ITERATIONS} | changes)
     model = wrap_transformer_with_etd(base, config, mtp).eval()
     assert model.etd is not None
+    assert model.etd.layer_routers is not None
     generator = torch.Generator().manual_seed(1)
-    for router in model.etd.layer_routers.values():
+    for router in model.etd.layer_routers.by_layer.values():
         assert isinstance(router.out, nn.Linear)
         nn.init.normal_(router.out.weight, std=scale, generator=generator)  # type: ignore[arg-type]
         nn.init.zeros_(router.out.bias)  # type: ignore[arg-type]
@@ -207,7 +208,8 @@ def test_a_new_router_executes(family: str, granularity: Any, exact: Exact, ids:
     model = wrap_transformer_with_etd(base, config).eval()  # certifies identity
     for warmup in (1000, 0):
         assert model.etd is not None
-        model.etd.warmup_steps = warmup
+        assert model.etd.layer_routers is not None
+        model.etd.layer_routers.warmup_steps = warmup
         assert torch.equal(model(tokens, think_iterations=1).logits, base(tokens).logits)
 
 
@@ -226,6 +228,7 @@ def test_every_router_parameter_learns_and_training_is_hard(
 ) -> None:
     model, tokens = routed(exact(family), granularity=granularity, use_gumbel=use_gumbel), ids(ROWS, TOKENS)
     assert model.etd is not None
+    assert model.etd.layer_routers is not None
     with torch.no_grad():
         expected = loss_of(model, tokens)
     gradients = []
@@ -256,6 +259,7 @@ def test_a_plain_call_with_labels_trains_the_routers(granularity: Any, exact: Ex
         model.zero_grad()
         model(tokens, labels=torch.where(torch.arange(TOKENS) < 4, -100, tokens), **options).loss.backward()
         assert model.etd is not None
+        assert model.etd.layer_routers is not None
         gradients.append([parameter.grad for parameter in model.etd.parameters()])
     for ours, expected in zip(*gradients, strict=True):
         assert expected.any()
@@ -318,19 +322,21 @@ def test_a_long_prompt_is_read_whole(exact: Exact, ids: Ids, monkeypatch: pytest
 def test_optimizers_that_share_the_routers_count_a_step_once(exact: Exact, ids: Ids) -> None:
     model, tokens = routed(exact("qwen3"), granularity="token").train(), ids(ROWS, TOKENS)
     assert model.etd is not None
+    assert model.etd.layer_routers is not None
     groups = [[p for p in model.etd.parameters() if (p.ndim == 2) is matrix] for matrix in (True, False)]
     optimizers = [torch.optim.SGD(group, lr=0.0) for group in groups]
     others = torch.optim.SGD(model.lm_head.parameters(), lr=0.0)
     loss_of(model, tokens).backward()  # type: ignore[no-untyped-call]
     for optimizer in (*optimizers, others):
         optimizer.step()
-    assert int(model.etd.n_steps) == 1
+    assert int(model.etd.layer_routers.n_steps) == 1
 
 
 def test_the_warm_up_counts_optimizer_steps(exact: Exact, ids: Ids, tmp_path: Any) -> None:
     model, tokens = routed(exact("qwen3"), granularity="token"), ids(ROWS, TOKENS)
     assert model.etd is not None
-    model.etd.warmup_steps = 2
+    assert model.etd.layer_routers is not None
+    model.etd.layer_routers.warmup_steps = 2
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
@@ -344,15 +350,16 @@ def test_the_warm_up_counts_optimizer_steps(exact: Exact, ids: Ids, tmp_path: An
         model.train()
         for _ in range(4):  # accumulated
             loss_of(model, tokens).backward()  # type: ignore[no-untyped-call]
-        assert int(model.etd.n_steps) == step
+        assert int(model.etd.layer_routers.n_steps) == step
         optimizer.step()
         model.save_pretrained(tmp_path)
         model = MullForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
         assert model.etd is not None
-        model.etd.warmup_steps = 2
+        assert model.etd.layer_routers is not None
+        model.etd.layer_routers.warmup_steps = 2
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         model.train()
-        assert int(model.etd.n_steps) == step + 1
+        assert int(model.etd.layer_routers.n_steps) == step + 1
     assert not executes()
 
 
@@ -361,7 +368,8 @@ def test_routers_learn_while_they_warm_up(granularity: Any, exact: Exact, ids: I
     """Otherwise nothing would depend on a parameter that is trained, where the backbone is frozen."""
     model, tokens = routed(exact("qwen3"), granularity=granularity).train(), ids(ROWS, TOKENS)
     assert model.etd is not None
-    model.etd.warmup_steps = 1
+    assert model.etd.layer_routers is not None
+    model.etd.layer_routers.warmup_steps = 1
     model.requires_grad_(False)
     model.etd.requires_grad_(True)
     labels = torch.where(torch.arange(TOKENS) < 4, -100, tokens)
@@ -377,6 +385,7 @@ def test_routers_learn_while_they_warm_up(granularity: Any, exact: Exact, ids: I
 def test_statistics_are_those_of_the_decisions(granularity: Any, exact: Exact, ids: Ids) -> None:
     model, tokens = routed(exact("qwen3"), granularity=granularity), ids(ROWS, TOKENS)
     assert model.etd is not None
+    assert model.etd.layer_routers is not None
     model.etd.reset_stats()
     actions = actions_of(model(tokens, use_cache=False))
     if granularity == "sequence":
@@ -424,6 +433,7 @@ def test_routers_learn_which_layer_to_skip_and_which_to_repeat(right: int, use_g
     )
     model = wrap_transformer_with_etd(base, config)
     assert model.etd is not None
+    assert model.etd.layer_routers is not None
     tokens = torch.randint(0, 97, (4, 16))
     with torch.no_grad():
         taught = model(tokens, path=from_layers([0, 1, 2, *[3] * right, 4, 5, 6, 7])).logits

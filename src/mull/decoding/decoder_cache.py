@@ -10,6 +10,7 @@ from mull.decoding.rounds import Compilation, Decoder, Preparation, Size
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import HaltingConfig
 from mull.model.path import Path
+from mull.model.routing import Routed
 from mull.ops.sampling import Sampling
 
 KEPT_DECODERS = 2
@@ -29,7 +30,7 @@ class DecoderKey:
     dtype: torch.dtype
     compiled: Compilation | None
     halting: tuple[HaltingConfig, int] | None = None
-    routed: bool = False
+    routed: Routed = "not"
     sampling: Sampling | None = None
     weights: tuple[int, ...] = ()
     """Addresses of the parameters, where compiled code and captured graphs read them; and where they are packed into the code,
@@ -66,7 +67,7 @@ class DecoderCache:
     def decoder(self, model: MullForCausalLM, key: DecoderKey, sampling: Sampling, n_tokens: int) -> Decoder:
         """A decoder for rows of up to `n_tokens`: a new one, or if rounds are prepared, one of an earlier call."""
         capacity = n_tokens + Size.slack(key.max_drafts)
-        if not Preparation.of(model, key.compiled, key.halting is not None or key.routed):
+        if not Preparation.of(model, key.compiled, key.halting is not None or key.routed != "not"):
             size = Size(key.n_rows, capacity, key.max_drafts)
             return Decoder(model, key.path, sampling, size, halting=key.halting, routed=key.routed)
         weights = tuple(parameter.data_ptr() for parameter in model.parameters())

@@ -22,6 +22,7 @@ from mull.decoding.drafting import Drafter
 from mull.decoding.rounds import Compilation, Decoder
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import HaltingConfig
+from mull.model.routing import Routed
 from mull.ops.sampling import Sampling
 from mull.runtime.arguments import require, require_count, require_ids, require_seed, require_tensors, shown
 
@@ -232,9 +233,12 @@ def generate(
     visits = model.path(think_iterations, path)
     compiled = _compilation(compile)
     halting = _halting(model, adaptive, think_iterations, path)
-    routed = path is None and model.etd_config is not None and model.etd_config.router is not None
-    if routed and compiled:
-        raise ValueError("Layer routers decide on the host, and compile cannot: leave compile out, or give a path.")
+    etd = model.etd_config
+    routed: Routed = "not" if etd is None or etd.experts is None else "experts"
+    if path is None and etd is not None and etd.router is not None:
+        routed = "routers"
+    if routed != "not" and compiled:
+        raise ValueError("Layer routers and LoRA experts decide on the host, and compile cannot: leave compile out.")
     n_drafts = _max_drafts(model, draft, draft_length)
     key = DecoderKey(visits, len(prompts), n_drafts, model.dtype, compiled, halting, routed)
     kept = DecoderCache.of(model)

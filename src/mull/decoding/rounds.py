@@ -21,6 +21,7 @@ from mull.model.fixed_cache import StaticCall, StaticSlotCache
 from mull.model.halting import Halting
 from mull.model.path import Path, Visit
 from mull.model.policy import GivenTokens
+from mull.model.routing import Routed
 from mull.ops.sampling import Sampling, Verdict, accept, accept_greedy, draw, penalize, seen_along, warp
 from mull.runtime.progress import Progress
 
@@ -99,7 +100,7 @@ class Decoder:
         sampling: How tokens are chosen.
         size: Rows and tokens.
         halting: When tokens stop thinking, and the most iterations; None if all visits run.
-        routed: Whether layer routers decide which layers run.
+        routed: What decides about layers and experts.
         compiled: Run rounds through ``torch.compile``; None runs them as they are.
     """
 
@@ -111,7 +112,7 @@ class Decoder:
         size: Size,
         compiled: Compilation | None = None,
         halting: tuple[HaltingConfig, int] | None = None,
-        routed: bool = False,
+        routed: Routed = "not",
     ) -> None:
         weight = model.lm_head.weight
         device = weight.device
@@ -143,7 +144,7 @@ class Decoder:
         self._row_numbers = torch.arange(size.n_rows, device=device)[:, None]
         self._newest: list[int] = []
         self._running: list[bool] = []
-        self.preparation = Preparation.of(model, compiled, halting is not None or routed)
+        self.preparation = Preparation.of(model, compiled, halting is not None or routed != "not")
         if halting is not None and self.preparation:
             self.cache.prepare_stops(halting[0].stop)
         self._prepared: dict[int, Callable[[], Tensor]] = {}
@@ -170,7 +171,7 @@ class Decoder:
         lengths = self.text.n_known.clone()
         h_last = self.model.lm_head.weight.new_zeros(len(prompts), self.model.lm_head.weight.shape[1])
         n_columns = max(map(len, prompts))
-        most = n_columns if self.routed else PREFILL_TOKENS  # routers decide on the whole prompt
+        most = n_columns if self.routed != "not" else PREFILL_TOKENS  # routers decide on the whole prompt
         for first in range(0, n_columns, most):
             width = min(most, n_columns - first)
             positions = (first + torch.arange(width, device=device)).expand(len(prompts), -1)

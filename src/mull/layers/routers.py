@@ -16,7 +16,16 @@ HEAD_START = 2.0
 """Logit of EXECUTE before any training; those of the other actions are 0."""
 
 
-class LayerRouter(nn.Module):
+class Router(nn.Module):
+    """Reads states, and gives a logit per choice, in fp32 at least."""
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What it computes in: fp32, or fp64 if its weights are."""
+        return torch.promote_types(next(self.parameters()).dtype, torch.float32)
+
+
+class LayerRouter(Router):
     """``out(gelu(inner(norm(h))))``: a logit per action, in fp32 at least. Before any training every input gives EXECUTE.
 
     The last layer's weights start at zero, so the first one has a gradient from the second step on.
@@ -45,11 +54,6 @@ class LayerRouter(nn.Module):
         head_start = torch.zeros(self.out.bias.shape)
         head_start[EXECUTE] = HEAD_START
         init.copy_(self.out.bias, head_start)
-
-    @property
-    def precision(self) -> torch.dtype:
-        """What it computes in: fp32, or fp64 if its weights are."""
-        return torch.promote_types(self.out.weight.dtype, torch.float32)
 
     def forward(self, states: Float[Tensor, "... D"]) -> Float[Tensor, "... A"]:
         """Logits of the actions."""
@@ -117,7 +121,7 @@ class Prompts:
         tokens = prompt_tokens(labelled, everything if real is None else real, sequences)
         return cls(tokens, sequences, 1 + int(sequences[-1, -1]), n_windows)
 
-    def logits(self, router: LayerRouter, states: Float[Tensor, "B T D"]) -> Float[Tensor, "S A"]:
+    def logits(self, router: Router, states: Float[Tensor, "B T D"]) -> Float[Tensor, "S A"]:
         """Mean over a prompt's windows of the router's logits for the mean of a window's normed states."""
         x = normed(states.flatten(0, 1)[self._index].to(router.precision))
         sums = x.new_zeros(self._counts.numel(), x.shape[-1]).index_add(0, self._window, x)

@@ -19,7 +19,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
-from mull.layers.routers import LayerRouter, Prompts
+from mull.layers.experts import ExpertGate, LoRABranches
+from mull.layers.routers import LayerRouter
 from mull.model.configs import HaltingConfig
 from mull.model.configuration import MullConfig
 from mull.model.executor import OnVisit, run, run_layer
@@ -39,10 +40,11 @@ from mull.model.inputs import (
     use_of_cache,
 )
 from mull.model.memory import CallMemory, Memory
-from mull.model.path import Path
-from mull.model.policy import Policy, Together
+from mull.model.path import Path, Visit
+from mull.model.policy import Policy
 from mull.model.pretrained import MullPreTrainedModel
-from mull.model.routing import LayerRouting, RoutedParts
+from mull.model.routing import Routed, RoutedCall, RoutedParts
+from mull.model.warmup import WarmedUp
 from mull.runtime.arguments import require, require_ids, require_shape, require_tensors
 
 
@@ -76,8 +78,11 @@ class MullModel(MullPreTrainedModel):
         self.adopt(AutoModel.from_config(self.text_config))
         halting = None if self.etd_config is None else self.etd_config.halting
         self.exit_head = ExitHead(self.text_config.hidden_size, 1) if halting and halting.rule == "learned" else None
-        self.etd = None if self.etd_config is None else RoutedParts(self.etd_config, self.text_config.hidden_size)
-        """Layer routers, their warm-up and statistics; None without a think block."""
+        self.etd = (
+            None if self.etd_config is None else RoutedParts(self.etd_config, self.layers, self.text_config.hidden_size)
+        )
+        """Layer routers and LoRA experts; None without a think block."""
+        self._attach_experts()
         self._etd_metrics: dict[str, Any] = {}
         self._collects_router_logits = False
         self.post_init()
@@ -94,6 +99,12 @@ class MullModel(MullPreTrainedModel):
         rules.__dict__.update(backbone.__dict__)
         rules._modules = {}
         self.rules = rules
+        self._attach_experts()
+
+    def _attach_experts(self) -> None:
+        etd = self._modules.get("etd")  # not there yet while the model is built
+        if isinstance(etd, RoutedParts) and etd.experts is not None:
+            etd.experts.attach(self.layers)
 
     def init_parallel_plans(self) -> None:
         """The plans of the backbone, for layers that are parts of this model now."""
@@ -119,7 +130,11 @@ class MullModel(MullPreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, LayerRouter):
             module.start_at_execute()
-        elif isinstance(module, RoutedParts):
+        elif isinstance(module, LoRABranches):
+            module.start_at_zero()
+        elif isinstance(module, ExpertGate):
+            module.start_undecided()
+        elif isinstance(module, WarmedUp):
             module.start_anew()
 
     def rotary(self, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
@@ -214,8 +229,9 @@ class MullModel(MullPreTrainedModel):
             raise ValueError("adaptive decides which tokens run, and so does a path or a policy: give one of them.")
         stream = None if kept is None else [h if 0 in kept else None]
         inputs = self.layer_inputs(h, attention_mask, position_ids, cache)
-        if path is None:
-            policy = self.with_routing(policy, h, inputs, new_tokens(attention_mask, h), prompt_mask, cache)
+        policy = self.with_routing(
+            policy, h, inputs, new_tokens(attention_mask, h), prompt_mask, cache, fixed=path is not None
+        )
 
         def after(visit: Any, before: Tensor, state: Tensor) -> None:
             if stream is not None and kept is not None:
@@ -271,56 +287,43 @@ class MullModel(MullPreTrainedModel):
         prompt_mask: Tensor | None = None,
         cache: SlotCache | StaticSlotCache | None = None,
         given: Tensor | None = None,
+        fixed: bool = False,
     ) -> Policy | None:
-        """The policy of a call together with the decisions of layer routers; the same policy in a model without them.
+        """The policy of a call together with the decisions of layer routers and gates; the same policy in a model without them.
 
         Args:
             policy: What else decides.
             h: States ``[B, T, D]`` that enter the first layer.
             inputs: What the layers of the call share; None on a cache of fixed size, where a row is one sequence.
             tokens: ``[B, T]``, False for padding; None without.
-            prompt_mask: ``[B, T]``, True or 1 for the tokens that routers of sequences may look at. In a call that fills a cache
-                these are all. If not given, they look at the first token of each sequence, since a caller may want to know how
-                probable the others are.
+            prompt_mask: ``[B, T]``, True or 1 for the tokens that routers and gates of sequences may look at. In a call that
+                fills a cache these are all. If not given, they look at the first token of each sequence, since a caller may want
+                to know how probable the others are.
             cache: Keeps the decisions about rows.
             given: ``[B, L]`` actions by layer that are taken instead. What is computed then teaches the routers nothing.
+            fixed: The path was given, and layer routers do not decide about it.
 
         Raises:
             ValueError: `prompt_mask` of another shape.
         """
-        config = None if self.etd_config is None else self.etd_config.router
-        if config is None:
+        if self.etd is None:
             return policy
-        assert self.etd is not None, "a model with routers"
-        assert self.etd_config is not None, "a model with routers"
-        prompts = None
-        # The rows of a filled cache have their decisions.
-        if config.granularity == "sequence" and not (cache is not None and cache.decisions):
-            if prompt_mask is not None:
-                require_tensors(prompt_mask=prompt_mask)
-                require_shape("prompt_mask", prompt_mask, h.shape[:2])
-            # With a mask, positions may restart at padding, and rows hold one sequence each.
-            positions = None if tokens is not None or inputs is None else inputs.position_ids.expand(h.shape[:2])
-            prompts = Prompts.of(h, positions, tokens, prompt_mask, config.num_windows)
+        if prompt_mask is not None:
+            require_tensors(prompt_mask=prompt_mask)
+            require_shape("prompt_mask", prompt_mask, h.shape[:2])
         # Without a past, a layer can be tried on the call's tokens alone, whether or not a cache is being filled.
         fresh = cache is None or (isinstance(cache, SlotCache) and not cache.n_tokens)
-        learns = self.training and torch.is_grad_enabled() and fresh and given is None
-        routing = LayerRouting(
-            config,
-            self.etd,
-            self.etd_config.stop,
-            prompts=prompts,
-            tokens=tokens,
-            kept=None if cache is None else cache.decisions,
-            attempt=partial(self._attempt, inputs) if learns and inputs is not None else None,
-            given=given,
-        )
-        return routing if policy is None else Together((policy, routing))
+        learns = self.training and torch.is_grad_enabled() and fresh and inputs is not None and given is None
+        # With a mask, positions may restart at padding, and rows hold one sequence each.
+        positions = None if tokens is not None or inputs is None else inputs.position_ids.expand(h.shape[:2])
+        call = RoutedCall(h, positions, tokens, prompt_mask, None if cache is None else cache.decisions)
+        attempt = partial(self._attempt, inputs) if learns else None
+        return self.etd.policy(policy, call, attempt=attempt, given=given, fixed=fixed)
 
     @torch.no_grad()
-    def _attempt(self, inputs: LayerInputs, layer: int, h: Tensor) -> Tensor:
-        """What a layer makes of states ``[B, T, D]`` if all tokens run it."""
-        return run_layer(self.layers[layer], self.kinds[layer], h, inputs)
+    def _attempt(self, inputs: LayerInputs, visit: Visit, h: Tensor, gates: Tensor | None) -> Tensor:
+        """What a visit makes of states ``[B, T, D]`` if all tokens run it."""
+        return run_layer(self.layers[visit.layer], self.kinds[visit.layer], h, inputs, gates=gates)
 
     def halting(
         self,
@@ -495,10 +498,11 @@ class MullModel(MullPreTrainedModel):
         first: Any = self.layers[0]
         reentrant = getattr(getattr(first, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
         trains = self.training and torch.is_grad_enabled() and getattr(first, "gradient_checkpointing", False)
-        if reentrant and trains and policy.stop != "active_only":
+        experts = self.etd is not None and self.etd.experts is not None
+        if reentrant and trains and (experts or policy.stop != "active_only"):
             raise ValueError(
-                "Reentrant gradient checkpointing would lose the gradient of the keys that stopped tokens leave behind: enable "
-                "it with gradient_checkpointing_kwargs={'use_reentrant': False}."
+                "Reentrant gradient checkpointing would lose the gradient of gates, and of the keys that stopped tokens leave "
+                "behind: enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
 
     def decode(
@@ -508,7 +512,7 @@ class MullModel(MullPreTrainedModel):
         call: StaticCall,
         policy: Policy | None = None,
         *,
-        routed: bool = False,
+        routed: Routed = "not",
     ) -> Tensor:
         """Run tokens ``[B, T]`` along the path of a cache of fixed size, as `mull.generate` does.
 
@@ -517,18 +521,18 @@ class MullModel(MullPreTrainedModel):
             cache: Its path's visits run.
             call: Where the tokens are in it.
             policy: Which of them run a visit.
-            routed: Whether layer routers decide, too; in the first call, those of sequences about the tokens that count.
+            routed: What decides, too; in the first call, routers and gates of sequences about the tokens that count.
 
         Returns:
             Final-normed states ``[B, T, D]``.
         """
         h = self.embed_tokens(input_ids)
-        if routed:
+        if routed != "not":
             everything = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
             tokens = None
             if call.n_valid is not None:
                 tokens = torch.arange(h.shape[1], device=h.device) < call.n_valid[:, None]
-            policy = self.with_routing(policy, h, None, tokens, everything, cache)
+            policy = self.with_routing(policy, h, None, tokens, everything, cache, fixed=routed == "experts")
         return self.norm(self.decode_part(h, cache, call, slice(0, len(cache.path)), policy))
 
     def decode_part(

@@ -81,6 +81,32 @@ class LayerRouterConfig(Frozen):
     depth what its stopped tokens offer, since a model has one kind of stopping."""
 
 
+class LoRAExpertConfig(Frozen):
+    """The branches of a think block with LoRA experts, and how a token gets its own; see `mull.model.experts`.
+
+    Source:
+        MoDr (ICLR 2026), which has 4 branches of rank 16 and scale 1, and chooses one for the whole text from all of its tokens.
+    """
+
+    rank: int = Field(default=16, ge=1, le=2**16)
+    """Rank of each branch."""
+
+    alpha: float = Field(default=32.0, gt=0)
+    """Branches are multiplied by ``alpha / rank``."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability with which training drops an input of a branch."""
+
+    target_modules: tuple[str, ...] = Field(default=("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+    """Names of the linear maps of a layer that have branches. Layers without such a map have none."""
+
+    granularity: Literal["token", "sequence"] = "token"
+    """``token``: chosen by a token's own state. ``sequence``: once per row, on its prompt, and kept with the cache."""
+
+    balance_rate: float = Field(default=0.001, ge=0)
+    """Step of the gate's bias at each optimizer step, towards an even load. 0 leaves the bias as it is."""
+
+
 class ETDConfig(Frozen):
     """Which decoder layers encode, think and decode, and how often the think block runs.
 
@@ -120,6 +146,18 @@ class ETDConfig(Frozen):
     router_warmup_steps: int = Field(default=1000, ge=0)
     """Optimizer steps of the routers in which they execute every layer."""
 
+    use_lora_experts: bool | None = None
+    """Whether the think block has LoRA experts; None: if `lora_expert` is given."""
+
+    num_lora_experts: int = Field(default=4, ge=1, le=2**10)
+    """How many."""
+
+    lora_expert: LoRAExpertConfig | None = None
+    """What they are; the usual settings if not given."""
+
+    expert_warmup_steps: int = Field(default=500, ge=0)
+    """Optimizer steps of the experts in which training draws each token's expert uniformly."""
+
     @model_validator(mode="after")
     def _one_rule(self) -> "ETDConfig":
         if self.confidence_threshold is not None and self.halting is not None:
@@ -140,6 +178,13 @@ class ETDConfig(Frozen):
         if self.use_layer_router is False or (self.use_layer_router is None and self.layer_router is None):
             return None
         return self.layer_router or LayerRouterConfig()
+
+    @property
+    def experts(self) -> LoRAExpertConfig | None:
+        """What the LoRA experts are; None without them."""
+        if self.use_lora_experts is False or (self.use_lora_experts is None and self.lora_expert is None):
+            return None
+        return self.lora_expert or LoRAExpertConfig()
 
     @property
     def stop(self) -> Stop:

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from mull.model.configs import Stop
-from mull.model.memory import ActiveTokens, LayerKeys, Merge, head_width
+from mull.model.memory import ActiveTokens, Decision, LayerKeys, Merge, head_width
 from mull.model.path import Path, Visit
 from mull.ops.gated_delta import DeltaWrites, convolution_window, no_op_where_inactive, short_gated_delta, written_state
 
@@ -234,8 +234,8 @@ class StaticSlotCache:
             self.earlier.append(latest.get(visit.layer))
             latest[visit.layer] = number
         self._head_slots = [new_slot("full_attention") for _ in range(n_head_blocks)]
-        self.decisions: dict[Visit, Tensor] = {}
-        """``[B]``: what was decided about a row when it was read, by visit."""
+        self.decisions: dict[Decision, Tensor] = {}
+        """``[B]``: what was decided about a row when it was read."""
 
     def head_slot(self, block: int, call: StaticCall) -> "FixedSlot":
         """The memory of block number `block` of the heads, which has full attention."""

@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from mull.model.configs import Stop
-from mull.model.memory import ActiveTokens, LayerKeys, Merge, OfferedKeys, head_width
+from mull.model.memory import ActiveTokens, Decision, LayerKeys, Merge, OfferedKeys, head_width
 from mull.model.path import Path, Visit
 from mull.ops.gated_delta import convolution_window, no_op_where_inactive, replay_state
 
@@ -225,8 +225,8 @@ class SlotCache(Cache):
         self._n_recorded = 0
         self._known: dict[int, Tensor] = {}
         """``[B, n_tokens]`` by slot, False for tokens that offer no keys there; slots in which all offer some are left out."""
-        self.decisions: dict[Visit, Tensor] = {}
-        """``[B]``: what was decided about a row for all calls that share the cache, by visit."""
+        self.decisions: dict[Decision, Tensor] = {}
+        """``[B]``: what was decided about a row for all calls that share the cache."""
         super().__init__(layers=[], offloading=offloading, offload_only_non_sliding=False)
         self.layers: list[Any] = []
 
@@ -355,19 +355,19 @@ class SlotCache(Cache):
         """Keep these rows, in this order."""
         super().reorder_cache(beam_idx)
         self._known = {slot: known.index_select(0, beam_idx.to(known.device)) for slot, known in self._known.items()}
-        self.decisions = {visit: made[beam_idx.to(made.device)] for visit, made in self.decisions.items()}
+        self.decisions = {about: made[beam_idx.to(made.device)] for about, made in self.decisions.items()}
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         super().batch_repeat_interleave(repeats)
         self._known = {slot: known.repeat_interleave(repeats, 0) for slot, known in self._known.items()}
-        self.decisions = {visit: made.repeat_interleave(repeats) for visit, made in self.decisions.items()}
+        self.decisions = {about: made.repeat_interleave(repeats) for about, made in self.decisions.items()}
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows: indices, or a mask."""
         super().batch_select_indices(indices)
         self._known = {slot: known[indices.to(known.device)] for slot, known in self._known.items()}
-        self.decisions = {visit: made[indices.to(made.device)] for visit, made in self.decisions.items()}
+        self.decisions = {about: made[indices.to(made.device)] for about, made in self.decisions.items()}
 
     @property
     def is_croppable(self) -> bool:

@@ -20,6 +20,9 @@ from transformers import PreTrainedConfig
 from mull.model.configs import Stop
 from mull.model.path import Visit
 
+Decision = tuple[Any, ...]
+"""What was decided about a row: a visit for layer routers, ``("expert", iteration)`` for gates."""
+
 
 @dataclass(frozen=True)
 class ActiveTokens:

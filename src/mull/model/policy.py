@@ -8,6 +8,9 @@ from torch import Tensor
 from mull.model.configs import Stop
 from mull.model.path import Visit
 
+GATES = "expert_gates"
+"""Keyword with which a layer that has experts is handed the gates ``[B, T, E]`` of its tokens."""
+
 
 class Policy:
     """Decides at each visit of a path who runs it. A call without a policy runs every token at every visit."""
@@ -24,6 +27,10 @@ class Policy:
         Visits that the same tokens run should be given the same tensor, which is then looked at once.
         """
         return True
+
+    def gates(self, visit: Visit) -> Tensor | None:
+        """``[B, T, E]``: how much each expert of the layer counts for each token, asked after `active`; None without experts."""
+        return None
 
     def weigh(self, visit: Visit, before: Tensor, after: Tensor) -> Tensor:
         """The states ``[B, T, D]`` that tokens go on with, from those before and after a visit.
@@ -66,6 +73,7 @@ class Together(Policy):
     def __init__(self, policies: Sequence[Policy]) -> None:
         self.policies = policies
         self.stop = policies[0].stop
+        self.traceable = all(policy.traceable for policy in policies)
         assert all(policy.stop == self.stop for policy in policies), "a model has one kind of stopping"
 
     def active(self, visit: Visit, h: Tensor) -> Tensor | bool:
@@ -78,6 +86,10 @@ class Together(Policy):
             elif running is not False and answer is not True:
                 running = running & answer
         return running
+
+    def gates(self, visit: Visit) -> Tensor | None:
+        """Those of the one that has some."""
+        return next((gates for policy in self.policies if (gates := policy.gates(visit)) is not None), None)
 
     def weigh(self, visit: Visit, before: Tensor, after: Tensor) -> Tensor:
         """Let each weigh what the one before gave."""

@@ -7,100 +7,166 @@ Shapes: B batch, T tokens of a call, D model width, A actions.
 """
 
 from collections.abc import Callable
-from typing import Any
-from weakref import WeakSet
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from transformers import initialization as init
 
 from mull.layers.routers import EXECUTE, REPEAT, SKIP, LayerRouter, Prompts
 from mull.model.configs import ETDConfig, LayerRouterConfig, Stop
+from mull.model.experts import ExpertRouting, Experts
+from mull.model.memory import Decision
 from mull.model.path import Visit
-from mull.model.policy import Policy
+from mull.model.policy import Policy, Together
+from mull.model.warmup import WarmedUp
 from mull.runtime.distributed import world_size
 
-Attempt = Callable[[int, Tensor], Tensor]
-"""From a layer and the states ``[B, T, D]`` before it to those after it, if all tokens ran it."""
+Attempt = Callable[[Visit, Tensor, Tensor | None], Tensor]
+"""From a visit, the states ``[B, T, D]`` before it and its gates ``[B, T, E]`` to the states after it, if all tokens ran it."""
 
-_COUNTED: "WeakSet[RoutedParts]" = WeakSet()
+Routed = Literal["not", "experts", "routers"]
+"""What decides in a decoder: nothing; gates, along a path that was given; layer routers and gates, as far as there are any."""
+
+
+class RoutedCall(NamedTuple):
+    """What decisions need to know about a call."""
+
+    states: Tensor
+    """``[B, T, D]``; only their shape counts."""
+
+    positions: Tensor | None
+    """``[B, T]``: a sequence starts where they restart; None for one in each row."""
+
+    tokens: Tensor | None
+    """``[B, T]``, False for padding; None without."""
+
+    prompt_mask: Tensor | None
+    """``[B, T]``, True or 1 for tokens of prompts; None for the first token of each sequence."""
+
+    decisions: dict[Decision, Tensor] | None
+    """Those that the cache remembers about rows; empty before the call that holds the prompts. None without a cache."""
+
+    def prompts(self, granularity: str, n_windows: int) -> Prompts | None:
+        """Where routers of sequences look; None for those of tokens, and if the rows have their decisions."""
+        if granularity != "sequence" or self.decisions:
+            return None
+        return Prompts.of(self.states, self.positions, self.tokens, self.prompt_mask, n_windows)
 
 
 class RoutedParts(nn.Module):
-    """What a model's routes need besides its layers: the routers, their warm-up, and counts of what they decided.
+    """What a model's routes need besides its layers: layer routers and LoRA experts.
 
     Args:
         config: Of the think block.
+        layers: Decoder layers of the model.
         width: Model width D.
     """
 
-    def __init__(self, config: ETDConfig, width: int) -> None:
+    def __init__(self, config: ETDConfig, layers: nn.ModuleList, width: int) -> None:
         super().__init__()
-        self.warmup_steps = config.router_warmup_steps
-        self.layer_routers = nn.ModuleDict()
-        router = config.router
-        if router is None:
-            return
-        for layer in config.routed_layers:
-            self.layer_routers[str(layer)] = LayerRouter(width, router.hidden_size, router.num_actions)
-        self.register_buffer("n_steps", torch.zeros((), dtype=torch.long))
-        self.register_buffer("_actions", torch.zeros(3, dtype=torch.long), persistent=False)
-        _COUNTED.add(self)
+        self._config = config
+        self.layer_routers = None if config.router is None else LayerRouters(config, config.router, width)
+        self.experts = None if config.experts is None else Experts(config, layers, width)
 
-    n_steps: Tensor
-    """Optimizer steps that trained the routers."""
-    _actions: Tensor
+    def policy(
+        self,
+        policy: Policy | None,
+        call: RoutedCall,
+        *,
+        attempt: Attempt | None = None,
+        given: Tensor | None = None,
+        fixed: bool = False,
+    ) -> Policy | None:
+        """Another policy together with those of routers and experts; None if nothing decides. See `MullModel.with_routing`."""
+        config = self._config
+        policies = [] if policy is None else [policy]
+        stop = config.stop if policy is None else policy.stop
+        if self.experts is not None and config.experts is not None:
+            prompts = call.prompts(config.experts.granularity, 1)
+            policies.append(ExpertRouting(config, self.experts, stop, prompts, call.tokens, call.decisions))
+        gates = policies[-1].gates if self.experts is not None else None
+        if self.layer_routers is not None and config.router is not None and not fixed:
+            routing = LayerRouting(
+                config.router,
+                self.layer_routers,
+                config.stop,
+                prompts=call.prompts(config.router.granularity, config.router.num_windows),
+                tokens=call.tokens,
+                kept=call.decisions,
+                attempt=attempt,
+                gates=gates,
+                given=given,
+            )
+            policies.append(routing)
+        return Together(policies) if len(policies) > 1 else next(iter(policies), None)
 
-    def start_anew(self) -> None:
-        """Begin the warm-up."""
-        if self.layer_routers:
-            init.zeros_(self.n_steps)
-            init.zeros_(self._actions)
+    def get_router_stats(self) -> dict[str, Any]:
+        """What was decided since `reset_stats`.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also count the steps of a copy."""
-        super().__setstate__(state)
-        if self.layer_routers:
-            _COUNTED.add(self)
-
-    @property
-    def warms_up(self) -> bool:
-        """Whether routers execute every layer for now."""
-        return bool(self.n_steps < self.warmup_steps)
-
-    def end_warm_up(self) -> None:
-        """Let routers decide from now on."""
-        self.n_steps.clamp_(min=self.warmup_steps)
-
-    def count(self, actions: Tensor) -> None:
-        """Add to the statistics."""
-        self._actions += actions.flatten().bincount(minlength=3).to(self._actions.device)
-
-    def get_router_stats(self) -> dict[str, int]:
-        """How often routers decided what since `reset_stats`: ``skip_count``, ``execute_count`` and ``repeat_count``.
-
-        Routers of a sequence decide once per row, those of tokens once per token, padding left out.
+        Returns:
+            ``skip_count``, ``execute_count`` and ``repeat_count`` of layer routers: those of a sequence decide once per row,
+            those of tokens once per token. ``expert_counts``, in a model with LoRA experts: how often each was chosen, once per
+            iteration. Padding is left out.
         """
-        counts = self._actions.tolist() if self.layer_routers else [0, 0, 0]
-        return dict(zip(("skip_count", "execute_count", "repeat_count"), counts, strict=True))
+        counts = [0, 0, 0] if self.layer_routers is None else self.layer_routers.counts
+        stats: dict[str, Any] = dict(zip(("skip_count", "execute_count", "repeat_count"), counts, strict=True))
+        return stats if self.experts is None else stats | {"expert_counts": self.experts.selections}
 
     def reset_stats(self) -> None:
         """Forget what was counted."""
-        if self.layer_routers:
-            self._actions.zero_()
+        for part in (self.layer_routers, self.experts):
+            if part is not None:
+                part.reset_stats()
+
+    def update_expert_bias(self, lr: float = 0.001) -> None:
+        """Raise the gate's bias of experts with less than the mean load by `lr`, and lower that of the others.
+
+        The load are the tokens of all training passes since the last update, on all ranks, which call this together. Every
+        optimizer step updates the bias by itself with ``LoRAExpertConfig.balance_rate``, until this is called for the first time:
+        from then on it is the caller's.
+
+        Raises:
+            ValueError: the model has no LoRA experts.
+
+        Source:
+            Loss-free balancing (arXiv:2408.15664), as in MoDr.
+        """
+        if self.experts is None:
+            raise ValueError("The model has no LoRA experts: load it with etd=ETDConfig(..., use_lora_experts=True).")
+        self.experts.update_bias(lr)
 
 
-def _count_step(optimizer: Optimizer, *_: Any) -> None:
-    for parts in _COUNTED:
-        # Several optimizers may share the routers, for instance Muon and AdamW: one of them has the first parameter.
-        first = next((parameter for parameter in parts.parameters() if parameter.requires_grad), None)
-        if any(parameter is first for group in optimizer.param_groups for parameter in group["params"]):
-            parts.n_steps += 1
+class LayerRouters(WarmedUp):
+    """The routers in front of the layers. While they warm up, they execute every layer.
 
+    Args:
+        config: Of the think block.
+        settings: Of the routers.
+        width: Model width D.
+    """
 
-# Every training loop calls its optimizer, and none of them would know that routers have a warm-up.
-register_optimizer_step_post_hook(_count_step)
+    def __init__(self, config: ETDConfig, settings: LayerRouterConfig, width: int) -> None:
+        super().__init__(config.router_warmup_steps)
+        self.by_layer = nn.ModuleDict(
+            {
+                str(layer): LayerRouter(width, settings.hidden_size, settings.num_actions)
+                for layer in config.routed_layers
+            }
+        )
+        self._actions: Tensor | int = 0
+
+    def count(self, actions: Tensor) -> None:
+        """Add to the statistics."""
+        self._actions = actions.flatten().bincount(minlength=3) + self._actions
+
+    @property
+    def counts(self) -> list[int]:
+        """Decisions to skip, to execute and to repeat since `reset_stats`."""
+        return [0, 0, 0] if isinstance(self._actions, int) else self._actions.tolist()
+
+    def reset_stats(self) -> None:
+        """Forget what was counted."""
+        self._actions = 0
 
 
 class LayerRouting(Policy):
@@ -108,26 +174,28 @@ class LayerRouting(Policy):
 
     Args:
         config: Of the routers.
-        parts: The routers.
+        routers: The routers.
         stop: What tokens that skip a visit leave behind.
         prompts: For routers of sequences, where the prompts are.
         tokens: ``[B, T]``, False for padding; None without.
         kept: For routers of sequences, what the cache remembers: ``[B]`` actions by visit. Filled by the call that holds the
             prompt. None without a cache.
         attempt: Lets routers learn what an action that was not taken would have given; None where nothing is learned.
+        gates: Those of the model's experts, for such attempts; None without experts.
         given: ``[B, L]`` actions by layer to take instead.
     """
 
     def __init__(
         self,
         config: LayerRouterConfig,
-        parts: RoutedParts,
+        routers: LayerRouters,
         stop: Stop,
         *,
         prompts: Prompts | None = None,
         tokens: Tensor | None = None,
-        kept: dict[Visit, Tensor] | None = None,
+        kept: dict[Decision, Tensor] | None = None,
         attempt: Attempt | None = None,
+        gates: Callable[[Visit], Tensor | None] | None = None,
         given: Tensor | None = None,
     ) -> None:
         self.stop = stop
@@ -136,13 +204,14 @@ class LayerRouting(Policy):
         self.logits: dict[Visit, Tensor] = {}
         """By the same visits, ``[S, A]`` of routers of sequences, ``[B, T, A]`` of those of tokens. Where actions are given, they
         have no gradient to the states."""
-        self._config, self._parts = config, parts
-        self._routers: dict[str, Any] = dict(parts.layer_routers.items())
+        self._config, self._all = config, routers
+        self._routers: dict[str, Any] = dict(routers.by_layer.items())
         self._prompts, self._tokens = prompts, tokens
         self._kept = kept
         self._attempt = attempt
+        self._gates = gates
         self._given = given
-        self._executes = parts.warms_up and given is None
+        self._executes = routers.warms_up and given is None
         self._chosen: tuple[Tensor, Tensor | None] | None = None
 
     def active(self, visit: Visit, h: Tensor) -> Tensor | bool:
@@ -189,7 +258,7 @@ class LayerRouting(Policy):
             scores = (logits - torch.empty_like(logits).exponential_().log()) / self._config.temperature
         # During the warm-up routers learn what the other actions would have given.
         actions = torch.full_like(scores[..., 0], EXECUTE, dtype=torch.long) if self._executes else scores.argmax(-1)
-        self._parts.count(actions if self._tokens is None or self._prompts is not None else actions[self._tokens])
+        self._all.count(actions if self._tokens is None or self._prompts is not None else actions[self._tokens])
         probabilities = scores.softmax(-1) if learns else None
         if self._prompts is not None:
             if self._kept is not None:
@@ -216,7 +285,8 @@ class LayerRouting(Policy):
         with torch.no_grad():
             change = after - before
             if world_size() > 1 or not bool(runs.all()):  # ranks gather a sharded layer's weights together
-                change = torch.where(runs, change, self._attempt(visit.layer, before) - before)
+                gates = None if self._gates is None else self._gates(visit)
+                change = torch.where(runs, change, self._attempt(visit, before, gates) - before)
             if repeats:
                 change = change * (actions != SKIP)[..., None]
         assert probabilities is not None, "checked above"

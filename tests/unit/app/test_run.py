@@ -205,7 +205,7 @@ def test_routers_learn_from_a_label_file_and_nothing_else_does(tmp_path: Path) -
     checkpoint, labels = labelled(tmp_path)
     recipe = routing(tmp_path, "straight", checkpoint, labels)
     told = estimate_recipe(parse_recipe(recipe))
-    assert re.search(r"^trains model.etd.layer_routers.\*.inner.weight +1,024$", told, re.MULTILINE)
+    assert re.search(r"^trains model.etd.layer_routers.by_layer.\*.inner.weight +1,024$", told, re.MULTILINE)
     assert "embed_tokens" not in told
     carry_out(recipe)
     log = records(tmp_path / "straight")
@@ -215,8 +215,8 @@ def test_routers_learn_from_a_label_file_and_nothing_else_does(tmp_path: Path) -
     assert all(torch.equal(trained[name], tensor) for name, tensor in base.items())
     model = mull.from_pretrained(tmp_path / "straight" / "model")
     assert model.etd is not None
-    assert not model.etd.warms_up, "1000 steps of warm-up are left out"
-    assert all(router.out.weight.any() for router in model.etd.layer_routers.values())
+    assert not model.etd.layer_routers.warms_up, "1000 steps of warm-up are left out"
+    assert all(router.out.weight.any() for router in model.etd.layer_routers.by_layer.values())
     stopped = routing(tmp_path, "stopped", checkpoint, labels, checkpoint={"every": 5, "keep_last": 3})
     carry_out(stopped)
     for step in (10, 12):

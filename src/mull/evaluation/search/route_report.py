@@ -131,12 +131,13 @@ def route_agreement(model: MullForCausalLM, rows: RouteRows, batch_size: int = 8
 
 def _checked(model: MullForCausalLM, labels: Tensor) -> ETDConfig:
     etd = model.etd_config
-    if etd is None or etd.router is None or model.etd is None:
+    routers = None if model.etd is None else model.etd.layer_routers
+    if etd is None or routers is None:
         raise ValueError("The model has no layer routers: train some (train.algo=routing).")
-    if model.etd.warms_up:
+    if routers.warms_up:
         raise ValueError(
-            f"The routers still warm up, and execute every layer: they were trained for {int(model.etd.n_steps)} of "
-            f"{model.etd.warmup_steps} steps (etd.router_warmup_steps)."
+            f"The routers still warm up, and execute every layer: they were trained for {int(routers.n_steps)} of "
+            f"{routers.warmup_steps} steps (etd.router_warmup_steps)."
         )
     check_route_labels(labels, etd)
     return etd

@@ -19,7 +19,8 @@ from mull.model.configs import ETDConfig
 from mull.model.executor import run
 from mull.model.inputs import new_tokens
 from mull.model.path import Visit
-from mull.model.routing import LayerRouting, RoutedParts
+from mull.model.policy import Together
+from mull.model.routing import LayerRouters, LayerRouting
 from mull.ops.targets import IGNORED
 from mull.runtime.distributed import same_everywhere
 from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan
@@ -56,7 +57,7 @@ class Routing(Objective):
     Batches have ``route_labels [B, L]``, the action of each layer, and one sequence in each row.
 
     Args:
-        parts: The routers.
+        routers: Trained in place.
         iterations: Of a step.
         config: The loss.
         weights: α, by action.
@@ -71,7 +72,7 @@ class Routing(Objective):
     trains = ("model.etd.layer_routers.*",)
 
     def __init__(
-        self, parts: RoutedParts, iterations: IterationSampling, config: RoutingConfig, weights: Sequence[float]
+        self, routers: LayerRouters, iterations: IterationSampling, config: RoutingConfig, weights: Sequence[float]
     ) -> None:
         if iterations.per == "token" or iterations.backprop_iterations is not None:
             raise ValueError(
@@ -79,7 +80,7 @@ class Routing(Objective):
                 "of loss.iterations."
             )
         self.iterations, self.config = iterations, config
-        self._parts, self._weights = parts, tuple(weights)
+        self._routers, self._weights = routers, tuple(weights)
 
     def plan_step(self, model: MullForCausalLM, batches: Sequence[Batch]) -> StepPlan:
         """Draw the number of iterations.
@@ -110,7 +111,7 @@ class Routing(Objective):
 
     def end_step(self, plan: StepPlan, seen: Sequence[object]) -> dict[str, float]:
         """End the warm-up."""
-        self._parts.end_warm_up()
+        self._routers.end_warm_up()
         return {}
 
 
@@ -132,9 +133,10 @@ def router_logits(model: MullForCausalLM, batch: Batch, iterations: int = 1) -> 
     policy = trunk.with_routing(
         None, h, inputs, new_tokens(mask, h), labels == IGNORED, given=batch["route_labels"].to(h.device)
     )
-    assert isinstance(policy, LayerRouting), "the objective was built for a model with routers"
+    policies = policy.policies if isinstance(policy, Together) else [policy]
+    [routing] = [each for each in policies if isinstance(each, LayerRouting)]
     run(trunk.layers, trunk.kinds, trunk.path(iterations), h, inputs, policy=policy)
-    return policy.logits
+    return routing.logits
 
 
 def _by_row(values: Tensor, batch: Batch) -> Tensor:
@@ -191,8 +193,8 @@ def routing(settings: RoutingConfig, resources: Resources) -> Routing:
         ValueError: the model has no layer routers, or could not take the labelled routes.
     """
     model, labels = resources.model, resources.route_labels
-    etd, parts = model.etd_config, model.etd
-    if etd is None or parts is None or etd.router is None:
+    etd, routers = model.etd_config, None if model.etd is None else model.etd.layer_routers
+    if etd is None or etd.router is None or routers is None:
         raise ValueError(
             "train.algo=routing trains layer routers, and the model has none: give model.etd the entry layer_router: {}."
         )
@@ -201,7 +203,7 @@ def routing(settings: RoutingConfig, resources: Resources) -> Routing:
     check_route_labels(labels, etd)
     counts = labels[:, etd.routed_layers.start : etd.routed_layers.stop].flatten().bincount(minlength=3).tolist()
     weights = class_weights(counts[: etd.router.num_actions], settings.balance)
-    return Routing(parts, resources.iterations, settings, weights)
+    return Routing(routers, resources.iterations, settings, weights)
 
 
 def check_route_labels(labels: Tensor, etd: ETDConfig) -> None:

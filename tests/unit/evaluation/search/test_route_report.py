@@ -28,8 +28,9 @@ def model_of(granularity: Any = "sequence", scale: float = 3.0, **fields: Any) -
     config = ETDConfig(**SPLIT.model_dump() | {"layer_router": router, "router_warmup_steps": 0})
     model = wrap_transformer_with_etd(tiny("qwen3", dtype=torch.float64), config).eval()
     assert model.etd is not None
+    assert model.etd.layer_routers is not None
     generator = torch.Generator().manual_seed(2)
-    for router in model.etd.layer_routers.values():
+    for router in model.etd.layer_routers.by_layer.values():
         nn.init.normal_(router.out.weight, std=scale, generator=generator)  # type: ignore[arg-type, union-attr]
     return model
 
@@ -181,7 +182,8 @@ def test_routers_that_do_not_decide_are_refused() -> None:
         report_routers(plain, rows)
     model = model_of()
     assert model.etd is not None
-    model.etd.warmup_steps = 10
+    assert model.etd.layer_routers is not None
+    model.etd.layer_routers.warmup_steps = 10
     with pytest.raises(ValueError, match="0 of 10 steps"):
         route_agreement(model, rows)
     with pytest.raises(ValueError, match="1 of 2 labels skip or repeat layers that have no router"):

@@ -30,8 +30,9 @@ def model_of(family: str = "qwen3", granularity: Any = "sequence", **fields: Any
     config = ETDConfig(**SPLIT.model_dump() | {"layer_router": router, "router_warmup_steps": 1000})
     model = wrap_transformer_with_etd(tiny(family, dtype=torch.float64), config)
     assert model.etd is not None
+    assert model.etd.layer_routers is not None
     generator = torch.Generator().manual_seed(1)
-    for router in model.etd.layer_routers.values():
+    for router in model.etd.layer_routers.by_layer.values():
         nn.init.normal_(router.out.weight, generator=generator)  # type: ignore[arg-type, union-attr]
     return model
 
@@ -81,6 +82,7 @@ def entering(model: MullForCausalLM, ids: Tensor, route: tuple[int, ...]) -> dic
 def test_the_loss_is_the_published_one_along_the_labelled_routes(family_name: str, granularity: Any) -> None:
     model, batch = model_of(family_name, granularity).train(), batch_of()
     assert model.etd is not None
+    assert model.etd.layer_routers is not None
     weights = class_weights([2, 8, 2], 0.9)  # by hand from ROUTES: layers 2 to 5 of three rows
     gamma, expected, right = 1.5, torch.zeros((), dtype=torch.float64), 0.0
     for row, route in enumerate(ROUTES):
@@ -88,7 +90,7 @@ def test_the_loss_is_the_published_one_along_the_labelled_routes(family_name: st
         with torch.no_grad():
             states = entering(model, ids, route)
         for layer in SPLIT.think_layers:
-            router: Any = model.etd.layer_routers[str(layer)]
+            router: Any = model.etd.layer_routers.by_layer[str(layer)]
             if granularity == "token":
                 logits = router(states[layer])[0]
             else:
@@ -125,13 +127,14 @@ def test_every_iteration_has_the_label() -> None:
         "route_labels": batch["route_labels"][2:]
     }
     assert model.etd is not None
+    assert model.etd.layer_routers is not None
     before: dict[tuple[int, int], Tensor] = {}
     path = SPLIT.path(2)
     model.model(ids, path=path, on_visit=lambda v, h, _: before.setdefault((v.layer, v.occurrence), h), use_cache=False)
     found = router_logits(model, one, 2)
     assert len(found) == 8
     for visit, logits in found.items():
-        router: Any = model.etd.layer_routers[str(visit.layer)]
+        router: Any = model.etd.layer_routers.by_layer[str(visit.layer)]
         torch.testing.assert_close(logits, router(before[visit.layer, visit.occurrence // 2]), atol=0, rtol=0)
     objective = objective_of(model, one["route_labels"], iterations=2, focal_gamma=0, balance=0)
     expected = torch.stack([-logits.log_softmax(-1)[..., EXECUTE].mean() for logits in found.values()]).mean()
@@ -180,6 +183,7 @@ def test_supervised_routers_learn_to_skip_and_to_repeat(granularity: Any, seed: 
     router = LayerRouterConfig(hidden_size=16, granularity=granularity)
     model = wrap_transformer_with_etd(base, ETDConfig(**SPLIT.model_dump() | {"layer_router": router}))
     assert model.etd is not None
+    assert model.etd.layer_routers is not None
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
 
     def batches(number: int) -> dict[str, Tensor]:
