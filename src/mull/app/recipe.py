@@ -172,9 +172,7 @@ class DataSection(_Section):
                     f"{' and '.join(unread)} are for texts, and format={self.format} reads tasks: leave them out"
                 )
             if self.format == "routes" and (unread := sorted(given & {"split", "config", "held_out_split"})):
-                raise ValueError(
-                    f"{' and '.join(unread)} are for datasets, and format=routes reads files: leave them out"
-                )
+                raise ValueError(f"{' and '.join(unread)} are for datasets, and routes are files: leave them out")
         if self.held_out_split is not None and self.held_out_paths is None:
             if self.paths is None:
                 raise ValueError("held_out_split needs paths or held_out_paths that have splits")
@@ -286,22 +284,16 @@ class Stage(_Section):
             _refuse_unread("loss.control", self.loss.control != "none")
             _refuse_unread("train.trainable=heads", self.train.trainable == "heads")
         if algo == "routing" and self.train.trainable != "all":
-            raise ValueError(
-                "train.trainable is not read by train.algo=routing, which trains layer routers: leave it out"
-            )
+            raise ValueError("train.trainable is not read by train.algo=routing, which trains routers: leave it out")
         return self
 
     @model_validator(mode="after")
     def _check_data(self) -> Self:
         settings, kind = self.settings, self.data.format
         if (self.train.algo == "routing") != (kind == "routes"):
-            raise ValueError(
-                f"train.algo={self.train.algo} with data.format={kind}: routing and routes need each other"
-            )
+            raise ValueError(f"train.algo={self.train.algo}, data.format={kind}: routing and routes need each other")
         if isinstance(settings, RoutingSection) and settings.held_out_share and self.data.held_out_paths is not None:
-            raise ValueError(
-                "routing.held_out_share and data.held_out_paths both say what is evaluated: give one of them"
-            )
+            raise ValueError("routing.held_out_share and data.held_out_paths both hold rows out: give one of them")
         if isinstance(settings, CriticSection | ValueSection) and kind in ("text", "arithmetic"):
             raise ValueError(
                 f"train.algo={self.train.algo} needs tasks with right and wrong answers, and data.format={kind} has none"

@@ -313,11 +313,11 @@ class MullModel(MullPreTrainedModel):
             require_shape("prompt_mask", prompt_mask, h.shape[:2])
         # Without a past, a layer can be tried on the call's tokens alone, whether or not a cache is being filled.
         fresh = cache is None or (isinstance(cache, SlotCache) and not cache.n_tokens)
-        learns = self.training and torch.is_grad_enabled() and fresh and inputs is not None and given is None
+        learns = self.training and torch.is_grad_enabled() and fresh and given is None
         # With a mask, positions may restart at padding, and rows hold one sequence each.
         positions = None if tokens is not None or inputs is None else inputs.position_ids.expand(h.shape[:2])
         call = RoutedCall(h, positions, tokens, prompt_mask, None if cache is None else cache.decisions)
-        attempt = partial(self._attempt, inputs) if learns else None
+        attempt = partial(self._attempt, inputs) if learns and inputs is not None else None
         return self.etd.policy(policy, call, attempt=attempt, given=given, fixed=fixed)
 
     @torch.no_grad()

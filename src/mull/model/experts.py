@@ -279,7 +279,8 @@ class ExpertRouting(Policy):
         """The same states. Where ranks train together, every rank has a gradient for every expert: it may have run none."""
         if not self._trains or world_size() == 1 or visit.layer != self._config.think_layers[-1]:
             return after
-        return after + 0 * sum(parameter.sum() for parameter in self._experts.parameters()).to(after.dtype)
+        touched = torch.stack([parameter.sum() for parameter in self._experts.parameters()]).sum()
+        return after + 0 * touched.to(after.dtype)
 
     def metrics(self) -> dict[str, Any]:
         """``expert_selections``: ``[B, T]`` numbers of experts for each iteration."""
