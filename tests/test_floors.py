@@ -54,17 +54,17 @@ BUDGETS = {
     "runtime": 1050,
     "ops": 700,
     "layers": 1000,
-    "data": 1100,
+    "data": 1160,
     "model": 2760,
     "decoding": 1160,
     "retrofit": 1200,
     "training": 2720,
     "evaluation": 2200,
-    "app": 2560,
+    "app": 2630,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 13900
+MAX_CODE_LINES = 14330
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

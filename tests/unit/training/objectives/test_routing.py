@@ -186,7 +186,10 @@ def test_supervised_routers_learn_to_skip_and_to_repeat(granularity: Any, seed: 
     assert model.etd.layer_routers is not None
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
 
+    trainable = set[str]()
+
     def batches(number: int) -> dict[str, Tensor]:
+        trainable.update(name for name, parameter in model.named_parameters() if parameter.requires_grad)
         ids = torch.randint(10, 97, (8, 12), generator=torch.Generator().manual_seed(number))
         kind = torch.arange(8) % 2
         ids[:, :4] = 5 + kind[:, None]
@@ -196,7 +199,9 @@ def test_supervised_routers_learn_to_skip_and_to_repeat(granularity: Any, seed: 
 
     config = TrainConfig(steps=60, peak_lr=0.01, warmup_steps=0, log_every=60)
     objective = objective_of(model, batches(0)["route_labels"])
+    trainable.clear()
     result = train(model, objective, batches, config)
+    assert trainable == {name for name in before if "layer_routers" in name}, "the others are frozen meanwhile"
     batch = batches(1000)
     model.eval()
     with torch.no_grad():
