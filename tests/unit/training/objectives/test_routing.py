@@ -197,7 +197,7 @@ def test_supervised_routers_learn_to_skip_and_to_repeat(granularity: Any, seed: 
         routes[kind == 0, 3], routes[kind == 1, 4] = SKIP, REPEAT
         return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(12) < 6, -100), "route_labels": routes}
 
-    config = TrainConfig(steps=60, peak_lr=0.01, warmup_steps=0, log_every=60)
+    config = TrainConfig(steps=30, peak_lr=0.04, warmup_steps=0, log_every=30)
     objective = objective_of(model, batches(0)["route_labels"])
     trainable.clear()
     result = train(model, objective, batches, config)
