@@ -9,6 +9,7 @@ from mull.model.growing_cache import SlotCache
 from mull.model.path import Path, Visit, from_actions, from_layers, recursion
 from mull.model.policy import GivenTokens, Policy
 from mull.ops.sampling import Sampling
+from mull.retrofit.expert_adapters import export_expert, load_expert
 from mull.retrofit.native_heads import export_native_heads
 from mull.retrofit.presets import TransformerConfig
 from mull.retrofit.wrap import certify_identity, from_pretrained, wrap_transformer_with_etd
@@ -33,11 +34,13 @@ __all__ = [
     "TransformerConfig",
     "Visit",
     "certify_identity",
+    "export_expert",
     "export_native_heads",
     "from_actions",
     "from_layers",
     "from_pretrained",
     "generate",
+    "load_expert",
     "recursion",
     "wrap_transformer_with_etd",
 ]

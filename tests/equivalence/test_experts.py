@@ -383,3 +383,29 @@ def test_a_token_costs_one_branch_and_a_traced_graph_gives_the_same(exact: Exact
     assert costs[0] == costs[1] == 2 * 24 * 4 * (32 + 16)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(branches(x, mull.layers.experts.Gates(gates)), found, atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_an_expert_is_an_adapter_of_peft_and_the_other_way_round(exact: Exact, ids: Ids, tmp_path: Any) -> None:
+    peft = pytest.importorskip("peft")
+    base, tokens = exact("qwen3_5"), ids(ROWS, TOKENS)
+    model, expert = with_experts(base), 1
+    mull.export_expert(model, expert, tmp_path)
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    bias = experts_of(model).bias
+    bias[expert] = 10.0  # everybody's choice
+    expected = model(tokens, think_iterations=1).logits
+    torch.testing.assert_close(adapted(tokens).logits, expected, atol=EXACT, rtol=0)
+    for fields in ({}, {"rank": 6, "alpha": 3.0}):
+        other = with_experts(base, **fields)
+        experts_of(other).bias[0] = 10.0
+        assert (other(tokens, think_iterations=1).logits - expected).abs().max() > 1e-3
+        mull.load_expert(other, 0, tmp_path)
+        torch.testing.assert_close(other(tokens, think_iterations=1).logits, expected, atol=EXACT, rtol=0)
+    for fields, message in (({"rank": 2}, "rank 4"), ({"target_modules": ("q_proj",)}, "changes model.layers")):
+        with pytest.raises(ValueError, match=message):
+            mull.load_expert(with_experts(base, **fields), 0, tmp_path)
+    with pytest.raises(ValueError, match="expert"):
+        mull.load_expert(model, EXPERTS, tmp_path)
+    with pytest.raises(ValueError, match="no LoRA experts"):
+        mull.export_expert(wrap_transformer_with_etd(base, SPLIT), 0, tmp_path)

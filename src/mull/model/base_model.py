@@ -41,7 +41,7 @@ from mull.model.inputs import (
 )
 from mull.model.memory import CallMemory, Memory
 from mull.model.path import Path, Visit
-from mull.model.policy import Policy
+from mull.model.policy import Extra, Policy
 from mull.model.pretrained import MullPreTrainedModel
 from mull.model.routing import Routed, RoutedCall, RoutedParts
 from mull.model.warmup import WarmedUp
@@ -321,9 +321,9 @@ class MullModel(MullPreTrainedModel):
         return self.etd.policy(policy, call, attempt=attempt, given=given, fixed=fixed)
 
     @torch.no_grad()
-    def _attempt(self, inputs: LayerInputs, visit: Visit, h: Tensor, gates: Tensor | None) -> Tensor:
+    def _attempt(self, inputs: LayerInputs, visit: Visit, h: Tensor, extra: Extra) -> Tensor:
         """What a visit makes of states ``[B, T, D]`` if all tokens run it."""
-        return run_layer(self.layers[visit.layer], self.kinds[visit.layer], h, inputs, gates=gates)
+        return run_layer(self.layers[visit.layer], self.kinds[visit.layer], h, inputs, extra=extra)
 
     def halting(
         self,

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from mull.model.inputs import LayerInputs, PartialInputs
 from mull.model.memory import ActiveTokens, CallMemory, CallSlot, LayerKeys, LayerMemory, Memory, Merge
 from mull.model.path import Visit
-from mull.model.policy import GATES, Policy
+from mull.model.policy import NOTHING, Extra, Policy
 from mull.runtime.distributed import global_sum
 
 OnVisit = Callable[[Visit, Tensor, Tensor], None]
@@ -66,17 +66,17 @@ def run(
             running = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)  # gaps take a mask per row to hide
         if running is not chosen.running:
             chosen = Chosen(inputs, running)
-        own = gates = None
+        own, extra = None, NOTHING
         if policy is not None:
-            gates = policy.gates(visit)
+            extra = policy.extra(visit)
             if policy.stop == "own_state":
-                own = keys_of_idle(layer, kind, h, inputs, chosen.others(), gates)
+                own = keys_of_idle(layer, kind, h, inputs, chosen.others(), extra)
             h = _keep_pace(layer, kind, h, inputs, chosen.any(kind))
         if chosen.any(kind):
             part = chosen.part(kind)
             active = None if part is None else part.active
             slot = None if memory is None else memory.slot(number, visit, active, own)
-            h = run_layer(layer, kind, h, inputs, slot, part, gates)
+            h = run_layer(layer, kind, h, inputs, slot, part, extra)
         else:
             assert memory is not None
             memory.pass_over(number, visit, h, own)
@@ -164,7 +164,7 @@ class KeyTaker(CallSlot):
 
 
 def keys_of_idle(
-    layer: nn.Module, kind: str, h: Tensor, inputs: LayerInputs, idle: Chosen, gates: Tensor | None = None
+    layer: nn.Module, kind: str, h: Tensor, inputs: LayerInputs, idle: Chosen, extra: Extra = NOTHING
 ) -> LayerKeys | None:
     """Keys and values that an attention layer projects from the states of tokens that do not run it.
 
@@ -174,7 +174,7 @@ def keys_of_idle(
         h: States ``[B, T, D]``.
         inputs: What the call's layers share.
         idle: These tokens.
-        gates: See `Policy.gates`.
+        extra: See `Policy.extra`.
 
     Returns:
         None if there are none, and for recurrent layers, which have no keys.
@@ -188,9 +188,9 @@ def keys_of_idle(
         raise ValueError("stop='own_state' needs whole layers, and these are sharded over ranks: use 'last_kv'.")
     taker, part = KeyTaker(), idle.part(kind)
     if part is None:
-        options = _options(taker, None, inputs.position_ids, inputs.rotary[kind], gates)
+        options = _options(taker, None, inputs.position_ids, inputs.rotary[kind], extra)
     else:
-        options = _options(taker, None, part.position_ids, part.rotary(kind), _of(part.active, gates))
+        options = _options(taker, None, part.position_ids, part.rotary(kind), _of(part.active, extra))
     with contextlib.suppress(_Taken):
         # Past gradient checkpointing, which would run the layer again.
         nn.Module.__call__(layer, h if part is None else part.active.gather(h), **options)
@@ -205,7 +205,7 @@ def run_layer(
     inputs: LayerInputs,
     slot: LayerMemory | None = None,
     part: PartialInputs | None = None,
-    gates: Tensor | None = None,
+    extra: Extra = NOTHING,
 ) -> Tensor:
     """Run one decoder layer of transformers, unmodified, for one visit.
 
@@ -216,7 +216,7 @@ def run_layer(
         inputs: What the call's layers share.
         slot: The visit's memory, or None.
         part: The inputs of the tokens that run, for a recurrent layer `LayerInputs.recurrent_tokens`; None for all of them.
-        gates: See `Policy.gates`.
+        extra: See `Policy.extra`.
 
     Returns:
         States ``[B, T, D]``; those of tokens that do not run are what they were.
@@ -225,32 +225,32 @@ def run_layer(
         # Gradient checkpointing would otherwise drop the slot; this one may be read again.
         layer._can_checkpoint_with_cache = True  # type: ignore[assignment]
     if kind == "linear_attention":
-        return _run_recurrent(layer, h, inputs, slot, None if part is None else part.active, gates)
+        return _run_recurrent(layer, h, inputs, slot, None if part is None else part.active, extra)
     if part is None:
-        options = _options(slot, inputs.masks[kind], inputs.position_ids, inputs.rotary[kind], gates)
+        options = _options(slot, inputs.masks[kind], inputs.position_ids, inputs.rotary[kind], extra)
         # Positional: reentrant checkpointing only follows positional inputs.
         return layer(h, **options)
     assert slot is not None
     mask = part.mask(kind, slot.n_keys, slot.known)
-    options = _options(slot, mask, part.position_ids, part.rotary(kind), _of(part.active, gates))
+    options = _options(slot, mask, part.position_ids, part.rotary(kind), _of(part.active, extra))
     return part.active.scatter(h, layer(part.active.gather(h), **options))
 
 
-def _of(active: ActiveTokens, gates: Tensor | None) -> Tensor | None:
-    return None if gates is None else active.gather(gates)
+def _of(active: ActiveTokens, extra: Extra) -> Extra:
+    return {name: active.gather(value) for name, value in extra.items()}
 
 
 def _options(
-    slot: LayerMemory | None, mask: Any, position_ids: Tensor, rotary: Any, gates: Tensor | None = None
+    slot: LayerMemory | None, mask: Any, position_ids: Tensor, rotary: Any, extra: Extra = NOTHING
 ) -> dict[str, Any]:
-    options = {
+    return {
         "attention_mask": mask,
         "position_ids": position_ids,
         "past_key_values": slot,
         "use_cache": slot is not None and not isinstance(slot, CallSlot),
         "position_embeddings": rotary,
+        **extra,
     }
-    return options if gates is None else options | {GATES: gates}
 
 
 def _run_recurrent(
@@ -259,14 +259,14 @@ def _run_recurrent(
     inputs: LayerInputs,
     slot: LayerMemory | None,
     active: ActiveTokens | None,
-    gates: Tensor | None,
+    extra: Extra,
 ) -> Tensor:
     """Run a recurrent layer on the sequence of the tokens that run, of each document by itself."""
     documents = inputs.documents
     padding = inputs.masks["linear_attention"]
-    if gates is not None and documents is not None:
-        gates = documents.split(gates)
-    options = _options(slot, padding, inputs.position_ids, inputs.rotary["linear_attention"], gates)
+    if documents is not None:
+        extra = {name: documents.split(value) for name, value in extra.items()}
+    options = _options(slot, padding, inputs.position_ids, inputs.rotary["linear_attention"], extra)
     if slot is not None:
         options["cache_view"] = slot
     rows = h if documents is None else documents.split(h)
@@ -277,7 +277,6 @@ def _run_recurrent(
         # The tokens that run form a sequence without gaps; where a row ends before others, the slot keeps the rest out of its
         # states.
         options["attention_mask"] = None if padding is None else chosen.gather(padding)
-        if gates is not None:
-            options[GATES] = chosen.gather(gates)
+        options.update(_of(chosen, extra))
         rows = chosen.scatter(rows, layer(chosen.gather(rows), **options))
     return rows if documents is None else documents.join(rows, h)

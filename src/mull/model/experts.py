@@ -20,7 +20,7 @@ from mull.layers.routers import Prompts
 from mull.model.configs import ETDConfig, LoRAExpertConfig, Stop
 from mull.model.memory import Decision
 from mull.model.path import Visit
-from mull.model.policy import GATES, Policy
+from mull.model.policy import NOTHING, Extra, Policy
 from mull.model.warmup import WarmedUp
 from mull.runtime.distributed import global_sum, world_size
 
@@ -52,6 +52,11 @@ class LayerExperts(nn.Module):
         self._gates: Gates | None = None
         self._checkpoint: Any = None
 
+    @property
+    def keyword(self) -> str:
+        """With which the layer is handed gates ``[B, T, E]`` of these experts: other models may share the layer."""
+        return f"expert_gates_{id(self)}"
+
     def attach(self, layer: nn.Module) -> None:
         """Add the experts to the maps of a layer, in calls that hand it gates."""
         layer.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -62,9 +67,9 @@ class LayerExperts(nn.Module):
     def _begin(
         self, layer: Any, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        gates = options.pop(GATES, None)
+        gates = options.pop(self.keyword, None)
         self._gates = None if gates is None else Gates(gates)
-        if getattr(layer, "gradient_checkpointing", False):
+        if gates is not None and getattr(layer, "gradient_checkpointing", False):
             # The backward pass runs the layer's forward again, without its hooks: it gets these gates by itself.
             self._checkpoint = layer._gradient_checkpointing_func
             layer._gradient_checkpointing_func = partial(self._checkpointed, self._checkpoint, self._gates)
@@ -87,7 +92,7 @@ class LayerExperts(nn.Module):
 
     def _add(self, name: str, linear: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self._gates is None:
-            return None  # the base model, which shares this layer
+            return None  # a call of another model, which shares this layer
         x, branches = arguments[0], self.maps[name]
         added = branches(x, self._gates)
         if added.shape != output.shape:
@@ -239,9 +244,13 @@ class ExpertRouting(Policy):
             self._last = visit
         return True
 
-    def gates(self, visit: Visit) -> Tensor | None:
-        """Those of the iteration, in the think block."""
-        return self._gates if visit.layer in self._config.think_layers else None
+    def extra(self, visit: Visit) -> Extra:
+        """In the think block the gates of the iteration."""
+        if self._gates is None or visit.layer not in self._config.think_layers:
+            return NOTHING
+        layer = self._experts.layers[str(visit.layer)]
+        assert isinstance(layer, LayerExperts)
+        return {layer.keyword: self._gates}
 
     def _enters(self, visit: Visit) -> bool:
         last = self._last

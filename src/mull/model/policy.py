@@ -8,8 +8,10 @@ from torch import Tensor
 from mull.model.configs import Stop
 from mull.model.path import Visit
 
-GATES = "expert_gates"
-"""Keyword with which a layer that has experts is handed the gates ``[B, T, E]`` of its tokens."""
+Extra = Mapping[str, Tensor]
+"""Keyword arguments of a layer beyond those of transformers, ``[B, T, ...]`` each. Hooks on the layer take them out."""
+
+NOTHING: Extra = {}
 
 
 class Policy:
@@ -28,9 +30,9 @@ class Policy:
         """
         return True
 
-    def gates(self, visit: Visit) -> Tensor | None:
-        """``[B, T, E]``: how much each expert of the layer counts for each token, asked after `active`; None without experts."""
-        return None
+    def extra(self, visit: Visit) -> Extra:
+        """What the hooks of this policy on the layer need to know about the call's tokens; asked after `active`."""
+        return NOTHING
 
     def weigh(self, visit: Visit, before: Tensor, after: Tensor) -> Tensor:
         """The states ``[B, T, D]`` that tokens go on with, from those before and after a visit.
@@ -87,9 +89,9 @@ class Together(Policy):
                 running = running & answer
         return running
 
-    def gates(self, visit: Visit) -> Tensor | None:
-        """Those of the one that has some."""
-        return next((gates for policy in self.policies if (gates := policy.gates(visit)) is not None), None)
+    def extra(self, visit: Visit) -> Extra:
+        """That of all of them."""
+        return {name: value for policy in self.policies for name, value in policy.extra(visit).items()}
 
     def weigh(self, visit: Visit, before: Tensor, after: Tensor) -> Tensor:
         """Let each weigh what the one before gave."""

@@ -17,12 +17,12 @@ from mull.model.configs import ETDConfig, LayerRouterConfig, Stop
 from mull.model.experts import ExpertRouting, Experts
 from mull.model.memory import Decision
 from mull.model.path import Visit
-from mull.model.policy import Policy, Together
+from mull.model.policy import NOTHING, Extra, Policy, Together
 from mull.model.warmup import WarmedUp
 from mull.runtime.distributed import world_size
 
-Attempt = Callable[[Visit, Tensor, Tensor | None], Tensor]
-"""From a visit, the states ``[B, T, D]`` before it and its gates ``[B, T, E]`` to the states after it, if all tokens ran it."""
+Attempt = Callable[[Visit, Tensor, Extra], Tensor]
+"""From a visit, the states ``[B, T, D]`` before it and its `Policy.extra` to the states after it, if all tokens ran it."""
 
 Routed = Literal["not", "experts", "routers"]
 """What decides in a decoder: nothing; gates, along a path that was given; layer routers and gates, as far as there are any."""
@@ -84,7 +84,6 @@ class RoutedParts(nn.Module):
         if self.experts is not None and config.experts is not None:
             prompts = call.prompts(config.experts.granularity, 1)
             policies.append(ExpertRouting(config, self.experts, stop, prompts, call.tokens, call.decisions))
-        gates = policies[-1].gates if self.experts is not None else None
         if self.layer_routers is not None and config.router is not None and not fixed:
             routing = LayerRouting(
                 config.router,
@@ -94,7 +93,7 @@ class RoutedParts(nn.Module):
                 tokens=call.tokens,
                 kept=call.decisions,
                 attempt=attempt,
-                gates=gates,
+                experts=None if self.experts is None else policies[-1],
                 given=given,
             )
             policies.append(routing)
@@ -181,7 +180,7 @@ class LayerRouting(Policy):
         kept: For routers of sequences, what the cache remembers: ``[B]`` actions by visit. Filled by the call that holds the
             prompt. None without a cache.
         attempt: Lets routers learn what an action that was not taken would have given; None where nothing is learned.
-        gates: Those of the model's experts, for such attempts; None without experts.
+        experts: Their policy, for such attempts; None without experts.
         given: ``[B, L]`` actions by layer to take instead.
     """
 
@@ -195,7 +194,7 @@ class LayerRouting(Policy):
         tokens: Tensor | None = None,
         kept: dict[Decision, Tensor] | None = None,
         attempt: Attempt | None = None,
-        gates: Callable[[Visit], Tensor | None] | None = None,
+        experts: Policy | None = None,
         given: Tensor | None = None,
     ) -> None:
         self.stop = stop
@@ -209,7 +208,7 @@ class LayerRouting(Policy):
         self._prompts, self._tokens = prompts, tokens
         self._kept = kept
         self._attempt = attempt
-        self._gates = gates
+        self._experts = experts
         self._given = given
         self._executes = routers.warms_up and given is None
         self._chosen: tuple[Tensor, Tensor | None] | None = None
@@ -285,8 +284,8 @@ class LayerRouting(Policy):
         with torch.no_grad():
             change = after - before
             if world_size() > 1 or not bool(runs.all()):  # ranks gather a sharded layer's weights together
-                gates = None if self._gates is None else self._gates(visit)
-                change = torch.where(runs, change, self._attempt(visit, before, gates) - before)
+                extra = NOTHING if self._experts is None else self._experts.extra(visit)
+                change = torch.where(runs, change, self._attempt(visit, before, extra) - before)
             if repeats:
                 change = change * (actions != SKIP)[..., None]
         assert probabilities is not None, "checked above"
