@@ -119,6 +119,22 @@ def windows(x: Tensor) -> list[Tensor]:
     return [x[rank == window] for window in range(3)]
 
 
+def test_experts_go_on_deciding_and_learn_nothing() -> None:
+    """Their gates decide in the same pass; new experts change nothing, so the loss is that without them."""
+    plain, batch = model_of(), batch_of()
+    assert plain.etd is not None
+    config = ETDConfig(**plain.etd_config.model_dump() | {"use_lora_experts": True})  # type: ignore[union-attr]
+    model = wrap_transformer_with_etd(tiny("qwen3", dtype=torch.float64), config)
+    assert model.etd is not None
+    model.etd.load_state_dict(plain.etd.state_dict(), strict=False)
+    output = objective_of(model, batch["route_labels"])(model, batch)
+    torch.testing.assert_close(output.sum, objective_of(plain, batch["route_labels"])(plain, batch).sum)
+    output.sum.backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, _ in model.named_parameters() if "layer_routers" in name
+    }
+
+
 def test_every_iteration_has_the_label() -> None:
     """The second iteration's states are those of a path that repeats the block."""
     model, batch = model_of("qwen3", "token"), batch_of()
