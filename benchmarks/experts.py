@@ -1,95 +1,59 @@
 """LoRA experts on two planted domains: do they specialise, and does that beat one LoRA of equal size and random assignment?
 
-A small model is trained on texts that step through a permutation of the symbols; the first token says which of several it is. Then it
-is frozen, and its think block gets LoRA for two new permutations of the same symbols: as two experts of rank r with a gate, as two
-experts that tokens draw at random, and as one LoRA of rank 2 r.
+Texts of both domains are made of the same random symbols; every other token names the domain. The teacher is a small random
+model whose think block has a hidden LoRA for each domain, that of the second the negative of the first. So within a domain a
+low-rank update is exactly right, and the domains contradict each other. Students start from the model without the update, and
+learn the teacher's distribution: with two experts of the hidden rank and a gate, with two experts that tokens draw at random,
+and with one LoRA of twice the rank.
 
-    python benchmarks/experts.py [--seeds 3] [--steps 600] [--rank 2] [--out FILE]
+    python benchmarks/experts.py [--seeds 3] [--steps 800] [--rank 4] [--granularity token] [--out FILE]
 """
 
 import argparse
+import copy
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from race import header
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from mull import ETDConfig, LoRAExpertConfig, MullForCausalLM, wrap_transformer_with_etd
+from mull.layers.experts import LoRABranches
 
-N_SYMBOLS, N_BASE, LENGTH, ROWS = 48, 4, 12, 32
-DOMAINS = (N_BASE, N_BASE + 1)
-"""Numbers of the two new permutations."""
+N_DOMAINS, N_SYMBOLS, PAIRS, ROWS, WIDTH = 2, 62, 12, 16, 64
+HIDDEN_STD = 1.0
+"""Of the teacher's B: its update changes about as much as the layer itself does."""
 
-ARMS = {
-    "gated": (2, 1, "gate"),
-    "random": (2, 1, "random"),
-    "one LoRA": (1, 2, "gate"),
-}
-"""Number of experts, rank in units of r, and who assigns."""
+ARMS = {"gated": (2, 1, "gate"), "random": (2, 1, "random"), "one LoRA": (1, 2, "gate")}
+"""Number of experts, rank in units of the hidden rank, and who assigns."""
 
 
-class Permutations:
-    """Texts ``[d, x, p_d(x), x', p_d(x'), ...]``; symbols come after the tokens that name permutations."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.maps = torch.stack(
-            [torch.randperm(N_SYMBOLS, generator=self.generator) for _ in range(N_BASE + len(DOMAINS))]
-        )
-
-    def batch(self, domains: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Texts ``[B, T]``, and the domain of each row."""
-        chosen = torch.tensor(domains)[torch.randint(len(domains), (ROWS,), generator=self.generator)]
-        x = torch.randint(N_SYMBOLS, (ROWS, LENGTH), generator=self.generator)
-        pairs = torch.stack([x, self.maps[chosen[:, None], x]], -1).flatten(1)
-        return torch.cat([chosen[:, None], pairs + len(self.maps)], 1), chosen
-
-
-def loss_of(model: Any, tokens: Tensor) -> Tensor:
-    logits = model(tokens, use_cache=False).logits[:, 1:-1:2]  # the second symbol of each pair
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 2::2].flatten())
-
-
-def train(model: Any, batches: Iterator[Tensor], steps: int, lr: float) -> None:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of(model, next(batches)).backward()
-        optimizer.step()
-        schedule.step()
-    model.eval()
-
-
-def pretrained(texts: Permutations, steps: int) -> Any:
+def base_model() -> Any:
     config = Qwen3Config(
-        vocab_size=len(texts.maps) + N_SYMBOLS,
-        hidden_size=64,
-        intermediate_size=128,
+        vocab_size=N_DOMAINS + N_SYMBOLS,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=16,
+        initializer_range=WIDTH**-0.5,
         tie_word_embeddings=False,
     )
-    base = AutoModelForCausalLM.from_config(config)
-    train(base, iter(lambda: texts.batch(range(N_BASE))[0], None), steps, 3e-3)
-    return base
+    return AutoModelForCausalLM.from_config(config)
 
 
-def with_lora(base: Any, n_experts: int, rank: int, assign: str, given: argparse.Namespace) -> MullForCausalLM:
+def with_lora(base: Any, n_experts: int, rank: int, warmup: int, given: argparse.Namespace) -> MullForCausalLM:
     lora = LoRAExpertConfig(
         rank=rank,
         alpha=2.0 * rank,
-        target_modules=tuple(given.maps.split(",")),
+        target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         balance_rate=given.balance_rate,
         granularity=given.granularity,
     )
@@ -100,7 +64,7 @@ def with_lora(base: Any, n_experts: int, rank: int, assign: str, given: argparse
         max_think_iterations=1,
         num_lora_experts=n_experts,
         lora_expert=lora,
-        expert_warmup_steps=10**9 if assign == "random" else given.warmup,
+        expert_warmup_steps=warmup,
     )
     model = wrap_transformer_with_etd(base, config)
     model.requires_grad_(False)
@@ -109,70 +73,106 @@ def with_lora(base: Any, n_experts: int, rank: int, assign: str, given: argparse
     return model
 
 
-@torch.no_grad()
-def measure(model: MullForCausalLM, texts: Permutations, assign: str) -> dict[str, Any]:
-    """Held-out loss and accuracy, load, and mutual information of domain and expert in bits."""
-    losses, right, joint = [], [], torch.zeros(len(DOMAINS), 2)
-    model.train(assign == "random")  # in use, a gate always chooses; here tokens are to draw
-    for _ in range(16):
-        tokens, domains = texts.batch(DOMAINS)
-        with torch.set_grad_enabled(assign == "random"):
-            out = model(tokens, use_cache=False)
-        losses.append(float(F.cross_entropy(out.logits[:, 1:-1:2].flatten(0, 1), tokens[:, 2::2].flatten())))
-        right.append(float((out.logits[:, 1:-1:2].argmax(-1) == tokens[:, 2::2]).double().mean()))
-        assert out.metrics is not None
-        chosen = out.metrics["expert_selections"][-1][:, 1::2]
-        for domain in range(len(DOMAINS)):
-            joint[domain] += chosen[domains == DOMAINS[domain]].flatten().bincount(minlength=2)
-    model.eval()
+class Domains:
+    """Texts, and what the teacher says of them."""
+
+    def __init__(self, base: Any, given: argparse.Namespace) -> None:
+        self._teacher = with_lora(copy.deepcopy(base), N_DOMAINS, given.rank, 0, given).eval()
+        for branches in self._teacher.modules():
+            if isinstance(branches, LoRABranches):
+                nn.init.normal_(branches.lora_B, std=HIDDEN_STD / given.rank**0.5)
+                with torch.no_grad():
+                    branches.lora_A[1], branches.lora_B[1] = branches.lora_A[0], -branches.lora_B[0]
+
+    @torch.no_grad()
+    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Texts ``[B, T]``, the teacher's log-probabilities ``[B, T / 2, V]`` at symbols, and the domain of each row."""
+        domains = torch.arange(ROWS) % N_DOMAINS
+        symbols = N_DOMAINS + torch.randint(N_SYMBOLS, (ROWS, PAIRS))
+        tokens = torch.stack([domains[:, None].expand_as(symbols), symbols], -1).flatten(1)
+        logits = torch.empty(*symbols.shape, N_DOMAINS + N_SYMBOLS)
+        assert self._teacher.etd is not None
+        assert self._teacher.etd.experts is not None
+        for domain in range(N_DOMAINS):
+            self._teacher.etd.experts.bias.copy_(
+                10.0 * F.one_hot(torch.tensor(domain), N_DOMAINS)
+            )  # everybody's choice
+            rows = domains == domain
+            logits[rows] = self._teacher(tokens[rows], use_cache=False).logits[:, 1::2]
+        return tokens, logits.log_softmax(-1), domains
+
+
+def divergence(model: Any, tokens: Tensor, expected: Tensor) -> tuple[Tensor, Any]:
+    """Nats per symbol, and the call's output. The prompt of a row is its first token, which names the domain."""
+    out = model(tokens, use_cache=False)
+    found = out.logits[:, 1::2].log_softmax(-1)
+    return F.kl_div(found.flatten(0, 1), expected.flatten(0, 1), reduction="batchmean", log_target=True), out
+
+
+def train(model: MullForCausalLM, texts: Domains, given: argparse.Namespace) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=given.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, given.lr, total_steps=given.steps)
+    model.train()
+    for _ in range(given.steps):
+        optimizer.zero_grad()
+        tokens, expected, _ = texts.batch()
+        divergence(model, tokens, expected)[0].backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+
+
+def measure(model: MullForCausalLM, texts: Domains, assign: str) -> dict[str, Any]:
+    """Held-out divergence, load, and mutual information of domain and expert in bits, over tokens."""
+    losses, joint = [], torch.zeros(N_DOMAINS, 2)
+    model.train(assign == "random")  # in use a gate always chooses, and here tokens are to draw
+    for _ in range(32):
+        tokens, expected, domains = texts.batch()
+        loss, out = divergence(model, tokens, expected)
+        losses.append(float(loss.detach()))
+        for domain, chosen in zip(domains.tolist(), out.metrics["expert_selections"][-1], strict=True):
+            joint[domain] += chosen.bincount(minlength=2)
     share = joint / joint.sum()
     independent = share.sum(1, keepdim=True) * share.sum(0, keepdim=True)
     bits = float(torch.where(share > 0, share * (share / independent).log2(), 0.0).sum())
-    return {
-        "loss": sum(losses) / len(losses),
-        "accuracy": sum(right) / len(right),
-        "load": share.sum(0).tolist(),
-        "bits": bits,
-    }
+    return {"divergence": sum(losses) / len(losses), "load": share.sum(0).tolist(), "bits": bits}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--base-steps", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--warmup", type=int, default=50)
-    parser.add_argument("--rank", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--balance-rate", type=float, default=0.001)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--warmup", type=int, default=0, help="steps in which experts are drawn")
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--balance-rate", type=float, default=0.02)
     parser.add_argument("--granularity", choices=["token", "sequence"], default="token")
-    parser.add_argument("--maps", default="down_proj")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows, started = [], time.perf_counter()
     for seed in range(given.seeds):
         torch.manual_seed(seed)
-        texts = Permutations(seed)
-        base = pretrained(texts, given.base_steps)
-        with torch.no_grad():
-            print(f"seed {seed}: base model {float(loss_of(base, texts.batch(range(N_BASE))[0])):.3f} nats", flush=True)
+        base = base_model()
+        texts = Domains(base, given)
+        untrained = float(divergence(wrap_transformer_with_etd(base, None).eval(), *texts.batch()[:2])[0].detach())
+        print(f"seed {seed}: {untrained:.3f} nats per symbol without LoRA", flush=True)
         for name, (n_experts, factor, assign) in ARMS.items():
             torch.manual_seed(seed)
-            texts.generator.manual_seed(1000 + seed)
-            model = with_lora(base, n_experts, factor * given.rank, assign, given)
-            train(model, iter(lambda: texts.batch(DOMAINS)[0], None), given.steps, given.lr)
-            row = {"seed": seed, "arm": name, **measure(model, texts, assign)}
+            warmup = 10**9 if assign == "random" else given.warmup
+            model = with_lora(copy.deepcopy(base), n_experts, factor * given.rank, warmup, given)
+            train(model, texts, given)
+            row = {"seed": seed, "arm": name, "untrained": untrained, **measure(model, texts, assign)}
             row["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
             rows.append(row)
             load = " ".join(f"{share:.2f}" for share in row["load"])
             print(
-                f"  {name:<10} {row['parameters']:>7,} parameters  loss {row['loss']:.3f}  accuracy {row['accuracy']:.3f}  "
-                f"load {load}  {row['bits']:.2f} bits",
+                f"  {name:<10} {row['parameters']:>7,} parameters  {row['divergence']:.4f} nats  load {load}  "
+                f"{row['bits']:.2f} bits",
                 flush=True,
             )
     if given.out is not None:
-        facts = header("cpu", seconds=time.perf_counter() - started, **{k: v for k, v in vars(given).items() if k != "out"})
+        settings = {name: value for name, value in vars(given).items() if name != "out"}
+        facts = header("cpu", seconds=time.perf_counter() - started, **settings)
         given.out.write_text(json.dumps(facts | {"rows": rows}, indent=1))
 
 

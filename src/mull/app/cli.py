@@ -445,7 +445,7 @@ def inspect_depth(
             streamer=rounds,
         )
         rule_of_call = halting if isinstance(halting, HaltingConfig) else None
-        trace = trace_depth(loaded, output.sequences, rule_of_call, think_iterations)
+        trace = trace_depth(loaded, output.sequences, rule_of_call, think_iterations, tokens.shape[1])
         file = local_path(out) / f"{number}.html"
         write_inspection(
             trace,

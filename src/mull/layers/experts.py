@@ -13,6 +13,7 @@ from transformers import initialization as init
 
 from mull.layers.routers import Router, normed
 
+
 @dataclass(frozen=True)
 class Assignment:
     """Tokens in the order of their experts."""
