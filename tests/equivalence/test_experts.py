@@ -409,3 +409,24 @@ def test_an_expert_is_an_adapter_of_peft_and_the_other_way_round(exact: Exact, i
         mull.load_expert(model, EXPERTS, tmp_path)
     with pytest.raises(ValueError, match="no LoRA experts"):
         mull.export_expert(wrap_transformer_with_etd(base, SPLIT), 0, tmp_path)
+
+
+def test_adapters_of_peft_go_beside_routers_and_experts(ids: Ids, tmp_path: Any) -> None:
+    peft = pytest.importorskip("peft")
+    model, tokens = with_experts(tiny("qwen3"), routers="token"), ids(ROWS, TOKENS)
+    before = model(tokens, use_cache=False).logits
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    assert torch.equal(adapted(tokens, use_cache=False).logits, before)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    adapted.train()(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in trained), "routers are no maps to adapt"
+    optimizer.step()
+    after = adapted.eval()(tokens, use_cache=False).logits
+    assert (after - before).abs().max() > 1e-3
+    adapted.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    assert torch.equal(loaded(tokens, use_cache=False).logits, after)
+    merged = loaded.merge_and_unload()(tokens, use_cache=False).logits
+    torch.testing.assert_close(merged, after, atol=1e-4, rtol=0)

@@ -25,6 +25,15 @@ class Router(nn.Module):
         return torch.promote_types(next(self.parameters()).dtype, torch.float32)
 
 
+class Affine(nn.Module):
+    """Weights of a linear map of a router. Adapters would change an `nn.Linear`, and nothing would read the change."""
+
+    def __init__(self, n_inputs: int, n_outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_outputs, n_inputs))
+        self.bias = nn.Parameter(torch.empty(n_outputs))
+
+
 class LayerRouter(Router):
     """``out(gelu(inner(norm(h))))``: a logit per action, in fp32 at least. Before any training every input gives EXECUTE.
 
@@ -42,8 +51,7 @@ class LayerRouter(Router):
 
     def __init__(self, width: int, hidden: int, n_actions: int) -> None:
         super().__init__()
-        self.inner = nn.Linear(width, hidden)
-        self.out = nn.Linear(hidden, n_actions)
+        self.inner, self.out = Affine(width, hidden), Affine(hidden, n_actions)
         self.start_at_execute()
 
     def start_at_execute(self) -> None:
