@@ -121,7 +121,9 @@ class Experts(WarmedUp):
     """
 
     bias: Tensor
-    """``[E]`` in fp32, whatever the type of the weights: its steps are smaller than bf16 resolves."""
+    """``[E]``."""
+
+    in_fp32 = ("bias",)
 
     def __init__(self, config: ETDConfig, layers: nn.ModuleList, width: int) -> None:
         super().__init__(config.expert_warmup_steps)
@@ -143,13 +145,6 @@ class Experts(WarmedUp):
         self._load: Tensor | int = 0
         self._selections: Tensor | int = 0
         self._by_hand = False
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Experts":
-        bias = self.bias
-        super()._apply(fn, recurse)
-        if self.bias.dtype != bias.dtype:
-            self.bias = bias.to(self.bias.device)
-        return self
 
     def attach(self, layers: nn.ModuleList) -> None:
         """Add the experts to these layers."""

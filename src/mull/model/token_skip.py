@@ -1,0 +1,232 @@
+"""Token skipping: each layer has a budget, and some of the tokens run it. The others pass it by unchanged.
+
+Three ways to choose them: Mixture-of-Depths (`DepthRouters`), GateSkip (`SkipGates`) and A-MoD (`AttentionScores`). Each is a
+policy over the visits of an ordinary path; a token that skips leaves to later tokens what `ETDConfig.stop` says.
+
+Shapes: B batch, T tokens of a call, D model width, N tokens of any number.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mull.layers.routers import EXECUTE, LayerRouter, sequence_numbers
+from mull.layers.skipping import TokenScore, highest
+from mull.model.configs import ETDConfig, Stop
+from mull.model.path import Visit
+from mull.model.policy import Policy, running
+from mull.model.warmup import WarmedUp
+
+
+class SkipCall(NamedTuple):
+    """What token skipping needs to know about a call."""
+
+    states: Tensor
+    """``[B, T, D]``; only their shape counts."""
+
+    positions: Tensor | None
+    """``[B, T]``: a sequence starts where they restart; None for one in each row."""
+
+    tokens: Tensor | None
+    """``[B, T]``, False for padding; None without."""
+
+    whole: bool
+    """Nothing precedes the call, so it has all tokens of its sequences."""
+
+    fixed: bool
+    """The path was given, and all tokens run it."""
+
+    stops: bool
+    """Another policy lets tokens stop."""
+
+    def counted(self) -> Tensor:
+        """``[B, T]``: tokens that are no padding."""
+        shape, device = self.states.shape[:2], self.states.device
+        return torch.ones(shape, dtype=torch.bool, device=device) if self.tokens is None else self.tokens
+
+    def highest(self, scores: Tensor, share: float) -> Tensor:
+        """``[B, T]``: the share of each sequence's tokens that have the highest scores ``[B, T]``."""
+        if self.positions is None:
+            sequences = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores)
+        else:
+            sequences = sequence_numbers(self.positions)
+        return highest(scores, sequences, self.counted(), share)
+
+
+class TokenSkips(WarmedUp):
+    """What token skipping learns and counts. Its share of tokens falls from 1 to the capacity while it warms up.
+
+    Args:
+        config: Of the think block.
+        layers: Decoder layers of the model.
+        width: Model width D.
+    """
+
+    def __init__(self, config: ETDConfig, layers: nn.ModuleList, width: int) -> None:
+        super().__init__(config.token_skip_warmup_steps)
+        assert config.token_skip is not None, "a model with token skipping"
+        self.settings = config.token_skip
+        self.numbers = tuple(config.skipped_layers)
+        """Indices of the layers that tokens may skip."""
+        self._terms: list[Tensor] | None = None
+        self._executed: dict[int, tuple[Tensor, int]] = {}
+
+    @property
+    def share(self) -> float:
+        """Share of the tokens that run a layer at this step of the training."""
+        done = min(float(self.n_steps) / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
+        return 1.0 - (1.0 - self.settings.capacity) * done
+
+    @property
+    def learns(self) -> bool:
+        """Whether a call now is part of the training."""
+        return self.training and torch.is_grad_enabled()
+
+    def attach(self, layers: nn.ModuleList) -> None:
+        """Work on these layers."""
+
+    def policies(self, stop: Stop, call: SkipCall) -> list[Policy]:
+        """That of a call; none where all tokens run, and nothing is weighed."""
+        raise NotImplementedError
+
+    @contextmanager
+    def auxiliary_losses(self) -> Iterator[list[Tensor]]:
+        """Collect the terms of the visits that run meanwhile."""
+        outer, self._terms = self._terms, []
+        try:
+            yield self._terms
+        finally:
+            self._terms = outer
+
+    def add_loss(self, term: Tensor) -> None:
+        """Add the term of a visit, a scalar, where somebody collects them."""
+        if self._terms is not None:
+            self._terms.append(self.settings.loss_weight * term)
+
+    def count(self, layer: int, runs: Tensor) -> None:
+        """Add to the statistics: the tokens ``[N]`` that run a layer, padding left out."""
+        n_ran, n_tokens = self._executed.get(layer, (0, 0))
+        self._executed[layer] = runs.sum() + n_ran, n_tokens + runs.numel()
+
+    def stats(self) -> dict[str, Any]:
+        """See `RoutedParts.get_router_stats`."""
+        return {"executed_share": {layer: int(ran) / (total or 1) for layer, (ran, total) in self._executed.items()}}
+
+    def reset_stats(self) -> None:
+        """Forget what was counted."""
+        self._executed = {}
+
+
+class TokenSkipping(Policy):
+    """The policy of one call of a model with token skipping.
+
+    Args:
+        parts: What it learns.
+        stop: What tokens that skip a visit leave behind.
+        call: The call.
+    """
+
+    def __init__(self, parts: TokenSkips, stop: Stop, call: SkipCall) -> None:
+        self.stop = stop
+        self.executed: dict[Visit, Tensor] = {}
+        """``[B, T]`` by visit."""
+        self._all, self._call = parts, call
+
+    def active(self, visit: Visit, h: Tensor) -> Tensor | bool:
+        """Tokens that are chosen."""
+        if visit.layer not in self._all.numbers:
+            return True
+        runs = self.choose(visit.layer, h)
+        if self._call.fixed:
+            return True
+        tokens = self._call.tokens
+        self.executed[visit] = runs if tokens is None else runs & tokens
+        self._all.count(visit.layer, runs if tokens is None else runs[tokens])
+        return running(runs, tokens)
+
+    def choose(self, layer: int, h: Tensor) -> Tensor:
+        """``[B, T]``: the tokens that run a layer, given the states ``[B, T, D]`` before it."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, Any]:
+        """``token_skip_executed``: ``[B, T]`` for each visit that tokens may skip, in the order of the path."""
+        return {"token_skip_executed": list(self.executed.values())}
+
+
+class DepthRouters(TokenSkips):
+    """Mixture-of-Depths: a score ranks the tokens of a sequence, and those with the highest run.
+
+    A rank takes the whole sequence, later tokens included. So ranks decide in training alone. In use, a predictor decides about
+    each token by itself, which learns who is among the highest. It starts by letting all tokens run.
+
+    Source:
+        Mixture-of-Depths (arXiv:2404.02258), which multiplies the update by the score. Then a pretrained model would no longer be
+        what it was. Here the update counts with 1, whose derivative is that of the score's sigmoid (straight through), and the
+        score is free to rank. The paper trains from scratch and has a capacity of 12.5 % in every other layer.
+    """
+
+    def __init__(self, config: ETDConfig, layers: nn.ModuleList, width: int) -> None:
+        super().__init__(config, layers, width)
+        hidden = self.settings.hidden_size
+        self.scores = nn.ModuleDict({str(layer): TokenScore(width) for layer in self.numbers})
+        self.predictors = nn.ModuleDict({str(layer): LayerRouter(width, hidden, 2) for layer in self.numbers})
+        self._agreed: tuple[Tensor | int, int] = 0, 0
+
+    def policies(self, stop: Stop, call: SkipCall) -> list[Policy]:
+        """Ranks in training, predictions otherwise; nothing along a path that was given."""
+        return [] if call.fixed else [DepthRouting(self, stop, call)]
+
+    def compare(self, ranked: Tensor, predicted: Tensor) -> None:
+        """Add to the statistics: whether tokens ``[N]`` were chosen by their rank, and by the predictor."""
+        n_agreed, n_tokens = self._agreed
+        self._agreed = (ranked == predicted).sum() + n_agreed, n_tokens + ranked.numel()
+
+    def stats(self) -> dict[str, Any]:
+        """Also ``predictor_agreement``, in training: for which share of the tokens the predictor said what the rank did."""
+        n_agreed, n_tokens = self._agreed
+        return super().stats() | ({"predictor_agreement": int(n_agreed) / n_tokens} if n_tokens else {})
+
+    def reset_stats(self) -> None:
+        """Forget what was counted."""
+        super().reset_stats()
+        self._agreed = 0, 0
+
+
+class DepthRouting(TokenSkipping):
+    """The policy of `DepthRouters`."""
+
+    def __init__(self, parts: DepthRouters, stop: Stop, call: SkipCall) -> None:
+        super().__init__(parts, stop, call)
+        self._routers = parts
+        self._share = parts.share if parts.training and call.whole else None
+        self._scores: Tensor | None = None
+
+    def choose(self, layer: int, h: Tensor) -> Tensor:
+        """Those with the highest scores in training, those of the predictor otherwise."""
+        logits: Tensor = self._routers.predictors[str(layer)](h.detach())
+        predicted = logits.argmax(-1) == EXECUTE
+        if self._share is None:
+            return predicted
+        scores: Tensor = self._routers.scores[str(layer)](h)
+        chosen = self._call.highest(scores.detach(), self._share)
+        real = self._call.counted()
+        self._routers.compare(chosen[real], predicted[real])
+        if self._routers.learns:
+            self._scores = scores
+            self._routers.add_loss(F.cross_entropy(logits[real], chosen[real].long()))
+        return chosen
+
+    def weigh(self, visit: Visit, before: Tensor, after: Tensor) -> Tensor:
+        """The same states, with a gradient to the scores of the tokens that ran."""
+        if self._scores is None or visit.layer not in self._routers.numbers:
+            return after
+        weight = self._scores.sigmoid()
+        return after + (weight - weight.detach()).to(after.dtype)[..., None] * (after - before).detach()
+
+
+METHODS: dict[str, type[TokenSkips]] = {"mod": DepthRouters}
+"""By `TokenSkipConfig.method`."""

@@ -1,0 +1,264 @@
+"""Claim: token skipping takes the same decisions, and the model computes the same, however the tokens are divided into calls.
+
+For each method, in use: decisions look at nothing but the token and what came before it. In training: they are hard, everything
+learns, and the ranks of Mixture-of-Depths are those of each sequence. All in fp64.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import EXACT, FAMILIES, HYBRIDS, SPLIT, tiny
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import mull
+from mull import (
+    ETDConfig,
+    HaltingConfig,
+    MTPConfig,
+    MullForCausalLM,
+    TokenSkipConfig,
+    wrap_transformer_with_etd,
+)
+from mull.layers.skipping import highest, quantile
+from mull.model.executor import run
+from mull.model.path import Visit, from_layers
+from mull.model.policy import GivenTokens
+from mull.model.token_skip import TokenSkips
+
+Exact = Callable[..., PreTrainedModel]
+Ids = Callable[..., Tensor]
+
+ROWS, TOKENS, ITERATIONS = 3, 12, 2
+METHODS = ["mod"]
+STOPS = ["last_kv", "own_state", "active_only"]
+
+
+def parts_of(model: MullForCausalLM) -> TokenSkips:
+    assert model.etd is not None
+    assert model.etd.token_skip is not None
+    return model.etd.token_skip
+
+
+def randomise(model: MullForCausalLM, scale: float = 1.0) -> MullForCausalLM:
+    """Decisions at random, as of a trained model."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in parts_of(model).named_parameters():
+        if name.startswith("predictors") and name.endswith("out.bias"):
+            nn.init.zeros_(parameter)
+        elif name.startswith("predictors") and "inner" in name:
+            continue
+        else:
+            nn.init.normal_(parameter, std=scale, generator=generator)
+    return model
+
+
+def skipping(
+    base: PreTrainedModel,
+    method: Any = "mod",
+    mtp: MTPConfig | None = None,
+    *,
+    adaptive: bool = False,
+    scale: float = 1.0,
+    warmup: int = 0,
+    **fields: Any,
+) -> MullForCausalLM:
+    changes: dict[str, Any] = {
+        "token_skip": TokenSkipConfig(**{"method": method, "hidden_size": 8} | fields),
+        "token_skip_warmup_steps": warmup,
+        "max_think_iterations": ITERATIONS,
+    }
+    if adaptive:
+        changes["halting"] = HaltingConfig(rule="state", threshold=0.9, stop=fields.get("stop") or "active_only")
+    model = wrap_transformer_with_etd(base, ETDConfig(**SPLIT.model_dump() | changes), mtp).eval()
+    return randomise(model, scale)
+
+
+def executed(out: Any) -> Tensor:
+    """``[decisions, B, T]``."""
+    return torch.stack(out.metrics["token_skip_executed"])
+
+
+def mixed(runs: Tensor) -> bool:
+    return 0.1 < float(runs.double().mean()) < 0.9
+
+
+def in_calls(model: MullForCausalLM, tokens: Tensor, lengths: list[int], **options: Any) -> tuple[Tensor, Tensor]:
+    cache, start, logits, runs = model.new_cache(), 0, [], []
+    for length in lengths:
+        out = model(tokens[:, start : start + length], past_key_values=cache, use_cache=True, **options)
+        logits.append(out.logits)
+        runs.append(executed(out))
+        start += length
+    return torch.cat(logits, 1), torch.cat(runs, 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scope", ["think", "all"])
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.latin(12, "family", "method", "scope", "stop", "adaptive")
+@torch.no_grad()
+def test_tokens_skip_the_same_in_one_call_and_in_many(
+    family: str, method: str, scope: Any, stop: Any, adaptive: bool, exact: Exact, ids: Ids
+) -> None:
+    model = skipping(exact(family), method, scope=scope, stop=stop, adaptive=adaptive)
+    tokens = ids(ROWS, TOKENS)
+    whole = model(tokens, use_cache=False, adaptive=adaptive)
+    assert mixed(executed(whole))
+    for lengths in ([1] * TOKENS, [5, 1, 6], [TOKENS]):
+        logits, runs = in_calls(model, tokens, lengths, adaptive=adaptive)
+        assert torch.equal(runs, executed(whole))
+        torch.testing.assert_close(logits, whole.logits, atol=EXACT, rtol=0)
+    changed = tokens.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % 97
+    again = model(changed, use_cache=False, adaptive=adaptive)
+    assert torch.equal(executed(again)[..., :7], executed(whole)[..., :7]), "later tokens decide nothing"
+    torch.testing.assert_close(again.logits[:, :7], whole.logits[:, :7], atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("side", ["left", "right", "packed"])
+@pytest.mark.latin(12, "family", "method", "training", "side")
+@torch.no_grad()
+def test_padding_other_rows_and_other_documents_decide_nothing(
+    family: str, method: str, training: bool, side: str, exact: Exact, ids: Ids
+) -> None:
+    model, tokens, padding = skipping(exact(family), method).train(training), ids(ROWS, TOKENS), 5
+    filling = ids(ROWS, padding, seed=7)
+    real = slice(0, TOKENS) if side == "right" else slice(padding, None)
+    padded = torch.cat([tokens, filling] if side == "right" else [filling, tokens], 1)
+    options: dict[str, Any] = {}
+    if side == "packed":
+        options["position_ids"] = torch.cat([torch.arange(padding), torch.arange(TOKENS)]).expand(ROWS, -1)
+    else:
+        options["attention_mask"] = torch.zeros_like(padded)
+        options["attention_mask"][:, real] = 1
+        options["position_ids"] = (options["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    out = model(padded, use_cache=False, **options)
+    for row in range(ROWS):
+        alone = model(tokens[row : row + 1], use_cache=False)
+        assert torch.equal(executed(out)[:, row, real], executed(alone)[:, 0])
+        torch.testing.assert_close(out.logits[row, real], alone.logits[0], atol=EXACT, rtol=0)
+    if side != "packed":
+        padding_runs = executed(out).clone()
+        padding_runs[..., real] = False
+        assert not padding_runs.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("draft_length", [None, 0, 2])
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.latin(24, "family", "method", "draft_length", "adaptive")
+@torch.no_grad()
+def test_both_generators_write_the_same_text_with_and_without_drafts(
+    family: str, method: str, draft_length: int | None, adaptive: bool, exact: Exact, ids: Ids
+) -> None:
+    mtp = MTPConfig(num_predict_tokens=2, mtp_head_type="sequential")
+    model = skipping(exact(family), method, mtp, adaptive=adaptive)
+    tokens, options = ids(2, 6), {"max_new_tokens": 8, "eos_token_id": ()}
+    expected = model.generate(tokens, do_sample=False, max_new_tokens=8, eos_token_id=None, adaptive=adaptive)
+    draft = None if draft_length is None else "mtp"
+    found = mull.generate(model, tokens, draft=draft, draft_length=draft_length, adaptive=adaptive, **options)
+    assert torch.equal(found.sequences, expected)
+    assert not torch.equal(found.sequences, mull.generate(model, tokens, path=SPLIT.path(1), **options).sequences)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family_name", ["qwen3", "qwen3_5"])
+@torch.no_grad()
+def test_decisions_stay_with_their_rows(family_name: str, method: str, exact: Exact, ids: Ids) -> None:
+    model, tokens = skipping(exact(family_name), method), ids(ROWS, TOKENS)
+    cache = model.new_cache()
+    cache.activate_past_recording()
+    model(tokens[:, :8], past_key_values=cache)
+    order = torch.tensor([2, 0, 2])
+    cache.reorder_cache(order)
+    model(tokens[order, 8:11], past_key_values=cache)
+    cache.crop(-2)
+    cache.batch_select_indices(torch.tensor([0, 1]))
+    out = model(tokens[order[:2], 9:], past_key_values=cache)
+    expected = model(tokens, use_cache=False)
+    torch.testing.assert_close(out.logits, expected.logits[order[:2], 9:], atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "gate-skip"])
+@pytest.mark.latin(8, "family", "method", "training")
+@torch.no_grad()
+def test_tokens_that_are_chosen_run_the_layer_as_it_is(
+    family: str, method: str, training: bool, exact: Exact, ids: Ids
+) -> None:
+    """Bit for bit: what the executor makes of the same masks."""
+    model, tokens = skipping(exact(family), method).train(training), ids(ROWS, TOKENS)
+    out = model(tokens, use_cache=False)
+    path = model.path()
+    routed = [visit for visit in path if visit.layer in parts_of(model).numbers]
+    masks: dict[Visit, Tensor | bool] = dict(zip(routed, executed(out), strict=True))
+    h = model.model.embed_tokens(tokens)
+    policy = GivenTokens(masks, stop="active_only")
+    states = run(model.model.layers, model.kinds, path, h, model.model.layer_inputs(h), policy=policy)
+    assert torch.equal(out.logits, model.lm_head(model.model.norm(states)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.latin(4)
+@torch.no_grad()
+def test_new_token_skipping_changes_nothing(family: str, method: str, exact: Exact, ids: Ids) -> None:
+    base, tokens = exact(family), ids(ROWS, TOKENS)
+    skip = TokenSkipConfig(method=method, scope="all")  # type: ignore[arg-type]
+    model = wrap_transformer_with_etd(base, ETDConfig(**SPLIT.model_dump() | {"token_skip": skip})).eval()
+    plain = wrap_transformer_with_etd(base, SPLIT).eval()
+    for training in (False, True):
+        model.train(training)
+        for iterations in (1, 3):
+            found, expected = (each(tokens, think_iterations=iterations) for each in (model, plain))
+            assert torch.equal(found.logits, expected.logits)
+            assert executed(found).all()
+
+
+def trained_loss(model: MullForCausalLM, tokens: Tensor) -> Tensor:
+    loss = model(tokens, labels=tokens, use_cache=False).loss
+    assert loss is not None
+    return loss
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("warmup", [0, 1000])
+@pytest.mark.latin(6, "family", "method", "warmup")
+def test_everything_learns_with_and_without_checkpointing(
+    family: str, method: str, warmup: int, exact: Exact, ids: Ids
+) -> None:
+    model, tokens = skipping(exact(family), method, warmup=warmup).train(), ids(ROWS, TOKENS)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        trained_loss(model, tokens).backward()  # type: ignore[no-untyped-call]
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, parameter in parts_of(model).named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name, atol=EXACT, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_the_highest_of_each_sequence_are_chosen(ids: Ids) -> None:
+    scores = torch.tensor([[3.0, 1.0, 2.0, 2.0, 9.0, 8.0], [0.0, 0.0, 0.0, 5.0, 5.0, 1.0]])
+    numbers = torch.tensor([[0, 0, 0, 0, 1, 1], [2, 2, 2, 2, 2, 2]])
+    counted = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 0, 1]]).bool()
+    expected = torch.tensor([[1, 0, 1, 0, 1, 0], [0, 0, 0, 1, 0, 1]]).bool()
+    assert torch.equal(highest(scores, numbers, counted, 0.5), expected)
+    assert torch.equal(highest(scores, numbers, counted, 1.0), counted)
+    ties = torch.zeros(1, 30)
+    chosen = highest(ties, torch.zeros(1, 30, dtype=torch.long), torch.ones(1, 30, dtype=torch.bool), 0.1)
+    assert torch.equal(chosen, torch.arange(30)[None] < 3)
+    values = torch.tensor([4.0, 1.0, 3.0, 2.0])
+    for share, threshold in ((1.0, 1.0), (0.75, 2.0), (0.5, 3.0), (0.26, 3.0), (0.25, 4.0), (0.01, 4.0)):
+        assert float(quantile(values, share)) == threshold
