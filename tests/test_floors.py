@@ -24,7 +24,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "runtime": (1, "arguments storage distributed progress timing shards checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
     "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise route_labels"),
-    "layers": (3, "heads recursive_heads value_head routers skipping"),
+    "layers": (3, "heads recursive_heads value_head routers experts skipping"),
     "model": (
         4,
         "path configs configuration memory growing_cache fixed_cache families inputs policy warmup halting experts "

@@ -159,10 +159,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             TypeError: a keyword that is not known, or an argument of another type.
             ValueError: arguments that contradict each other or the cache, or that cannot be obeyed; labels without a target.
         """
-        if not isinstance(logits_to_keep, Tensor):
-            require_count("logits_to_keep", logits_to_keep, 0)
-        elif logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
-            raise ValueError(f"logits_to_keep has the type {logits_to_keep.dtype}: indices are whole numbers.")
+        _check_kept(logits_to_keep)
         # Not a parameter: transformers' Trainer takes every parameter with this name for labels that a batch must have.
         shift_labels = keywords.pop("shift_labels", None)
         if shift_labels is not None and self.mtp_config is not None:
@@ -209,11 +206,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             if token_skip_loss is not None:
                 loss = loss + token_skip_loss
             if self.mtp_config is not None and labels is not None:
-                if cache is not None and cache.n_tokens != h.shape[1]:
-                    raise ValueError(
-                        "Extra heads see the tokens of one call, so their loss cannot continue from a cache: give labels with "
-                        "whole rows."
-                    )
+                _require_whole(cache, h)
                 mtp_loss, mtp_step_losses = self._mtp_loss(
                     h, input_ids, labels, attention_mask, position_ids, num_items_in_batch
                 )
@@ -503,6 +496,20 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         raise NotImplementedError(
             "Continuous batching (generate_batch) needs a paged cache, which has one slot per layer and none per visit. Use "
             "model.generate or mull.generate."
+        )
+
+
+def _check_kept(logits_to_keep: int | Tensor) -> None:
+    if not isinstance(logits_to_keep, Tensor):
+        require_count("logits_to_keep", logits_to_keep, 0)
+    elif logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
+        raise ValueError(f"logits_to_keep has the type {logits_to_keep.dtype}: indices are whole numbers.")
+
+
+def _require_whole(cache: SlotCache | None, h: Tensor) -> None:
+    if cache is not None and cache.n_tokens != h.shape[1]:
+        raise ValueError(
+            "Extra heads see the tokens of one call, so their loss cannot continue from a cache: give labels with whole rows."
         )
 
 

@@ -6,6 +6,7 @@ policy over the visits of an ordinary path; a token that skips leaves to later t
 Shapes: B batch, T tokens of a call, D model width, N tokens of any number.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,13 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from mull.layers.routers import EXECUTE, LayerRouter, sequence_numbers
-from mull.layers.skipping import TokenScore, highest
+from mull.layers.skipping import ResidualGate, TokenScore, highest, quantile
 from mull.model.configs import ETDConfig, Stop
 from mull.model.path import Visit
 from mull.model.policy import Policy, running
 from mull.model.warmup import WarmedUp
+from mull.runtime.distributed import global_sum
+
+SEEN_VISITS = 256
+"""Latest visits of a layer in an optimizer step whose scores its threshold is taken from."""
+
+THRESHOLD_RATE = 0.1
+"""Share of the way that a threshold moves in an optimizer step towards that of the step's tokens."""
 
 
 class SkipCall(NamedTuple):
@@ -228,5 +237,93 @@ class DepthRouting(TokenSkipping):
         return after + (weight - weight.detach()).to(after.dtype)[..., None] * (after - before).detach()
 
 
-METHODS: dict[str, type[TokenSkips]] = {"mod": DepthRouters}
+class Calibrated(TokenSkips):
+    """Token skipping by a threshold for each layer, which the budget's share of the latest training tokens reaches.
+
+    So a decision looks at one token, in training too. A new model has no thresholds, and all tokens run.
+    """
+
+    in_fp32 = ("thresholds",)
+    thresholds: Tensor
+    """``[L]``, one for each of `numbers`."""
+
+    def __init__(self, config: ETDConfig, layers: nn.ModuleList, width: int) -> None:
+        super().__init__(config, layers, width)
+        self.register_buffer("thresholds", torch.full((len(self.numbers),), -torch.inf, dtype=torch.float32))
+        self._seen = {layer: deque[Tensor](maxlen=SEEN_VISITS) for layer in self.numbers}
+
+    def start_anew(self) -> None:
+        """Begin the warm-up without thresholds."""
+        super().start_anew()
+        init.constant_(self.thresholds, -torch.inf)
+
+    def reach(self, layer: int, scores: Tensor, real: Tensor) -> Tensor:
+        """``[B, T]``: tokens whose scores ``[B, T]`` reach the layer's threshold; in training those that are `real` move it."""
+        scores = scores.detach()
+        if self.learns:
+            self._seen[layer].append(scores[real].float())
+        return scores >= self.thresholds[self.numbers.index(layer)]
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Move the thresholds."""
+        super().end_step()
+        share = self.share
+        for index, layer in enumerate(self.numbers):
+            scores = torch.cat([*self._seen[layer], self.thresholds.new_empty(0)])
+            self._seen[layer].clear()
+            found = quantile(scores, share) if len(scores) else scores.sum()
+            total, n_ranks = global_sum(torch.stack([found, found.new_tensor(float(len(scores) > 0))]))
+            if share < 1 and n_ranks:
+                old, new = self.thresholds[index], total / n_ranks
+                self.thresholds[index] = torch.where(old.isfinite(), old.lerp(new, THRESHOLD_RATE), new)
+
+
+class SkipGates(Calibrated):
+    """GateSkip: a gate scales each component of a layer's update, and tokens with a low mean gate skip the layer.
+
+    The loss adds to each visit the root mean square of a token's gate, averaged over the tokens: gates close where that costs
+    little.
+
+    Source:
+        GateSkip (arXiv:2510.13876) has a gate at each attention and each feed-forward part, where there is one for both here; and it
+        ranks the tokens of a sequence, later ones included, where there is a threshold here. Its loss divides the norm of the
+        gate by D instead of by its root.
+    """
+
+    def __init__(self, config: ETDConfig, layers: nn.ModuleList, width: int) -> None:
+        super().__init__(config, layers, width)
+        self.gates = nn.ModuleDict({str(layer): ResidualGate(width) for layer in self.numbers})
+
+    def policies(self, stop: Stop, call: SkipCall) -> list[Policy]:
+        """Gates scale in every call; all tokens run a path that was given."""
+        return [GateSkipping(self, stop, call)]
+
+
+class GateSkipping(TokenSkipping):
+    """The policy of `SkipGates`."""
+
+    def __init__(self, parts: SkipGates, stop: Stop, call: SkipCall) -> None:
+        super().__init__(parts, stop, call)
+        self._parts = parts
+        self._gates: Tensor | None = None
+
+    def choose(self, layer: int, h: Tensor) -> Tensor:
+        """Those whose mean gate reaches the threshold."""
+        gates: Tensor = self._parts.gates[str(layer)](h)
+        real = self._call.counted()
+        if self._parts.learns:
+            self._parts.add_loss(gates[real].square().mean(-1).sqrt().mean())
+        self._gates = gates
+        return self._parts.reach(layer, gates.mean(-1), real)
+
+    def weigh(self, visit: Visit, before: Tensor, after: Tensor) -> Tensor:
+        """The states before, and the update as far as the gates let it pass. A gate of 1 gives `after` bit for bit."""
+        if visit.layer not in self._parts.numbers:
+            return after
+        assert self._gates is not None, "a visit is chosen for before it is weighed"
+        return torch.lerp(before, after, self._gates.to(after.dtype))
+
+
+METHODS: dict[str, type[TokenSkips]] = {"mod": DepthRouters, "gate-skip": SkipGates}
 """By `TokenSkipConfig.method`."""
