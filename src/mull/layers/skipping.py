@@ -1,6 +1,6 @@
 """What token skipping looks at to choose the tokens that run a layer.
 
-Shapes: B batch, T tokens, D model width, N tokens of any number.
+Shapes: B batch, T tokens, D model width, N tokens of any number; R rows, A queries, K keys and H heads of an attention.
 """
 
 import torch
@@ -100,3 +100,24 @@ def quantile(scores: Float[Tensor, " N"], share: float) -> Float[Tensor, ""]:
     """The highest threshold that at least this share of the scores reaches."""
     n_below = int((1 - share) * len(scores) + 1e-9)
     return scores.kthvalue(1 + min(n_below, len(scores) - 1)).values
+
+
+def attention_to_itself(
+    weights: Float[Tensor, "R H A K"], visible: Bool[Tensor, "... A K"] | None
+) -> Float[Tensor, "R A"]:
+    """The attention that each token pays to itself, as a multiple of an even share among the keys that it sees.
+
+    Args:
+        weights: Of the heads, whose mean counts. A token's own key is the last one that it sees.
+        visible: ``[R or 1, 1, A, K]``; None if all keys are.
+    """
+    mean = weights.mean(1, dtype=torch.promote_types(weights.dtype, torch.float32))
+    seen = torch.ones_like(mean, dtype=torch.bool) if visible is None else visible[:, 0].expand_as(mean)
+    own = (seen * torch.arange(mean.shape[-1], device=mean.device)).argmax(-1, keepdim=True)
+    return mean.gather(-1, own)[..., 0] * seen.sum(-1)
+
+
+def attention_received(weights: Float[Tensor, "R H A K"], queries: Bool[Tensor, "R A"]) -> Float[Tensor, "R K"]:
+    """The attention that each key receives from these queries, averaged over the heads."""
+    mean = weights.mean(1, dtype=torch.promote_types(weights.dtype, torch.float32))
+    return (mean * queries[..., None]).sum(1)

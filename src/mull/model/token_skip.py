@@ -7,7 +7,7 @@ Shapes: B batch, T tokens of a call, D model width, N tokens of any number.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,12 +17,22 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from mull.layers.routers import EXECUTE, LayerRouter, sequence_numbers
-from mull.layers.skipping import ResidualGate, TokenScore, highest, quantile
+from mull.layers.skipping import (
+    ResidualGate,
+    TokenScore,
+    attention_received,
+    attention_to_itself,
+    highest,
+    quantile,
+)
 from mull.model.configs import ETDConfig, Stop
 from mull.model.path import Visit
-from mull.model.policy import Policy, running
+from mull.model.policy import NOTHING, Extra, Policy, running
 from mull.model.warmup import WarmedUp
 from mull.runtime.distributed import global_sum
+
+ATTENTION = "self_attn"
+"""What the attention of a decoder layer of transformers is called; recurrent layers have none."""
 
 SEEN_VISITS = 256
 """Latest visits of a layer in an optimizer step whose scores its threshold is taken from."""
@@ -79,10 +89,13 @@ class TokenSkips(WarmedUp):
         super().__init__(config.token_skip_warmup_steps)
         assert config.token_skip is not None, "a model with token skipping"
         self.settings = config.token_skip
-        self.numbers = tuple(config.skipped_layers)
+        self.numbers = self._skippable(config, layers)
         """Indices of the layers that tokens may skip."""
         self._terms: list[Tensor] | None = None
         self._executed: dict[int, tuple[Tensor, int]] = {}
+
+    def _skippable(self, config: ETDConfig, layers: nn.ModuleList) -> tuple[int, ...]:
+        return tuple(config.skipped_layers)
 
     @property
     def share(self) -> float:
@@ -325,5 +338,149 @@ class GateSkipping(TokenSkipping):
         return torch.lerp(before, after, self._gates.to(after.dtype))
 
 
-METHODS: dict[str, type[TokenSkips]] = {"mod": DepthRouters, "gate-skip": SkipGates}
+class Watch:
+    """Reads the attention of one layer, in the calls of the model that it belongs to.
+
+    Args:
+        number: Index of the layer.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.weights: Tensor | None = None
+        """``[R, H, A, K]`` of the layer's latest run; None where the back end gives none."""
+        self.visible: Tensor | None = None
+        """``[R or 1, 1, A, K]``: the keys that queries saw; None for all."""
+        self.tokens: Tensor | None = None
+        """``[R, A]``: number of each query's token in the batch."""
+
+    @property
+    def keyword(self) -> str:
+        """With which the layer is handed the numbers ``[B, T]`` of its tokens: other models may share the layer."""
+        return f"watched_tokens_{id(self)}"
+
+    def attach(self, layer: nn.Module) -> None:
+        """Read the attention of this layer."""
+        layer.register_forward_pre_hook(self._begin, with_kwargs=True)
+        layer.register_forward_hook(self._end, always_call=True)
+        layer.get_submodule(ATTENTION).register_forward_hook(self._read, with_kwargs=True)
+
+    def _begin(
+        self, layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._numbers = options.pop(self.keyword, None)
+        return arguments, options
+
+    def _end(self, *_: Any) -> None:
+        self._numbers = None
+
+    def _read(self, module: nn.Module, arguments: Any, options: dict[str, Any], output: tuple[Any, ...]) -> None:
+        if self._numbers is None:
+            return  # a call of another model, or the layer once more for its gradient
+        mask: Tensor | None = options.get("attention_mask")
+        self.tokens, self.weights = self._numbers, None if output[1] is None else output[1].detach()
+        self.visible = None if mask is None else mask == 0
+
+    _numbers: Tensor | None = None
+
+
+class AttentionScores(Calibrated):
+    """A-MoD: the attention of the layer before says who runs a layer. Nothing is learned.
+
+    ``score="self"``: tokens by whose threshold, see `attention_to_itself`. ``score="received"``: the highest of their sequence,
+    see `attention_received`, in whole calls alone. In a model with recurrent layers, tokens skip layers that follow an attention layer,
+    again with ``every - 1`` between them at least.
+
+    Source:
+        A-MoD (arXiv:2412.20875), for vision transformers, whose score is the attention received from all tokens. A language model
+        does not know what later tokens will look at, and of its attention received so far, a new token knows its own.
+    """
+
+    def __init__(self, config: ETDConfig, layers: nn.ModuleList, width: int) -> None:
+        super().__init__(config, layers, width)
+        self.watches = {number: Watch(number - 1) for number in self.numbers}
+        self._layers: tuple[nn.ModuleList, ...] = ()
+
+    def _skippable(self, config: ETDConfig, layers: nn.ModuleList) -> tuple[int, ...]:
+        settings, grid = config.token_skip, config.skipped_layers
+        assert settings is not None, "a model with token skipping"
+        found: list[int] = []
+        last = grid.start - settings.every
+        for number in range(grid.start, grid.stop):
+            if number - last >= settings.every and hasattr(layers[number - 1], ATTENTION):
+                found.append(number)
+                last = number
+        if not found:
+            raise ValueError(
+                "method='a-mod' reads the attention of the layer before the one that tokens skip, and these are all recurrent: "
+                "change token_skip.every, token_skip.scope or the method."
+            )
+        return tuple(found)
+
+    def attach(self, layers: nn.ModuleList) -> None:
+        """Read the attention of these layers."""
+        self._layers = (layers,)  # in a tuple, since they are no part of this module
+        for watch in self.watches.values():
+            watch.attach(layers[watch.number])
+
+    def counted_parameters(self) -> Iterable[nn.Parameter]:
+        """Those of the layers: there are no others."""
+        return (parameter for layers in self._layers for parameter in layers.parameters())
+
+    def policies(self, stop: Stop, call: SkipCall) -> list[Policy]:
+        """Nothing along a path that was given.
+
+        Raises:
+            ValueError: tokens are to be ranked that are not all there, or do not all run.
+        """
+        if call.fixed:
+            return []
+        if self.settings.score == "received" and (not call.whole or call.stops):
+            raise ValueError(
+                "token_skip.score='received' ranks tokens by what all tokens of their sequence attend to: call without a cache that "
+                "has tokens, and without adaptive depth, or load the model with score='self'."
+            )
+        return [AttentionSkipping(self, stop, call)]
+
+
+class AttentionSkipping(TokenSkipping):
+    """The policy of `AttentionScores`."""
+
+    def __init__(self, parts: AttentionScores, stop: Stop, call: SkipCall) -> None:
+        super().__init__(parts, stop, call)
+        self._parts = parts
+        self._watches = {watch.number: watch for watch in parts.watches.values()}
+        shape = call.states.shape[:2]
+        self._numbers = torch.arange(shape.numel(), device=call.states.device).view(shape)
+
+    def extra(self, visit: Visit) -> Extra:
+        """Numbers of the tokens, for layers that are watched."""
+        watch = self._watches.get(visit.layer)
+        if watch is None:
+            return NOTHING
+        watch.tokens = None
+        return {watch.keyword: self._numbers}
+
+    def choose(self, layer: int, h: Tensor) -> Tensor:
+        """Those with a high score; a token that did not run the layer before has none, and does not run this one."""
+        watch, real = self._parts.watches[layer], self._call.counted()
+        if watch.tokens is None:
+            return torch.zeros_like(real)
+        tokens, weights = watch.tokens, watch.weights
+        watch.tokens = watch.weights = None
+        if weights is None:
+            raise ValueError(
+                "method='a-mod' reads attention weights, which only one back end gives: load the model with "
+                "attn_implementation='eager'."
+            )
+        if self._parts.settings.score == "received":
+            received = attention_received(weights, real.flatten()[tokens])
+            return self._call.highest(received, self._parts.share)
+        found = attention_to_itself(weights, watch.visible)
+        scores = found.new_full((real.numel(),), -torch.inf).index_copy(0, tokens.flatten(), found.flatten())
+        scores = scores.view_as(real)
+        return self._parts.reach(layer, scores, real & scores.isfinite())
+
+
+METHODS: dict[str, type[TokenSkips]] = {"mod": DepthRouters, "gate-skip": SkipGates, "a-mod": AttentionScores}
 """By `TokenSkipConfig.method`."""
