@@ -22,8 +22,8 @@ class TokenScore(Router):
         width: Model width D.
 
     Source:
-        Mixture-of-Depths (arXiv:2404.02258), whose score is ``w · h``. States of deep layers have few very large components, which
-        would decide alone.
+        Mixture-of-Depths (arXiv:2404.02258), whose score is ``w · h``. States of deep layers have few very large components,
+        which would decide alone.
     """
 
     def __init__(self, width: int) -> None:
@@ -48,8 +48,8 @@ class ResidualGate(Router):
         width: Model width D.
 
     Source:
-        GateSkip (arXiv:2510.13876), whose gate ``sigmoid(W h + b)`` starts nearly open, by a large b. There the slope is nearly 0,
-        and the model is not quite the pretrained one.
+        GateSkip (arXiv:2510.13876), whose gate ``sigmoid(W h + b)`` starts nearly open, by a large b. There the slope is nearly
+        0, and the model is not quite the pretrained one.
     """
 
     def __init__(self, width: int) -> None:

@@ -101,8 +101,8 @@ class TokenSkipConfig(Frozen):
     """Width of the inner layer of the predictor that decides in use, of ``mod``."""
 
     score: Literal["self", "received"] = "self"
-    """What ``a-mod`` ranks tokens by: the attention that a token pays to itself, which is known when it comes; or that it receives
-    from all tokens, as published, which takes the whole sequence."""
+    """What ``a-mod`` ranks tokens by: the attention that a token pays to itself, which is known when it comes; or that it
+    receives from all tokens, as published, which takes the whole sequence."""
 
     loss_weight: float = Field(default=0.1, ge=0, le=1000)
     """Weight of the loss of predictors (``mod``) or gates (``gate-skip``)."""
@@ -115,7 +115,9 @@ class TokenSkipConfig(Frozen):
         if self.score != "self" and self.method != "a-mod":
             raise ValueError(f"score={self.score!r} needs method='a-mod', not {self.method!r}: leave it out.")
         if self.method == "a-mod" and self.every < 2:
-            raise ValueError("method='a-mod' reads the attention of the layer before, which all tokens run: give every=2 or more.")
+            raise ValueError(
+                "method='a-mod' reads the attention of the layer before, which all tokens run: give every=2 or more."
+            )
         return self
 
 

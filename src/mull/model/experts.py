@@ -6,7 +6,7 @@ even. The layers stay those of transformers: hooks add the chosen expert's updat
 Shapes: B batch, T tokens of a call, D model width, E experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 

@@ -126,8 +126,8 @@ class RoutedParts(nn.Module):
         Returns:
             ``skip_count``, ``execute_count`` and ``repeat_count`` of layer routers: those of a sequence decide once per row,
             those of tokens once per token. ``expert_counts``, in a model with LoRA experts: how often each was chosen, once per
-            iteration. ``executed_share``, with token skipping: the share of the tokens that ran a layer, by layer. Padding is
-            left out.
+            iteration. With token skipping ``executed_share``, the share of the tokens that ran a layer, by layer; and if ranks
+            decided, ``rank_agreement``: for which share of the tokens the rule of use says the same. Padding is left out.
         """
         counts = [0, 0, 0] if self.layer_routers is None else self.layer_routers.counts
         stats: dict[str, Any] = dict(zip(("skip_count", "execute_count", "repeat_count"), counts, strict=True))

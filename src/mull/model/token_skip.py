@@ -93,6 +93,7 @@ class TokenSkips(WarmedUp):
         """Indices of the layers that tokens may skip."""
         self._terms: list[Tensor] | None = None
         self._executed: dict[int, tuple[Tensor, int]] = {}
+        self._agreed: tuple[Tensor | int, int] = 0, 0
 
     def _skippable(self, config: ETDConfig, layers: nn.ModuleList) -> tuple[int, ...]:
         return tuple(config.skipped_layers)
@@ -134,17 +135,29 @@ class TokenSkips(WarmedUp):
         n_ran, n_tokens = self._executed.get(layer, (0, 0))
         self._executed[layer] = runs.sum() + n_ran, n_tokens + runs.numel()
 
+    def compare(self, ranked: Tensor, decided: Tensor) -> None:
+        """Add to the statistics: whether tokens ``[N]`` run by their rank, and whether they would in use."""
+        n_agreed, n_tokens = self._agreed
+        self._agreed = (ranked == decided).sum() + n_agreed, n_tokens + ranked.numel()
+
     def stats(self) -> dict[str, Any]:
         """See `RoutedParts.get_router_stats`."""
-        return {"executed_share": {layer: int(ran) / (total or 1) for layer, (ran, total) in self._executed.items()}}
+        shares = {layer: int(ran) / (total or 1) for layer, (ran, total) in self._executed.items()}
+        n_agreed, n_tokens = self._agreed
+        agreement = {"rank_agreement": int(n_agreed) / n_tokens} if n_tokens else {}
+        return {"executed_share": shares, **agreement}
 
     def reset_stats(self) -> None:
         """Forget what was counted."""
         self._executed = {}
+        self._agreed = 0, 0
 
 
 class TokenSkipping(Policy):
     """The policy of one call of a model with token skipping.
+
+    In training, the tokens of a sequence are ranked, and the share with the highest scores runs. A rank takes the whole sequence,
+    later tokens included, so in use another rule decides about each token by itself.
 
     Args:
         parts: What it learns.
@@ -156,23 +169,36 @@ class TokenSkipping(Policy):
         self.stop = stop
         self.executed: dict[Visit, Tensor] = {}
         """``[B, T]`` by visit."""
-        self._all, self._call = parts, call
+        self.call = call
+        self.share = parts.share if parts.training and call.whole else None
+        """Of the tokens that run by their rank; None where ranks do not decide."""
+        self._all = parts
 
     def active(self, visit: Visit, h: Tensor) -> Tensor | bool:
         """Tokens that are chosen."""
         if visit.layer not in self._all.numbers:
             return True
-        runs = self.choose(visit.layer, h)
-        if self._call.fixed:
+        scores, decided = self.judge(visit.layer, h)
+        runs, real, tokens = decided, self.call.counted(), self.call.tokens
+        if self.share is not None:
+            runs = self.call.highest(scores.detach(), self.share)
+            if decided is not None:
+                self._all.compare(runs[real], decided[real])
+        assert runs is not None, "without ranks, a rule decides"
+        if self._all.learns:
+            self.learn(visit.layer, scores[real], runs[real])
+        if self.call.fixed:
             return True
-        tokens = self._call.tokens
-        self.executed[visit] = runs if tokens is None else runs & tokens
-        self._all.count(visit.layer, runs if tokens is None else runs[tokens])
+        self.executed[visit] = runs & real
+        self._all.count(visit.layer, runs[real])
         return running(runs, tokens)
 
-    def choose(self, layer: int, h: Tensor) -> Tensor:
-        """``[B, T]``: the tokens that run a layer, given the states ``[B, T, D]`` before it."""
+    def judge(self, layer: int, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores ``[B, T]`` of the states ``[B, T, D]`` before a layer; and which of them run it in use, None if ranks say so."""
         raise NotImplementedError
+
+    def learn(self, layer: int, scores: Tensor, runs: Tensor) -> None:
+        """Add what is to be learned of a visit in training, from the tokens ``[N]`` that are no padding."""
 
     def metrics(self) -> dict[str, Any]:
         """``token_skip_executed``: ``[B, T]`` for each visit that tokens may skip, in the order of the path."""
@@ -180,15 +206,14 @@ class TokenSkipping(Policy):
 
 
 class DepthRouters(TokenSkips):
-    """Mixture-of-Depths: a score ranks the tokens of a sequence, and those with the highest run.
+    """Mixture-of-Depths: a learned score ranks the tokens, and in use a predictor says who would be among the highest.
 
-    A rank takes the whole sequence, later tokens included. So ranks decide in training alone. In use, a predictor decides about
-    each token by itself, which learns who is among the highest. It starts by letting all tokens run.
+    The predictor learns from the ranks of training, and passes no gradient to the states. It starts by letting all tokens run.
 
     Source:
-        Mixture-of-Depths (arXiv:2404.02258), which multiplies the update by the score. Then a pretrained model would no longer be
-        what it was. Here the update counts with 1, whose derivative is that of the score's sigmoid (straight through), and the
-        score is free to rank. The paper trains from scratch and has a capacity of 12.5 % in every other layer.
+        Mixture-of-Depths (arXiv:2404.02258), which multiplies the update of a token by its score. Then a pretrained model would
+        no longer be what it was. Here the update is multiplied by 1, with the derivative of the score (straight through). The
+        paper trains from scratch, with a capacity of 12.5 % in every other layer.
     """
 
     def __init__(self, config: ETDConfig, layers: nn.ModuleList, width: int) -> None:
@@ -196,26 +221,10 @@ class DepthRouters(TokenSkips):
         hidden = self.settings.hidden_size
         self.scores = nn.ModuleDict({str(layer): TokenScore(width) for layer in self.numbers})
         self.predictors = nn.ModuleDict({str(layer): LayerRouter(width, hidden, 2) for layer in self.numbers})
-        self._agreed: tuple[Tensor | int, int] = 0, 0
 
     def policies(self, stop: Stop, call: SkipCall) -> list[Policy]:
-        """Ranks in training, predictions otherwise; nothing along a path that was given."""
+        """Nothing along a path that was given."""
         return [] if call.fixed else [DepthRouting(self, stop, call)]
-
-    def compare(self, ranked: Tensor, predicted: Tensor) -> None:
-        """Add to the statistics: whether tokens ``[N]`` were chosen by their rank, and by the predictor."""
-        n_agreed, n_tokens = self._agreed
-        self._agreed = (ranked == predicted).sum() + n_agreed, n_tokens + ranked.numel()
-
-    def stats(self) -> dict[str, Any]:
-        """Also ``predictor_agreement``, in training: for which share of the tokens the predictor said what the rank did."""
-        n_agreed, n_tokens = self._agreed
-        return super().stats() | ({"predictor_agreement": int(n_agreed) / n_tokens} if n_tokens else {})
-
-    def reset_stats(self) -> None:
-        """Forget what was counted."""
-        super().reset_stats()
-        self._agreed = 0, 0
 
 
 class DepthRouting(TokenSkipping):
@@ -223,37 +232,37 @@ class DepthRouting(TokenSkipping):
 
     def __init__(self, parts: DepthRouters, stop: Stop, call: SkipCall) -> None:
         super().__init__(parts, stop, call)
-        self._routers = parts
-        self._share = parts.share if parts.training and call.whole else None
+        self._parts = parts
         self._scores: Tensor | None = None
+        self._logits: Tensor | None = None
 
-    def choose(self, layer: int, h: Tensor) -> Tensor:
-        """Those with the highest scores in training, those of the predictor otherwise."""
-        logits: Tensor = self._routers.predictors[str(layer)](h.detach())
-        predicted = logits.argmax(-1) == EXECUTE
-        if self._share is None:
-            return predicted
-        scores: Tensor = self._routers.scores[str(layer)](h)
-        chosen = self._call.highest(scores.detach(), self._share)
-        real = self._call.counted()
-        self._routers.compare(chosen[real], predicted[real])
-        if self._routers.learns:
-            self._scores = scores
-            self._routers.add_loss(F.cross_entropy(logits[real], chosen[real].long()))
-        return chosen
+    def judge(self, layer: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The score, and what the predictor says."""
+        self._scores = self._parts.scores[str(layer)](h)
+        self._logits = self._parts.predictors[str(layer)](h.detach())
+        assert self._scores is not None, "set above"
+        assert self._logits is not None, "set above"
+        return self._scores, self._logits.argmax(-1) == EXECUTE
+
+    def learn(self, layer: int, scores: Tensor, runs: Tensor) -> None:
+        """Who was among the highest."""
+        assert self._logits is not None, "judged before"
+        if self.share is not None:
+            self._parts.add_loss(F.cross_entropy(self._logits[self.call.counted()], runs.long()))
 
     def weigh(self, visit: Visit, before: Tensor, after: Tensor) -> Tensor:
         """The same states, with a gradient to the scores of the tokens that ran."""
-        if self._scores is None or visit.layer not in self._routers.numbers:
+        if visit.layer not in self._parts.numbers or not self._parts.learns:
             return after
-        weight = self._scores.sigmoid()
-        return after + (weight - weight.detach()).to(after.dtype)[..., None] * (after - before).detach()
+        assert self._scores is not None, "judged before"
+        weight = self._scores - self._scores.detach()
+        return after + weight.to(after.dtype)[..., None] * (after - before).detach()
 
 
 class Calibrated(TokenSkips):
-    """Token skipping by a threshold for each layer, which the budget's share of the latest training tokens reaches.
+    """Token skipping that decides in use by a threshold for each layer, which the share of the latest training tokens reaches.
 
-    So a decision looks at one token, in training too. A new model has no thresholds, and all tokens run.
+    A new model has no thresholds, and all tokens run.
     """
 
     in_fp32 = ("thresholds",)
@@ -270,12 +279,13 @@ class Calibrated(TokenSkips):
         super().start_anew()
         init.constant_(self.thresholds, -torch.inf)
 
-    def reach(self, layer: int, scores: Tensor, real: Tensor) -> Tensor:
-        """``[B, T]``: tokens whose scores ``[B, T]`` reach the layer's threshold; in training those that are `real` move it."""
-        scores = scores.detach()
-        if self.learns:
-            self._seen[layer].append(scores[real].float())
-        return scores >= self.thresholds[self.numbers.index(layer)]
+    def reach(self, layer: int, scores: Tensor) -> Tensor:
+        """Which of the scores reach the layer's threshold."""
+        return scores.detach() >= self.thresholds[self.numbers.index(layer)]
+
+    def note(self, layer: int, scores: Tensor) -> None:
+        """Let the scores ``[N]`` of training tokens move the layer's threshold at the end of the step."""
+        self._seen[layer].append(scores.detach().float())
 
     @torch.no_grad()
     def end_step(self) -> None:
@@ -299,9 +309,9 @@ class SkipGates(Calibrated):
     little.
 
     Source:
-        GateSkip (arXiv:2510.13876) has a gate at each attention and each feed-forward part, where there is one for both here; and it
-        ranks the tokens of a sequence, later ones included, where there is a threshold here. Its loss divides the norm of the
-        gate by D instead of by its root.
+        GateSkip (arXiv:2510.13876) has a gate at each attention and each feed-forward part, where there is one for both here. It
+        ranks in use as well, and hands the keys of the layer below to later tokens. Its loss divides the norm of a gate by D and
+        not by its root.
     """
 
     def __init__(self, config: ETDConfig, layers: nn.ModuleList, width: int) -> None:
@@ -321,14 +331,18 @@ class GateSkipping(TokenSkipping):
         self._parts = parts
         self._gates: Tensor | None = None
 
-    def choose(self, layer: int, h: Tensor) -> Tensor:
-        """Those whose mean gate reaches the threshold."""
+    def judge(self, layer: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean gate, and whether it reaches the threshold."""
         gates: Tensor = self._parts.gates[str(layer)](h)
-        real = self._call.counted()
-        if self._parts.learns:
-            self._parts.add_loss(gates[real].square().mean(-1).sqrt().mean())
         self._gates = gates
-        return self._parts.reach(layer, gates.mean(-1), real)
+        scores = gates.mean(-1)
+        return scores, self._parts.reach(layer, scores)
+
+    def learn(self, layer: int, scores: Tensor, runs: Tensor) -> None:
+        """To close gates, and where the threshold belongs."""
+        assert self._gates is not None, "judged before"
+        self._parts.note(layer, scores)
+        self._parts.add_loss(self._gates[self.call.counted()].square().mean(-1).sqrt().mean())
 
     def weigh(self, visit: Visit, before: Tensor, after: Tensor) -> Tensor:
         """The states before, and the update as far as the gates let it pass. A gate of 1 gives `after` bit for bit."""
@@ -387,9 +401,9 @@ class Watch:
 class AttentionScores(Calibrated):
     """A-MoD: the attention of the layer before says who runs a layer. Nothing is learned.
 
-    ``score="self"``: tokens by whose threshold, see `attention_to_itself`. ``score="received"``: the highest of their sequence,
-    see `attention_received`, in whole calls alone. In a model with recurrent layers, tokens skip layers that follow an attention layer,
-    again with ``every - 1`` between them at least.
+    ``score="self"``: see `attention_to_itself`. ``score="received"``: see `attention_received`; it ranks in use as well, and
+    takes whole calls. Where some layers are recurrent, tokens skip layers that follow an attention layer, with at least ``every - 1``
+    layers between them.
 
     Source:
         A-MoD (arXiv:2412.20875), for vision transformers, whose score is the attention received from all tokens. A language model
@@ -437,8 +451,8 @@ class AttentionScores(Calibrated):
             return []
         if self.settings.score == "received" and (not call.whole or call.stops):
             raise ValueError(
-                "token_skip.score='received' ranks tokens by what all tokens of their sequence attend to: call without a cache that "
-                "has tokens, and without adaptive depth, or load the model with score='self'."
+                "token_skip.score='received' ranks tokens by what all tokens of their sequence attend to: call without a cache "
+                "that has tokens, and without adaptive depth, or load the model with score='self'."
             )
         return [AttentionSkipping(self, stop, call)]
 
@@ -448,6 +462,9 @@ class AttentionSkipping(TokenSkipping):
 
     def __init__(self, parts: AttentionScores, stop: Stop, call: SkipCall) -> None:
         super().__init__(parts, stop, call)
+        self._received = parts.settings.score == "received"
+        if self._received:
+            self.share = parts.share
         self._parts = parts
         self._watches = {watch.number: watch for watch in parts.watches.values()}
         shape = call.states.shape[:2]
@@ -461,25 +478,28 @@ class AttentionSkipping(TokenSkipping):
         watch.tokens = None
         return {watch.keyword: self._numbers}
 
-    def choose(self, layer: int, h: Tensor) -> Tensor:
-        """Those with a high score; a token that did not run the layer before has none, and does not run this one."""
-        watch, real = self._parts.watches[layer], self._call.counted()
-        if watch.tokens is None:
-            return torch.zeros_like(real)
+    def judge(self, layer: int, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The score, the lowest for a token that did not run the layer before; and whether it reaches the threshold."""
+        watch, real = self._parts.watches[layer], self.call.counted()
+        scores = torch.full(real.shape, -torch.inf, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
         tokens, weights = watch.tokens, watch.weights
         watch.tokens = watch.weights = None
-        if weights is None:
+        if tokens is not None and weights is None:
             raise ValueError(
                 "method='a-mod' reads attention weights, which only one back end gives: load the model with "
                 "attn_implementation='eager'."
             )
-        if self._parts.settings.score == "received":
-            received = attention_received(weights, real.flatten()[tokens])
-            return self._call.highest(received, self._parts.share)
-        found = attention_to_itself(weights, watch.visible)
-        scores = found.new_full((real.numel(),), -torch.inf).index_copy(0, tokens.flatten(), found.flatten())
-        scores = scores.view_as(real)
-        return self._parts.reach(layer, scores, real & scores.isfinite())
+        if tokens is not None and weights is not None and self._received:
+            scores = attention_received(weights, real.flatten()[tokens])
+        elif tokens is not None and weights is not None:
+            found = attention_to_itself(weights, watch.visible).to(scores.dtype)
+            scores = scores.flatten().index_copy(0, tokens.flatten(), found.flatten()).view_as(real)
+        return scores, None if self._received else self._parts.reach(layer, scores)
+
+    def learn(self, layer: int, scores: Tensor, runs: Tensor) -> None:
+        """Where the threshold belongs."""
+        if not self._received:
+            self._parts.note(layer, scores[scores.isfinite()])
 
 
 METHODS: dict[str, type[TokenSkips]] = {"mod": DepthRouters, "gate-skip": SkipGates, "a-mod": AttentionScores}
