@@ -37,6 +37,9 @@ ATTENTION = "self_attn"
 SEEN_VISITS = 256
 """Latest visits of a layer in an optimizer step whose scores its threshold is taken from."""
 
+NO_THRESHOLD = torch.finfo(torch.float32).min
+"""Every score reaches it. It is finite, as all that training saves."""
+
 THRESHOLD_RATE = 0.1
 """Share of the way that a threshold moves in an optimizer step towards that of the step's tokens."""
 
@@ -271,13 +274,13 @@ class Calibrated(TokenSkips):
 
     def __init__(self, config: ETDConfig, layers: nn.ModuleList, width: int) -> None:
         super().__init__(config, layers, width)
-        self.register_buffer("thresholds", torch.full((len(self.numbers),), -torch.inf, dtype=torch.float32))
+        self.register_buffer("thresholds", torch.full((len(self.numbers),), NO_THRESHOLD, dtype=torch.float32))
         self._seen = {layer: deque[Tensor](maxlen=SEEN_VISITS) for layer in self.numbers}
 
     def start_anew(self) -> None:
         """Begin the warm-up without thresholds."""
         super().start_anew()
-        init.constant_(self.thresholds, -torch.inf)
+        init.constant_(self.thresholds, NO_THRESHOLD)
 
     def reach(self, layer: int, scores: Tensor) -> Tensor:
         """Which of the scores reach the layer's threshold."""
@@ -299,7 +302,7 @@ class Calibrated(TokenSkips):
             total, n_ranks = global_sum(torch.stack([found, found.new_tensor(float(len(scores) > 0))]))
             if share < 1 and n_ranks:
                 old, new = self.thresholds[index], total / n_ranks
-                self.thresholds[index] = torch.where(old.isfinite(), old.lerp(new, THRESHOLD_RATE), new)
+                self.thresholds[index] = torch.where(old > NO_THRESHOLD, old.lerp(new, THRESHOLD_RATE), new)
 
 
 class SkipGates(Calibrated):
