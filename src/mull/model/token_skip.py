@@ -405,8 +405,8 @@ class AttentionScores(Calibrated):
     """A-MoD: the attention of the layer before says who runs a layer. Nothing is learned.
 
     ``score="self"``: see `attention_to_itself`. ``score="received"``: see `attention_received`; it ranks in use as well, and
-    takes whole calls. Where some layers are recurrent, tokens skip layers that follow an attention layer, with at least ``every - 1``
-    layers between them.
+    takes whole calls. Where some layers are recurrent, tokens skip layers that follow an attention layer, with at least
+    ``every - 1`` layers between them.
 
     Source:
         A-MoD (arXiv:2412.20875), for vision transformers, whose score is the attention received from all tokens. A language model
@@ -472,6 +472,7 @@ class AttentionSkipping(TokenSkipping):
         self._watches = {watch.number: watch for watch in parts.watches.values()}
         shape = call.states.shape[:2]
         self._numbers = torch.arange(shape.numel(), device=call.states.device).view(shape)
+        self._moved: Tensor | None = None
 
     def extra(self, visit: Visit) -> Extra:
         """Numbers of the tokens, for layers that are watched."""
@@ -497,7 +498,16 @@ class AttentionSkipping(TokenSkipping):
         elif tokens is not None and weights is not None:
             found = attention_to_itself(weights, watch.visible).to(scores.dtype)
             scores = scores.flatten().index_copy(0, tokens.flatten(), found.flatten()).view_as(real)
+            if self._moved is not None:
+                scores = scores.masked_fill(~self._moved, -torch.inf)
         return scores, None if self._received else self._parts.reach(layer, scores)
+
+    def weigh(self, visit: Visit, before: Tensor, after: Tensor) -> Tensor:
+        """The same states."""
+        if self.call.stops and visit.layer in self._watches:
+            # Rows with fewer tokens that run are filled up with others, whose attention means nothing.
+            self._moved = (after != before).any(-1)
+        return after
 
     def learn(self, layer: int, scores: Tensor, runs: Tensor) -> None:
         """Where the threshold belongs."""
