@@ -130,6 +130,7 @@ PAGES: dict[str, Callable[[pytest.MonkeyPatch], Names]] = {
     "docs/concepts/forward-pass.md": nothing,
     "docs/concepts/halting.md": nothing,
     "docs/concepts/routing.md": nothing,
+    "docs/concepts/experts.md": nothing,
     "docs/concepts/token-skipping.md": nothing,
     "docs/how-to/depth.md": looped,
     "docs/concepts/paths-and-slots.md": nothing,

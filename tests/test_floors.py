@@ -36,11 +36,11 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "training.objectives": (
         6,
         "base iterations resources next_token step_supervision exits evidence weight_statistics weightings weighted_mtp critic "
-        "grpo table",
+        "routing grpo table",
     ),
     "evaluation": (7, "held_out lossless acceptance rewards depth_trace cost search"),
     "evaluation.cost": (7, "count disk training decoding"),
-    "evaluation.search": (7, "loop_probe split calibration route_tree route_scores routes"),
+    "evaluation.search": (7, "loop_probe split calibration route_tree route_scores routes route_report"),
     "app": (8, "yaml_text architecture recipe prepare build run report demo cli"),
     "app.report": (8, "figures page inspect_page"),
     "app.demo": (8, "chapter loops weights speculation chain depth demo"),
@@ -54,17 +54,17 @@ BUDGETS = {
     "runtime": 1050,
     "ops": 700,
     "layers": 1000,
-    "data": 1100,
-    "model": 2760,
+    "data": 1160,
+    "model": 3430,
     "decoding": 1160,
     "retrofit": 1200,
     "training": 2720,
     "evaluation": 2200,
-    "app": 2560,
+    "app": 2630,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 13900
+MAX_CODE_LINES = 15300
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
