@@ -1,6 +1,6 @@
 """What token skipping costs and saves: Mixture-of-Depths, GateSkip and A-MoD at half of the tokens in every other layer.
 
-Two parts. *Time*: a model of 10 million parameters, in which half of the tokens skip each second layer, in turns with the plain
+Two parts. *Time*: a model of 11 million parameters, in which half of the tokens skip each second layer, in turns with the plain
 model: training (forward and backward), prefill, and decoding of one row and of eight. A-MoD reads attention weights, so the plain
 model is measured with eager attention, too. *Loss*: the demo's model of Python sources, trained plainly, and continued for as
 many steps by each method and without one. Held-out loss is measured with the rule of use and with ranks, which look at later
@@ -66,12 +66,12 @@ def parts_of(model: MullForCausalLM) -> Any:
 
 
 def base_of_time() -> Any:
-    """Eight layers, about 10 million parameters."""
+    """Ten layers, 11 million parameters."""
     config = Qwen3Config(
         vocab_size=4096,
         hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=8,
+        intermediate_size=1024,
+        num_hidden_layers=10,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,
@@ -82,13 +82,16 @@ def base_of_time() -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-def settle(model: MullForCausalLM, ids: Tensor) -> float:
-    """Let what decides in use come to let half of these tokens run; returns the share of a call with other tokens."""
+def settle(model: MullForCausalLM, ids: Tensor) -> None:
+    """Let what decides in use come to let half of these tokens run."""
     parts = parts_of(model)
+    for name, parameter in parts.named_parameters():
+        if name.startswith("gates"):
+            torch.nn.init.normal_(parameter, std=0.02)  # new ones are all equal, and let all tokens run
     model.train().requires_grad_(False)
     parts.requires_grad_(True)
     optimizer = torch.optim.Adam([*parts.parameters(), *model.model.norm.parameters()], lr=3e-3)
-    for _ in range(PREDICTOR_STEPS if parts.settings.method == "mod" else 2):
+    for _ in range(PREDICTOR_STEPS if parts.settings.method == "mod" else 1):
         with model.auxiliary_losses() as terms:
             model.model(ids, use_cache=False)
         if parts.settings.method == "mod":
@@ -97,11 +100,7 @@ def settle(model: MullForCausalLM, ids: Tensor) -> float:
             optimizer.step()
         else:
             parts.end_step()  # thresholds follow the scores, and gates stay
-    model.requires_grad_(True).eval()
-    parts.reset_stats()
-    with torch.no_grad():
-        model(ids.flip(1), use_cache=False)
-    return statistics.mean(parts.stats()["executed_share"].values())
+    model.requires_grad_(True)
 
 
 def forward(ids: Tensor, train: bool) -> Callable[[MullForCausalLM], float]:
@@ -135,20 +134,22 @@ def time_part(arguments: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 4096, (8, 1024), generator=generator)
     models = {"plain": wrapped(base, None, 0), "plain, eager": wrapped(eager, None, 0)}
-    shares = {}
     for name in ("mod", "gate-skip", "a-mod"):
         models[name] = wrapped(base, SKIPS[name], 0)
-        shares[name] = settle(models[name], ids[:, :256])
+        settle(models[name], ids[6:])
     ways = {
         "training, 4 x 256": forward(ids[:4, :256], train=True),
         "prefill, 1 x 1024": forward(ids[:1], train=False),
         "decoding, 1 row": decoding(ids[:1, :128], arguments.tokens),
         "decoding, 8 rows": decoding(ids[:, :128], arguments.tokens),
     }
-    results: dict[str, Any] = {"parameters": base.num_parameters(), "share in use": shares}
+    results: dict[str, Any] = {"parameters": base.num_parameters()}
     names = list(models)
     for label, way in ways.items():
         seconds: dict[str, list[float]] = {name: [] for name in models}
+        skipping = {name: parts for name, model in models.items() if (parts := parts_of(model)) is not None}
+        for parts in skipping.values():
+            parts.reset_stats()
         for number in range(arguments.rounds + 1):
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 spent = way(models[name])
@@ -158,8 +159,10 @@ def time_part(arguments: argparse.Namespace) -> dict[str, Any]:
         relative = {
             name: spread([a / b for a, b in zip(of_model, plain, strict=True)]) for name, of_model in seconds.items()
         }
-        results[label] = {"seconds of plain": statistics.median(plain), "relative": relative}
-        print(f"{label}: " + ", ".join(f"{name} {value['median']:.2f}" for name, value in relative.items()), flush=True)
+        shares = {name: statistics.mean(parts.stats()["executed_share"].values()) for name, parts in skipping.items()}
+        results[label] = {"seconds of plain": statistics.median(plain), "relative": relative, "executed_share": shares}
+        ran = ", ".join(f"{name} {value['median']:.2f}" for name, value in relative.items())
+        print(f"{label}: {ran}; shares " + ", ".join(f"{share:.2f}" for share in shares.values()), flush=True)
     return results
 
 
@@ -245,15 +248,15 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each row")
     parser.add_argument("--steps", type=int, default=160, help="of the plain model; methods continue for half as many")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--result", type=Path, default=RESULTS / "token_skip-cpu.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of token_skip-PART-cpu.json")
     arguments = parser.parse_args(sys.argv[1:] if given is None else given)
     torch.set_num_threads(1)
     print(f"{machine()}, torch {torch.__version__}", flush=True)
-    results: dict[str, Any] = {}
     for part in arguments.part:
-        results[part] = {"time": time_part, "loss": loss_part}[part](arguments)
-        settings = {name: value for name, value in vars(arguments).items() if name != "result"}
-        arguments.result.write_text(json.dumps({**header("cpu", **settings), "results": results}, indent=1) + "\n")
+        results = {"time": time_part, "loss": loss_part}[part](arguments)
+        settings = {name: value for name, value in vars(arguments).items() if name not in ("part", "results")}
+        file = arguments.results / f"token_skip-{part}-cpu.json"
+        file.write_text(json.dumps({**header("cpu", **settings), "results": results}, indent=1) + "\n")
     return 0
 
 
