@@ -24,11 +24,11 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "runtime": (1, "arguments storage distributed progress timing shards checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
     "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise route_labels"),
-    "layers": (3, "heads recursive_heads value_head routers experts"),
+    "layers": (3, "heads recursive_heads value_head routers experts skipping"),
     "model": (
         4,
         "path configs configuration memory growing_cache fixed_cache families inputs policy warmup halting experts "
-        "routing executor pretrained base_model causal_lm",
+        "token_skip routing executor pretrained base_model causal_lm",
     ),
     "retrofit": (5, "reading source native_heads expert_adapters wrap presets"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
@@ -55,7 +55,7 @@ BUDGETS = {
     "ops": 700,
     "layers": 1000,
     "data": 1160,
-    "model": 3060,
+    "model": 3430,
     "decoding": 1160,
     "retrofit": 1200,
     "training": 2720,
@@ -64,7 +64,7 @@ BUDGETS = {
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 14800
+MAX_CODE_LINES = 15300
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

@@ -3,7 +3,14 @@
 from mull.decoding.generate import GenerateOutput, GenerationStats, generate
 from mull.model.base_model import MullModel
 from mull.model.causal_lm import MullForCausalLM, MullOutput
-from mull.model.configs import ETDConfig, HaltingConfig, LayerRouterConfig, LoRAExpertConfig, MTPConfig
+from mull.model.configs import (
+    ETDConfig,
+    HaltingConfig,
+    LayerRouterConfig,
+    LoRAExpertConfig,
+    MTPConfig,
+    TokenSkipConfig,
+)
 from mull.model.configuration import MullConfig
 from mull.model.growing_cache import SlotCache
 from mull.model.path import Path, Visit, from_actions, from_layers, recursion
@@ -31,6 +38,7 @@ __all__ = [
     "Policy",
     "Sampling",
     "SlotCache",
+    "TokenSkipConfig",
     "TransformerConfig",
     "Visit",
     "certify_identity",

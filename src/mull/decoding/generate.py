@@ -234,11 +234,14 @@ def generate(
     compiled = _compilation(compile)
     halting = _halting(model, adaptive, think_iterations, path)
     etd = model.etd_config
-    routed: Routed = "not" if etd is None or etd.experts is None else "experts"
-    if path is None and etd is not None and etd.router is not None:
+    # Gates of token skipping also scale what the layers of a given path do.
+    routed: Routed = "not" if etd is None or (etd.experts is None and etd.token_skip is None) else "experts"
+    if path is None and etd is not None and (etd.router is not None or etd.token_skip is not None):
         routed = "routers"
     if routed != "not" and compiled:
-        raise ValueError("Layer routers and LoRA experts decide on the host, and compile cannot: leave compile out.")
+        raise ValueError(
+            "Layer routers, token skipping and LoRA experts decide on the host, and compile cannot: leave compile out."
+        )
     n_drafts = _max_drafts(model, draft, draft_length)
     key = DecoderKey(visits, len(prompts), n_drafts, model.dtype, compiled, halting, routed)
     kept = DecoderCache.of(model)

@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import resolve_hidden_states_indices, s
 
 from mull.layers.experts import ExpertGate, LoRABranches
 from mull.layers.routers import LayerRouter
+from mull.layers.skipping import ResidualGate, TokenScore
 from mull.model.configs import HaltingConfig
 from mull.model.configuration import MullConfig
 from mull.model.executor import OnVisit, run, run_layer
@@ -81,8 +82,8 @@ class MullModel(MullPreTrainedModel):
         self.etd = (
             None if self.etd_config is None else RoutedParts(self.etd_config, self.layers, self.text_config.hidden_size)
         )
-        """Layer routers and LoRA experts; None without a think block."""
-        self._attach_experts()
+        """Layer routers, token skipping and LoRA experts; None without a think block."""
+        self._attach_parts()
         self._etd_metrics: dict[str, Any] = {}
         self._collects_router_logits = False
         self.post_init()
@@ -99,12 +100,12 @@ class MullModel(MullPreTrainedModel):
         rules.__dict__.update(backbone.__dict__)
         rules._modules = {}
         self.rules = rules
-        self._attach_experts()
+        self._attach_parts()
 
-    def _attach_experts(self) -> None:
+    def _attach_parts(self) -> None:
         etd = self._modules.get("etd")  # not there yet while the model is built
-        if isinstance(etd, RoutedParts) and etd.experts is not None:
-            etd.experts.attach(self.layers)
+        if isinstance(etd, RoutedParts):
+            etd.attach(self.layers)
 
     def init_parallel_plans(self) -> None:
         """The plans of the backbone, for layers that are parts of this model now."""
@@ -134,6 +135,8 @@ class MullModel(MullPreTrainedModel):
             module.start_at_zero()
         elif isinstance(module, ExpertGate):
             module.start_at_random()
+        elif isinstance(module, (TokenScore, ResidualGate)):
+            module.start()
         elif isinstance(module, WarmedUp):
             module.start_anew()
 
@@ -316,7 +319,7 @@ class MullModel(MullPreTrainedModel):
         learns = self.training and torch.is_grad_enabled() and fresh and given is None
         # With a mask, positions may restart at padding, and rows hold one sequence each.
         positions = None if tokens is not None or inputs is None else inputs.position_ids.expand(h.shape[:2])
-        call = RoutedCall(h, positions, tokens, prompt_mask, None if cache is None else cache.decisions)
+        call = RoutedCall(h, positions, tokens, prompt_mask, None if cache is None else cache.decisions, fresh)
         attempt = partial(self._attempt, inputs) if learns and inputs is not None else None
         return self.etd.policy(policy, call, attempt=attempt, given=given, fixed=fixed)
 

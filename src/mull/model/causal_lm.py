@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 
 import importlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,6 +63,9 @@ class MullOutput(CausalLMOutputWithPast):
 
     router_logits: tuple[Tensor, ...] | None = None
     """``[B * T, E]`` for each visit of a layer with routed experts; None without ``output_router_logits``."""
+
+    token_skip_loss: Tensor | None = None
+    """What token skipping adds to ``loss`` in training, see `mull.model.token_skip`; None without it or without labels."""
 
     metrics: dict[str, Any] | None = None
     """Which iterations the tokens of an adaptive call ran, see `Halting.metrics`; None where every token runs all of them. The
@@ -155,10 +159,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             TypeError: a keyword that is not known, or an argument of another type.
             ValueError: arguments that contradict each other or the cache, or that cannot be obeyed; labels without a target.
         """
-        if not isinstance(logits_to_keep, Tensor):
-            require_count("logits_to_keep", logits_to_keep, 0)
-        elif logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
-            raise ValueError(f"logits_to_keep has the type {logits_to_keep.dtype}: indices are whole numbers.")
+        _check_kept(logits_to_keep)
         # Not a parameter: transformers' Trainer takes every parameter with this name for labels that a batch must have.
         shift_labels = keywords.pop("shift_labels", None)
         if shift_labels is not None and self.mtp_config is not None:
@@ -168,29 +169,32 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if isinstance(tokens, Tensor):
             position_ids = packed_positions(keywords, tokens.shape[:2], attention_mask, position_ids)
-        out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            think_iterations=think_iterations,
-            path=path,
-            adaptive=adaptive,
-            output_router_logits=output_router_logits,
-            heads_follow=True,
-            unembed=self.lm_head,
-            **keywords,
-        )
+        has_loss = labels is not None or shift_labels is not None
+        with self.auxiliary_losses() if has_loss else nullcontext([]) as auxiliary:
+            out = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+                think_iterations=think_iterations,
+                path=path,
+                adaptive=adaptive,
+                output_router_logits=output_router_logits,
+                heads_follow=True,
+                unembed=self.lm_head,
+                **keywords,
+            )
         h, cache = out.last_hidden_state, out.past_key_values
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, keep])
         loss, mtp_loss, mtp_step_losses = None, None, None
         aux_loss = self.balancing_loss(out.router_logits, attention_mask) if out.router_logits else None
-        if labels is not None or shift_labels is not None:
+        token_skip_loss = torch.stack(auxiliary).mean() if auxiliary else None
+        if has_loss:
             labels = self._checked_labels("labels", labels, h.shape[:2])
             shift_labels = self._checked_labels("shift_labels", shift_labels, h.shape[:2])
             self._check_targets(labels, shift_labels, num_items_in_batch)
@@ -199,12 +203,10 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             )
             if aux_loss is not None:
                 loss = loss + self.text_config.router_aux_loss_coef * aux_loss
+            if token_skip_loss is not None:
+                loss = loss + token_skip_loss
             if self.mtp_config is not None and labels is not None:
-                if cache is not None and cache.n_tokens != h.shape[1]:
-                    raise ValueError(
-                        "Extra heads see the tokens of one call, so their loss cannot continue from a cache: give labels with "
-                        "whole rows."
-                    )
+                _require_whole(cache, h)
                 mtp_loss, mtp_step_losses = self._mtp_loss(
                     h, input_ids, labels, attention_mask, position_ids, num_items_in_batch
                 )
@@ -218,6 +220,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             aux_loss=aux_loss,
             router_logits=out.router_logits,
+            token_skip_loss=token_skip_loss,
             metrics=out.metrics,
         )
 
@@ -279,6 +282,13 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
     def etd(self) -> RoutedParts | None:
         """Layer routers and their statistics; None without a think block."""
         return self.model.etd
+
+    def auxiliary_losses(self) -> AbstractContextManager[list[Tensor]]:
+        """Collect the terms whose mean is to be added to the loss; see `RoutedParts.auxiliary_losses`.
+
+        `forward` collects and adds them in a call with labels, and such a call leaves none to the collection around it.
+        """
+        return nullcontext([]) if self.etd is None else self.etd.auxiliary_losses()
 
     @property
     def _etd_metrics(self) -> dict[str, Any]:
@@ -486,6 +496,20 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         raise NotImplementedError(
             "Continuous batching (generate_batch) needs a paged cache, which has one slot per layer and none per visit. Use "
             "model.generate or mull.generate."
+        )
+
+
+def _check_kept(logits_to_keep: int | Tensor) -> None:
+    if not isinstance(logits_to_keep, Tensor):
+        require_count("logits_to_keep", logits_to_keep, 0)
+    elif logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
+        raise ValueError(f"logits_to_keep has the type {logits_to_keep.dtype}: indices are whole numbers.")
+
+
+def _require_whole(cache: SlotCache | None, h: Tensor) -> None:
+    if cache is not None and cache.n_tokens != h.shape[1]:
+        raise ValueError(
+            "Extra heads see the tokens of one call, so their loss cannot continue from a cache: give labels with whole rows."
         )
 
 

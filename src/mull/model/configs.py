@@ -81,6 +81,46 @@ class LayerRouterConfig(Frozen):
     depth what its stopped tokens offer, since a model has one kind of stopping."""
 
 
+class TokenSkipConfig(Frozen):
+    """Which tokens run a layer, out of a budget for each layer; see `mull.model.token_skip`."""
+
+    method: Literal["mod", "gate-skip", "a-mod"] = "mod"
+    """``mod``: Mixture-of-Depths (arXiv:2404.02258). ``gate-skip``: GateSkip (arXiv:2510.13876). ``a-mod``: A-MoD
+    (arXiv:2412.20875)."""
+
+    capacity: float = Field(default=0.5, gt=0, le=1)
+    """Share of the tokens that run a layer, once the warm-up is over."""
+
+    scope: Literal["think", "all"] = "think"
+    """The layers of the think block, or all layers."""
+
+    every: int = Field(default=2, ge=1, le=MAX_LAYERS)
+    """Tokens skip each of these layers whose number from 1 is a multiple of this; the layers between run all tokens."""
+
+    hidden_size: int = Field(default=64, ge=1, le=2**20)
+    """Width of the inner layer of the predictor that decides in use, of ``mod``."""
+
+    score: Literal["self", "received"] = "self"
+    """What ``a-mod`` ranks tokens by: the attention that a token pays to itself, which is known when it comes; or that it
+    receives from all tokens, as published, which takes the whole sequence."""
+
+    loss_weight: float = Field(default=0.1, ge=0, le=1000)
+    """Weight of the loss of predictors (``mod``) or gates (``gate-skip``)."""
+
+    stop: Stop | None = None
+    """What a token offers to later tokens in the visits that it skips, as in `LayerRouterConfig`."""
+
+    @model_validator(mode="after")
+    def _check_method(self) -> "TokenSkipConfig":
+        if self.score != "self" and self.method != "a-mod":
+            raise ValueError(f"score={self.score!r} needs method='a-mod', not {self.method!r}: leave it out.")
+        if self.method == "a-mod" and self.every < 2:
+            raise ValueError(
+                "method='a-mod' reads the attention of the layer before, which all tokens run: give every=2 or more."
+            )
+        return self
+
+
 class LoRAExpertConfig(Frozen):
     """The branches of a think block with LoRA experts, and how a token gets its own; see `mull.model.experts`.
 
@@ -146,6 +186,12 @@ class ETDConfig(Frozen):
     router_warmup_steps: int = Field(default=1000, ge=0)
     """Optimizer steps of the routers in which they execute every layer."""
 
+    token_skip: TokenSkipConfig | None = None
+    """Which tokens run a layer, out of a budget; None for all."""
+
+    token_skip_warmup_steps: int = Field(default=1000, ge=0)
+    """Optimizer steps of token skipping in which the share of the tokens that run falls linearly from 1 to its capacity."""
+
     use_lora_experts: bool | None = None
     """Whether the think block has LoRA experts; None: if `lora_expert` is given."""
 
@@ -164,11 +210,18 @@ class ETDConfig(Frozen):
             raise ValueError(
                 "confidence_threshold is short for a halting rule, and halting is given too: give one of them."
             )
-        router = self.router
-        if router is not None and router.stop and self.halting is not None and self.halting.stop != router.stop:
+        if self.router is not None and self.token_skip is not None:
+            raise ValueError("Layer routers and token skipping both decide who runs a layer: give one of them.")
+        if self.token_skip is not None and not self.skipped_layers:
             raise ValueError(
-                f"Stopped tokens would leave behind {self.halting.stop!r} and skipping ones {router.stop!r}: give halting.stop "
-                "and layer_router.stop the same value."
+                f"token_skip.every={self.token_skip.every} leaves no layer out of {len(self._in_scope(self.token_skip.scope))} "
+                "for tokens to skip: give less, or scope='all'."
+            )
+        skipping, name = (self.router, "layer_router") if self.token_skip is None else (self.token_skip, "token_skip")
+        if skipping is not None and skipping.stop and self.halting is not None and self.halting.stop != skipping.stop:
+            raise ValueError(
+                f"Stopped tokens would leave behind {self.halting.stop!r} and skipping ones {skipping.stop!r}: give halting.stop "
+                f"and {name}.stop the same value."
             )
         return self
 
@@ -189,13 +242,13 @@ class ETDConfig(Frozen):
     @property
     def stop(self) -> Stop:
         """What a token leaves behind in the visits that it does not run."""
-        router = self.router
-        if router is not None and router.stop is not None:
-            return router.stop
+        skipping = self.router or self.token_skip
+        if skipping is not None and skipping.stop is not None:
+            return skipping.stop
         if self.halting is not None:
             return self.halting.stop
         stops = self.adaptive_depth or self.confidence_threshold is not None
-        return "last_kv" if router is None or stops else "active_only"
+        return "last_kv" if skipping is None or stops else "active_only"
 
     def halting_of(self, adaptive: bool | HaltingConfig | None) -> HaltingConfig | None:
         """When tokens stop in a call with this argument; None if they all run every iteration.
@@ -211,7 +264,8 @@ class ETDConfig(Frozen):
         if adaptive is False or (adaptive is None and not self.adaptive_depth):
             return None
         if isinstance(adaptive, HaltingConfig):
-            if (self.halting is not None or self.router is not None) and adaptive.stop != self.stop:
+            fixed = self.halting is not None or self.router is not None or self.token_skip is not None
+            if fixed and adaptive.stop != self.stop:
                 raise ValueError(
                     f"The model's stopped tokens leave behind {self.stop!r} (etd.halting.stop), and the call asks for "
                     f"{adaptive.stop!r}, which would compute something else: give stop={self.stop!r}, or load the model with "
@@ -240,9 +294,18 @@ class ETDConfig(Frozen):
     @property
     def routed_layers(self) -> range:
         """Indices of the layers that have a router."""
-        if self.router is None:
+        return range(0) if self.router is None else self._in_scope(self.router.scope)
+
+    @property
+    def skipped_layers(self) -> range:
+        """Indices of the layers that tokens may skip by `token_skip`."""
+        if self.token_skip is None:
             return range(0)
-        return self.think_layers if self.router.scope == "think" else range(self.n_layers)
+        layers, every = self._in_scope(self.token_skip.scope), self.token_skip.every
+        return range(layers.start + every - 1, layers.stop, every)
+
+    def _in_scope(self, scope: str) -> range:
+        return self.think_layers if scope == "think" else range(self.n_layers)
 
     @property
     def _repeats(self) -> bool:

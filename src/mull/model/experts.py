@@ -6,7 +6,7 @@ even. The layers stay those of transformers: hooks add the chosen expert's updat
 Shapes: B batch, T tokens of a call, D model width, E experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -121,7 +121,9 @@ class Experts(WarmedUp):
     """
 
     bias: Tensor
-    """``[E]`` in fp32, whatever the type of the weights: its steps are smaller than bf16 resolves."""
+    """``[E]``."""
+
+    in_fp32 = ("bias",)
 
     def __init__(self, config: ETDConfig, layers: nn.ModuleList, width: int) -> None:
         super().__init__(config.expert_warmup_steps)
@@ -143,13 +145,6 @@ class Experts(WarmedUp):
         self._load: Tensor | int = 0
         self._selections: Tensor | int = 0
         self._by_hand = False
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Experts":
-        bias = self.bias
-        super()._apply(fn, recurse)
-        if self.bias.dtype != bias.dtype:
-            self.bias = bias.to(self.bias.device)
-        return self
 
     def attach(self, layers: nn.ModuleList) -> None:
         """Add the experts to these layers."""

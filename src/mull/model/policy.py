@@ -102,3 +102,17 @@ class Together(Policy):
     def metrics(self) -> dict[str, Any]:
         """Those of all of them."""
         return {name: value for policy in self.policies for name, value in policy.metrics().items()}
+
+
+def running(runs: Tensor, tokens: Tensor | None) -> Tensor | bool:
+    """The answer of `Policy.active` where tokens decided by themselves.
+
+    Args:
+        runs: ``[B, T]``.
+        tokens: ``[B, T]``, False for padding, which runs only if all others do; None without.
+    """
+    real = runs if tokens is None else runs & tokens
+    if not bool(real.any()):
+        return False
+    every = runs if tokens is None else runs | ~tokens
+    return True if bool(every.all()) else real

@@ -7,6 +7,7 @@ Shapes: B batch, T tokens of a call, D model width, A actions.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from mull.model.configs import ETDConfig, LayerRouterConfig, Stop
 from mull.model.experts import ExpertRouting, Experts
 from mull.model.memory import Decision
 from mull.model.path import Visit
-from mull.model.policy import NOTHING, Extra, Policy, Together
+from mull.model.policy import NOTHING, Extra, Policy, Together, running
+from mull.model.token_skip import METHODS, SkipCall, TokenSkips
 from mull.model.warmup import WarmedUp
 from mull.runtime.distributed import world_size
 
@@ -46,6 +48,9 @@ class RoutedCall(NamedTuple):
     decisions: dict[Decision, Tensor] | None
     """Those that the cache remembers about rows; empty before the call that holds the prompts. None without a cache."""
 
+    whole: bool = True
+    """Nothing precedes the call."""
+
     def prompts(self, granularity: str, n_windows: int) -> Prompts | None:
         """Where routers of sequences look; None for those of tokens, and if the rows have their decisions."""
         if granularity != "sequence" or self.decisions:
@@ -54,7 +59,7 @@ class RoutedCall(NamedTuple):
 
 
 class RoutedParts(nn.Module):
-    """What a model's routes need besides its layers: layer routers and LoRA experts.
+    """What a model's routes need besides its layers: layer routers, token skipping and LoRA experts.
 
     Args:
         config: Of the think block.
@@ -67,6 +72,19 @@ class RoutedParts(nn.Module):
         self._config = config
         self.layer_routers = None if config.router is None else LayerRouters(config, config.router, width)
         self.experts = None if config.experts is None else Experts(config, layers, width)
+        self.token_skip: TokenSkips | None = None
+        if config.token_skip is not None:
+            self.token_skip = METHODS[config.token_skip.method](config, layers, width)
+
+    def attach(self, layers: nn.ModuleList) -> None:
+        """Work on these layers."""
+        for part in (self.experts, self.token_skip):
+            if part is not None:
+                part.attach(layers)
+
+    def auxiliary_losses(self) -> AbstractContextManager[list[Tensor]]:
+        """Collect what token skipping adds to the loss of calls in training: of each visit a term, whose mean counts."""
+        return nullcontext([]) if self.token_skip is None else self.token_skip.auxiliary_losses()
 
     def policy(
         self,
@@ -97,6 +115,9 @@ class RoutedParts(nn.Module):
                 given=given,
             )
             policies.append(routing)
+        if self.token_skip is not None:
+            skip_call = SkipCall(call.states, call.positions, call.tokens, call.whole, fixed, policy is not None)
+            policies += self.token_skip.policies(stop, skip_call)
         return Together(policies) if len(policies) > 1 else next(iter(policies), None)
 
     def get_router_stats(self) -> dict[str, Any]:
@@ -105,15 +126,18 @@ class RoutedParts(nn.Module):
         Returns:
             ``skip_count``, ``execute_count`` and ``repeat_count`` of layer routers: those of a sequence decide once per row,
             those of tokens once per token. ``expert_counts``, in a model with LoRA experts: how often each was chosen, once per
-            iteration. Padding is left out.
+            iteration. With token skipping ``executed_share``, the share of the tokens that ran a layer, by layer; and if ranks
+            decided, ``rank_agreement``: for which share of the tokens the rule of use says the same. Padding is left out.
         """
         counts = [0, 0, 0] if self.layer_routers is None else self.layer_routers.counts
         stats: dict[str, Any] = dict(zip(("skip_count", "execute_count", "repeat_count"), counts, strict=True))
-        return stats if self.experts is None else stats | {"expert_counts": self.experts.selections}
+        if self.experts is not None:
+            stats["expert_counts"] = self.experts.selections
+        return stats if self.token_skip is None else stats | self.token_skip.stats()
 
     def reset_stats(self) -> None:
         """Forget what was counted."""
-        for part in (self.layer_routers, self.experts):
+        for part in (self.layer_routers, self.experts, self.token_skip):
             if part is not None:
                 part.reset_stats()
 
@@ -220,23 +244,16 @@ class LayerRouting(Policy):
             return True
         if self._repeats(visit):
             assert self._chosen is not None, "a layer's first visit comes before its second"
-            return self._running(self._chosen[0] == REPEAT)
+            return running(self._chosen[0] == REPEAT, self._tokens)
         self._chosen = self._choose(visit, router, h)
         self.actions[visit] = self._chosen[0]
-        return self._running(self._chosen[0] != SKIP)
+        return running(self._chosen[0] != SKIP, self._tokens)
 
     def _router(self, visit: Visit) -> LayerRouter | None:
         return self._routers.get(str(visit.layer))
 
     def _repeats(self, visit: Visit) -> bool:
         return self._config.num_actions > REPEAT and visit.occurrence % 2 == 1
-
-    def _running(self, runs: Tensor) -> Tensor | bool:
-        real = runs if self._tokens is None else runs & self._tokens
-        if not bool(real.any()):
-            return False
-        every = runs if self._tokens is None else runs | ~self._tokens
-        return True if bool(every.all()) else real
 
     def _choose(self, visit: Visit, router: LayerRouter, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """Actions ``[B, T]``, and probabilities ``[B, T, A]`` where routers learn from them."""

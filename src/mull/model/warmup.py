@@ -1,7 +1,7 @@
 """Parts of a model that behave differently in their first optimizer steps."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Self
 from weakref import WeakSet
 
 import torch
@@ -21,6 +21,9 @@ class WarmedUp(nn.Module):
 
     n_steps: Tensor
 
+    in_fp32: ClassVar[tuple[str, ...]] = ()
+    """Buffers that stay in fp32 whatever the type of the weights: their steps are smaller than bf16 resolves."""
+
     def __init__(self, warmup_steps: int) -> None:
         super().__init__()
         self.warmup_steps = warmup_steps
@@ -31,6 +34,15 @@ class WarmedUp(nn.Module):
         """Also count the steps of a copy."""
         super().__setstate__(state)
         _COUNTED.add(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact: dict[str, Tensor] = {name: getattr(self, name) for name in self.in_fp32}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after: Tensor = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
 
     def start_anew(self) -> None:
         """Begin the warm-up."""

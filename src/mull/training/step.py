@@ -6,10 +6,11 @@ targets fall into micro-batches and ranks.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -83,18 +84,18 @@ class Stage(nn.Module):
         self.objective = objective
 
     def forward(self, plan: StepPlan, index: int) -> LossOutput:
-        """Compute the loss of a micro-batch, with the balancing loss of experts where the backbone's configuration has one."""
+        """Compute the loss of a micro-batch, with what experts of the backbone and token skipping add to it."""
         config = getattr(self.model, "text_config", None)  # any module may be trained with an objective of its own
-        if config is None or not getattr(config, "output_router_logits", False):
+        if config is None:
             return self.objective.loss(self.model, plan, index)
-        with self.model.model.router_logits() as routed:
+        balances = getattr(config, "output_router_logits", False)
+        collects = self.model.model.router_logits() if balances else nullcontext([])
+        with collects as routed, self.model.auxiliary_losses() as terms:
             output = self.objective.loss(self.model, plan, index)
-        if not routed:
-            return output
-        balance = self.model.balancing_loss(routed, plan.batches[index].get("attention_mask"))
-        # Micro-batches count by their weight, as in the mean loss.
-        total = output.sum + config.router_aux_loss_coef * balance * output.weight
-        return output._replace(sum=total, metrics={**output.metrics, "balancing_loss": float(balance.detach())})
+        if routed:
+            balance = self.model.balancing_loss(routed, plan.batches[index].get("attention_mask"))
+            output = _with(output, "balancing_loss", balance, config.router_aux_loss_coef)
+        return _with(output, "token_skip_loss", torch.stack(terms).mean()) if terms else output
 
     def plan_step(self, batches: Sequence[Batch]) -> StepPlan:
         """Let the objective decide about the step."""
@@ -109,6 +110,12 @@ class Stage(nn.Module):
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _with(output: LossOutput, name: str, term: Tensor, coefficient: float = 1.0) -> LossOutput:
+    """Add a term to a loss. Micro-batches count by their weight, as in the mean loss."""
+    total = output.sum + coefficient * term * output.weight
+    return output._replace(sum=total, metrics={**output.metrics, name: float(term.detach())})
 
 
 def make_stage(model: MullForCausalLM, objective: Objective, config: DistributedConfig) -> Stage:
