@@ -222,11 +222,12 @@ class MullModel(MullPreTrainedModel):
             use_cache = use_of_cache(position_ids, past_key_values is not None, use_cache)
         if prompt_mask is None and (past_key_values is not None or use_cache is True):
             prompt_mask = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-        cache = self._bound_cache(past_key_values, use_cache, visits, attention_mask, h.shape[1])
         if path is None and policy is None:
             policy = self.halting(adaptive, think_iterations, new_tokens(attention_mask, h), unembed)
         elif adaptive:
             raise ValueError("adaptive decides which tokens run, and so does a path or a policy: give one of them.")
+        shares = self.stop_of(policy) == "share_first"
+        cache = self._bound_cache(past_key_values, use_cache, visits, attention_mask, h.shape[1], shares)
         stream = None if kept is None else [h if 0 in kept else None]
         inputs = self.layer_inputs(h, attention_mask, position_ids, cache)
         policy = self.with_routing(
@@ -240,7 +241,7 @@ class MullModel(MullPreTrainedModel):
                 on_visit(visit, before, state)
 
         watched = after if stream is not None or on_visit is not None else None
-        memory = None if cache is None else GrowingMemory(cache, None if policy is None else policy.stop)
+        memory = self._call_memory(policy) if cache is None else GrowingMemory(cache, policy and policy.stop)
         with self.router_logits() if self._wants_router_logits(output_router_logits) else nullcontext() as routed:
             h = self._run(visits, h, inputs, memory, policy, watched)
         if cache is not None:
@@ -456,7 +457,7 @@ class MullModel(MullPreTrainedModel):
         tokens = new_tokens(attention_mask, h)
         policy = policy or self.halting(adaptive, think_iterations, tokens, unembed)
         policy = self.with_routing(policy, h, inputs, tokens, prompt_mask)
-        memory = None if policy is None else CallMemory(policy.stop)
+        memory = self._call_memory(policy)
 
         def advance(h: Tensor, part: Path) -> Tensor:
             return self._run(part, h, inputs, memory, policy)
@@ -483,14 +484,20 @@ class MullModel(MullPreTrainedModel):
         on_visit: OnVisit | None = None,
     ) -> Tensor:
         """See `mull.model.executor.run`."""
-        if policy is not None:
-            self._check_policy(policy)
+        self._check_policy(policy)
         # The host takes decisions that read values, which no graph can hold.
         runner = run if policy is None or policy.traceable else torch.compiler.disable(run)
         return runner(self.layers, self.kinds, path, h, inputs, memory, policy, on_visit=on_visit)
 
-    def _check_policy(self, policy: Policy) -> None:
-        if self._collects_router_logits and (self.rules._can_record_outputs or {}).get("router_logits"):
+    def _call_memory(self, policy: Policy | None) -> CallMemory | None:
+        stop = self.stop_of(policy)
+        return None if stop is None or (policy is None and stop != "share_first") else CallMemory(stop)
+
+    def _check_policy(self, policy: Policy | None) -> None:
+        stop = self.stop_of(policy)
+        if policy is None and stop != "share_first":
+            return
+        if policy is not None and self._collects_router_logits and (self.rules._can_record_outputs or {}).get("router_logits"):
             raise ValueError(
                 "Tokens that stop have no router logits: call with output_router_logits=False, or adaptive=False and iterations "
                 "that are drawn per step."
@@ -499,7 +506,7 @@ class MullModel(MullPreTrainedModel):
         reentrant = getattr(getattr(first, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
         trains = self.training and torch.is_grad_enabled() and getattr(first, "gradient_checkpointing", False)
         experts = self.etd is not None and self.etd.experts is not None
-        if reentrant and trains and (experts or policy.stop != "active_only"):
+        if reentrant and trains and (experts or stop != "active_only"):
             raise ValueError(
                 "Reentrant gradient checkpointing would lose the gradient of gates, and of the keys that stopped tokens leave "
                 "behind: enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."
@@ -544,7 +551,7 @@ class MullModel(MullPreTrainedModel):
             States ``[B, T, D]``, without the final norm.
         """
         inputs = self.fixed_layer_inputs(h, call)
-        memory = FixedMemory(cache, call, None if policy is None else policy.stop)
+        memory = FixedMemory(cache, call, policy and policy.stop)
         return run(self.layers, self.kinds, cache.path[part], h, inputs, memory, policy, first=part.start)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -571,6 +578,7 @@ class MullModel(MullPreTrainedModel):
         visits: Path,
         attention_mask: Tensor | dict[str, Any] | None,
         n_new: int,
+        shares: bool,
     ) -> SlotCache | None:
         if use_cache is None:
             use_cache = cache is not None or bool(self.text_config.use_cache)
@@ -583,7 +591,7 @@ class MullModel(MullPreTrainedModel):
                 f"past_key_values is a {type(cache).__name__}, which has one slot per layer; a looped layer needs one per visit. "
                 "Use model.new_cache(). Prefix tuning makes caches of this kind: use LoRA or prompt tuning instead."
             )
-        cache.bind(visits)
+        cache.bind(visits, shares)
         if isinstance(attention_mask, Tensor):
             check_padding_side(attention_mask, n_new, self.text_config)
         return cache

@@ -11,10 +11,11 @@ from transformers import PreTrainedConfig
 from mull.model.path import MAX_ITERATIONS, MAX_LAYERS, Path, recursion, repeatable
 from mull.runtime.arguments import Frozen, require
 
-Stop = Literal["last_kv", "own_state", "active_only"]
+Stop = Literal["last_kv", "own_state", "active_only", "share_first"]
 """What a token offers to later tokens in a layer's visits that it does not run: the keys and values of the last time it ran that
-layer; those that the layer projects from the state in which the token rests; or nothing. Recurrent layers know one answer: a
-token that does not run is not in their sequence."""
+layer; those that the layer projects from the state in which the token rests; or nothing. ``share_first`` is about running tokens,
+too: in all visits after the first that it runs, a token offers the keys and values of that first one, so a layer has a single
+slot however often it is visited. Recurrent layers know one answer: a token that does not run is not in their sequence."""
 
 SPLITS: dict[str, tuple[float, float]] = {"published": (7 / 16, 4 / 16), "quarters": (1 / 4, 1 / 2)}
 """Encoder and think fractions of the depth. ``published`` is 7-4-5 of 16 layers (arXiv:2510.07358), ``quarters`` 25/50/25."""
@@ -169,6 +170,11 @@ class ETDConfig(Frozen):
             raise ValueError(
                 f"Stopped tokens would leave behind {self.halting.stop!r} and skipping ones {router.stop!r}: give halting.stop "
                 "and layer_router.stop the same value."
+            )
+        if router is not None and self.stop == "share_first":
+            raise ValueError(
+                "Layer routers learn from tries of a layer with keys of its own, which 'share_first' would not let it see: give "
+                "halting.stop and layer_router.stop another value, or leave the routers out."
             )
         return self
 
