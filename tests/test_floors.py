@@ -27,8 +27,8 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "layers": (3, "heads recursive_heads value_head routers"),
     "model": (
         4,
-        "path configs configuration memory growing_cache fixed_cache families inputs policy warmup halting experts "
-        "routing executor pretrained base_model causal_lm",
+        "path configs configuration memory growing_cache fixed_cache families inputs policy warmup balance "
+        "depth_router halting experts routing executor pretrained base_model causal_lm",
     ),
     "retrofit": (5, "reading source native_heads expert_adapters wrap presets"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),

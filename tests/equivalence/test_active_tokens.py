@@ -2,9 +2,9 @@
 
 A policy switches single tokens off. A token that does not run a visit keeps its state, and offers to the others what the policy
 says: the keys and values of the last time it ran that layer (``last_kv``; where it never ran it, nothing), those of the state
-that it keeps (``own_state``), or nothing (``active_only``). With ``share_first`` it offers those of the first time that it ran the
-layer, whether it runs or not. A recurrent layer runs the sequence of the tokens that do run. All in fp64, where errors of
-bookkeeping stand out.
+that it keeps (``own_state``), or nothing (``active_only``). With ``share_first`` it offers those of the first time that it ran
+the layer, and does so when it runs, too. A recurrent layer runs the sequence of the tokens that do run. All in fp64, where errors
+of bookkeeping stand out.
 """
 
 from collections.abc import Callable, Iterator
@@ -188,9 +188,7 @@ def wrapped(exact: Exact, family: str) -> MullForCausalLM:
 
 @pytest.mark.parametrize("family_name", KINDS)
 @pytest.mark.latin(4, "family_name", "stop")
-def test_a_policy_that_lets_everybody_run_changes_nothing(
-    family_name: str, stop: Stop, exact: Exact, ids: Ids
-) -> None:
+def test_a_policy_that_lets_everybody_run_changes_nothing(family_name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     model, tokens, path, everybody = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["halting"], part({}, 0, 0)
     with torch.no_grad():
         expected = model.model(tokens, path=path, use_cache=False).last_hidden_state

@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from mull.layers.experts import ExpertGate, LoRABranches
-from mull.layers.routers import LayerRouter
+from mull.layers.routers import DepthGate, LayerRouter
 from mull.model.configs import HaltingConfig
 from mull.model.configuration import MullConfig
 from mull.model.executor import OnVisit, run, run_layer
@@ -31,6 +31,7 @@ from mull.model.halting import GivenDepths, Halting
 from mull.model.inputs import (
     LayerInputs,
     check_call,
+    check_embeddings,
     check_keywords,
     check_padding_side,
     fixed_layer_inputs,
@@ -81,7 +82,7 @@ class MullModel(MullPreTrainedModel):
         self.etd = (
             None if self.etd_config is None else RoutedParts(self.etd_config, self.layers, self.text_config.hidden_size)
         )
-        """Layer routers and LoRA experts; None without a think block."""
+        """Routers and LoRA experts; None without a think block."""
         self._attach_experts()
         self._etd_metrics: dict[str, Any] = {}
         self._collects_router_logits = False
@@ -130,6 +131,8 @@ class MullModel(MullPreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, LayerRouter):
             module.start_at_execute()
+        elif isinstance(module, DepthGate):
+            module.start_at_most()
         elif isinstance(module, LoRABranches):
             module.start_at_zero()
         elif isinstance(module, ExpertGate):
@@ -226,8 +229,7 @@ class MullModel(MullPreTrainedModel):
             policy = self.halting(adaptive, think_iterations, new_tokens(attention_mask, h), unembed)
         elif adaptive:
             raise ValueError("adaptive decides which tokens run, and so does a path or a policy: give one of them.")
-        shares = self.stop_of(policy) == "share_first"
-        cache = self._bound_cache(past_key_values, use_cache, visits, attention_mask, h.shape[1], shares)
+        cache = self._bound_cache(past_key_values, use_cache, visits, attention_mask, h.shape[1], policy)
         stream = None if kept is None else [h if 0 in kept else None]
         inputs = self.layer_inputs(h, attention_mask, position_ids, cache)
         policy = self.with_routing(
@@ -241,7 +243,7 @@ class MullModel(MullPreTrainedModel):
                 on_visit(visit, before, state)
 
         watched = after if stream is not None or on_visit is not None else None
-        memory = self._call_memory(policy) if cache is None else GrowingMemory(cache, policy and policy.stop)
+        memory = self._call_memory(policy) if cache is None else GrowingMemory(cache, None if policy is None else policy.stop)
         with self.router_logits() if self._wants_router_logits(output_router_logits) else nullcontext() as routed:
             h = self._run(visits, h, inputs, memory, policy, watched)
         if cache is not None:
@@ -354,11 +356,6 @@ class MullModel(MullPreTrainedModel):
         config = self.etd_config.halting_of(adaptive)
         if config is None:
             return None
-        if config.rule == "learned" and self.exit_head is None:
-            raise ValueError(
-                "The halting rule 'learned' needs a trained exit head: load the model with "
-                "etd=ETDConfig(..., halting=HaltingConfig(rule='learned')), and train it."
-            )
         return Halting(
             config,
             self.etd_config.think_layers,
@@ -366,6 +363,7 @@ class MullModel(MullPreTrainedModel):
             tokens=tokens,
             readout=None if unembed is None else lambda states: unembed(self.norm(states)),
             exit_head=self.exit_head,
+            depth_router=None if self.etd is None else self.etd.depth_router,
             visits_per_iteration=self.etd_config.visits_per_iteration,
         )
 
@@ -449,6 +447,11 @@ class MullModel(MullPreTrainedModel):
         if backprop_iterations is not None and backprop_iterations < 1:
             raise ValueError(f"backprop_iterations={backprop_iterations} must be at least 1, or nothing is trained.")
         n_detached = 0 if backprop_iterations is None else max(iterations - backprop_iterations, 0)
+        if n_detached and self.stop_of(policy) == "share_first":
+            raise ValueError(
+                f"backprop_iterations={backprop_iterations} cuts off the first iteration, whose keys all others look at "
+                "('share_first'), so nothing would train them: leave it out."
+            )
         visits = self.path(think_iterations)
         etd, whole = self.etd_config, slice(0, len(visits))
         encoder, thinks, decoder = (slice(0), [whole], slice(0)) if etd is None else etd.sections(iterations)
@@ -497,7 +500,11 @@ class MullModel(MullPreTrainedModel):
         stop = self.stop_of(policy)
         if policy is None and stop != "share_first":
             return
-        if policy is not None and self._collects_router_logits and (self.rules._can_record_outputs or {}).get("router_logits"):
+        if (
+            policy is not None
+            and self._collects_router_logits
+            and (self.rules._can_record_outputs or {}).get("router_logits")
+        ):
             raise ValueError(
                 "Tokens that stop have no router logits: call with output_router_logits=False, or adaptive=False and iterations "
                 "that are drawn per step."
@@ -551,7 +558,7 @@ class MullModel(MullPreTrainedModel):
             States ``[B, T, D]``, without the final norm.
         """
         inputs = self.fixed_layer_inputs(h, call)
-        memory = FixedMemory(cache, call, policy and policy.stop)
+        memory = FixedMemory(cache, call, None if policy is None else policy.stop)
         return run(self.layers, self.kinds, cache.path[part], h, inputs, memory, policy, first=part.start)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -560,16 +567,8 @@ class MullModel(MullPreTrainedModel):
         if input_ids is not None:
             require_ids("input_ids", input_ids)
         else:
-            self._check_embeddings(inputs_embeds)
+            check_embeddings(inputs_embeds, self.text_config.hidden_size)
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-
-    def _check_embeddings(self, embeddings: Any) -> None:
-        require("inputs_embeds", embeddings, Tensor, "a tensor [rows, tokens, width]")
-        width = self.text_config.hidden_size
-        if embeddings.ndim != 3 or embeddings.shape[-1] != width or 0 in embeddings.shape:
-            raise ValueError(f"inputs_embeds has shape {tuple(embeddings.shape)}; give [rows, tokens, {width}].")
-        if not embeddings.is_floating_point():
-            raise ValueError(f"inputs_embeds has the type {embeddings.dtype}: give token numbers as input_ids.")
 
     def _bound_cache(
         self,
@@ -578,7 +577,7 @@ class MullModel(MullPreTrainedModel):
         visits: Path,
         attention_mask: Tensor | dict[str, Any] | None,
         n_new: int,
-        shares: bool,
+        policy: Policy | None,
     ) -> SlotCache | None:
         if use_cache is None:
             use_cache = cache is not None or bool(self.text_config.use_cache)
@@ -591,7 +590,7 @@ class MullModel(MullPreTrainedModel):
                 f"past_key_values is a {type(cache).__name__}, which has one slot per layer; a looped layer needs one per visit. "
                 "Use model.new_cache(). Prefix tuning makes caches of this kind: use LoRA or prompt tuning instead."
             )
-        cache.bind(visits, shares)
+        cache.bind(visits, self.stop_of(policy) == "share_first")
         if isinstance(attention_mask, Tensor):
             check_padding_side(attention_mask, n_new, self.text_config)
         return cache

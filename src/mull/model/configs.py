@@ -29,7 +29,7 @@ class HaltingConfig(Frozen):
     """When a token stops thinking, and what it leaves behind; see `mull.model.halting` for the rules."""
 
     rule: str = "state"
-    """``fixed``, ``state``, ``confidence``, ``kl``, ``repeat``, ``learned``, or one of another package."""
+    """``fixed``, ``state``, ``confidence``, ``kl``, ``repeat``, ``learned``, ``router``, or one of another package."""
 
     threshold: float | None = None
     """Where the rule stops. Tokens think longer the higher it is for ``state`` (cosine), ``confidence`` (probability), ``repeat``
@@ -41,6 +41,10 @@ class HaltingConfig(Frozen):
 
     min_iterations: int = Field(default=1, ge=1, le=MAX_ITERATIONS)
     """No token stops before so many iterations."""
+
+    balance_rate: float = Field(default=0.001, ge=0)
+    """For ``router``: step of its bias at each optimizer step, towards equally many tokens of each depth. 0 leaves the bias as it
+    is. It counts where the model is made, and not in a call."""
 
     @property
     def limit(self) -> float:
@@ -165,6 +169,10 @@ class ETDConfig(Frozen):
             raise ValueError(
                 "confidence_threshold is short for a halting rule, and halting is given too: give one of them."
             )
+        if self.depth_router is not None and self.max_think_iterations < 2:
+            raise ValueError(
+                "halting.rule='router' chooses among 1 to max_think_iterations iterations, which is 1: give at least 2."
+            )
         router = self.router
         if router is not None and router.stop and self.halting is not None and self.halting.stop != router.stop:
             raise ValueError(
@@ -191,6 +199,11 @@ class ETDConfig(Frozen):
         if self.use_lora_experts is False or (self.use_lora_experts is None and self.lora_expert is None):
             return None
         return self.lora_expert or LoRAExpertConfig()
+
+    @property
+    def depth_router(self) -> HaltingConfig | None:
+        """How the router of the think block's iterations is made; None without it."""
+        return self.halting if self.halting is not None and self.halting.rule == "router" else None
 
     @property
     def stop(self) -> Stop:

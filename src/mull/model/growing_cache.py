@@ -437,7 +437,9 @@ class GrowingMemory:
     def n_keys(self, number: int, n_new: int) -> int:
         """Keys that attention looks at in a visit, with those of `n_new` tokens of the call."""
         seen = self._seen.get(self.cache.path[number].layer)
-        return self.cache.get_mask_sizes(n_new, self.cache.slot_numbers[number])[0] if seen is None else seen[0].shape[2]
+        return (
+            self.cache.get_mask_sizes(n_new, self.cache.slot_numbers[number])[0] if seen is None else seen[0].shape[2]
+        )
 
     def store(self, number: int, keys: LayerKeys, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep what a call's tokens offer at a visit; return the keys and values that attention looks at."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mull.layers.routers import EXECUTE, REPEAT, SKIP, LayerRouter, Prompts
 from mull.model.configs import ETDConfig, LayerRouterConfig, Stop
+from mull.model.depth_router import DepthRouter
 from mull.model.experts import ExpertRouting, Experts
 from mull.model.memory import Decision
 from mull.model.path import Visit
@@ -54,7 +55,7 @@ class RoutedCall(NamedTuple):
 
 
 class RoutedParts(nn.Module):
-    """What a model's routes need besides its layers: layer routers and LoRA experts.
+    """What a model's routes need besides its layers: layer routers, LoRA experts, and a router of iterations.
 
     Args:
         config: Of the think block.
@@ -67,6 +68,8 @@ class RoutedParts(nn.Module):
         self._config = config
         self.layer_routers = None if config.router is None else LayerRouters(config, config.router, width)
         self.experts = None if config.experts is None else Experts(config, layers, width)
+        depth, most = config.depth_router, config.max_think_iterations
+        self.depth_router = None if depth is None else DepthRouter(width, most, depth.balance_rate)
 
     def policy(
         self,
@@ -105,15 +108,17 @@ class RoutedParts(nn.Module):
         Returns:
             ``skip_count``, ``execute_count`` and ``repeat_count`` of layer routers: those of a sequence decide once per row,
             those of tokens once per token. ``expert_counts``, in a model with LoRA experts: how often each was chosen, once per
-            iteration. Padding is left out.
+            iteration. ``depth_counts``, in a model with a router of iterations: how often 1, 2 and more were chosen. Padding is
+            left out.
         """
         counts = [0, 0, 0] if self.layer_routers is None else self.layer_routers.counts
         stats: dict[str, Any] = dict(zip(("skip_count", "execute_count", "repeat_count"), counts, strict=True))
-        return stats if self.experts is None else stats | {"expert_counts": self.experts.selections}
+        chosen = {"expert_counts": self.experts, "depth_counts": self.depth_router}
+        return stats | {name: part.selections for name, part in chosen.items() if part is not None}
 
     def reset_stats(self) -> None:
         """Forget what was counted."""
-        for part in (self.layer_routers, self.experts):
+        for part in (self.layer_routers, self.experts, self.depth_router):
             if part is not None:
                 part.reset_stats()
 
