@@ -243,7 +243,11 @@ class MullModel(MullPreTrainedModel):
                 on_visit(visit, before, state)
 
         watched = after if stream is not None or on_visit is not None else None
-        memory = self._call_memory(policy) if cache is None else GrowingMemory(cache, None if policy is None else policy.stop)
+        memory = (
+            self._call_memory(policy)
+            if cache is None
+            else GrowingMemory(cache, None if policy is None else policy.stop)
+        )
         with self.router_logits() if self._wants_router_logits(output_router_logits) else nullcontext() as routed:
             h = self._run(visits, h, inputs, memory, policy, watched)
         if cache is not None:

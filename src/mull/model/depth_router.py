@@ -20,8 +20,10 @@ class DepthRouter(BalancedChoice):
         rate: Step of the bias that keeps the numbers of tokens of all depths equal.
 
     Source:
-        Mixture-of-Recursions (arXiv:2507.10524), token choice. There, the block's update is multiplied by the router's weight.
-        Here it is not, so that a token of full depth computes what the looped model does; the weight has its gradient alone.
+        Mixture-of-Recursions (arXiv:2507.10524), token choice. There, what the block computes is multiplied by the probability of
+        the chosen depth. Here it is not, so a token of full depth computes what the looped model does. Only the gradient counts
+        an iteration's update with the probability that it runs. By that of the chosen depth alone, a token that stopped too early
+        would learn to stop there: more of its update would have helped.
     """
 
     def __init__(self, width: int, n_depths: int, rate: float) -> None:
@@ -38,18 +40,15 @@ class DepthRouter(BalancedChoice):
         self.count(chosen, training)
         return torch.where(chosen == len(self.bias) - 1, MAX_ITERATIONS, chosen + 1)
 
-    def weight(self, logits: Tensor, depths: Tensor, at_least: int, at_most: int) -> Tensor:
-        """Over itself, the probability that tokens run what they ran: 1, with the probability's gradient.
+    def going_on(self, logits: Tensor, iteration: int, at_least: int, at_most: int) -> Tensor:
+        """How probably tokens run an iteration, ``[B, T]``.
 
         Args:
             logits: ``[B, T, k]``.
-            depths: ``[B, T]``: the iterations that tokens ran.
+            iteration: Its number, from 1.
             at_least: Fewest iterations of the call, where the router chooses fewer.
             at_most: Its most; also what the deepest choice runs.
         """
         leads_to = torch.arange(1, 1 + logits.shape[-1], device=logits.device).clamp(at_least, at_most)
         leads_to[-1] = at_most
-        probability = (logits.softmax(-1) * (leads_to == depths[..., None])).sum(-1)
-        # No choice leads to what padding runs, where a call runs at least two.
-        scale = probability.detach().clamp(min=torch.finfo(probability.dtype).tiny)
-        return 1 + (probability - probability.detach()) / scale
+        return (logits.softmax(-1) * (leads_to >= iteration)).sum(-1)

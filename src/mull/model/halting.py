@@ -350,15 +350,20 @@ class Halting(Policy):
         return stops
 
     def weigh(self, visit: Visit, before: Tensor, after: Tensor) -> Tensor:
-        """The same states; at the end of the think block with a gradient to the depth router, see `DepthRouter.weight`."""
-        last = Visit(self._block[-1], self.iterations * self._visits - 1)
-        if self._router is None or self._entered is None or visit != last:
+        """The same states, with a gradient to the depth router: an iteration's update counts with the probability that it runs.
+
+        In the value that is 1 or 0. Tokens that do not run it learn nothing from it.
+        """
+        iteration, left = divmod(visit.occurrence + 1, self._visits)
+        if self._entered is None or visit.layer != self._block[-1] or left or iteration == 1:
             return after
-        assert self.depth is not None, "the first iteration comes first"
-        self.router_logits = self._router.gate(self._entered)
-        weight = self._router.weight(self.router_logits, self.depth, self.config.min_iterations, self.iterations)
-        change = (after - self._entered).detach()
-        return after + (weight - 1).to(after.dtype)[..., None] * change
+        assert self._router is not None, "it is trained"
+        assert self._before is not None, "the iteration has begun"
+        if self.router_logits is None:
+            with torch.enable_grad():  # the first iterations may be cut off, and the last ones learn nevertheless
+                self.router_logits = self._router.gate(self._entered)
+        chance = self._router.going_on(self.router_logits, iteration, self.config.min_iterations, self.iterations)
+        return after + (chance - chance.detach()).to(after.dtype)[..., None] * (after.detach() - self._before)
 
     def metrics(self) -> dict[str, Any]:
         """What happened, for `MullOutput.metrics`.
