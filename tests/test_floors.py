@@ -55,7 +55,7 @@ BUDGETS = {
     "ops": 700,
     "layers": 1000,
     "data": 1100,
-    "model": 2760,
+    "model": 2934,
     "decoding": 1160,
     "retrofit": 1200,
     "training": 2720,
@@ -64,7 +64,7 @@ BUDGETS = {
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 13900
+MAX_CODE_LINES = 14145
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

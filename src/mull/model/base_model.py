@@ -243,11 +243,7 @@ class MullModel(MullPreTrainedModel):
                 on_visit(visit, before, state)
 
         watched = after if stream is not None or on_visit is not None else None
-        memory = (
-            self._call_memory(policy)
-            if cache is None
-            else GrowingMemory(cache, None if policy is None else policy.stop)
-        )
+        memory = self._memory(policy, cache)
         with self.router_logits() if self._wants_router_logits(output_router_logits) else nullcontext() as routed:
             h = self._run(visits, h, inputs, memory, policy, watched)
         if cache is not None:
@@ -464,7 +460,7 @@ class MullModel(MullPreTrainedModel):
         tokens = new_tokens(attention_mask, h)
         policy = policy or self.halting(adaptive, think_iterations, tokens, unembed)
         policy = self.with_routing(policy, h, inputs, tokens, prompt_mask)
-        memory = self._call_memory(policy)
+        memory = self._memory(policy)
 
         def advance(h: Tensor, part: Path) -> Tensor:
             return self._run(part, h, inputs, memory, policy)
@@ -496,9 +492,11 @@ class MullModel(MullPreTrainedModel):
         runner = run if policy is None or policy.traceable else torch.compiler.disable(run)
         return runner(self.layers, self.kinds, path, h, inputs, memory, policy, on_visit=on_visit)
 
-    def _call_memory(self, policy: Policy | None) -> CallMemory | None:
-        stop = self.stop_of(policy)
-        return None if stop is None or (policy is None and stop != "share_first") else CallMemory(stop)
+    def _memory(self, policy: Policy | None, cache: SlotCache | None = None) -> Memory | None:
+        stop = self.stop_of(policy) if policy is not None or self.stop_of(None) == "share_first" else None
+        if cache is not None:
+            return GrowingMemory(cache, stop)
+        return None if stop is None else CallMemory(stop)
 
     def _check_policy(self, policy: Policy | None) -> None:
         stop = self.stop_of(policy)
