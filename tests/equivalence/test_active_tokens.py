@@ -167,7 +167,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.latin(9, "family", "name", "stop")
+@pytest.mark.latin(11, "family", "name", "stop")
 def test_every_memory_computes_what_the_oracle_does(family: str, name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     model, tokens, path, masks = wrapped(exact, family), ids(ROWS, TOKENS), PATHS[name], masks_of(name)
     expected = oracle(model, tokens, path, masks)
@@ -199,7 +199,7 @@ def test_a_policy_that_lets_everybody_run_changes_nothing(family_name: str, stop
 
 
 @pytest.mark.parametrize("family_name", KINDS)
-@pytest.mark.latin(3, "family_name", "stop")
+@pytest.mark.latin(4, "family_name", "stop")
 @torch.no_grad()
 def test_left_padding_and_policies_go_together(family_name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     model, tokens, path, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
@@ -227,7 +227,7 @@ def test_left_padding_and_policies_go_together(family_name: str, stop: Stop, exa
 
 
 @pytest.mark.parametrize("family_name", KINDS)
-@pytest.mark.latin(3, "family_name", "stop")
+@pytest.mark.latin(4, "family_name", "stop")
 @torch.no_grad()
 def test_packed_documents_are_documents_alone(family_name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     model, tokens, path, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
@@ -240,7 +240,7 @@ def test_packed_documents_are_documents_alone(family_name: str, stop: Stop, exac
 
 
 @pytest.mark.parametrize("family_name", KINDS)
-@pytest.mark.latin(3, "family_name", "stop")
+@pytest.mark.latin(4, "family_name", "stop")
 @torch.no_grad()
 def test_tokens_can_be_taken_back(family_name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     """Wrong tokens, with masks of their own, are fed and taken back: what follows does not notice."""
@@ -271,7 +271,7 @@ def test_tokens_can_be_taken_back(family_name: str, stop: Stop, exact: Exact, id
 
 
 @pytest.mark.parametrize("family_name", KINDS)
-@pytest.mark.latin(3, "family_name", "stop")
+@pytest.mark.latin(4, "family_name", "stop")
 @torch.no_grad()
 def test_rows_of_a_cache_with_gaps_can_be_reordered_and_chosen(
     family_name: str, stop: Stop, exact: Exact, ids: Ids
@@ -288,7 +288,7 @@ def test_rows_of_a_cache_with_gaps_can_be_reordered_and_chosen(
 
 
 @pytest.mark.parametrize("family_name", KINDS)
-@pytest.mark.latin(3, "family_name", "stop")
+@pytest.mark.latin(4, "family_name", "stop")
 @torch.no_grad()
 def test_a_call_without_a_policy_does_not_see_what_earlier_ones_skipped(
     family_name: str, stop: Stop, exact: Exact, ids: Ids
@@ -306,7 +306,7 @@ def test_a_call_without_a_policy_does_not_see_what_earlier_ones_skipped(
 
 
 @pytest.mark.parametrize("family_name", ["qwen3", "olmo3", "qwen3_5", "olmo_hybrid"])
-@pytest.mark.latin(2, "family_name", "stop")
+@pytest.mark.latin(3, "family_name", "stop")
 def test_gradients_do_not_depend_on_checkpointing(family_name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     model, tokens, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), masks_of("halting")
     gradients = []

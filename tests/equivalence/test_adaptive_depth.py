@@ -88,7 +88,7 @@ def in_calls(
 
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.latin(12, "family", "rule", "stop")
+@pytest.mark.latin(16, "family", "rule", "stop")
 @torch.no_grad()
 def test_the_same_tokens_stop_in_one_call_and_in_many(
     family: str, rule: str, stop: Any, exact: Exact, ids: Ids
@@ -273,7 +273,7 @@ def test_generate_with_a_cache_is_generate_without(
 
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("draft_length", [None, 0, 1, 3])
-@pytest.mark.latin(10, "family", "stop", "draft_length")
+@pytest.mark.latin(13, "family", "stop", "draft_length")
 def test_our_decoding_writes_the_text_of_transformers_with_and_without_drafts(
     family: str, stop: Any, draft_length: int | None, exact: Exact, ids: Ids
 ) -> None:
@@ -320,7 +320,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("draft_length", [0, 3])
-@pytest.mark.latin(10, "family", "stop", "draft_length")
+@pytest.mark.latin(13, "family", "stop", "draft_length")
 @pytest.mark.usefixtures("traced", "scattered")
 def test_rounds_of_fixed_shapes_write_the_same(
     family: str, stop: Any, draft_length: int, exact: Exact, ids: Ids

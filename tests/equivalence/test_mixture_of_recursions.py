@@ -122,6 +122,7 @@ def test_iterations_look_at_the_keys_of_the_first_one(exact: Exact, ids: Ids) ->
 
 
 @pytest.mark.parametrize("family_name", SOME)
+@pytest.mark.latin(3, "family_name")
 @torch.no_grad()
 def test_iterations_of_all_tokens_share_keys_in_all_memories(family_name: str, exact: Exact, ids: Ids) -> None:
     """Without anything that decides: training, both caches and both generators know from the configuration."""
@@ -139,6 +140,7 @@ def test_iterations_of_all_tokens_share_keys_in_all_memories(family_name: str, e
 
 
 @pytest.mark.parametrize("family_name", SOME)
+@pytest.mark.latin(3, "family_name")
 @torch.no_grad()
 def test_early_decoding_is_a_shorter_path(family_name: str, exact: Exact, ids: Ids) -> None:
     """Decoder layers run anew after each iteration, with keys of that iteration."""
@@ -170,7 +172,7 @@ def test_shared_keys_take_the_memory_of_one_iteration(exact: Exact, ids: Ids) ->
 
 
 @pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.latin(8, "family", "stop")
+@pytest.mark.latin(13, "family", "stop")
 @torch.no_grad()
 def test_tokens_get_the_same_iterations_in_one_call_and_in_many(
     family: str, stop: Stop, exact: Exact, ids: Ids
@@ -188,7 +190,7 @@ def test_tokens_get_the_same_iterations_in_one_call_and_in_many(
 
 @pytest.mark.parametrize("stop", ["share_first", "active_only"])
 @pytest.mark.parametrize("side", ["left", "right", "packed"])
-@pytest.mark.latin(10, "family", "stop", "side")
+@pytest.mark.latin(19, "family", "stop", "side")
 @torch.no_grad()
 def test_padding_other_rows_and_other_documents_change_nothing(
     family: str, stop: Stop, side: str, exact: Exact, ids: Ids
@@ -215,7 +217,7 @@ def test_padding_other_rows_and_other_documents_change_nothing(
 
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("draft_length", [None, 3])
-@pytest.mark.latin(16, "family", "stop", "draft_length")
+@pytest.mark.latin(27, "family", "stop", "draft_length")
 def test_both_generators_write_the_same_text_with_and_without_drafts(
     family: str, stop: Stop, draft_length: int | None, exact: Exact, ids: Ids
 ) -> None:
@@ -246,6 +248,7 @@ def test_a_cache_that_shares_keys_is_cropped_and_reordered_whole(exact: Exact, i
         torch.testing.assert_close(rest.logits, expected[order, 7:], atol=EXACT, rtol=0)
 
 
+@pytest.mark.latin(5, "family")
 @torch.no_grad()
 def test_a_new_router_runs_the_looped_model(family: str, ids: Ids) -> None:
     base, tokens = tiny(family), ids(ROWS, TOKENS)
@@ -279,7 +282,7 @@ def test_the_choice_is_that_of_the_formula_and_of_the_bias(exact: Exact, ids: Id
 
 @pytest.mark.parametrize("family_name", ["qwen3", "qwen3_5"])
 @pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.latin(2, "family_name", "stop")
+@pytest.mark.latin(4, "family_name", "stop")
 def test_the_router_has_a_gradient_with_and_without_checkpointing(
     family_name: str, stop: Stop, exact: Exact, ids: Ids
 ) -> None:
@@ -333,6 +336,7 @@ def test_truncated_training_still_reaches_the_router(exact: Exact, ids: Ids) -> 
     assert router_of(model).gate.out.weight.grad is not None
 
 
+@pytest.mark.slow
 def test_the_bias_evens_the_load_after_each_step(ids: Ids) -> None:
     model, tokens = with_router(tiny("qwen3"), balance_rate=0.02), ids(ROWS, TOKENS)
     router = router_of(model)

@@ -494,19 +494,12 @@ class MullModel(MullPreTrainedModel):
 
     def _memory(self, policy: Policy | None, cache: SlotCache | None = None) -> Memory | None:
         stop = self.stop_of(policy) if policy is not None or self.stop_of(None) == "share_first" else None
-        if cache is not None:
-            return GrowingMemory(cache, stop)
-        return None if stop is None else CallMemory(stop)
+        call = None if stop is None else CallMemory(stop)
+        return call if cache is None else GrowingMemory(cache, stop)
 
     def _check_policy(self, policy: Policy | None) -> None:
-        stop = self.stop_of(policy)
-        if policy is None and stop != "share_first":
-            return
-        if (
-            policy is not None
-            and self._collects_router_logits
-            and (self.rules._can_record_outputs or {}).get("router_logits")
-        ):
+        records = self._collects_router_logits and (self.rules._can_record_outputs or {}).get("router_logits")
+        if policy is not None and records:
             raise ValueError(
                 "Tokens that stop have no router logits: call with output_router_logits=False, or adaptive=False and iterations "
                 "that are drawn per step."
@@ -515,7 +508,9 @@ class MullModel(MullPreTrainedModel):
         reentrant = getattr(getattr(first, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
         trains = self.training and torch.is_grad_enabled() and getattr(first, "gradient_checkpointing", False)
         experts = self.etd is not None and self.etd.experts is not None
-        if reentrant and trains and (experts or stop != "active_only"):
+        stop = self.stop_of(policy)
+        keys = stop == "share_first" or (policy is not None and (experts or stop != "active_only"))
+        if reentrant and trains and keys:
             raise ValueError(
                 "Reentrant gradient checkpointing would lose the gradient of gates, and of the keys that stopped tokens leave "
                 "behind: enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."
