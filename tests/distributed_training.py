@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mull.model.causal_lm import MullForCausalLM
-from mull.model.configs import ETDConfig
+from mull.model.configs import ETDConfig, LayerRouterConfig, LoRAExpertConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.distributed import full_state_dict, on_first_rank, rank, same_everywhere, session, whole, world_size
 from mull.training.loop import DEFAULT_SHARDING, Evaluation, TrainConfig, TrainResult, train
@@ -99,8 +99,8 @@ class Split:
         return {"input_ids": ids[rows], "labels": labels[rows], "factor": factor}
 
 
-def model_of(family: str, n_layers: int = 3) -> MullForCausalLM:
-    etd = ETDConfig(n_encoder_layers=1, n_think_layers=n_layers - 2, n_decoder_layers=1)
+def model_of(family: str, n_layers: int = 3, **options: Any) -> MullForCausalLM:
+    etd = ETDConfig(n_encoder_layers=1, n_think_layers=n_layers - 2, n_decoder_layers=1, **options)
     return wrap_transformer_with_etd(tiny(family, dtype=torch.float64, num_hidden_layers=n_layers), etd)
 
 
@@ -119,8 +119,18 @@ CASES: dict[str, tuple[str, dict[str, Any], IterationSampling]] = {
     ),
     "per token": ("qwen3", {}, IterationSampling(kind="uniform", maximum=3, per="token")),
     "ranks of two depths, checkpointing": ("qwen3_5", {"gradient_checkpointing": True}, RankByRank(maximum=3)),
+    "routers and LoRA": ("qwen3", {"gradient_checkpointing": True}, UP_TO_THREE),
     "hybrid with experts": ("qwen3_next-moe", {"optimizer": "muon"}, IterationSampling(maximum=2)),
 }
+
+
+ROUTED: dict[str, Any] = {
+    "layer_router": LayerRouterConfig(hidden_size=8, granularity="token"),
+    "router_warmup_steps": 1,
+    "lora_expert": LoRAExpertConfig(rank=2, balance_rate=0.02),
+    "expert_warmup_steps": 0,
+}
+"""A warm-up ends, experts are told apart after a step, and their bias moves."""
 
 
 def settings(micro_batches: int, **changes: Any) -> TrainConfig:
@@ -142,7 +152,8 @@ def outcome(result: TrainResult, model: nn.Module, objective: Objective) -> dict
 def training(case: str, micro_batches: int, out: Path | None = None, **options: Any) -> dict[str, Any]:
     """Train a case from its beginning."""
     family, changes, iterations = CASES[case]
-    model, objective = model_of(family, 4 if "hybrid" in case else 3), Weighted(iterations)
+    parts = ROUTED if "routers" in case else {}
+    model, objective = model_of(family, 4 if "hybrid" in case else 3, **parts), Weighted(iterations)
     if rank() > 0:
         model.lm_head.weight.data.mul_(2)  # the weights of rank 0 count
     config = settings(micro_batches, **{**changes, **options.pop("config", {})})

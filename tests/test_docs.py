@@ -131,6 +131,7 @@ PAGES: dict[str, Callable[[pytest.MonkeyPatch], Names]] = {
     "docs/concepts/halting.md": nothing,
     "docs/concepts/mixture-of-recursions.md": nothing,
     "docs/concepts/routing.md": nothing,
+    "docs/concepts/experts.md": nothing,
     "docs/how-to/depth.md": looped,
     "docs/concepts/paths-and-slots.md": nothing,
     "docs/how-to/split.md": split,

@@ -24,7 +24,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "runtime": (1, "arguments storage distributed progress timing shards checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
     "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise route_labels"),
-    "layers": (3, "heads recursive_heads value_head routers"),
+    "layers": (3, "heads recursive_heads value_head routers experts"),
     "model": (
         4,
         "path configs configuration memory growing_cache fixed_cache families inputs policy warmup balance "
@@ -36,11 +36,11 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "training.objectives": (
         6,
         "base iterations resources next_token step_supervision exits recursions evidence weight_statistics weightings "
-        "weighted_mtp critic grpo table",
+        "weighted_mtp critic routing grpo table",
     ),
     "evaluation": (7, "held_out lossless acceptance rewards depth_trace cost search"),
     "evaluation.cost": (7, "count disk training decoding"),
-    "evaluation.search": (7, "loop_probe split calibration route_tree route_scores routes"),
+    "evaluation.search": (7, "loop_probe split calibration route_tree route_scores routes route_report"),
     "app": (8, "yaml_text architecture recipe prepare build run report demo cli"),
     "app.report": (8, "figures page inspect_page"),
     "app.demo": (8, "chapter loops weights speculation chain depth demo"),
@@ -54,17 +54,17 @@ BUDGETS = {
     "runtime": 1050,
     "ops": 700,
     "layers": 1000,
-    "data": 1100,
-    "model": 2934,
+    "data": 1160,
+    "model": 3234,
     "decoding": 1160,
     "retrofit": 1200,
     "training": 2720,
     "evaluation": 2200,
-    "app": 2560,
+    "app": 2630,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 14145
+MAX_CODE_LINES = 15045
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

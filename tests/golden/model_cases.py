@@ -417,7 +417,7 @@ def exported(family: str, shard_size: str) -> Results:
 
 def preset() -> Results:
     """The named model, whose weights are never made; and proposed splits."""
-    config = mull.TransformerConfig.olmo3_7B_etd()
+    config = mull.TransformerConfig.olmo3_7B_etd(adaptive_depth=False, use_layer_router=False, use_lora_experts=False)
     yield "configuration", without_versions(config.base.to_dict())
     yield "shapes", {name: list(parameter.shape) for name, parameter in config.build("meta").named_parameters()}
     for split in ("published", "quarters"):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from mull.app.prepare import Prepared, arithmetic_task, backbone_config
 from mull.app.recipe import ModelSection, Recipe, Stage
+from mull.data.route_labels import RouteRows
 from mull.evaluation.rewards import REWARDS
 from mull.layers.value_head import ValueHead
 from mull.model.causal_lm import MullForCausalLM
@@ -110,6 +111,7 @@ def build_objectives(recipe: Recipe, prepared: Prepared, model: MullForCausalLM,
             n_tokens=len(prepared.tokenizer),
             value_head=value_head,
             held_out=data.aligned,
+            route_labels=data.rows.route_labels if isinstance(data.rows, RouteRows) else None,
             **_grading(stage),
         )
         loss, train = stage.loss, stage.train

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,12 +24,14 @@ from mull.app.report.page import Report
 from mull.app.run import estimate_recipe, run_recipe
 from mull.data.corpus import load_stdlib
 from mull.data.packing import PackedDataset, pack_texts
+from mull.data.route_labels import load_route_rows
 from mull.data.sources import Document, load_documents
 from mull.data.tokenizer import TextEncoder
 from mull.decoding.generate import GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position, describe_call
 from mull.evaluation.depth_trace import trace_depth
 from mull.evaluation.search.calibration import calibrate
+from mull.evaluation.search.route_report import report_routers
 from mull.evaluation.search.route_scores import RouteTask, load_questions
 from mull.evaluation.search.route_tree import RouteSearchConfig
 from mull.evaluation.search.routes import best_route, label_questions
@@ -270,8 +273,11 @@ def _describe(report: SplitReport) -> str:
 @app.command()
 def routes(
     model: ModelArgument,
-    task: Annotated[str, Option(help="arithmetic, or .jsonl: prompt and answer, or prompt, choices and label.")],
-    out: Annotated[str | None, Option(help="File of labels, or of the one route.", show_default="out/routes/…")] = None,
+    task: Annotated[str | None, Option(help="arithmetic, or .jsonl: prompt, and answer or choices and label.")] = None,
+    report: Annotated[
+        str | None, Option(help="Measure routers on this file of labels; reads max-examples and batch-size.")
+    ] = None,
+    out: Annotated[str | None, Option(help="File of labels, route or report.", show_default="out/routes/…")] = None,
     scope: Annotated[Literal["think", "all"], Option(help="Layers to route; without a think block, all.")] = "think",
     labeller: Annotated[Literal["checker", "loss"], Option(help="What makes a route correct.")] = "checker",
     simulations: Annotated[int | None, Option(help="Per question (50); routes to run (300).", min=1)] = None,
@@ -282,14 +288,22 @@ def routes(
     max_visits: Annotated[int | None, Option(help="Most layers that this runs; default: the model's.", min=1)] = None,
     seed: Annotated[int, Option(help="Seed of the search and of generated questions.", min=0, max=MAX_SEED)] = 0,
 ) -> None:
-    """Search layers of MODEL to skip or repeat, for each question of a task, or once for all of them."""
-    place = local_path(out or f"out/routes/{'route.json' if corpus else 'labels.jsonl'}")
-    questions = load_questions(task, max_examples, seed)
+    """Search layers of MODEL to skip or repeat, for each question of a task, or once for all; or measure its routers."""
+    if (task is None) == (report is None):
+        raise ValueError("Give --task to search routes, or --report to measure routers on labels.")
+    name = "report.json" if report else "route.json" if corpus else "labels.jsonl"
+    place = local_path(out or f"out/routes/{name}")
+    place.parent.mkdir(parents=True, exist_ok=True)
     loaded: Any = from_pretrained(model, allow_missing=False)
-    asked = RouteTask(loaded.to(device()), TextEncoder(load_tokenizer(model)), questions, end)
+    loaded = loaded.to(device())
+    if task is None:
+        assert report is not None, "checked above"
+        _report_routers(loaded, model, report, place, max_examples, batch_size)
+        return
+    questions = load_questions(task, max_examples, seed)
+    asked = RouteTask(loaded, TextEncoder(load_tokenizer(model)), questions, end)
     settings = {"labeller": labeller, "scope": scope, "batch_size": batch_size, "seed": seed}
     config = RouteSearchConfig.model_validate(settings | {"simulations": simulations or (300 if corpus else 50)})
-    place.parent.mkdir(parents=True, exist_ok=True)
     if corpus is None:
         labels = label_questions(asked, place, config)
         right = [label for label in labels if label.correct]
@@ -297,7 +311,7 @@ def routes(
         visits = sum(label.visits for label in right) / max(len(right), 1)
         rows.append((len(labels), len(right), sum(label.base_correct for label in right), visits))
         ran, alone = sum(label.layers for label in labels), sum(label.layers_unshared for label in labels)
-        following = "model(..., path=mull.from_actions(route)) takes the route of a line"
+        following = "train routers on the labels (train.algo: routing)"
     else:
         found = best_route(asked, corpus, config, max_visits)
         place.write_text(found.model_dump_json(indent=1))
@@ -306,10 +320,35 @@ def routes(
         rows += [(name, sum(c.route), c.loss, c.change, c.standard_error, c.correct) for name, c in named]
         ran, alone = found.layers, found.layers_unshared
         following = f"model(..., path=mull.from_actions({list(found.found.route)}))"
-    for row in rows:
-        print(*(f"{cell:.4f}".rjust(21) if isinstance(cell, float) else f"{cell:>21}" for cell in row), sep="")
+    _print_table(rows)
     print(f"The search ran {ran:,} layers instead of {alone:,}, as routes share their beginnings. Written to {place}.")
     print(f"Next: {following}.")
+
+
+def _report_routers(
+    loaded: Any, model: str, labels: str, place: Path, max_examples: int | None, batch_size: int
+) -> None:
+    """Measure routers on the labels of a file."""
+    longest = loaded.config.get_text_config().max_position_embeddings
+    rows = load_route_rows([labels], load_tokenizer(model), length=longest)
+    if max_examples is not None:
+        rows = rows.part(torch.arange(min(max_examples, len(rows))))
+    found = report_routers(loaded.eval(), rows, batch_size=batch_size)
+    place.write_text(found.model_dump_json(indent=1))
+    table: list[tuple[Any, ...]] = [("label", "decided skip", "execute", "repeat")]
+    table += [(name, *row) for name, row in zip(("skip", "execute", "repeat"), found.agreement.confusion, strict=True)]
+    _print_table(table)
+    print(
+        f"{found.n_questions} questions: macro-F1 {found.agreement.macro_f1:.4f}, accuracy {found.agreement.accuracy:.4f}"
+    )
+    rows_of = ((name, c.visits, c.loss, c.change, c.standard_error, c.correct) for name, c in found.costs.items())
+    _print_table([("route", "visits", "loss", "change", "standard error", "right"), *rows_of])
+    print(f"Written to {place}.")
+
+
+def _print_table(rows: Sequence[Sequence[Any]]) -> None:
+    for row in rows:
+        print(*(f"{cell:.4f}".rjust(21) if isinstance(cell, float) else f"{cell:>21}" for cell in row), sep="")
 
 
 @app.command("generate")
@@ -406,7 +445,7 @@ def inspect_depth(
             streamer=rounds,
         )
         rule_of_call = halting if isinstance(halting, HaltingConfig) else None
-        trace = trace_depth(loaded, output.sequences, rule_of_call, think_iterations)
+        trace = trace_depth(loaded, output.sequences, rule_of_call, think_iterations, tokens.shape[1])
         file = local_path(out) / f"{number}.html"
         write_inspection(
             trace,

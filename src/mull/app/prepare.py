@@ -11,6 +11,7 @@ from mull.app.recipe import DataSection, ModelSection, Recipe, Stage
 from mull.data.arithmetic import CHARACTERS, ArithmeticTask, character_tokenizer
 from mull.data.corpus import load_stdlib, subsample
 from mull.data.packing import PackedDataset, pack_examples, pack_texts
+from mull.data.route_labels import RouteRows, load_route_rows
 from mull.data.sampler import ShuffledBatches
 from mull.data.sources import Document, load_documents
 from mull.data.tasks import Example, load_examples, pairs
@@ -20,6 +21,7 @@ from mull.retrofit.source import find_source, load_config, load_tokenizer
 from mull.runtime.distributed import rank
 from mull.training.loop import Batches
 from mull.training.objectives.critic import ValueSection
+from mull.training.objectives.routing import RoutingSection
 from mull.training.objectives.table import find_entry
 from mull.training.objectives.weightings import GradientSection
 
@@ -36,10 +38,10 @@ class StageData:
     batches: Batches
     """What it is trained on."""
 
-    rows: PackedDataset | None = None
+    rows: PackedDataset | RouteRows | None = None
     """The rows of `batches`; None if they are generated, or are answers for a value head."""
 
-    held_out: PackedDataset | None = None
+    held_out: PackedDataset | RouteRows | None = None
     """What the model is evaluated on, if there is any."""
 
     aligned: Batches | None = None
@@ -84,6 +86,8 @@ def _stage_data(
     stage: Stage, train: Items, held_out: Items, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
 ) -> StageData:
     data, settings, seed = stage.data, stage.settings, stage.train.seed
+    if isinstance(settings, RoutingSection):
+        return _route_data(stage, settings, tokenizer, config)
 
     def pack(items: Items) -> PackedDataset:
         check_length("data.length", data.length, config)
@@ -103,6 +107,21 @@ def _stage_data(
         aligned = shuffled(pack(_right(_read(data, settings.paths, data.split))))
     rows = pack(_right(train))
     return StageData(shuffled(rows), rows, pack(_right(held_out)) if held_out else None, aligned)
+
+
+def _route_data(
+    stage: Stage, settings: RoutingSection, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> StageData:
+    data, seed = stage.data, stage.train.seed
+    check_length("data.length", data.length, config)
+
+    def load(paths: Sequence[str]) -> RouteRows:
+        return load_route_rows(paths, tokenizer, length=data.length, vocab_size=config.vocab_size)
+
+    assert data.paths is not None, "checked with the recipe"
+    rows, share = load(data.paths).split(settings.held_out_share, seed)
+    held_out = load(data.held_out_paths) if data.held_out_paths else share if len(share) else None
+    return StageData(ShuffledBatches(rows, data.batch_size, seed), rows, held_out)
 
 
 def _prepare_arithmetic(model: ModelSection, stages: Sequence[Stage]) -> Prepared:
@@ -165,6 +184,8 @@ def _read(data: DataSection, paths: Sequence[str] | None, split: str | None) -> 
     if data.format == "text":
         return load_documents(paths, key=data.key, split=split, config=data.config)
     assert data.format != "arithmetic"
+    if data.format == "routes":
+        return []  # read with the tokenizer
     return [example for path in paths for example in load_examples(path, data.format, split=split, config=data.config)]
 
 

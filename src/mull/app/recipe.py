@@ -26,6 +26,7 @@ from mull.training.loop import TrainConfig
 from mull.training.objectives.critic import ValueSection
 from mull.training.objectives.grpo import GRPOSection
 from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.routing import RoutingSection
 from mull.training.objectives.table import NEXT_TOKEN, OBJECTIVES, objective_names
 from mull.training.objectives.weighted_mtp import Control, HeadTraining
 from mull.training.objectives.weightings import CriticSection, GradientSection, PretrainSection
@@ -120,9 +121,9 @@ class DataSection(_Section):
     """Files, folders, URLs (``s3://…``) and datasets (``hf:…``), see `mull.data.sources`; without them, the sources of the
     Python standard library."""
 
-    format: Literal["text", "mbpp", "humaneval", "code_contests", "examples", "arithmetic"] = "text"
+    format: Literal["text", "mbpp", "humaneval", "code_contests", "examples", "arithmetic", "routes"] = "text"
     """``text``; a schema of tasks with answers, see `mull.data.tasks`, of which only right answers are trained on, and prompts
-    are not; or ``arithmetic``, which is generated and written in characters."""
+    are not; ``arithmetic``, which is generated and written in characters; or ``routes``, files of ``mull routes``."""
 
     key: str = "text"
     """Where a record has its text; read with ``text``."""
@@ -170,6 +171,8 @@ class DataSection(_Section):
                 raise ValueError(
                     f"{' and '.join(unread)} are for texts, and format={self.format} reads tasks: leave them out"
                 )
+            if self.format == "routes" and (unread := sorted(given & {"split", "config", "held_out_split"})):
+                raise ValueError(f"{' and '.join(unread)} are for datasets, and routes are files: leave them out")
         if self.held_out_split is not None and self.held_out_paths is None:
             if self.paths is None:
                 raise ValueError("held_out_split needs paths or held_out_paths that have splits")
@@ -197,8 +200,8 @@ class TrainSection(TrainConfig):
 
     algo: str = NEXT_TOKEN
     """``next-token``, or a weighting of tokens: ``baseline-mtp`` (all weights 1), ``critic-wmtp``, ``dft``, ``entropy``,
-    ``gradient-wmtp``, ``grpo-wmtp``, ``rho1-wmtp``, or one of another package (entry points ``mull.objectives``); or
-    ``value-head``, which trains the value head that ``critic-wmtp`` reads."""
+    ``gradient-wmtp``, ``grpo-wmtp``, ``rho1-wmtp``, or one of another package (entry points ``mull.objectives``);
+    ``value-head``, which trains the value head that ``critic-wmtp`` reads; or ``routing``, which trains layer routers alone."""
 
     @field_validator("algo")
     @classmethod
@@ -210,7 +213,7 @@ class TrainSection(TrainConfig):
 
 
 class EvalSection(_Section):
-    """Evaluation during training: the loss of every head on held-out rows; for ``arithmetic``, the share of right answers."""
+    """Evaluation during training: losses of all heads; of ``arithmetic`` right answers, of ``routes`` how routers decide."""
 
     every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two evaluations; without it, only after the last one."""
@@ -280,11 +283,17 @@ class Stage(_Section):
             _refuse_unread("loss.heads", "heads" in self.loss.model_fields_set)
             _refuse_unread("loss.control", self.loss.control != "none")
             _refuse_unread("train.trainable=heads", self.train.trainable == "heads")
+        if algo == "routing" and self.train.trainable != "all":
+            raise ValueError("train.trainable is not read by train.algo=routing, which trains routers: leave it out")
         return self
 
     @model_validator(mode="after")
     def _check_data(self) -> Self:
         settings, kind = self.settings, self.data.format
+        if (self.train.algo == "routing") != (kind == "routes"):
+            raise ValueError(f"train.algo={self.train.algo}, data.format={kind}: routing and routes need each other")
+        if isinstance(settings, RoutingSection) and settings.held_out_share and self.data.held_out_paths is not None:
+            raise ValueError("routing.held_out_share and data.held_out_paths both hold rows out: give one of them")
         if isinstance(settings, CriticSection | ValueSection) and kind in ("text", "arithmetic"):
             raise ValueError(
                 f"train.algo={self.train.algo} needs tasks with right and wrong answers, and data.format={kind} has none"
@@ -359,6 +368,8 @@ class Recipe(_Section):
             raise ValueError(
                 "stages share a tokenizer, and format=arithmetic has its own: use it in all stages or in none"
             )
+        if self.model.checkpoint is None and self.stages[0].data.format == "routes":
+            raise ValueError("data.format=routes has routes of a trained model: start from model.checkpoint")
         stages = self.schedule()
         algorithms = [stage.train.algo for stage in stages]
         if "critic-wmtp" in algorithms and "value-head" not in algorithms[: algorithms.index("critic-wmtp")]:

@@ -21,12 +21,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from mull.app.build import build_objectives, load_model, meta_model
 from mull.app.prepare import StageData, arithmetic_task, check_length, prepare
 from mull.app.recipe import Recipe, Stage
+from mull.data.route_labels import RouteRows
 from mull.data.sampler import ShuffledBatches
 from mull.data.tokenizer import TextEncoder
 from mull.evaluation.cost.disk import Saving, disk_rows
 from mull.evaluation.cost.training import Estimate, Schedule, estimate, training_flops_per_token
 from mull.evaluation.held_out import held_out_losses
 from mull.evaluation.rewards import right_answers
+from mull.evaluation.search.route_report import route_agreement
 from mull.model.causal_lm import MullForCausalLM
 from mull.retrofit.reading import TokenizersErrors
 from mull.runtime import storage
@@ -165,7 +167,7 @@ def _run_stage(
             data.batches,
             train_config(stage),
             folder,
-            evaluation=_evaluation(stage, data) if objective.trains_model else None,
+            evaluation=_evaluation(stage, data) if objective.trains != () else None,
             resume=resume,
             checkpoint=_checkpoints(recipe.checkpoint, place),
             distributed=recipe.distributed,
@@ -231,6 +233,9 @@ def _evaluation(stage: Stage, data: StageData) -> Evaluation | None:
 
     def measure(model: MullForCausalLM) -> dict[str, float]:
         depth = None if model.etd_config is None else stage.loss.iterations.maximum
+        if isinstance(held_out, RouteRows):
+            found = route_agreement(model, held_out.part(torch.arange(min(rows, len(held_out)))), stage.data.batch_size)
+            return {name: getattr(found, name) for name in ("macro_f1", "accuracy", "visits", "label_visits")}
         if held_out is None:
             return {"right_answers": right_answers(model, arithmetic_task(stage), rows=rows, iterations=depth)}
         return held_out_losses(model, held_out, depth, batch_size=stage.data.batch_size, max_rows=rows)
@@ -384,10 +389,11 @@ def _estimate_stage(
     check_length("A row", schedule.length, model.config.get_text_config())
     sharding, companion = recipe.distributed, objective.companion
     reference = objective.scorer.reference if isinstance(objective, WeightedMTP) else None
-    with frozen_except(model, stage.train.trainable if objective.trains_model else ()) as trainable:
+    chosen = stage.train.trainable if objective.trains is None else objective.trains
+    with frozen_except(model, chosen) as trainable:
         found = estimate(model, stage.train, schedule, distributed=sharding, companion=companion, reference=reference)
     rows = [*found.rows(), *_plan_rows(stage, data, found, peak_flops(device(), precision))]
-    if stage.train.trainable != "all":
+    if chosen != "all":
         rows += [(f"trains {name}", f"{count:,}") for name, count in summary(trainable).items()]
     return found, rows
 

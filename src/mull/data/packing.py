@@ -128,7 +128,7 @@ def pack_tokens(
             "The dataset is empty: no document has at least 2 tokens. Check the paths or the filter of the data."
         )
     stream = np.concatenate(kept)
-    _check_vocabulary(stream, pad_id, vocab_size)
+    check_vocabulary(stream, pad_id, vocab_size)
 
     n_rows = -(-len(stream) // length)
     input_ids = np.full(n_rows * length, pad_id)
@@ -263,7 +263,7 @@ def _place(
         position_ids[row, here] = np.arange(len(tokens))
         rewards[row, here] = outcome or 0.0
         used[row] = max(used[row], here.stop)
-    _check_vocabulary(input_ids, pad_id, vocab_size)
+    check_vocabulary(input_ids, pad_id, vocab_size)
     columns = np.arange(length)
     position_ids = np.where(columns < used[:, None], position_ids, columns - used[:, None])
     n_bytes = [example.n_bytes for example in examples if example.n_bytes is not None]
@@ -282,7 +282,7 @@ def _check_length(length: int) -> None:
         raise ValueError(f"length={length} must be at least 2: a row needs a token to predict from and one to predict.")
 
 
-def _check_vocabulary(tokens: np.ndarray, pad_id: int, vocab_size: int | None) -> None:
+def check_vocabulary(tokens: np.ndarray, pad_id: int, vocab_size: int | None) -> None:
     """Padding is checked even where no row needs it: that depends on the data, and the model must read any."""
     if vocab_size is None:
         return

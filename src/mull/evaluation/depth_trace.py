@@ -1,6 +1,7 @@
-"""What each token of a text did in the think block: how long it thought, and what the model would have said meanwhile."""
+"""What each token of a text did on its way: iterations, what the model would have said meanwhile, actions, experts."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -25,6 +26,22 @@ class IterationTrace(BaseModel):
     cosine: float
     """Of the state with the one before the iteration."""
 
+    expert: int | None = None
+    """The LoRA expert that it took; None without."""
+
+
+class LayerAction(BaseModel):
+    """What a layer router decided about a token."""
+
+    model_config = ConfigDict(frozen=True)
+
+    layer: int
+    iteration: int
+    """From 1; 1 for layers outside the think block."""
+
+    action: int
+    """How often the layer runs: 0 skips it, 2 repeats it."""
+
 
 class TokenTrace(BaseModel):
     """One token of the text."""
@@ -40,6 +57,9 @@ class TokenTrace(BaseModel):
 
     loss: float | None
     """Nats of the token after it; None for the last one."""
+
+    actions: list[LayerAction] = []
+    """What layer routers decided, in the order of the path."""
 
 
 class DepthTrace(BaseModel):
@@ -69,7 +89,11 @@ class DepthTrace(BaseModel):
 
 @torch.no_grad()
 def trace_depth(
-    model: MullForCausalLM, input_ids: Tensor, halting: HaltingConfig | None = None, iterations: int | None = None
+    model: MullForCausalLM,
+    input_ids: Tensor,
+    halting: HaltingConfig | None = None,
+    iterations: int | None = None,
+    n_prompt: int | None = None,
 ) -> DepthTrace:
     """Run a text once adaptively and record every iteration, and once at each fixed depth.
 
@@ -78,6 +102,7 @@ def trace_depth(
         input_ids: ``[1, T]``, at least two tokens.
         halting: When tokens stop; None takes the model's own rule.
         iterations: The most; default as in the configuration.
+        n_prompt: Tokens of the prompt, on which routers and gates of sequences decide; None for all.
 
     Raises:
         ValueError: not one row of at least two tokens, or no think block.
@@ -97,7 +122,12 @@ def trace_depth(
             states.append(after[0])
 
     n_iterations = model.iterations(iterations)
-    out = model.model(input_ids, think_iterations=n_iterations, policy=policy, on_visit=keep, use_cache=False)
+    prompt = (torch.arange(input_ids.shape[1]) < (n_prompt or input_ids.shape[1]))[None].to(input_ids.device)
+    options: dict[str, Any] = {"prompt_mask": prompt}
+    out = model.model(
+        input_ids, think_iterations=n_iterations, policy=policy, on_visit=keep, use_cache=False, **options
+    )
+    actions, experts = _decisions(model, n_iterations, out.metrics)
     losses = _losses(model, out.last_hidden_state, input_ids)
     depths = policy.metrics()["think_iterations"][0].tolist()
     readouts = [accurately(model.lm_head(model.model.norm(state))).softmax(-1).max(-1) for state in states[1:]]
@@ -110,19 +140,42 @@ def trace_depth(
                     token=int(readouts[j].indices[place]),
                     probability=float(readouts[j].values[place]),
                     cosine=float(cosines[j][place]),
+                    expert=experts[j][place] if experts else None,
                 )
                 for j in range(depth)
             ],
             early_exit=depth < n_iterations,
             loss=losses[place] if place < len(losses) else None,
+            actions=[
+                LayerAction(layer=layer, iteration=iteration, action=of_tokens[place])
+                for layer, iteration, of_tokens in actions
+                if iteration <= max(depth, 1)
+            ],
         )
         for place, (token, depth) in enumerate(zip(input_ids[0].tolist(), depths, strict=True))
     ]
     fixed = {}
     for depth in range(1, n_iterations + 1):
-        hidden = model.hidden_states(input_ids, think_iterations=depth)
+        hidden = model.hidden_states(input_ids, think_iterations=depth, **options)
         fixed[depth] = float(torch.tensor(_losses(model, hidden, input_ids)).mean())
     return DepthTrace(halting=policy.config, iterations=n_iterations, tokens=tokens, fixed=fixed)
+
+
+def _decisions(
+    model: MullForCausalLM, iterations: int, metrics: dict[str, Any] | None
+) -> tuple[list[tuple[int, int, list[int]]], list[list[int]]]:
+    """Layer, iteration and tokens' actions of each router's decision; and tokens' experts of each iteration."""
+    config, metrics = model.etd_config, metrics or {}
+    assert config is not None, "checked by the caller"
+    per_iteration = config.visits_per_iteration
+    asked = [
+        (visit.layer, 1 + visit.occurrence // per_iteration)
+        for visit in model.path(iterations)
+        if visit.layer in config.routed_layers and visit.occurrence % per_iteration == 0
+    ]
+    decided = [actions[0].tolist() for actions in metrics.get("router_actions", [])]
+    experts = [chosen[0].tolist() for chosen in metrics.get("expert_selections", [])]
+    return [(*where, actions) for where, actions in zip(asked, decided, strict=bool(decided))], experts
 
 
 def _losses(model: MullForCausalLM, hidden: Tensor, input_ids: Tensor) -> list[float]:

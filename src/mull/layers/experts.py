@@ -13,9 +13,6 @@ from transformers import initialization as init
 
 from mull.layers.routers import Router, normed
 
-GATE_STD = 0.02
-"""Of a new gate's weights, as of the linear maps of most pretrained models."""
-
 
 @dataclass(frozen=True)
 class Assignment:
@@ -128,11 +125,11 @@ class ExpertGate(Router):
     def __init__(self, width: int, n_experts: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts, width))
-        self.start_undecided()
+        self.start_at_random()
 
-    def start_undecided(self) -> None:
-        """Small random weights."""
-        init.normal_(self.weight, std=GATE_STD)
+    def start_at_random(self) -> None:
+        """Logits of about unit variance: were they all alike, the bias would move every token from expert to expert at once."""
+        init.normal_(self.weight, std=self.weight.shape[-1] ** -0.5)
 
     def forward(self, states: Float[Tensor, "... D"]) -> Float[Tensor, "... E"]:
         """Logits of the experts."""

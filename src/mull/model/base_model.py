@@ -136,7 +136,7 @@ class MullModel(MullPreTrainedModel):
         elif isinstance(module, LoRABranches):
             module.start_at_zero()
         elif isinstance(module, ExpertGate):
-            module.start_undecided()
+            module.start_at_random()
         elif isinstance(module, WarmedUp):
             module.start_anew()
 
@@ -303,7 +303,7 @@ class MullModel(MullPreTrainedModel):
                 fills a cache these are all. If not given, they look at the first token of each sequence, since a caller may want
                 to know how probable the others are.
             cache: Keeps the decisions about rows.
-            given: ``[B, L]`` actions by layer that are taken instead.
+            given: ``[B, L]`` actions by layer that are taken instead. What is computed then teaches the routers nothing.
             fixed: The path was given, and layer routers do not decide about it.
 
         Raises:
@@ -316,7 +316,7 @@ class MullModel(MullPreTrainedModel):
             require_shape("prompt_mask", prompt_mask, h.shape[:2])
         # Without a past, a layer can be tried on the call's tokens alone, whether or not a cache is being filled.
         fresh = cache is None or (isinstance(cache, SlotCache) and not cache.n_tokens)
-        learns = self.training and torch.is_grad_enabled() and fresh
+        learns = self.training and torch.is_grad_enabled() and fresh and given is None
         # With a mask, positions may restart at padding, and rows hold one sequence each.
         positions = None if tokens is not None or inputs is None else inputs.position_ids.expand(h.shape[:2])
         call = RoutedCall(h, positions, tokens, prompt_mask, None if cache is None else cache.decisions)

@@ -205,6 +205,9 @@ class LayerRouting(Policy):
         self.stop = stop
         self.actions: dict[Visit, Tensor] = {}
         """``[B, T]`` by the first visit of a layer and iteration."""
+        self.logits: dict[Visit, Tensor] = {}
+        """By the same visits, ``[S, A]`` of routers of sequences, ``[B, T, A]`` of those of tokens. Where actions are given, they
+        have no gradient to the states."""
         self._config, self._all = config, routers
         self._routers: dict[str, Any] = dict(routers.by_layer.items())
         self._prompts, self._tokens = prompts, tokens
@@ -250,7 +253,9 @@ class LayerRouting(Policy):
         if self._prompts is None and self._config.granularity == "sequence":
             # The cache's first tokens came while routers warmed up.
             return torch.full(shape, EXECUTE, device=h.device), None
+        h = h if self._given is None else h.detach()
         logits = router(h) if self._prompts is None else self._prompts.logits(router, h)
+        self.logits[visit] = logits
         learns = self._attempt is not None and logits.requires_grad
         scores = logits / self._config.temperature
         if learns and self._config.use_gumbel:

@@ -41,6 +41,10 @@ class WarmedUp(nn.Module):
         """Whether the warm-up goes on."""
         return bool(self.n_steps < self.warmup_steps)
 
+    def end_warm_up(self) -> None:
+        """End it before its time."""
+        self.n_steps.clamp_(min=self.warmup_steps)
+
     def counted_parameters(self) -> Iterable[nn.Parameter]:
         """An optimizer of the first of these that is trained makes the steps."""
         return self.parameters()

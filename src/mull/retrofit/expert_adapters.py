@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mull.layers.experts import LoRABranches
 from mull.model.causal_lm import MullForCausalLM
-from mull.model.experts import Experts
+from mull.model.experts import Experts, LayerExperts
 from mull.runtime.arguments import require, require_count
 from mull.runtime.distributed import whole
 
@@ -136,8 +136,11 @@ def _copy(to: Tensor, values: Tensor, name: str) -> None:
 def _branches(experts: Experts) -> Iterator[tuple[str, LoRABranches]]:
     """By the name of the linear map in the backbone."""
     for layer, of_layer in experts.layers.items():
+        assert isinstance(of_layer, LayerExperts)
         for name, path in of_layer.paths.items():
-            yield f"model.layers.{layer}.{path}", of_layer.maps[name]
+            branches = of_layer.maps[name]
+            assert isinstance(branches, LoRABranches)
+            yield f"model.layers.{layer}.{path}", branches
 
 
 def _experts(model: MullForCausalLM, expert: int) -> Experts:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, Olmo3Config, PreTrainedConfig
 
 from mull.model.causal_lm import MullForCausalLM
-from mull.model.configs import ETDConfig
+from mull.model.configs import ETDConfig, LoRAExpertConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.arguments import require_count
 
@@ -44,8 +44,17 @@ class TransformerConfig:
         n_think_layers: int | None = None,
         n_decoder_layers: int | None = None,
         max_think_iterations: int = 5,
+        adaptive_depth: bool = True,
+        confidence_threshold: float = 0.9,
+        use_layer_router: bool = True,
+        use_lora_experts: bool = True,
+        num_lora_experts: int = 4,
+        lora_rank: int = 16,
+        lora_alpha: float = 32.0,
     ) -> "TransformerConfig":
-        """OLMo 3 7B with a think block.
+        """OLMo 3 7B with a think block, in which tokens stop, layers have routers and linear maps LoRA experts.
+
+        One iteration of the new model is OLMo 3, bit for bit.
 
         Args:
             vocab_size: Size of the tokenizer.
@@ -54,13 +63,30 @@ class TransformerConfig:
             n_think_layers: Layers of the think block.
             n_decoder_layers: Layers after the think block.
             max_think_iterations: Passes through the think block.
+            adaptive_depth: Whether tokens stop where their prediction is probable enough.
+            confidence_threshold: How probable that is.
+            use_layer_router: Whether think layers have routers.
+            use_lora_experts: Whether the think block has LoRA experts.
+            num_lora_experts: How many.
+            lora_rank: Their rank.
+            lora_alpha: Their alpha.
 
         Raises:
-            ValueError: only some counts are given, or they do not add up to 32.
+            ValueError: only some counts are given, or they do not add up to 32; or a number is out of its range.
         """
         base = cls.olmo3_7B(vocab_size).base
+        lora = LoRAExpertConfig(rank=lora_rank, alpha=lora_alpha) if use_lora_experts else None
+        options: dict[str, Any] = {
+            "max_think_iterations": max_think_iterations,
+            "adaptive_depth": adaptive_depth,
+            "confidence_threshold": confidence_threshold if adaptive_depth else None,
+            "use_layer_router": use_layer_router,
+            "use_lora_experts": use_lora_experts,
+            "num_lora_experts": num_lora_experts,
+            "lora_expert": lora,
+        }
         if n_encoder_layers is None and n_think_layers is None and n_decoder_layers is None:
-            return cls(base, ETDConfig.for_model(base, max_think_iterations=max_think_iterations))
+            return cls(base, ETDConfig.for_model(base, **options))
         if n_encoder_layers is None or n_think_layers is None or n_decoder_layers is None:
             raise ValueError(
                 "Give all of n_encoder_layers, n_think_layers and n_decoder_layers, or none; got "
@@ -70,7 +96,7 @@ class TransformerConfig:
             n_encoder_layers=n_encoder_layers,
             n_think_layers=n_think_layers,
             n_decoder_layers=n_decoder_layers,
-            max_think_iterations=max_think_iterations,
+            **options,
         )
         etd.check_depth(base.num_hidden_layers, list(base.layer_types))
         return cls(base, etd)

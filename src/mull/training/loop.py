@@ -343,7 +343,7 @@ def train(
             place = local_path(url)
             on_first_rank(lambda: stack.enter_context(exclusive(place)))
         source = on_first_rank(lambda: checkpoint_to_resume(directory, url, resume))
-        stack.enter_context(frozen_except(model, config.trainable if objective.trains_model else ()))
+        stack.enter_context(frozen_except(model, config.trainable if objective.trains is None else objective.trains))
         if url is None:
             content = None  # nothing is saved
         elif content is None:

@@ -15,11 +15,13 @@ from recipes import changed, content
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3Config
 
-from mull import ETDConfig, MTPConfig, wrap_transformer_with_etd
+import mull
+from mull import ETDConfig, LayerRouterConfig, MTPConfig, wrap_transformer_with_etd
 from mull.app import cli
 from mull.data.route_labels import read_labels
 from mull.data.tokenizer import train_tokenizer
 from mull.decoding.generate import generate
+from mull.evaluation.search.route_report import RouteReport
 from mull.evaluation.search.routes import BestRoute
 from mull.retrofit.native_heads import export_native_heads
 
@@ -482,3 +484,32 @@ def test_routes_labels_questions_goes_on_where_it_stopped_and_finds_one_route_fo
         assert str(list(best.found.route)) in printed.splitlines()[-1]
     assert run(monkeypatch, "routes", checkpoint, "--task", tmp_path / "none.jsonl") == 2
     assert "does not exist" in capsys.readouterr().err
+    assert run(monkeypatch, "routes", checkpoint, "--report", labels) == 2
+    assert "no layer routers" in capsys.readouterr().err
+    assert run(monkeypatch, "routes", checkpoint, "--report", labels, "--task", task) == 2
+    assert "Give --task to search routes, or --report" in capsys.readouterr().err
+
+
+def test_routes_reports_what_trained_routers_decide(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    router = LayerRouterConfig(hidden_size=8, scope="all")
+    etd = ETDConfig(
+        n_encoder_layers=2, n_think_layers=2, n_decoder_layers=2, layer_router=router, router_warmup_steps=0
+    )
+    mull.from_pretrained(checkpoint, etd=etd).save_pretrained(tmp_path / "routed")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "routed")
+    task, labels, report = tmp_path / "task.jsonl", tmp_path / "labels.jsonl", tmp_path / "new" / "report.json"
+    task.write_text("".join(json.dumps({"prompt": f"def f{i}(", "answer": "x):"}) + "\n" for i in range(4)))
+    search = ["--labeller", "loss", "--scope", "all", "--simulations", 8, "--out", labels]
+    assert run(monkeypatch, "routes", checkpoint, "--task", task, *search) == 0
+    assert "train routers on the labels (train.algo: routing)" in capsys.readouterr().out
+    more = ["--report", labels, "--max-examples", 3, "--out", report]
+    assert run(monkeypatch, "routes", tmp_path / "routed", *more) == 0
+    printed = capsys.readouterr().out
+    found = RouteReport.model_validate_json(report.read_text())
+    assert found.n_questions == 3
+    assert f"3 questions: macro-F1 {found.agreement.macro_f1:.4f}, accuracy {found.agreement.accuracy:.4f}" in printed
+    for name, cost in found.costs.items():
+        assert re.search(rf"^ +{name} +{cost.visits:.4f} +{cost.loss:.4f} ", printed, re.MULTILINE)
+    assert found.costs["routers"] == found.costs["plain"], "new routers execute"

@@ -13,8 +13,16 @@ import pytest
 import torch
 from conftest import SPLIT, tiny
 
-from mull import ETDConfig, HaltingConfig, MTPConfig, wrap_transformer_with_etd
+from mull import (
+    ETDConfig,
+    HaltingConfig,
+    LayerRouterConfig,
+    LoRAExpertConfig,
+    MTPConfig,
+    wrap_transformer_with_etd,
+)
 from mull.app import cli
+from mull.app.report.inspect_page import write_inspection
 from mull.data.tokenizer import train_tokenizer
 from mull.evaluation.depth_trace import trace_depth
 
@@ -71,6 +79,35 @@ def test_a_trace_is_what_the_model_does(checkpoint: Path) -> None:
         assert over == [False] * (len(over) - 1) + [token.early_exit]
 
 
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+def test_actions_and_experts_are_those_of_the_call(granularity: Any, tmp_path: Path) -> None:
+    router = LayerRouterConfig(granularity=granularity, scope="all")
+    experts = LoRAExpertConfig(granularity=granularity)
+    fields = {"layer_router": router, "lora_expert": experts, "router_warmup_steps": 0, "expert_warmup_steps": 0}
+    etd = ETDConfig(**SPLIT.model_dump() | {"max_think_iterations": 2} | fields)
+    model = wrap_transformer_with_etd(tiny("qwen3"), etd).eval()
+    for name, parameter in model.named_parameters():
+        if ".layer_routers." in name and ".out." in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    tokens, n_prompt = torch.randint(3, 90, (1, 20), generator=torch.Generator().manual_seed(0)), 12
+    halting = HaltingConfig(rule="fixed", stop="active_only")
+    trace = trace_depth(model, tokens, halting, n_prompt=n_prompt)
+    metrics = model(tokens, prompt_mask=torch.arange(20)[None] < n_prompt, use_cache=False).metrics
+    layers = [(0, 1), (1, 1), *((layer, j) for j in (1, 2) for layer in (2, 3, 4, 5)), (6, 1), (7, 1)]
+    for place, token in enumerate(trace.tokens):
+        assert [(made.layer, made.iteration) for made in token.actions] == layers
+        assert [made.action for made in token.actions] == [int(made[0, place]) for made in metrics["router_actions"]]
+        assert [step.expert for step in token.iterations] == [int(e[0, place]) for e in metrics["expert_selections"]]
+    assert len({made.action for token in trace.tokens for made in token.actions}) > 1
+    tokenizer, page = train_tokenizer([TEXT], 300), tmp_path / "page.html"
+    write_inspection(trace, tokenizer, page, title="", command="", n_prompt=n_prompt, drafted=[False] * 20)
+    first, shown = trace.tokens[0], data_of(page)[0]
+    skipped = [f"{made.layer} (iteration {made.iteration})" for made in first.actions if made.action == 0]
+    assert not skipped or f"skips layer {', '.join(skipped)}" in shown["route"]
+    assert [step[3] for step in shown["trace"]] == [step.expert for step in first.iterations]
+    assert "LoRA experts" in page.read_text()
+
+
 def test_a_page_for_each_prompt(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inspect(checkpoint, tmp_path, monkeypatch, "--prompt", "def f1(x):", "--prompt", "<b>&</b>", "--draft", "mtp")
     first, second = (data_of(tmp_path / f"{number}.html") for number in (1, 2))
@@ -110,7 +147,7 @@ def test_the_page_works_in_a_browser(checkpoint: Path, tmp_path: Path, monkeypat
         told = html.unescape(found[1])
         assert told.startswith(f"Token {place + 1}, {json.dumps(tokens[place]['text'])}, of the prompt")
         assert f"{tokens[place]['depth']} iterations" in told
-        for text, probability, cosine in tokens[place]["trace"]:
+        for text, probability, cosine, _ in tokens[place]["trace"]:
             assert json.dumps(text, ensure_ascii=False) in told
             assert f"{probability:.3f}" in told
             assert f"{cosine:.4f}" in told

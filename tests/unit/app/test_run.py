@@ -30,8 +30,11 @@ from mull.app.recipe import parse_recipe
 from mull.app.run import estimate_recipe, run_recipe
 from mull.data.arithmetic import CHARACTERS, ArithmeticTask, character_tokenizer
 from mull.data.packing import pack_tokens
-from mull.data.tokenizer import train_tokenizer
+from mull.data.tokenizer import TextEncoder, train_tokenizer
 from mull.evaluation.held_out import held_out_loss, held_out_losses
+from mull.evaluation.search.route_scores import Question, RouteTask
+from mull.evaluation.search.route_tree import RouteSearchConfig
+from mull.evaluation.search.routes import label_questions
 from mull.model.configs import ETDConfig, MTPConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.checkpoint import stored_tensors
@@ -190,6 +193,84 @@ def test_recursions_are_trained_and_used(tmp_path: Path) -> None:
     assert model.etd.depth_router.gate.out.weight.abs().max() > 0, "it starts at 0"
     assert model.etd.depth_router.bias[-1] < 0
     assert model(torch.tensor([[1, 2, 3]])).metrics is not None
+
+
+def labelled(folder: Path) -> tuple[Path, Path]:
+    """A tiny checkpoint, and routes that a search found for its questions."""
+    tokenizer = train_tokenizer(["def f(x):\n    return x\n"] * 3, 270)
+    tiny("qwen3", vocab_size=len(tokenizer), num_hidden_layers=4, eos_token_id=0).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    questions = [Question(f"def f{number}(x):", f" return {number}") for number in range(8)]
+    task = RouteTask(mull.from_pretrained(folder / "base"), TextEncoder(tokenizer), questions)
+    label_questions(task, folder / "labels.jsonl", RouteSearchConfig(labeller="loss", simulations=12))
+    return folder / "base", folder / "labels.jsonl"
+
+
+def routing(folder: Path, name: str, start: Path, labels: Path, **values: Any) -> dict[str, Any]:
+    recipe = {
+        "run": {"name": name, "out": str(folder)},
+        "model": {
+            "checkpoint": str(start),
+            "etd": {"n_encoder_layers": 1, "n_think_layers": 2, "n_decoder_layers": 1},
+        },
+        "data": {"paths": [str(labels)], "format": "routes", "length": 40, "batch_size": 2},
+        "routing": {"held_out_share": 0.25},
+        "train": {"algo": "routing", "steps": 12, "peak_lr": 0.02, "precision": "fp32", "log_every": 1},
+        "eval": {"every": 3},
+    }
+    return changed(recipe, **{"model__etd__layer_router": {"hidden_size": 8, "scope": "all"}} | values)
+
+
+def test_routers_learn_from_a_label_file_and_nothing_else_does(tmp_path: Path) -> None:
+    checkpoint, labels = labelled(tmp_path)
+    recipe = routing(tmp_path, "straight", checkpoint, labels)
+    told = estimate_recipe(parse_recipe(recipe))
+    assert re.search(r"^trains model.etd.layer_routers.by_layer.\*.inner.weight +1,024$", told, re.MULTILINE)
+    assert "embed_tokens" not in told
+    carry_out(recipe)
+    log = records(tmp_path / "straight")
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert {"accuracy", "eval_macro_f1", "eval_accuracy", "eval_visits", "eval_label_visits"} <= log[-1].keys()
+    base, trained = load_file(checkpoint / "model.safetensors"), weights(tmp_path / "straight")
+    assert all(torch.equal(trained[name], tensor) for name, tensor in base.items())
+    model = mull.from_pretrained(tmp_path / "straight" / "model")
+    assert model.etd is not None
+    assert not model.etd.layer_routers.warms_up, "1000 steps of warm-up are left out"
+    assert all(router.out.weight.any() for router in model.etd.layer_routers.by_layer.values())
+    stopped = routing(tmp_path, "stopped", checkpoint, labels, checkpoint={"every": 5, "keep_last": 3})
+    carry_out(stopped)
+    for step in (10, 12):
+        shutil.rmtree(tmp_path / "stopped" / "checkpoints" / f"step-{step:06}")
+    shutil.rmtree(tmp_path / "stopped" / "model")
+    carry_out(stopped, resume=True)
+    assert_same(tmp_path / "straight", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data__format": "examples"}, "routing and routes need each other"),
+        ({"train__algo": "baseline-mtp", "routing": None}, "routing and routes need each other"),
+        ({"train__trainable": "new"}, "train.trainable is not read by train.algo=routing"),
+        ({"data__held_out_paths": ["x"]}, "both hold rows out"),
+        ({"data__split": "train"}, "split are for datasets, and routes are files"),
+        ({"model__etd__layer_router": None}, "the model has none"),
+        ({"model__etd__layer_router": {"scope": "think"}}, "skip or repeat layers that have no router"),
+        ({"data__length": 5}, "0 of these fit into length=5"),
+        ({"data__paths": ["none.jsonl"]}, "none.jsonl"),
+        ({"model__checkpoint": None, "model__architecture": dict(ARCHITECTURE)}, "start from model.checkpoint"),
+    ],
+)
+def test_what_cannot_be_routed_is_refused(template_of_labels: Any, tmp_path: Path, values: Any, message: str) -> None:
+    recipe = routing(tmp_path, "run", *template_of_labels, **values)
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        carry_out(recipe)
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").glob("*.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def template_of_labels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return labelled(tmp_path_factory.mktemp("labels"))
 
 
 def test_iterations_can_be_drawn_per_token(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Splits add up, scale to other depths as published, and say what is wrong in one sentence."""
 
+from typing import Any
+
 import pytest
 from conftest import tiny
 from pydantic import ValidationError
 from transformers import LlamaConfig, Olmo3Config, Qwen3_5TextConfig, Qwen3NextConfig
 
 from mull import ETDConfig, MTPConfig, TransformerConfig, wrap_transformer_with_etd
+from mull.layers.experts import LoRABranches
 
 
 @pytest.mark.parametrize(
@@ -67,11 +70,49 @@ def test_presets_build_the_model_they_name() -> None:
     plain = TransformerConfig.olmo3_7B(vocab_size=100278).build("meta")
     assert len(plain.model.layers) == 32
     assert plain.etd_config is None
-    looped = TransformerConfig.olmo3_7B_etd(vocab_size=100278, max_think_iterations=3).build("meta")
+    off = {"adaptive_depth": False, "use_layer_router": False, "use_lora_experts": False}
+    looped = TransformerConfig.olmo3_7B_etd(vocab_size=100278, max_think_iterations=3, **off).build("meta")
     assert len(looped.path()) == 14 + 3 * 8 + 10
     assert sum(parameter.numel() for parameter in looped.parameters()) == sum(p.numel() for p in plain.parameters())
-    other = TransformerConfig.olmo3_7B_etd(n_encoder_layers=8, n_think_layers=16, n_decoder_layers=8)
+    other = TransformerConfig.olmo3_7B_etd(n_encoder_layers=8, n_think_layers=16, n_decoder_layers=8, **off)
     assert len(other.build("meta").path(2)) == 8 + 2 * 16 + 8
+
+
+@pytest.mark.parametrize(
+    ("options", "iterations", "threshold", "experts", "rank"),
+    [
+        ({}, 5, 0.9, 4, 16),
+        # The settings that the source documents call efficiency and performance.
+        ({"max_think_iterations": 3, "confidence_threshold": 0.8, "num_lora_experts": 2, "lora_rank": 8}, 3, 0.8, 2, 8),
+        (
+            {"max_think_iterations": 8, "confidence_threshold": 0.95, "num_lora_experts": 8, "lora_rank": 32},
+            8,
+            0.95,
+            8,
+            32,
+        ),
+    ],
+)
+def test_the_preset_with_everything_has_everything(
+    options: dict[str, Any], iterations: int, threshold: float, experts: int, rank: int
+) -> None:
+    preset = TransformerConfig.olmo3_7B_etd(vocab_size=100278, adaptive_depth=True, lora_alpha=48.0, **options)
+    model = preset.build("meta")
+    etd, parts = model.etd_config, model.etd
+    assert etd is not None
+    assert parts is not None
+    assert parts.experts is not None
+    assert parts.layer_routers is not None
+    assert model.iterations(None) == iterations
+    rule = etd.halting_of(None)
+    assert rule is not None
+    assert (rule.rule, rule.threshold) == ("confidence", threshold)
+    assert len(parts.layer_routers.by_layer) == 8
+    shapes = [tuple(branches.lora_B.shape) for branches in parts.modules() if isinstance(branches, LoRABranches)]
+    assert shapes == 4 * 8 * [(experts, 4096, rank)]
+    assert all(branches.scale == 48.0 / rank for branches in parts.modules() if isinstance(branches, LoRABranches))
+    gate, maps = experts * 4096, 4 * 8 * experts * rank * 2 * 4096
+    assert sum(parameter.numel() for parameter in parts.experts.parameters()) == gate + maps
 
 
 def test_presets_refuse_what_does_not_fit() -> None:

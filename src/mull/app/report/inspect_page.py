@@ -9,7 +9,26 @@ from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
 from mull.app.report.page import machine
-from mull.evaluation.depth_trace import DepthTrace
+from mull.evaluation.depth_trace import DepthTrace, TokenTrace
+from mull.layers.routers import REPEAT, SKIP
+
+
+def _shares(trace: DepthTrace) -> list[tuple[int, int]]:
+    """How many tokens took each LoRA expert, over all iterations."""
+    counts = Counter(step.expert for token in trace.tokens for step in token.iterations if step.expert is not None)
+    return sorted(counts.items())
+
+
+def _told(token: TokenTrace) -> str:
+    """The layers that a token skipped and repeated; empty if it ran each once."""
+    parts = []
+    for verb, action in (("skips", SKIP), ("repeats", REPEAT)):
+        layers = [made for made in token.actions if made.action == action]
+        most = max((made.iteration for made in token.actions), default=1)
+        names = [str(made.layer) if most == 1 else f"{made.layer} (iteration {made.iteration})" for made in layers]
+        if names:
+            parts.append(f"{verb} layer {', '.join(names)}")
+    return "; ".join(parts)
 
 
 def write_inspection(
@@ -43,7 +62,11 @@ def write_inspection(
                 "written": place >= n_prompt,
                 "drafted": was_drafted,
                 "loss": token.loss,
-                "trace": [(tokenizer.decode([step.token]), step.probability, step.cosine) for step in token.iterations],
+                "trace": [
+                    (tokenizer.decode([step.token]), step.probability, step.cosine, step.expert)
+                    for step in token.iterations
+                ],
+                "route": _told(token),
             }
         )
     counts = Counter(len(token.iterations) for token in trace.tokens)
@@ -57,6 +80,8 @@ def write_inspection(
             trace=trace,
             tokens=tokens,
             histogram=histogram,
+            routed=any(token.actions for token in trace.tokens),
+            experts=_shares(trace),
             most=max(counts.values()),
             facts={"Command": command, **machine()},
         ),

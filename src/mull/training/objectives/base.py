@@ -65,8 +65,9 @@ class Objective(ABC):
     companion: nn.Module | None = None
     """Module that is trained and saved beside the model, such as a value head."""
 
-    trains_model = True
-    """Whether the loss reaches the model's weights. If not, the model is frozen and only the companion is trained."""
+    trains: Sequence[str] | None = None
+    """Patterns of names of the model's parameters that the loss reaches; the others are frozen. Empty trains the companion
+    alone. None trains what `mull.training.loop.TrainConfig.trainable` says."""
 
     def plan_step(self, model: MullForCausalLM, batches: Sequence[Batch]) -> StepPlan:
         """Decide what the micro-batches of a step share, without gradient. Called on every rank.

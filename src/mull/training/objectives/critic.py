@@ -35,7 +35,7 @@ class ValueTraining(Objective):
         value_head: Trained in place.
     """
 
-    trains_model = False
+    trains = ()
 
     def __init__(self, config: ReturnConfig, value_head: ValueHead) -> None:
         self.gamma, self.gae_lambda = config.gamma, config.gae_lambda

@@ -53,6 +53,9 @@ class Resources:
     held_out: Callable[[int], Batch] | None = None
     """For ``gradient-wmtp`` by alignment: function from the number of a held-out batch to the batch."""
 
+    route_labels: Tensor | None = None
+    """For ``routing``: ``[N, L]``, the action of each layer in the training data's routes."""
+
     reward: Reward | None = None
     """For ``grpo-wmtp``: grades sampled answers."""
 
@@ -72,6 +75,7 @@ class Resources:
         require("iterations", self.iterations, IterationSampling, "an IterationSampling")
         require("reference", self.reference, (nn.Module, NoneType), "a model of mull, or None")
         require("value_head", self.value_head, (nn.Module, NoneType), "a ValueHead, or None")
+        require("route_labels", self.route_labels, (Tensor, NoneType), "a tensor [N, L], or None")
         for name in ("held_out", "reward"):
             if (given := getattr(self, name)) is not None:
                 require_callable(name, given, "a function, or None")

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch import Tensor
 
 from mull.runtime.arguments import require, require_seed
-from mull.training.objectives import critic, exits, grpo, recursions, weightings
+from mull.training.objectives import critic, exits, grpo, recursions, routing, weightings
 from mull.training.objectives.base import Objective
 from mull.training.objectives.evidence import Evidence, Scored, Scorer
 from mull.training.objectives.next_token import NextToken
@@ -36,8 +36,9 @@ class Entry(NamedTuple):
     section: tuple[str, type[Settings]] | None = None
     """Key of the settings in a recipe, and their class there, which adds where things come from."""
 
-    data: Literal["rows", "outcomes", "prompts"] = "rows"
-    """What its batches hold: rows to learn; right and wrong answers with their outcome; prompts to answer."""
+    data: Literal["rows", "outcomes", "prompts", "routes"] = "rows"
+    """What its batches hold: rows to learn; right and wrong answers with their outcome; prompts to answer; questions with the
+    route that answers them."""
 
 
 def _function(score: Callable[[Evidence], Tensor | Scored]) -> Entry:
@@ -60,6 +61,7 @@ OBJECTIVES: dict[str, Entry] = {
         critic.value_training, weightings.ReturnConfig, ("value_head", critic.ValueSection), data="outcomes"
     ),
     "critic-wmtp": Entry(weightings.critic, weightings.CriticConfig, ("critic", weightings.CriticSection)),
+    "routing": Entry(routing.routing, routing.RoutingConfig, ("routing", routing.RoutingSection), data="routes"),
     "grpo-wmtp": Entry(grpo.group_relative, grpo.GRPOConfig, ("grpo", grpo.GRPOSection), data="prompts"),
 }
 """Objectives of mull by name."""
