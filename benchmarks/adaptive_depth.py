@@ -3,7 +3,8 @@
 Tokens stop at random, each on its own, so that the mean depth is known: after 1, 2 or 3 of 4 iterations with equal probability,
 which is 2 on average. Four ways of running are measured, each in turns with the fixed path and with a rule that never stops:
 training (forward and backward), prefill of 1,024 tokens, decoding of one row and of eight. The time of the other layers and of
-the unembedding, measured by a path without the think block, is taken off. Then decoding of one row, compiled and not: what
+the unembedding, measured by a path without the think block, is taken off. Half the depth is measured once more with keys that
+all iterations share (``share_first``), and the bytes of both caches are counted. Then decoding of one row, compiled and not: what
 compiling gains with adaptive depth, relative to what it gains with a fixed one.
 
 `--real DIRECTORY` measures decoding with a pretrained model instead: three iterations of six of its layers at a mean of 1.5, and
@@ -127,12 +128,14 @@ def synthetic(arguments: argparse.Namespace) -> dict[str, Any]:
         "fixed": {**fixed, "adaptive": False},
         "never": {**fixed, "adaptive": HaltingConfig(rule="state", threshold=2.0)},
         "half": {**fixed, "adaptive": HaltingConfig(rule="drawn")},
+        "half, shared keys": {**fixed, "adaptive": HaltingConfig(rule="drawn", stop="share_first")},
         "rest": {"path": from_layers([0, 9])},
     }
     ids = torch.randint(1, 4096, (8, 1024), generator=torch.Generator().manual_seed(0))
     results = {}
     for precision in arguments.precision:
         model = model_of(DTYPES[precision])
+        results[f"{precision}, cache"] = cache_bytes(model, ids[:1], calls)
         ways = {
             "training, 4 x 256": forward(model, ids[:4, :256], train=True),
             "prefill, 1 x 1024": forward(model, ids[:1], train=False),
@@ -145,6 +148,17 @@ def synthetic(arguments: argparse.Namespace) -> dict[str, Any]:
             show(f"{precision}, {name}", results[f"{precision}, {name}"])
         results[f"{precision}, compiled"] = compiled(ways["decoding, 1 row"], calls, arguments.rounds)
     return results
+
+
+@torch.no_grad()
+def cache_bytes(model: Any, ids: Tensor, calls: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Bytes of the keys and values of a row of 1,024 tokens."""
+    found = {}
+    for name in ("half", "half, shared keys", "rest"):
+        layers = model(ids, use_cache=True, logits_to_keep=1, **calls[name]).past_key_values.layers
+        found[name] = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    print(", ".join(f"{name}: {n_bytes:,} bytes of keys and values" for name, n_bytes in found.items()), flush=True)
+    return found
 
 
 def compiled(way: Way, calls: dict[str, dict[str, Any]], rounds: int) -> dict[str, Any]:

@@ -129,6 +129,7 @@ PAGES: dict[str, Callable[[pytest.MonkeyPatch], Names]] = {
     "docs/index.md": qwen3,
     "docs/concepts/forward-pass.md": nothing,
     "docs/concepts/halting.md": nothing,
+    "docs/concepts/mixture-of-recursions.md": nothing,
     "docs/concepts/routing.md": nothing,
     "docs/concepts/experts.md": nothing,
     "docs/concepts/token-skipping.md": nothing,

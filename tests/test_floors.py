@@ -27,16 +27,16 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "layers": (3, "heads recursive_heads value_head routers experts skipping"),
     "model": (
         4,
-        "path configs configuration memory growing_cache fixed_cache families inputs policy warmup halting experts "
-        "token_skip routing executor pretrained base_model causal_lm",
+        "path configs configuration memory growing_cache fixed_cache families inputs policy warmup balance "
+        "depth_router halting experts token_skip routing executor pretrained base_model causal_lm",
     ),
     "retrofit": (5, "reading source native_heads expert_adapters wrap presets"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
     "training": (6, "optimization objectives trainable state content step loop"),
     "training.objectives": (
         6,
-        "base iterations resources next_token step_supervision exits evidence weight_statistics weightings weighted_mtp critic "
-        "routing grpo table",
+        "base iterations resources next_token step_supervision exits recursions evidence weight_statistics weightings "
+        "weighted_mtp critic routing grpo table",
     ),
     "evaluation": (7, "held_out lossless acceptance rewards depth_trace cost search"),
     "evaluation.cost": (7, "count disk training decoding"),
@@ -55,16 +55,16 @@ BUDGETS = {
     "ops": 700,
     "layers": 1000,
     "data": 1160,
-    "model": 3430,
+    "model": 3620,
     "decoding": 1160,
     "retrofit": 1200,
     "training": 2720,
     "evaluation": 2200,
-    "app": 2630,
+    "app": 2650,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 15300
+MAX_CODE_LINES = 15600
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

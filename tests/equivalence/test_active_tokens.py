@@ -2,8 +2,9 @@
 
 A policy switches single tokens off. A token that does not run a visit keeps its state, and offers to the others what the policy
 says: the keys and values of the last time it ran that layer (``last_kv``; where it never ran it, nothing), those of the state
-that it keeps (``own_state``), or nothing (``active_only``). A recurrent layer runs the sequence of the tokens that do run. All in
-fp64, where errors of bookkeeping stand out.
+that it keeps (``own_state``), or nothing (``active_only``). With ``share_first`` it offers those of the first time that it ran
+the layer, and does so when it runs, too. A recurrent layer runs the sequence of the tokens that do run. All in fp64, where errors
+of bookkeeping stand out.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from conftest import EXACT, SPLIT, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mull import MullForCausalLM, wrap_transformer_with_etd
+from mull import HaltingConfig, MullForCausalLM, wrap_transformer_with_etd
 from mull.model.configs import Stop
 from mull.model.fixed_cache import StaticCall, StaticSlotCache
 from mull.model.path import Path, Visit, from_layers
@@ -94,19 +95,22 @@ def oracle(model: MullForCausalLM, tokens: Tensor, path: Path, masks: Masks) -> 
                     out[row, active[row]] = layer(chosen, attention_mask=None, **options)[0]
             h = out
             continue
-        ran[visit.layer] |= active
+        ran_before = ran[visit.layer]
+        ran[visit.layer] = ran_before | active
         visible = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
         if kind == "sliding_attention":
             visible &= ~torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril(-base.text_config.sliding_window)
-        offering = {"last_kv": ran[visit.layer], "own_state": torch.ones_like(active), "active_only": active}[STOP]
+        offering = {"own_state": torch.ones_like(active), "active_only": active}.get(STOP, ran[visit.layer])
         visible = visible & offering[:, None, None]
         visible = visible | ~active[:, None, :, None]  # the state of a token that does not run is thrown away
 
-        def keep(projection: Any, _inputs: Any, out: Tensor, active: Tensor = active) -> Tensor:
+        new = active & ~ran_before if STOP == "share_first" else active
+
+        def keep(projection: Any, _inputs: Any, out: Tensor, new: Tensor = new) -> Tensor:
             if STOP == "own_state":
                 return out
             before = kept.get(projection, torch.zeros_like(out))
-            kept[projection] = torch.where(active[..., None], out, before)
+            kept[projection] = torch.where(new[..., None], out, before)
             return kept[projection]
 
         attention = layer.self_attn
@@ -138,7 +142,8 @@ def on_growing_cache(model: MullForCausalLM, tokens: Tensor, path: Path, masks: 
 
 def fixed_cache(model: MullForCausalLM, path: Path) -> StaticSlotCache:
     weight = model.lm_head.weight
-    return StaticSlotCache(model.text_config, path, ROWS, 32, dtype=weight.dtype, device=weight.device)
+    options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device, "shares": STOP == "share_first"}
+    return StaticSlotCache(model.text_config, path, ROWS, 32, **options)
 
 
 def fixed_call(start: int, stop: int, n_valid: int | None, fresh: bool = False) -> StaticCall:
@@ -162,7 +167,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.latin(8, "family", "name", "stop")
+@pytest.mark.latin(11, "family", "name", "stop")
 def test_every_memory_computes_what_the_oracle_does(family: str, name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     model, tokens, path, masks = wrapped(exact, family), ids(ROWS, TOKENS), PATHS[name], masks_of(name)
     expected = oracle(model, tokens, path, masks)
@@ -177,21 +182,24 @@ def test_every_memory_computes_what_the_oracle_does(family: str, name: str, stop
 
 
 def wrapped(exact: Exact, family: str) -> MullForCausalLM:
-    return wrap_transformer_with_etd(exact(family), SPLIT)
+    stops = SPLIT.model_copy(update={"halting": HaltingConfig(rule="fixed", stop=STOP)})
+    return wrap_transformer_with_etd(exact(family), stops)
 
 
 @pytest.mark.parametrize("family_name", KINDS)
-def test_a_policy_that_lets_everybody_run_changes_nothing(family_name: str, exact: Exact, ids: Ids) -> None:
-    model, tokens, path = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["halting"]
+@pytest.mark.latin(4, "family_name", "stop")
+def test_a_policy_that_lets_everybody_run_changes_nothing(family_name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
+    model, tokens, path, everybody = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["halting"], part({}, 0, 0)
     with torch.no_grad():
         expected = model.model(tokens, path=path, use_cache=False).last_hidden_state
-        assert_same(model.model(tokens, path=path, policy=GivenTokens({}), use_cache=False).last_hidden_state, expected)
+        assert_same(model.model(tokens, path=path, policy=everybody, use_cache=False).last_hidden_state, expected)
+    assert_same(expected, oracle(model, tokens, path, {}))
     assert_same(on_growing_cache(model, tokens, path, {}, [6, 1, 7]), expected)
     assert_same(on_fixed_cache(model, tokens, path, {}, [6, 1, 7]), expected)
 
 
 @pytest.mark.parametrize("family_name", KINDS)
-@pytest.mark.latin(3, "family_name", "stop")
+@pytest.mark.latin(4, "family_name", "stop")
 @torch.no_grad()
 def test_left_padding_and_policies_go_together(family_name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     model, tokens, path, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
@@ -219,7 +227,7 @@ def test_left_padding_and_policies_go_together(family_name: str, stop: Stop, exa
 
 
 @pytest.mark.parametrize("family_name", KINDS)
-@pytest.mark.latin(3, "family_name", "stop")
+@pytest.mark.latin(4, "family_name", "stop")
 @torch.no_grad()
 def test_packed_documents_are_documents_alone(family_name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     model, tokens, path, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), PATHS["skipping"], masks_of("skipping")
@@ -232,7 +240,7 @@ def test_packed_documents_are_documents_alone(family_name: str, stop: Stop, exac
 
 
 @pytest.mark.parametrize("family_name", KINDS)
-@pytest.mark.latin(3, "family_name", "stop")
+@pytest.mark.latin(4, "family_name", "stop")
 @torch.no_grad()
 def test_tokens_can_be_taken_back(family_name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     """Wrong tokens, with masks of their own, are fed and taken back: what follows does not notice."""
@@ -263,7 +271,7 @@ def test_tokens_can_be_taken_back(family_name: str, stop: Stop, exact: Exact, id
 
 
 @pytest.mark.parametrize("family_name", KINDS)
-@pytest.mark.latin(3, "family_name", "stop")
+@pytest.mark.latin(4, "family_name", "stop")
 @torch.no_grad()
 def test_rows_of_a_cache_with_gaps_can_be_reordered_and_chosen(
     family_name: str, stop: Stop, exact: Exact, ids: Ids
@@ -280,7 +288,7 @@ def test_rows_of_a_cache_with_gaps_can_be_reordered_and_chosen(
 
 
 @pytest.mark.parametrize("family_name", KINDS)
-@pytest.mark.latin(3, "family_name", "stop")
+@pytest.mark.latin(4, "family_name", "stop")
 @torch.no_grad()
 def test_a_call_without_a_policy_does_not_see_what_earlier_ones_skipped(
     family_name: str, stop: Stop, exact: Exact, ids: Ids
@@ -298,7 +306,7 @@ def test_a_call_without_a_policy_does_not_see_what_earlier_ones_skipped(
 
 
 @pytest.mark.parametrize("family_name", ["qwen3", "olmo3", "qwen3_5", "olmo_hybrid"])
-@pytest.mark.latin(2, "family_name", "stop")
+@pytest.mark.latin(3, "family_name", "stop")
 def test_gradients_do_not_depend_on_checkpointing(family_name: str, stop: Stop, exact: Exact, ids: Ids) -> None:
     model, tokens, masks = wrapped(exact, family_name), ids(ROWS, TOKENS), masks_of("halting")
     gradients = []

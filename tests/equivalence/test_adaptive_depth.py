@@ -7,7 +7,7 @@ computing a state are far enough apart to change a decision.
 import re
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import jaxtyping
 import pytest
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 import mull
 from mull import ETDConfig, HaltingConfig, MTPConfig, MullForCausalLM, wrap_transformer_with_etd
 from mull.model import halting
+from mull.model.configs import Stop
 from mull.model.halting import Evidence
 
 Exact = Callable[..., PreTrainedModel]
@@ -32,6 +33,7 @@ NINE: dict[str, Any] = {
     "eos_token_id": (),
 }
 RULES = ["state", "confidence", "kl", "repeat", "learned"]
+STOPS = get_args(Stop)
 SOME = ["qwen3", "olmo3", "qwen3_next-moe", "qwen3_5", "olmo_hybrid"]
 
 
@@ -84,9 +86,9 @@ def in_calls(
     return torch.cat(logits, 1), torch.cat(depths, 1)
 
 
-@pytest.mark.parametrize("stop", ["last_kv", "own_state", "active_only"])
+@pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.latin(12, "family", "rule", "stop")
+@pytest.mark.latin(16, "family", "rule", "stop")
 @torch.no_grad()
 def test_the_same_tokens_stop_in_one_call_and_in_many(
     family: str, rule: str, stop: Any, exact: Exact, ids: Ids
@@ -269,9 +271,9 @@ def test_generate_with_a_cache_is_generate_without(
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize("stop", ["last_kv", "own_state", "active_only"])
+@pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("draft_length", [None, 0, 1, 3])
-@pytest.mark.latin(10, "family", "stop", "draft_length")
+@pytest.mark.latin(13, "family", "stop", "draft_length")
 def test_our_decoding_writes_the_text_of_transformers_with_and_without_drafts(
     family: str, stop: Any, draft_length: int | None, exact: Exact, ids: Ids
 ) -> None:
@@ -316,9 +318,9 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", compiled)
 
 
-@pytest.mark.parametrize("stop", ["last_kv", "own_state", "active_only"])
+@pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("draft_length", [0, 3])
-@pytest.mark.latin(10, "family", "stop", "draft_length")
+@pytest.mark.latin(13, "family", "stop", "draft_length")
 @pytest.mark.usefixtures("traced", "scattered")
 def test_rounds_of_fixed_shapes_write_the_same(
     family: str, stop: Any, draft_length: int, exact: Exact, ids: Ids
@@ -336,7 +338,7 @@ def test_rounds_of_fixed_shapes_write_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", ["last_kv", "own_state", "active_only"])
+@pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("family_name", ["qwen3", "qwen3_5"])
 @pytest.mark.usefixtures("scattered")
 def test_compiled_rounds_write_the_same(
@@ -379,7 +381,7 @@ def test_rows_that_stopped_leave_the_batch_of_a_visit(ids: Ids) -> None:
 
 
 @pytest.mark.parametrize("family_name", ["qwen3", "qwen3_5"])
-@pytest.mark.parametrize("stop", ["last_kv", "own_state", "active_only"])
+@pytest.mark.parametrize("stop", STOPS)
 def test_gradients_do_not_depend_on_checkpointing(family_name: str, stop: Any, exact: Exact, ids: Ids) -> None:
     model, tokens = wrapped(exact(family_name), stop=stop), ids(ROWS, TOKENS)
     config = mixed(model, tokens, "state", stop=stop)

@@ -103,6 +103,8 @@ def test_slot_cache_overrides_exist_in_transformers() -> None:
         "known",
         "no_keys",
         "append",
+        "replace",
+        "note_known",
     }
     assert overrides
     assert overrides <= set(dir(Cache))

@@ -185,7 +185,7 @@ def calibrate_depth(
     rule: Annotated[str, Option(help="state, confidence, kl, repeat or learned.")] = "state",
     iterations: Annotated[int | None, Option(help="Most think iterations; default: the model's own.")] = None,
     stop: Annotated[
-        Literal["last_kv", "own_state", "active_only"] | None,
+        Literal["last_kv", "own_state", "active_only", "share_first"] | None,
         Option(help="What a stopped token leaves behind; default: the model's own."),
     ] = None,
     length: Annotated[int, Option(help="Tokens per row.", min=2)] = 256,

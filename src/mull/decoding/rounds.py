@@ -127,9 +127,15 @@ class Decoder:
         """Tokens that the latest round decoded early."""
         heads = model.mtp_heads if size.max_drafts else None
         n_blocks = 0 if heads is None or heads.pointwise else len(heads.heads)
-        config = model.config.get_text_config()
         self.cache = StaticSlotCache(
-            config, path, size.n_rows, size.capacity, dtype=weight.dtype, device=device, n_head_blocks=n_blocks
+            model.config.get_text_config(),
+            path,
+            size.n_rows,
+            size.capacity,
+            dtype=weight.dtype,
+            device=device,
+            n_head_blocks=n_blocks,
+            shares=model.model.stop_of(None if halting is None else halting[0]) == "share_first",
         )
         self.text = Text(
             tokens=torch.zeros(size.n_rows, size.capacity, dtype=torch.long, device=device),

@@ -1,4 +1,4 @@
-"""Layer routers: whether a layer is skipped, executed or repeated.
+"""Routers of layers, which are skipped, executed or repeated, and of the think block's iterations.
 
 Shapes: B batch, T tokens, D model width, A actions, S sequences, W windows.
 """
@@ -13,7 +13,7 @@ SKIP, EXECUTE, REPEAT = 0, 1, 2
 """Actions: how often the layer runs."""
 
 HEAD_START = 2.0
-"""Logit of EXECUTE before any training; those of the other actions are 0."""
+"""Logit of EXECUTE, and of the most iterations, before any training; those of the others are 0."""
 
 
 class Router(nn.Module):
@@ -70,6 +70,36 @@ class LayerRouter(Router):
             x = normed(states.to(dtype))
             inner = F.linear(x, self.inner.weight.to(dtype), self.inner.bias.to(dtype))
             return F.linear(F.gelu(inner), self.out.weight.to(dtype), self.out.bias.to(dtype))
+
+
+class DepthGate(Router):
+    """``W norm(h) + b``: a logit per number of iterations. Before any training every input gives the most.
+
+    Args:
+        width: Model width D.
+        n_depths: A, the most iterations.
+
+    Source:
+        Mixture-of-Recursions (arXiv:2507.10524), token choice, without the norm, and with random weights.
+    """
+
+    def __init__(self, width: int, n_depths: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(width, n_depths)
+        self.start_at_most()
+
+    def start_at_most(self) -> None:
+        """Make the most iterations the choice of every input."""
+        init.zeros_(self.out.weight)
+        head_start = torch.zeros(self.out.bias.shape)
+        head_start[-1] = HEAD_START
+        init.copy_(self.out.bias, head_start)
+
+    def forward(self, states: Float[Tensor, "... D"]) -> Float[Tensor, "... A"]:
+        """Logits of 1, 2 and more iterations."""
+        dtype = self.precision
+        with torch.autocast(states.device.type, enabled=False):
+            return F.linear(normed(states.to(dtype)), self.out.weight.to(dtype), self.out.bias.to(dtype))
 
 
 def normed(states: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:

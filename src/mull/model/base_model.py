@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from mull.layers.experts import ExpertGate, LoRABranches
-from mull.layers.routers import LayerRouter
+from mull.layers.routers import DepthGate, LayerRouter
 from mull.layers.skipping import ResidualGate, TokenScore
 from mull.model.configs import HaltingConfig
 from mull.model.configuration import MullConfig
@@ -32,6 +32,7 @@ from mull.model.halting import GivenDepths, Halting
 from mull.model.inputs import (
     LayerInputs,
     check_call,
+    check_embeddings,
     check_keywords,
     check_padding_side,
     fixed_layer_inputs,
@@ -82,7 +83,7 @@ class MullModel(MullPreTrainedModel):
         self.etd = (
             None if self.etd_config is None else RoutedParts(self.etd_config, self.layers, self.text_config.hidden_size)
         )
-        """Layer routers, token skipping and LoRA experts; None without a think block."""
+        """Routers, token skipping and LoRA experts; None without a think block."""
         self._attach_parts()
         self._etd_metrics: dict[str, Any] = {}
         self._collects_router_logits = False
@@ -131,6 +132,8 @@ class MullModel(MullPreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, LayerRouter):
             module.start_at_execute()
+        elif isinstance(module, DepthGate):
+            module.start_at_most()
         elif isinstance(module, LoRABranches):
             module.start_at_zero()
         elif isinstance(module, ExpertGate):
@@ -225,11 +228,11 @@ class MullModel(MullPreTrainedModel):
             use_cache = use_of_cache(position_ids, past_key_values is not None, use_cache)
         if prompt_mask is None and (past_key_values is not None or use_cache is True):
             prompt_mask = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-        cache = self._bound_cache(past_key_values, use_cache, visits, attention_mask, h.shape[1])
         if path is None and policy is None:
             policy = self.halting(adaptive, think_iterations, new_tokens(attention_mask, h), unembed)
         elif adaptive:
             raise ValueError("adaptive decides which tokens run, and so does a path or a policy: give one of them.")
+        cache = self._bound_cache(past_key_values, use_cache, visits, attention_mask, h.shape[1], policy)
         stream = None if kept is None else [h if 0 in kept else None]
         inputs = self.layer_inputs(h, attention_mask, position_ids, cache)
         policy = self.with_routing(
@@ -243,7 +246,7 @@ class MullModel(MullPreTrainedModel):
                 on_visit(visit, before, state)
 
         watched = after if stream is not None or on_visit is not None else None
-        memory = None if cache is None else GrowingMemory(cache, None if policy is None else policy.stop)
+        memory = self._memory(policy, cache)
         with self.router_logits() if self._wants_router_logits(output_router_logits) else nullcontext() as routed:
             h = self._run(visits, h, inputs, memory, policy, watched)
         if cache is not None:
@@ -356,11 +359,6 @@ class MullModel(MullPreTrainedModel):
         config = self.etd_config.halting_of(adaptive)
         if config is None:
             return None
-        if config.rule == "learned" and self.exit_head is None:
-            raise ValueError(
-                "The halting rule 'learned' needs a trained exit head: load the model with "
-                "etd=ETDConfig(..., halting=HaltingConfig(rule='learned')), and train it."
-            )
         return Halting(
             config,
             self.etd_config.think_layers,
@@ -368,6 +366,7 @@ class MullModel(MullPreTrainedModel):
             tokens=tokens,
             readout=None if unembed is None else lambda states: unembed(self.norm(states)),
             exit_head=self.exit_head,
+            depth_router=None if self.etd is None else self.etd.depth_router,
             visits_per_iteration=self.etd_config.visits_per_iteration,
         )
 
@@ -451,6 +450,11 @@ class MullModel(MullPreTrainedModel):
         if backprop_iterations is not None and backprop_iterations < 1:
             raise ValueError(f"backprop_iterations={backprop_iterations} must be at least 1, or nothing is trained.")
         n_detached = 0 if backprop_iterations is None else max(iterations - backprop_iterations, 0)
+        if n_detached and self.stop_of(policy) == "share_first":
+            raise ValueError(
+                f"backprop_iterations={backprop_iterations} cuts off the first iteration, whose keys all others look at "
+                "('share_first'), so nothing would train them: leave it out."
+            )
         visits = self.path(think_iterations)
         etd, whole = self.etd_config, slice(0, len(visits))
         encoder, thinks, decoder = (slice(0), [whole], slice(0)) if etd is None else etd.sections(iterations)
@@ -459,7 +463,7 @@ class MullModel(MullPreTrainedModel):
         tokens = new_tokens(attention_mask, h)
         policy = policy or self.halting(adaptive, think_iterations, tokens, unembed)
         policy = self.with_routing(policy, h, inputs, tokens, prompt_mask)
-        memory = None if policy is None else CallMemory(policy.stop)
+        memory = self._memory(policy)
 
         def advance(h: Tensor, part: Path) -> Tensor:
             return self._run(part, h, inputs, memory, policy)
@@ -486,14 +490,19 @@ class MullModel(MullPreTrainedModel):
         on_visit: OnVisit | None = None,
     ) -> Tensor:
         """See `mull.model.executor.run`."""
-        if policy is not None:
-            self._check_policy(policy)
+        self._check_policy(policy)
         # The host takes decisions that read values, which no graph can hold.
         runner = run if policy is None or policy.traceable else torch.compiler.disable(run)
         return runner(self.layers, self.kinds, path, h, inputs, memory, policy, on_visit=on_visit)
 
-    def _check_policy(self, policy: Policy) -> None:
-        if self._collects_router_logits and (self.rules._can_record_outputs or {}).get("router_logits"):
+    def _memory(self, policy: Policy | None, cache: SlotCache | None = None) -> Memory | None:
+        stop = self.stop_of(policy) if policy is not None or self.stop_of(None) == "share_first" else None
+        call = None if stop is None else CallMemory(stop)
+        return call if cache is None else GrowingMemory(cache, stop)
+
+    def _check_policy(self, policy: Policy | None) -> None:
+        records = self._collects_router_logits and (self.rules._can_record_outputs or {}).get("router_logits")
+        if policy is not None and records:
             raise ValueError(
                 "Tokens that stop have no router logits: call with output_router_logits=False, or adaptive=False and iterations "
                 "that are drawn per step."
@@ -502,7 +511,9 @@ class MullModel(MullPreTrainedModel):
         reentrant = getattr(getattr(first, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
         trains = self.training and torch.is_grad_enabled() and getattr(first, "gradient_checkpointing", False)
         experts = self.etd is not None and self.etd.experts is not None
-        if reentrant and trains and (experts or policy.stop != "active_only"):
+        stop = self.stop_of(policy)
+        keys = stop == "share_first" or (policy is not None and (experts or stop != "active_only"))
+        if reentrant and trains and keys:
             raise ValueError(
                 "Reentrant gradient checkpointing would lose the gradient of gates, and of the keys that stopped tokens leave "
                 "behind: enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."
@@ -556,16 +567,8 @@ class MullModel(MullPreTrainedModel):
         if input_ids is not None:
             require_ids("input_ids", input_ids)
         else:
-            self._check_embeddings(inputs_embeds)
+            check_embeddings(inputs_embeds, self.text_config.hidden_size)
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-
-    def _check_embeddings(self, embeddings: Any) -> None:
-        require("inputs_embeds", embeddings, Tensor, "a tensor [rows, tokens, width]")
-        width = self.text_config.hidden_size
-        if embeddings.ndim != 3 or embeddings.shape[-1] != width or 0 in embeddings.shape:
-            raise ValueError(f"inputs_embeds has shape {tuple(embeddings.shape)}; give [rows, tokens, {width}].")
-        if not embeddings.is_floating_point():
-            raise ValueError(f"inputs_embeds has the type {embeddings.dtype}: give token numbers as input_ids.")
 
     def _bound_cache(
         self,
@@ -574,6 +577,7 @@ class MullModel(MullPreTrainedModel):
         visits: Path,
         attention_mask: Tensor | dict[str, Any] | None,
         n_new: int,
+        policy: Policy | None,
     ) -> SlotCache | None:
         if use_cache is None:
             use_cache = cache is not None or bool(self.text_config.use_cache)
@@ -586,7 +590,7 @@ class MullModel(MullPreTrainedModel):
                 f"past_key_values is a {type(cache).__name__}, which has one slot per layer; a looped layer needs one per visit. "
                 "Use model.new_cache(). Prefix tuning makes caches of this kind: use LoRA or prompt tuning instead."
             )
-        cache.bind(visits)
+        cache.bind(visits, self.stop_of(policy) == "share_first")
         if isinstance(attention_mask, Tensor):
             check_padding_side(attention_mask, n_new, self.text_config)
         return cache

@@ -11,10 +11,11 @@ from transformers import PreTrainedConfig
 from mull.model.path import MAX_ITERATIONS, MAX_LAYERS, Path, recursion, repeatable
 from mull.runtime.arguments import Frozen, require
 
-Stop = Literal["last_kv", "own_state", "active_only"]
+Stop = Literal["last_kv", "own_state", "active_only", "share_first"]
 """What a token offers to later tokens in a layer's visits that it does not run: the keys and values of the last time it ran that
-layer; those that the layer projects from the state in which the token rests; or nothing. Recurrent layers know one answer: a
-token that does not run is not in their sequence."""
+layer; those that the layer projects from the state in which the token rests; or nothing. ``share_first`` is about running tokens,
+too: in all visits after the first that it runs, a token offers the keys and values of that first one, so a layer has a single
+slot however often it is visited. Recurrent layers know one answer: a token that does not run is not in their sequence."""
 
 SPLITS: dict[str, tuple[float, float]] = {"published": (7 / 16, 4 / 16), "quarters": (1 / 4, 1 / 2)}
 """Encoder and think fractions of the depth. ``published`` is 7-4-5 of 16 layers (arXiv:2510.07358), ``quarters`` 25/50/25."""
@@ -28,7 +29,7 @@ class HaltingConfig(Frozen):
     """When a token stops thinking, and what it leaves behind; see `mull.model.halting` for the rules."""
 
     rule: str = "state"
-    """``fixed``, ``state``, ``confidence``, ``kl``, ``repeat``, ``learned``, or one of another package."""
+    """``fixed``, ``state``, ``confidence``, ``kl``, ``repeat``, ``learned``, ``router``, or one of another package."""
 
     threshold: float | None = None
     """Where the rule stops. Tokens think longer the higher it is for ``state`` (cosine), ``confidence`` (probability), ``repeat``
@@ -40,6 +41,10 @@ class HaltingConfig(Frozen):
 
     min_iterations: int = Field(default=1, ge=1, le=MAX_ITERATIONS)
     """No token stops before so many iterations."""
+
+    balance_rate: float = Field(default=0.001, ge=0)
+    """For ``router``: step of its bias at each optimizer step, towards equally many tokens of each depth. 0 leaves the bias as it
+    is. It counts where the model is made, and not in a call."""
 
     @property
     def limit(self) -> float:
@@ -212,6 +217,10 @@ class ETDConfig(Frozen):
             )
         if self.router is not None and self.token_skip is not None:
             raise ValueError("Layer routers and token skipping both decide who runs a layer: give one of them.")
+        if self.depth_router is not None and self.max_think_iterations < 2:
+            raise ValueError(
+                "halting.rule='router' chooses among 1 to max_think_iterations iterations, which is 1: give at least 2."
+            )
         if self.token_skip is not None and not self.skipped_layers:
             raise ValueError(
                 f"token_skip.every={self.token_skip.every} leaves no layer out of {len(self._in_scope(self.token_skip.scope))} "
@@ -222,6 +231,11 @@ class ETDConfig(Frozen):
             raise ValueError(
                 f"Stopped tokens would leave behind {self.halting.stop!r} and skipping ones {skipping.stop!r}: give halting.stop "
                 f"and {name}.stop the same value."
+            )
+        if self.router is not None and self.stop == "share_first":
+            raise ValueError(
+                "Layer routers learn from tries of a layer with keys of its own, which 'share_first' would not let it see: give "
+                "halting.stop and layer_router.stop another value, or leave the routers out."
             )
         return self
 
@@ -238,6 +252,11 @@ class ETDConfig(Frozen):
         if self.use_lora_experts is False or (self.use_lora_experts is None and self.lora_expert is None):
             return None
         return self.lora_expert or LoRAExpertConfig()
+
+    @property
+    def depth_router(self) -> HaltingConfig | None:
+        """How the router of the think block's iterations is made; None without it."""
+        return self.halting if self.halting is not None and self.halting.rule == "router" else None
 
     @property
     def stop(self) -> Stop:

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import initialization as init
 
 from mull.layers.experts import ExpertGate, Gates, LoRABranches
 from mull.layers.routers import Prompts
+from mull.model.balance import BalancedChoice
 from mull.model.configs import ETDConfig, LoRAExpertConfig, Stop
 from mull.model.memory import Decision
 from mull.model.path import Visit
 from mull.model.policy import NOTHING, Extra, Policy
-from mull.model.warmup import WarmedUp
-from mull.runtime.distributed import global_sum, world_size
+from mull.runtime.distributed import world_size
 
 
 class LayerExperts(nn.Module):
@@ -108,7 +107,7 @@ def target_maps(layer: nn.Module, targets: Sequence[str]) -> list[str]:
     return [path for path in _linear(layer) if path.rpartition(".")[2] in targets]
 
 
-class Experts(WarmedUp):
+class Experts(BalancedChoice):
     """The experts of a think block, their gate and its bias.
 
     Args:
@@ -120,15 +119,10 @@ class Experts(WarmedUp):
         ValueError: no layer of the block has a linear map of the names in ``target_modules``.
     """
 
-    bias: Tensor
-    """``[E]``."""
-
-    in_fp32 = ("bias",)
-
     def __init__(self, config: ETDConfig, layers: nn.ModuleList, width: int) -> None:
-        super().__init__(config.expert_warmup_steps)
         settings = config.experts
         assert settings is not None, "a model with experts"
+        super().__init__(config.num_lora_experts, settings.balance_rate, config.expert_warmup_steps)
         self.config, self.n_experts = settings, config.num_lora_experts
         self.gate = ExpertGate(width, self.n_experts)
         think = {str(layer): layers[layer] for layer in config.think_layers}
@@ -141,57 +135,12 @@ class Experts(WarmedUp):
                 f"lora_expert.target_modules={list(settings.target_modules)}: the think block has no such linear map. It has "
                 f"{', '.join(maps)}."
             )
-        self.register_buffer("bias", torch.zeros(self.n_experts, dtype=torch.float32))
-        self._load: Tensor | int = 0
-        self._selections: Tensor | int = 0
-        self._by_hand = False
 
     def attach(self, layers: nn.ModuleList) -> None:
         """Add the experts to these layers."""
         for name, experts in self.layers.items():
             assert isinstance(experts, LayerExperts)
             experts.attach(layers[int(name)])
-
-    def start_anew(self) -> None:
-        """Begin the warm-up without bias."""
-        super().start_anew()
-        init.zeros_(self.bias)
-
-    def count(self, chosen: Tensor, training: bool) -> None:
-        """Add to the statistics, and in training to the load: the experts ``[N]`` that tokens chose."""
-        selections = chosen.bincount(minlength=self.n_experts)
-        self._selections = selections + self._selections
-        if training:
-            self._load = selections + self._load
-
-    @property
-    def selections(self) -> list[int]:
-        """Tokens of each expert since `reset_stats`."""
-        return [0] * self.n_experts if isinstance(self._selections, int) else self._selections.tolist()
-
-    def reset_stats(self) -> None:
-        """Forget what was counted, but not the load of the step."""
-        self._selections = 0
-
-    def end_step(self) -> None:
-        """Even the load, unless the caller does."""
-        super().end_step()
-        if not self._by_hand and self.config.balance_rate:
-            self._update_bias(self.config.balance_rate)
-
-    def update_bias(self, rate: float) -> None:
-        """As `RoutedParts.update_expert_bias`."""
-        self._by_hand = True
-        self._update_bias(rate)
-
-    @torch.no_grad()
-    def _update_bias(self, rate: float) -> None:
-        load = self._load
-        if isinstance(load, int):
-            load = torch.zeros(self.n_experts, device=self.bias.device, dtype=torch.long)
-        total = global_sum(load.to(self.bias.device)).float()
-        self.bias += rate * (total.mean() - total).sign()
-        self._load = 0
 
 
 def _linear(layer: nn.Module) -> Iterator[str]:

@@ -62,7 +62,7 @@ class AttentionSlot:
         """``[B, capacity]``, False where no query may look; None until a call runs a part of its tokens."""
 
     @property
-    def buffers(self) -> tuple[Tensor, Tensor]:
+    def buffers(self) -> tuple[Tensor, ...]:
         """Keys and values."""
         return self.key, self.value
 
@@ -95,6 +95,11 @@ class AttentionSlot:
         )
         return LayerKeys(key, value, known)
 
+    def see(self, call: StaticCall) -> tuple[Tensor, Tensor]:
+        """The keys and values that attention of a call looks at, once its own are written."""
+        n_keys = call.positions.shape[1] if call.fresh else call.n_keys
+        return self.key[:, :, :n_keys], self.value[:, :, :n_keys]
+
     def update(self, call: StaticCall, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write a call's keys and values, ``[B, H, T, W]``, and return those that attention looks at."""
         assert key.shape[1::2] == self.key.shape[1::2], f"{key.shape} does not fit into {self.key.shape}"
@@ -104,7 +109,30 @@ class AttentionSlot:
             return key, value
         self.key.transpose(1, 2)[self._rows, call.positions] = key.transpose(1, 2)
         self.value.transpose(1, 2)[self._rows, call.positions] = value.transpose(1, 2)
-        return self.key[:, :, : call.n_keys], self.value[:, :, : call.n_keys]
+        return self.see(call)
+
+
+class SharedSlot(AttentionSlot):
+    """A later visit of a layer whose visits share the keys and values of each token's first. Its own is only who has some."""
+
+    def __init__(self, before: AttentionSlot) -> None:
+        self.key, self.value, self._rows = before.key, before.value, before._rows
+        self.known = None
+        self._before = before
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """None of its own."""
+        return ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tokens have keys and values from earlier visits."""
+        return self._before.known is None
+
+    def update(self, call: StaticCall, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values, unless nothing in them is new, and return those that attention looks at."""
+        return self.see(call) if self.complete else super().update(call, key, value)
 
 
 class RecurrentState:
@@ -202,6 +230,7 @@ class StaticSlotCache:
         dtype: Precision of keys, values and convolution windows: the model's. Delta-rule states are held in fp32 at least.
         device: Where the buffers live.
         n_head_blocks: Decoder layers in the heads, each with a slot of its own.
+        shares: Whether all visits of an attention layer have the slot of its first, see ``share_first`` in `Stop`.
     """
 
     def __init__(
@@ -214,6 +243,7 @@ class StaticSlotCache:
         dtype: torch.dtype,
         device: torch.device,
         n_head_blocks: int = 0,
+        shares: bool = False,
     ) -> None:
         kinds, _ = get_layer_types_and_kwargs(text_config)
         self.path = path
@@ -226,12 +256,16 @@ class StaticSlotCache:
             keys = (batch_size, text_config.num_key_value_heads, capacity, head_width(text_config))
             return AttentionSlot(keys, dtype, device)
 
-        self.slots = [new_slot(kinds[visit.layer]) for visit in path]
+        self.slots: list[AttentionSlot | RecurrentState] = []
         latest: dict[int, int] = {}
         self.earlier: list[int | None] = []
         """For each visit, the number of the one before it of the same layer; None if it is the first."""
         for number, visit in enumerate(path):
-            self.earlier.append(latest.get(visit.layer))
+            earlier = latest.get(visit.layer)
+            before = None if earlier is None else self.slots[earlier]
+            shared = shares and isinstance(before, AttentionSlot)
+            self.slots.append(SharedSlot(before) if shared else new_slot(kinds[visit.layer]))  # type: ignore[arg-type]
+            self.earlier.append(earlier)
             latest[visit.layer] = number
         self._head_slots = [new_slot("full_attention") for _ in range(n_head_blocks)]
         self.decisions: dict[Decision, Tensor] = {}
@@ -297,16 +331,19 @@ class FixedMemory:
     def slot(self, number: int, visit: Visit, active: ActiveTokens | None, own: LayerKeys | None = None) -> "FixedSlot":
         """The slot of a visit."""
         slot = self._cache.slots[number]
-        merge = None
-        if active is not None and isinstance(slot, AttentionSlot):
-            merge = Merge(active, self._idle(number, own))
+        merge, shared = None, isinstance(slot, SharedSlot)
+        if isinstance(slot, SharedSlot) and slot.complete:
+            return FixedSlot(slot, self._call, active)
+        if isinstance(slot, AttentionSlot) and (active is not None or shared):
+            merge = Merge(active, self._idle(number, own), shared)
             slot.mark_known(self._call, merge.known)
         return FixedSlot(slot, self._call, active, merge)
 
     def _idle(self, number: int, own: LayerKeys | None) -> LayerKeys | None:
         """What tokens offer in a visit that they do not run."""
         earlier = self._cache.earlier[number]
-        if self._stop != "last_kv" or earlier is None:
+        shared = isinstance(self._cache.slots[number], SharedSlot)
+        if earlier is None or (self._stop != "last_kv" and not shared):
             return own
         slot = self._cache.slots[earlier]
         assert isinstance(slot, AttentionSlot), "a layer is of one kind"
@@ -317,6 +354,8 @@ class FixedMemory:
         slot = self._cache.slots[number]
         if isinstance(slot, RecurrentState):
             slot.passed_over = self._call.n_valid is None
+            return
+        if isinstance(slot, SharedSlot) and slot.complete:
             return
         keys = self._idle(number, own)
         if keys is None:
@@ -360,11 +399,10 @@ class FixedSlot:
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write keys and values at the positions of their tokens, and return those that attention looks at."""
-        if self._merge is None:
-            return self._slot.update(self._call, key_states, value_states)
-        keys = self._merge(key_states, value_states)
+        keys = LayerKeys(key_states, value_states)
+        keys = keys if self._merge is None else self._merge(key_states, value_states)
         key, value = self._slot.update(self._call, keys.key, keys.value)
-        return self._merge.active.of_rows(key), self._merge.active.of_rows(value)
+        return (key, value) if self._active is None else (self._active.of_rows(key), self._active.of_rows(value))
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
         """The window before the call."""

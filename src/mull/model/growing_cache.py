@@ -7,8 +7,6 @@ A path is bound to the cache by its first call and cannot change afterwards: a s
 a shorter past.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -219,33 +217,52 @@ class SlotCache(Cache):
         self.layer_kinds, self._layer_options = get_layer_types_and_kwargs(text_config)
         self.path: Path = ()
         """The path whose visits own the slots; empty until the first call."""
+        self.shares = False
+        """Whether all visits of an attention layer have the slot of its first, see ``share_first`` in `Stop`."""
+        self.slot_numbers: list[int] = []
+        """Of each visit."""
         self.n_tokens = 0
         """Tokens held, padding included; the same for every slot."""
         self._recording = False
         self._n_recorded = 0
         self._known: dict[int, Tensor] = {}
-        """``[B, n_tokens]`` by slot, False for tokens that offer no keys there; slots in which all offer some are left out."""
+        """``[B, n_tokens]`` by number of the visit, False for tokens that offer no keys there; without visits where all do."""
         self.decisions: dict[Decision, Tensor] = {}
         """``[B]``: what was decided about a row for all calls that share the cache."""
         super().__init__(layers=[], offloading=offloading, offload_only_non_sliding=False)
         self.layers: list[Any] = []
 
-    def bind(self, path: Path) -> None:
+    def bind(self, path: Path, shares: bool = False) -> None:
         """Create the slots of a path, or check that they are this path's.
 
+        Args:
+            path: The path.
+            shares: Whether all visits of an attention layer have the slot of its first.
+
         Raises:
-            ValueError: the cache already holds tokens of another path.
+            ValueError: the cache already holds tokens of another path, or with other slots.
         """
-        if self.path == path:
+        if self.path == path and self.shares == shares:
             return
+        if self.path == path and self.n_tokens:
+            raise ValueError(
+                f"This cache holds {self.n_tokens} tokens of calls with another kind of stopping, and 'share_first' has one slot "
+                "for all visits of a layer: keep adaptive the same for all calls that share a cache, or start a new cache."
+            )
         if self.n_tokens:
             raise ValueError(
                 f"This cache holds {self.n_tokens} tokens that ran {len(self.path)} layer visits, but the call asks for "
                 f"{len(path)} visits in another order or number. Keep think_iterations and path the same for all calls that "
                 "share a cache, or start a new cache."
             )
-        self.path = path
-        self.layers = [self._new_slot(visit.layer) for visit in path]
+        self.path, self.shares, self.slot_numbers, self.layers = path, shares, [], []
+        first: dict[int, int] = {}
+        for visit in path:
+            number = first.get(visit.layer)
+            if number is None or not shares or self.layer_kinds[visit.layer] == "linear_attention":
+                number = first[visit.layer] = len(self.layers)
+                self.layers.append(self._new_slot(visit.layer))
+            self.slot_numbers.append(number)
         if self._recording:
             super().activate_past_recording()
 
@@ -253,16 +270,16 @@ class SlotCache(Cache):
         kind, options = self.layer_kinds[layer], self._layer_options[layer]
         return RecurrentSlot(**options) if kind == "linear_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
 
-    def has_gaps(self, slot: int) -> bool:
-        """Whether a token offers no keys in this slot."""
-        return slot in self._known
+    def has_gaps(self, visit: int) -> bool:
+        """Whether a token offers no keys at this visit."""
+        return visit in self._known
 
-    def known(self, slot: int, new: Tensor | None, n_rows: int, n_new: int) -> Tensor | None:
-        """``[B, n_tokens + T]``: which tokens offer keys in a slot, with those of the call; None for all.
+    def known(self, visit: int, new: Tensor | None, n_rows: int, n_new: int) -> Tensor | None:
+        """``[B, n_tokens + T]``: which tokens offer keys at a visit, with those of the call; None for all.
 
         `new` ``[B, T]`` are those of the call, None for all of them.
         """
-        past = self._known.get(slot)
+        past = self._known.get(visit)
         if past is None and new is None:
             return None
         device = (new if past is None else past).device  # type: ignore[union-attr]
@@ -282,12 +299,20 @@ class SlotCache(Cache):
         zeros = h.new_zeros(rows, config.num_key_value_heads, n_tokens, width)
         return LayerKeys(zeros, zeros, torch.zeros(rows, n_tokens, dtype=torch.bool, device=h.device))
 
-    def append(self, slot: int, keys: LayerKeys) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of a call's tokens to a slot; return those that attention looks at."""
-        known = self.known(slot, keys.known, len(keys.key), keys.key.shape[2])
+    def note_known(self, visit: int, keys: LayerKeys) -> None:
+        """Remember which of a call's tokens offer these keys and values at a visit."""
+        known = self.known(visit, keys.known, len(keys.key), keys.key.shape[2])
         if known is not None:
-            self._known[slot] = known
-        return self.update(keys.key, keys.value, slot)
+            self._known[visit] = known
+
+    def append(self, visit: int, keys: LayerKeys, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of a call's tokens to a visit's slot; return those that attention looks at."""
+        return self.update(keys.key, keys.value, self.slot_numbers[visit], *args, **kwargs)
+
+    def replace(self, visit: int, keys: LayerKeys) -> None:
+        """Put the keys and values of a call's tokens in the place of those that an earlier visit appended to the slot."""
+        slot = self.layers[self.slot_numbers[visit]]
+        slot.keys, slot.values = ending_in(slot.keys, keys.key), ending_in(slot.values, keys.value)
 
     def advance(self, n_tokens: int) -> None:
         """Count the tokens of a finished call."""
@@ -348,7 +373,7 @@ class SlotCache(Cache):
 
     def reset(self) -> None:
         """Forget every token, and the path with them."""
-        self.path, self.layers, self.n_tokens, self._n_recorded, self._known = (), [], 0, 0, {}
+        self.path, self.layers, self.slot_numbers, self.n_tokens, self._n_recorded, self._known = (), [], [], 0, 0, {}
         self.decisions = {}
 
     def reorder_cache(self, beam_idx: Any) -> None:
@@ -375,83 +400,101 @@ class SlotCache(Cache):
         return self._recording or all(kind == "full_attention" for kind in self.layer_kinds)
 
 
+def ending_in(old: Tensor, new: Tensor) -> Tensor:
+    """``old [B, H, N, W]`` with its last tokens replaced by the last of ``new [B, H, T, W]``, N and T in either order."""
+    n = min(old.shape[2], new.shape[2])
+    return torch.cat([old[:, :, : old.shape[2] - n], new[:, :, new.shape[2] - n :].to(old.device)], 2)
+
+
 class GrowingMemory:
     """The `Memory` of one call on a growing cache."""
 
     def __init__(self, cache: SlotCache, stop: Stop | None = None) -> None:
-        self._cache = cache
-        self._offered = OfferedKeys(stop)
+        self.cache = cache
+        self._offered = OfferedKeys("share_first" if cache.shares else stop)
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        """By layer, the keys and values that attention looked at in this call; where visits share them."""
 
     def has_gaps(self, number: int) -> bool:
         """See `Memory`, also for the methods below."""
-        return self._cache.has_gaps(number)
+        return self.cache.has_gaps(number)
 
     def slot(
         self, number: int, visit: Visit, active: ActiveTokens | None, own: LayerKeys | None = None
     ) -> "GrowingSlot":
         """The slot of a visit."""
-        merge = None
-        if active is not None and self._cache.layer_kinds[visit.layer] != "linear_attention":
-            merge = Merge(active, self._offered.idle(visit.layer, own))
-        return GrowingSlot(self._cache, number, active, merge, partial(self._offered.note, visit.layer))
+        attention = self.cache.layer_kinds[visit.layer] != "linear_attention"
+        return GrowingSlot(self, number, active, self._offered.merge(visit, active, own) if attention else None)
 
     def pass_over(self, number: int, visit: Visit, h: Tensor, own: LayerKeys | None = None) -> None:
         """The tokens offer what their kind of stopping says, or fill the slot with what no query sees."""
-        slot = self._cache.layers[number]
+        slot = self.cache.layers[self.cache.slot_numbers[number]]
         if isinstance(slot, RecurrentSlot):
             slot.pass_over(h)
             return
-        self._cache.append(number, self._offered.idle(visit.layer, own) or self._cache.no_keys(h))
+        self.store(number, self._offered.idle(visit, own) or self.cache.no_keys(h))
+
+    def n_keys(self, number: int, n_new: int) -> int:
+        """Keys that attention looks at in a visit, with those of `n_new` tokens of the call."""
+        seen = self._seen.get(self.cache.path[number].layer)
+        return (
+            self.cache.get_mask_sizes(n_new, self.cache.slot_numbers[number])[0] if seen is None else seen[0].shape[2]
+        )
+
+    def store(self, number: int, keys: LayerKeys, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep what a call's tokens offer at a visit; return the keys and values that attention looks at."""
+        visit = self.cache.path[number]
+        before, seen = self._offered.idle(visit, None), self._seen.get(visit.layer)
+        self._offered.note(visit.layer, keys)
+        self.cache.note_known(number, keys)
+        if seen is None:
+            seen = self.cache.append(number, keys, *args, **kwargs)
+        elif keys is not before:
+            self.cache.replace(number, keys)
+            seen = ending_in(seen[0], keys.key), ending_in(seen[1], keys.value)
+        if self.cache.shares:
+            self._seen[visit.layer] = seen
+        return seen
 
 
 class GrowingSlot:
     """The `LayerMemory` of one visit on a growing cache.
 
     Args:
-        cache: The cache.
+        memory: That of the call.
         number: Number of the visit in the cache's path.
         active: The tokens that run; None for all.
-        merge: Extends their keys to all tokens of the call, for attention layers that run a part of the tokens.
-        note: Told the keys and values that the call's tokens offer.
+        merge: Makes their keys those of all tokens of the call; None where they are that, and for recurrent layers.
     """
 
-    def __init__(
-        self,
-        cache: SlotCache,
-        number: int,
-        active: ActiveTokens | None,
-        merge: Merge | None,
-        note: Callable[[LayerKeys], None],
-    ) -> None:
-        self._cache = cache
-        self._number = number
+    def __init__(self, memory: GrowingMemory, number: int, active: ActiveTokens | None, merge: Merge | None) -> None:
+        self._memory = memory
+        self._cache = memory.cache
+        self._visit = number
+        self._number = memory.cache.slot_numbers[number]
         self._active = active
         self._merge = merge
-        self._note = note
 
     @property
     def n_keys(self) -> int:
         """See `LayerMemory`, also for the methods below."""
         assert self._active is not None, "asked when a part of the tokens runs"
-        return self._cache.get_mask_sizes(self._active.mask.shape[1], self._number)[0]
+        return self._memory.n_keys(self._visit, self._active.mask.shape[1])
 
     @property
     def known(self) -> Tensor | None:
         """The newest `n_keys` tokens, which is what sliding windows keep."""
-        if self._merge is None:
+        if self._merge is None or self._active is None:
             return None
-        known = self._cache.known(self._number, self._merge.known, *self._merge.active.mask.shape)
+        known = self._cache.known(self._visit, self._merge.known, *self._active.mask.shape)
         return None if known is None else known[:, -self.n_keys :]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Append keys and values, and return those that attention looks at."""
+        """Store keys and values, and return those that attention looks at."""
         if self._merge is None:
-            self._note(LayerKeys(key_states, value_states))
-            return self._cache.update(key_states, value_states, self._number, *args, **kwargs)
-        keys = self._merge(key_states, value_states)
-        self._note(keys)
-        key, value = self._cache.append(self._number, keys)
-        return self._merge.active.of_rows(key), self._merge.active.of_rows(value)
+            return self._memory.store(self._visit, LayerKeys(key_states, value_states), *args, **kwargs)
+        key, value = self._memory.store(self._visit, self._merge(key_states, value_states))
+        return self._merge.of_rows(key), self._merge.of_rows(value)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """The window before the call."""

@@ -7,6 +7,7 @@ Shapes: B batch, T tokens of a call, N tokens that still think, D model width, V
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mull.model.configs import HaltingConfig, Stop
+from mull.model.depth_router import DepthRouter
 from mull.model.path import Visit
 from mull.model.policy import Policy
 from mull.ops.cross_entropy import accurate
@@ -37,6 +39,7 @@ class Evidence:
         kept: What the rule kept of these tokens when it was asked before; it may keep more, ``[N, ...]`` by name.
         readout: Early decoding; None where no unembedding is at hand.
         exit_head: Gives ``[N, 1]`` from states, for ``learned``; None without.
+        choose_depth: Gives the iterations ``[N]`` from states, for ``router``; None without.
     """
 
     def __init__(
@@ -47,12 +50,14 @@ class Evidence:
         kept: dict[str, Tensor],
         readout: Readout | None,
         exit_head: nn.Module | None,
+        choose_depth: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.iteration = iteration
         self.state = state
         self.before = before
         self.kept = kept
         self.exit_head = exit_head
+        self.choose_depth = choose_depth
         self.n_readouts = 0
         """Tokens that were decoded early."""
         self._readout = readout
@@ -154,6 +159,18 @@ def learned(config: HaltingConfig) -> Rule:
     return rule
 
 
+def router(_config: HaltingConfig) -> Rule:
+    """The depth router gave the token no more iterations, when the token entered the think block."""
+
+    def rule(evidence: Evidence) -> Tensor:
+        if "depth" not in evidence.kept:
+            assert evidence.choose_depth is not None, "MullModel has a router if its rule is that"
+            evidence.kept["depth"] = evidence.choose_depth(evidence.before)
+        return evidence.kept["depth"] <= evidence.iteration
+
+    return rule
+
+
 RULES: dict[str, Callable[[HaltingConfig], Rule]] = {
     "fixed": fixed,
     "state": state,
@@ -161,6 +178,7 @@ RULES: dict[str, Callable[[HaltingConfig], Rule]] = {
     "kl": kl,
     "repeat": repeat,
     "learned": learned,
+    "router": router,
 }
 """Rules by name."""
 
@@ -219,10 +237,11 @@ class Halting(Policy):
         tokens: ``[B, T]``, False for padding, which does not think beyond the first iteration; None without padding.
         readout: Early decoding, for rules that need it.
         exit_head: For the rule ``learned``.
+        depth_router: For the rule ``router``.
         visits_per_iteration: How often an iteration visits a layer.
 
     Raises:
-        ValueError: unknown rule.
+        ValueError: unknown rule, or one that needs an exit head or a router, without it.
     """
 
     def __init__(
@@ -234,8 +253,16 @@ class Halting(Policy):
         tokens: Tensor | None = None,
         readout: Readout | None = None,
         exit_head: nn.Module | None = None,
+        depth_router: DepthRouter | None = None,
         visits_per_iteration: int = 1,
     ) -> None:
+        needed = {"learned": ("exit head", exit_head), "router": ("depth router", depth_router)}
+        name, part = needed.get(config.rule, ("", self))
+        if part is None:
+            raise ValueError(
+                f"The halting rule {config.rule!r} needs a trained {name}: load the model with "
+                f"etd=ETDConfig(..., halting=HaltingConfig(rule={config.rule!r})), and train it."
+            )
         self.config = config
         self.stop = config.stop
         self.iterations = iterations
@@ -243,11 +270,16 @@ class Halting(Policy):
         """``[B, T]``: iterations of each token so far."""
         self.n_readouts = 0
         """Tokens that were decoded early, over all iterations."""
+        self.router_logits: Tensor | None = None
+        """``[B, T, k]`` of a depth router that was trained by the call, with their gradient."""
         self._rule = make_rule(config)
         self._block = think_layers
         self._tokens = tokens
         self._readout = readout
         self._exit_head = exit_head
+        self._router = depth_router if config.rule == "router" else None
+        self._trains = self._router is not None and self._router.training and torch.is_grad_enabled()
+        self._entered: Tensor | None = None
         self._visits = visits_per_iteration
         self._before: Tensor | None = None
         self._thinking: Tensor | bool = True
@@ -264,6 +296,7 @@ class Halting(Policy):
                 # A mask of all tokens would have the layers gather them.
                 everybody = self._tokens is None or bool(self._tokens.all())
                 self._thinking, self._kept = True if everybody or self._tokens is None else self._tokens, {}
+                self._entered = h if self._trains else None
             else:
                 self._ask(iteration, h.detach())
             self._before = h.detach()
@@ -280,7 +313,9 @@ class Halting(Policy):
         state = h[thinking]
         if not len(state):
             return
-        evidence = Evidence(iteration, state, self._before[thinking], self._kept, self._readout, self._exit_head)
+        choose = None if self._router is None else partial(self._router.choose, training=self._trains)
+        before = self._before[thinking]
+        evidence = Evidence(iteration, state, before, self._kept, self._readout, self._exit_head, choose)
         goes_on = ~self._answer(evidence)
         self.n_readouts += evidence.n_readouts
         if iteration < self.config.min_iterations:
@@ -313,6 +348,22 @@ class Halting(Policy):
                     "with an entry for each token."
                 )
         return stops
+
+    def weigh(self, visit: Visit, before: Tensor, after: Tensor) -> Tensor:
+        """The same states, with a gradient to the depth router: an iteration's update counts with the probability that it runs.
+
+        In the value that is 1 or 0. Tokens that do not run it learn nothing from it.
+        """
+        iteration, left = divmod(visit.occurrence + 1, self._visits)
+        if self._entered is None or visit.layer != self._block[-1] or left or iteration == 1:
+            return after
+        assert self._router is not None, "it is trained"
+        assert self._before is not None, "the iteration has begun"
+        if self.router_logits is None:
+            with torch.enable_grad():  # the first iterations may be cut off, and the last ones learn nevertheless
+                self.router_logits = self._router.gate(self._entered)
+        chance = self._router.going_on(self.router_logits, iteration, self.config.min_iterations, self.iterations)
+        return after + (chance - chance.detach()).to(after.dtype)[..., None] * (after.detach() - self._before)
 
     def metrics(self) -> dict[str, Any]:
         """What happened, for `MullOutput.metrics`.

@@ -150,6 +150,20 @@ def check_call(
         require(f"attention_mask[{kind!r}]", mask, (Tensor, BlockMask, NoneType), "a mask of transformers, or None")
 
 
+def check_embeddings(embeddings: Any, width: int) -> None:
+    """Refuse ``inputs_embeds`` that are no states of this width.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: a tensor of another shape, or of whole numbers.
+    """
+    require("inputs_embeds", embeddings, Tensor, "a tensor [rows, tokens, width]")
+    if embeddings.ndim != 3 or embeddings.shape[-1] != width or 0 in embeddings.shape:
+        raise ValueError(f"inputs_embeds has shape {tuple(embeddings.shape)}; give [rows, tokens, {width}].")
+    if not embeddings.is_floating_point():
+        raise ValueError(f"inputs_embeds has the type {embeddings.dtype}: give token numbers as input_ids.")
+
+
 def check_keywords(keywords: Mapping[str, Any]) -> None:
     """Refuse keywords of ``forward`` that it would have to ignore.
 

@@ -118,49 +118,78 @@ class OfferedKeys:
     """What tokens offer in the visits that they do not run, see `Stop`. It belongs to one call, and follows its visits in order.
 
     Args:
-        stop: Which of the three meanings; None for a call without a policy, in which every token runs.
+        stop: Which of the meanings; None for a call without a policy, in which every token runs.
     """
 
     def __init__(self, stop: Stop | None) -> None:
         self._stop = stop
-        self._last: dict[int, LayerKeys] = {}
+        self._latest: dict[int, LayerKeys] = {}
 
     def note(self, layer: int, keys: LayerKeys) -> None:
         """The tokens offer these at a layer's latest visit."""
-        if self._stop == "last_kv":
-            self._last[layer] = keys
+        if self._stop in ("last_kv", "share_first"):
+            self._latest[layer] = keys
 
-    def idle(self, layer: int, own: LayerKeys | None) -> LayerKeys | None:
+    def idle(self, visit: Visit, own: LayerKeys | None) -> LayerKeys | None:
         """What tokens offer in a layer's next visit if they do not run it; `own` is projected from their states."""
-        return own if self._stop == "own_state" else self._last.get(layer)
+        if self._stop == "own_state":
+            return own
+        # A layer may be run anew with another state, as decoder layers are after each iteration.
+        return self._latest.get(visit.layer) if visit.occurrence else None
+
+    def merge(self, visit: Visit, active: ActiveTokens | None, own: LayerKeys | None) -> "Merge | None":
+        """How the keys of tokens that run a layer's next visit, all for None, become those of all; None if they are those."""
+        idle = self.idle(visit, own)
+        shares = self._stop == "share_first" and idle is not None
+        return Merge(active, idle, shares) if shares or active is not None else None
 
 
 @dataclass(frozen=True)
 class Merge:
     """Extends the keys and values of the active tokens to all tokens of the call."""
 
-    active: ActiveTokens
+    active: ActiveTokens | None
+    """None for all."""
+
     idle: LayerKeys | None
     """What tokens offer if they do not run the visit; None for nothing."""
+
+    shares: bool = False
+    """Whether tokens that run it offer that, too, if they have it; see ``share_first`` in `Stop`."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing new is offered."""
+        return self.shares and self.idle is not None and self.idle.known is None
 
     @property
     def known(self) -> Tensor | None:
         """``[B, T]``: tokens that offer keys and values after the merge; None for all."""
-        if self.idle is None:
-            return self.active.mask
-        return None if self.idle.known is None else self.active.mask | self.idle.known
+        if self.active is None or (self.idle is not None and self.idle.known is None):
+            return None
+        return self.active.mask if self.idle is None or self.idle.known is None else self.active.mask | self.idle.known
 
     def __call__(self, key: Tensor, value: Tensor) -> LayerKeys:
         """``[R, H, A, W]`` each to ``[B, H, T, W]``."""
+        if self.complete and self.idle is not None:
+            return self.idle
         old_key, old_value = (None, None) if self.idle is None else (self.idle.key, self.idle.value)
         return LayerKeys(self._merged(key, old_key), self._merged(value, old_value), self.known)
 
+    def of_rows(self, x: Tensor) -> Tensor:
+        """``[B, ...]`` to ``[R, ...]``."""
+        return x if self.active is None else self.active.of_rows(x)
+
     def _merged(self, new: Tensor, old: Tensor | None) -> Tensor:
-        rows, tokens = self.active.mask.shape
-        if old is None:
-            old = new.new_zeros(rows, new.shape[1], tokens, new.shape[-1])
-        # The tokens' dimension comes second where tokens are scattered.
-        return self.active.scatter(old.transpose(1, 2), new.transpose(1, 2)).transpose(1, 2)
+        if self.active is not None:
+            before = new.new_zeros(len(self.active.mask), new.shape[1], self.active.mask.shape[1], new.shape[-1])
+            before = before if old is None else old
+            # The tokens' dimension comes second where tokens are scattered.
+            new = self.active.scatter(before.transpose(1, 2), new.transpose(1, 2)).transpose(1, 2)
+        if self.shares and self.idle is not None and self.idle.known is not None:
+            assert old is not None, "there are idle keys"
+            new = torch.where(self.idle.known[:, None, :, None], old, new)
+        return new
 
 
 def head_width(config: PreTrainedConfig) -> int:
@@ -240,8 +269,7 @@ class CallMemory:
     def slot(self, number: int, visit: Visit, active: ActiveTokens | None, own: LayerKeys | None = None) -> "CallSlot":
         """The slot of a visit."""
         # What tokens offer is looked up now and not again: gradient checkpointing may run the layer a second time.
-        merge = None if active is None else Merge(active, self._offered.idle(visit.layer, own))
-        return CallSlot(self._offered, visit.layer, merge)
+        return CallSlot(self._offered, visit.layer, self._offered.merge(visit, active, own))
 
     def pass_over(self, number: int, visit: Visit, h: Tensor, own: LayerKeys | None = None) -> None:
         """Nothing happens: what the tokens offered before is what they offer later."""
@@ -259,6 +287,7 @@ class CallSlot:
     def n_keys(self) -> int:
         """Tokens of the call."""
         assert self._merge is not None, "asked when a part of the tokens runs"
+        assert self._merge.active is not None, "asked when a part of the tokens runs"
         return self._merge.active.mask.shape[1]
 
     @property
@@ -275,7 +304,7 @@ class CallSlot:
             return key_states, value_states
         keys = self._merge(key_states, value_states)
         self._offered.note(self._layer, keys)
-        return self._merge.active.of_rows(keys.key), self._merge.active.of_rows(keys.value)
+        return self._merge.of_rows(keys.key), self._merge.of_rows(keys.value)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
         """There is no past."""

@@ -6,10 +6,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mull.model.configs import etd_from_dict, layer_kinds, mtp_from_dict
+from mull.model.configs import HaltingConfig, Stop, etd_from_dict, layer_kinds, mtp_from_dict
 from mull.model.configuration import MullConfig
 from mull.model.growing_cache import SlotCache
 from mull.model.path import MAX_ITERATIONS, Path, check_path, from_layers
+from mull.model.policy import Policy
 from mull.runtime.arguments import require_count
 
 
@@ -68,6 +69,12 @@ class MullPreTrainedModel(PreTrainedModel):
     def new_cache(self, offloading: bool = False) -> SlotCache:
         """An empty cache for calls of this model that share a past."""
         return SlotCache(self.text_config, offloading)
+
+    def stop_of(self, decides: Policy | HaltingConfig | None) -> Stop | None:
+        """What tokens leave behind in a call in which this decides who runs a visit; with None, in one in which all do."""
+        if decides is not None:
+            return decides.stop
+        return None if self.etd_config is None else self.etd_config.stop
 
     def path(self, think_iterations: int | None = None, path: Sequence[Sequence[int]] | None = None) -> Path:
         """The path that a call with these arguments takes.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mull.layers.routers import EXECUTE, REPEAT, SKIP, LayerRouter, Prompts
 from mull.model.configs import ETDConfig, LayerRouterConfig, Stop
+from mull.model.depth_router import DepthRouter
 from mull.model.experts import ExpertRouting, Experts
 from mull.model.memory import Decision
 from mull.model.path import Visit
@@ -59,7 +60,7 @@ class RoutedCall(NamedTuple):
 
 
 class RoutedParts(nn.Module):
-    """What a model's routes need besides its layers: layer routers, token skipping and LoRA experts.
+    """What a model's routes need besides its layers: routers of layers and of iterations, token skipping, LoRA experts.
 
     Args:
         config: Of the think block.
@@ -75,6 +76,8 @@ class RoutedParts(nn.Module):
         self.token_skip: TokenSkips | None = None
         if config.token_skip is not None:
             self.token_skip = METHODS[config.token_skip.method](config, layers, width)
+        depth, most = config.depth_router, config.max_think_iterations
+        self.depth_router = None if depth is None else DepthRouter(width, most, depth.balance_rate)
 
     def attach(self, layers: nn.ModuleList) -> None:
         """Work on these layers."""
@@ -126,18 +129,19 @@ class RoutedParts(nn.Module):
         Returns:
             ``skip_count``, ``execute_count`` and ``repeat_count`` of layer routers: those of a sequence decide once per row,
             those of tokens once per token. ``expert_counts``, in a model with LoRA experts: how often each was chosen, once per
-            iteration. With token skipping ``executed_share``, the share of the tokens that ran a layer, by layer; and if ranks
-            decided, ``rank_agreement``: for which share of the tokens the rule of use says the same. Padding is left out.
+            iteration. ``depth_counts``, in a model with a router of iterations: how often 1, 2 and more were chosen. With token
+            skipping ``executed_share``, the share of the tokens that ran a layer, by layer; and if ranks decided,
+            ``rank_agreement``: for which share of the tokens the rule of use says the same. Padding is left out.
         """
         counts = [0, 0, 0] if self.layer_routers is None else self.layer_routers.counts
         stats: dict[str, Any] = dict(zip(("skip_count", "execute_count", "repeat_count"), counts, strict=True))
-        if self.experts is not None:
-            stats["expert_counts"] = self.experts.selections
+        chosen = {"expert_counts": self.experts, "depth_counts": self.depth_router}
+        stats |= {name: part.selections for name, part in chosen.items() if part is not None}
         return stats if self.token_skip is None else stats | self.token_skip.stats()
 
     def reset_stats(self) -> None:
         """Forget what was counted."""
-        for part in (self.layer_routers, self.experts, self.token_skip):
+        for part in (self.layer_routers, self.experts, self.depth_router, self.token_skip):
             if part is not None:
                 part.reset_stats()
 

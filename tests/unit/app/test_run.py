@@ -175,6 +175,26 @@ def test_exits_are_trained_and_used(tmp_path: Path, supervision: str) -> None:
     assert model(torch.tensor([[1, 2, 3]]), adaptive=True).metrics is not None
 
 
+def test_recursions_are_trained_and_used(tmp_path: Path) -> None:
+    router = {"rule": "router", "stop": "share_first", "balance_rate": 0.1}
+    training = {"train__algo": "mixture-of-recursions", "recursions": {"z_loss_weight": 0.01}, "train__peak_lr": 0.05}
+    loss = {"iterations": {"kind": "fixed", "maximum": 3}}
+    etd = {"model__etd__halting": router, "model__etd__adaptive_depth": True, "model__etd__max_think_iterations": 3}
+    recipe = named(tmp_path, "tiny", loss=loss, **etd, **training)
+    estimate_recipe(parse_recipe(recipe))
+    carry_out(recipe)
+    log = records(tmp_path / "tiny")
+    assert all(math.isfinite(value) for record in log for value in record.values())
+    assert log[0]["mean_iterations"] == 3
+    assert log[-1]["mean_iterations"] < 3, "the bias evens the load"
+    model = mull.from_pretrained(tmp_path / "tiny" / "model")
+    assert model.etd is not None
+    assert model.etd.depth_router is not None
+    assert model.etd.depth_router.gate.out.weight.abs().max() > 0, "it starts at 0"
+    assert model.etd.depth_router.bias[-1] < 0
+    assert model(torch.tensor([[1, 2, 3]])).metrics is not None
+
+
 def labelled(folder: Path) -> tuple[Path, Path]:
     """A tiny checkpoint, and routes that a search found for its questions."""
     tokenizer = train_tokenizer(["def f(x):\n    return x\n"] * 3, 270)

@@ -129,10 +129,12 @@ def batch_states(
     iterations: int | None = None,
     backprop_iterations: int | None = None,
     depths: Tensor | None = None,
+    policy: Policy | None = None,
 ) -> Tensor:
     """Final-normed states of a micro-batch, ``[B, T, D]``.
 
-    `iterations` None is the model's own number; `depths` ``[B, T]`` are those of each token, up to `iterations`.
+    `iterations` None is the model's own number; `depths` ``[B, T]`` are those of each token, up to `iterations`, unless a
+    `policy` decides about them.
     """
     return model.hidden_states(
         batch["input_ids"],
@@ -140,7 +142,7 @@ def batch_states(
         prompt_mask=_prompt(batch),
         think_iterations=iterations,
         backprop_iterations=backprop_iterations,
-        policy=_given(model, depths),
+        policy=policy or _given(model, depths),
     )
 
 

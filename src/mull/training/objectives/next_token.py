@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, D model width, N valid targets.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from mull.model.causal_lm import MullForCausalLM
 from mull.ops.cross_entropy import weighted_cross_entropy
@@ -54,10 +55,14 @@ class NextToken(Objective):
             ``iterations``; a batch without targets has no ``loss``.
         """
         batch, iterations = plan.batches[index], plan.iterations
+        hidden = batch_states(model, batch, iterations, self.iterations.backprop(iterations), plan.depths_of(index))
+        return self.loss_of(model, batch, hidden, iterations)
+
+    def loss_of(self, model: MullForCausalLM, batch: Batch, hidden: Tensor, iterations: int) -> LossOutput:
+        """That of a micro-batch with these final-normed states ``[B, T, D]``."""
         targets = targets_of(batch["labels"], label_positions(**layout(batch)), 1)[:, :-1, 0]
         valid = targets != IGNORED  # (B, T-1)
         n_targets = valid.sum()
-        hidden = batch_states(model, batch, iterations, self.iterations.backprop(iterations), plan.depths_of(index))
         rows = hidden[:, :-1][valid]  # (N, D)
         ones = torch.ones(len(rows), device=rows.device)
         total, _ = weighted_cross_entropy(rows, model.unembedding(), targets[valid], ones)

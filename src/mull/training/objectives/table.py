@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch import Tensor
 
 from mull.runtime.arguments import require, require_seed
-from mull.training.objectives import critic, exits, grpo, routing, weightings
+from mull.training.objectives import critic, exits, grpo, recursions, routing, weightings
 from mull.training.objectives.base import Objective
 from mull.training.objectives.evidence import Evidence, Scored, Scorer
 from mull.training.objectives.next_token import NextToken
@@ -49,6 +49,9 @@ def _function(score: Callable[[Evidence], Tensor | Scored]) -> Entry:
 OBJECTIVES: dict[str, Entry] = {
     NEXT_TOKEN: Entry(lambda _, resources: NextToken(resources.iterations)),
     "exits": Entry(exits.exits, exits.ExitsConfig, ("exits", exits.ExitsConfig)),
+    "mixture-of-recursions": Entry(
+        recursions.recursions, recursions.RecursionsConfig, ("recursions", recursions.RecursionsConfig)
+    ),
     "baseline-mtp": _function(weightings.baseline),
     "entropy": _function(weightings.entropy),
     "dft": _function(weightings.dft),
