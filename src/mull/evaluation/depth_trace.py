@@ -31,7 +31,7 @@ class IterationTrace(BaseModel):
 
 
 class LayerAction(BaseModel):
-    """What a layer router decided about a token."""
+    """What was decided about a token and a layer."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -59,7 +59,7 @@ class TokenTrace(BaseModel):
     """Nats of the token after it; None for the last one."""
 
     actions: list[LayerAction] = []
-    """What layer routers decided, in the order of the path."""
+    """What layer routers or token skipping decided, in the order of the path."""
 
 
 class DepthTrace(BaseModel):
@@ -164,16 +164,18 @@ def trace_depth(
 def _decisions(
     model: MullForCausalLM, iterations: int, metrics: dict[str, Any] | None
 ) -> tuple[list[tuple[int, int, list[int]]], list[list[int]]]:
-    """Layer, iteration and tokens' actions of each router's decision; and tokens' experts of each iteration."""
+    """Layer, iteration and tokens' actions of each decision about a layer; and tokens' experts of each iteration."""
     config, metrics = model.etd_config, metrics or {}
     assert config is not None, "checked by the caller"
     per_iteration = config.visits_per_iteration
+    layers = config.skipped_layers or config.routed_layers  # a model has one kind
     asked = [
         (visit.layer, 1 + visit.occurrence // per_iteration)
         for visit in model.path(iterations)
-        if visit.layer in config.routed_layers and visit.occurrence % per_iteration == 0
+        if visit.layer in layers and visit.occurrence % per_iteration == 0
     ]
-    decided = [actions[0].tolist() for actions in metrics.get("router_actions", [])]
+    made = metrics.get("router_actions") or metrics.get("token_skip_executed", [])
+    decided = [actions[0].long().tolist() for actions in made]
     experts = [chosen[0].tolist() for chosen in metrics.get("expert_selections", [])]
     return [(*where, actions) for where, actions in zip(asked, decided, strict=bool(decided))], experts
 

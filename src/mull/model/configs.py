@@ -198,10 +198,10 @@ class ETDConfig(Frozen):
     """Optimizer steps of token skipping in which the share of the tokens that run falls linearly from 1 to its capacity."""
 
     use_lora_experts: bool | None = None
-    """Whether the think block has LoRA experts; None: if `lora_expert` is given."""
+    """Whether the think block has LoRA experts; None: if `num_lora_experts` or `lora_expert` is given."""
 
-    num_lora_experts: int = Field(default=4, ge=1, le=2**10)
-    """How many."""
+    num_lora_experts: int | None = Field(default=None, ge=1, le=2**10)
+    """How many; 4 if not given."""
 
     lora_expert: LoRAExpertConfig | None = None
     """What they are; the usual settings if not given."""
@@ -249,9 +249,15 @@ class ETDConfig(Frozen):
     @property
     def experts(self) -> LoRAExpertConfig | None:
         """What the LoRA experts are; None without them."""
-        if self.use_lora_experts is False or (self.use_lora_experts is None and self.lora_expert is None):
+        given = self.num_lora_experts is not None or self.lora_expert is not None
+        if self.use_lora_experts is False or (self.use_lora_experts is None and not given):
             return None
         return self.lora_expert or LoRAExpertConfig()
+
+    @property
+    def n_experts(self) -> int:
+        """How many LoRA experts there are."""
+        return 0 if self.experts is None else self.num_lora_experts or 4
 
     @property
     def depth_router(self) -> HaltingConfig | None:

@@ -122,8 +122,8 @@ class Experts(BalancedChoice):
     def __init__(self, config: ETDConfig, layers: nn.ModuleList, width: int) -> None:
         settings = config.experts
         assert settings is not None, "a model with experts"
-        super().__init__(config.num_lora_experts, settings.balance_rate, config.expert_warmup_steps)
-        self.config, self.n_experts = settings, config.num_lora_experts
+        super().__init__(config.n_experts, settings.balance_rate, config.expert_warmup_steps)
+        self.config, self.n_experts = settings, config.n_experts
         self.gate = ExpertGate(width, self.n_experts)
         think = {str(layer): layers[layer] for layer in config.think_layers}
         self.layers = nn.ModuleDict(

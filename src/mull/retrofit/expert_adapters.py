@@ -87,6 +87,7 @@ def load_expert(model: MullForCausalLM, expert: int, folder: str | os.PathLike[s
         folder: The adapter's folder, or its name on the hub.
 
     Raises:
+        FileNotFoundError: there is no such folder.
         ImportError: PEFT is not installed.
         TypeError: an argument of another type.
         ValueError: the model has no experts, or not so many; or the adapter is of another kind, of a higher rank, or changes
@@ -94,6 +95,8 @@ def load_expert(model: MullForCausalLM, expert: int, folder: str | os.PathLike[s
     """
     peft = _peft()
     experts = _experts(model, expert)
+    if not Path(folder).is_dir() and str(folder).count("/") != 1:  # a name on the hub has one
+        raise FileNotFoundError(f"There is no folder {folder}: give that of an adapter, or its name on the hub.")
     config: Any = peft.PeftConfig.from_pretrained(str(folder))
     odd = [name for name in UNKNOWN if getattr(config, name, None)]
     if config.peft_type != "LORA" or getattr(config, "bias", "none") != "none" or odd:
@@ -112,7 +115,8 @@ def load_expert(model: MullForCausalLM, expert: int, folder: str | os.PathLike[s
     if others := sorted(found.keys() - known):
         raise ValueError(
             f"{folder} changes {re.sub(r'.lora_[AB].*', '', others[0])}, which has no experts here ({len(others)} tensors): they "
-            f"are on {', '.join(experts.config.target_modules)} of the think block."
+            f"are on {', '.join(experts.config.target_modules)} of layers {', '.join(experts.layers)}. Train the adapter with "
+            f"layers_to_transform=[{', '.join(experts.layers)}]."
         )
     scale = config.lora_alpha / config.r / (experts.config.alpha / experts.config.rank)
     filling = experts.config.rank - config.r

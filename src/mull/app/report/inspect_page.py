@@ -19,6 +19,12 @@ def _shares(trace: DepthTrace) -> list[tuple[int, int]]:
     return sorted(counts.items())
 
 
+def _by_layer(trace: DepthTrace) -> list[tuple[int, list[int]]]:
+    """How often tokens skipped, ran and repeated each layer that they were asked about, over all iterations."""
+    counts = Counter((made.layer, made.action) for token in trace.tokens for made in token.actions)
+    return [(layer, [counts[layer, action] for action in range(3)]) for layer in sorted({key[0] for key in counts})]
+
+
 def _told(token: TokenTrace) -> str:
     """The layers that a token skipped and repeated; empty if it ran each once."""
     parts = []
@@ -27,7 +33,7 @@ def _told(token: TokenTrace) -> str:
         most = max((made.iteration for made in token.actions), default=1)
         names = [str(made.layer) if most == 1 else f"{made.layer} (iteration {made.iteration})" for made in layers]
         if names:
-            parts.append(f"{verb} layer {', '.join(names)}")
+            parts.append(f"{verb} layer{'s' if len(names) > 1 else ''} {', '.join(names)}")
     return "; ".join(parts)
 
 
@@ -82,6 +88,7 @@ def write_inspection(
             histogram=histogram,
             routed=any(token.actions for token in trace.tokens),
             experts=_shares(trace),
+            layers=_by_layer(trace),
             most=max(counts.values()),
             facts={"Command": command, **machine()},
         ),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mull.layers.experts import LoRABranches
 from mull.model.memory import head_width
 from mull.runtime.timing import fastest, measured_peak
 
@@ -21,7 +22,8 @@ STREAMED_BYTES = 256 * 2**20
 def products(module: nn.Module, config: Any) -> Iterator[tuple[nn.Module, nn.Parameter, float]]:
     """Parameters that tokens are multiplied with, each with the part that owns it and the share of it that one token uses.
 
-    The share is 1 for matrices and convolution kernels, and ``top_k / experts`` for stacks of routed experts.
+    The share is 1 for matrices and convolution kernels, ``top_k / experts`` for stacks of routed experts, and ``1 / experts`` for
+    those of LoRA experts.
     """
     # torch.utils.flop_counter could count instead of these formulas, and the tests compare with it. But it ignores sliding
     # windows, does not know the grouped product of experts, and counts short rows of a delta rule as a whole chunk.
@@ -29,6 +31,8 @@ def products(module: nn.Module, config: Any) -> Iterator[tuple[nn.Module, nn.Par
         for parameter in part.parameters(recurse=False):
             if parameter.ndim == 2 or isinstance(part, nn.Conv1d):
                 yield part, parameter, 1.0
+            elif isinstance(part, LoRABranches):
+                yield part, parameter, 1 / len(parameter)
             elif parameter.ndim == 3:
                 yield part, parameter, config.num_experts_per_tok / parameter.shape[0]
 

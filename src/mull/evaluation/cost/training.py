@@ -7,6 +7,7 @@ Shapes: B rows of a micro-batch, T tokens of a row, D model width, V vocabulary.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -306,12 +307,22 @@ def _differentiated(
     """Layers of the backward pass, how often each is in it, and whether its input has a gradient."""
     visits = _visits(model, iterations, backprop_iterations)
     reached = visits[0] > 0 and model.model.embed_tokens.weight.requires_grad
+    first = _first_decision(model)
     for count, part in zip(visits, _parts(model), strict=True):
         for times in filter(None, (min(count, 1), count - min(count, 1))):  # the first pass, and later ones
             for layer in part:
-                if reached or not _is_frozen(model.model.layers[layer]):
+                if reached or layer >= first or not _is_frozen(model.model.layers[layer]):
                     yield layer, times, reached
                     reached = True
+
+
+def _first_decision(model: MullForCausalLM) -> float:
+    """The first layer whose states a trained router, gate or expert changes; infinity if none is trained."""
+    etd, parts = model.etd_config, model.etd
+    if etd is None or parts is None or _is_frozen(parts):
+        return math.inf
+    decided = {*etd.routed_layers, *etd.skipped_layers}
+    return min(decided) if decided else etd.n_encoder_layers
 
 
 def _layer_flops(model: MullForCausalLM, length: int) -> list[float]:

@@ -21,7 +21,7 @@ from mull.evaluation.cost.training import (
 )
 from mull.layers.value_head import ValueHead
 from mull.model.causal_lm import MullForCausalLM
-from mull.model.configs import ETDConfig, MTPConfig
+from mull.model.configs import ETDConfig, LayerRouterConfig, LoRAExpertConfig, MTPConfig, TokenSkipConfig
 from mull.ops.targets import targets_of
 from mull.retrofit.presets import TransformerConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
@@ -409,3 +409,23 @@ def test_a_layer_without_attention_to_its_left_is_no_layer_of_another_kind() -> 
     counts = estimate(meta(everything), ADAMW, Schedule(rows=1, length=8)).parameters
     assert (counts.encoder, counts.decoder) == (0, 0)
     assert isinstance(everything.model.layers, nn.ModuleList)
+
+
+def test_routers_experts_and_skips_in_the_layers_have_a_backward_pass() -> None:
+    """With everything else frozen, the gradient flows from the end to the first decision."""
+    options: list[dict[str, Any]] = [
+        {"lora_expert": LoRAExpertConfig(rank=4)},
+        {"layer_router": LayerRouterConfig(granularity="token")},
+        {"token_skip": TokenSkipConfig(method="mod", scope="all")},
+    ]
+    for parts in options:
+        etd = ETDConfig(n_encoder_layers=2, n_think_layers=4, n_decoder_layers=2, max_think_iterations=2, **parts)
+        built = wrap_transformer_with_etd(tiny("qwen3"), etd).requires_grad_(False)
+        assert built.etd is not None
+        built.etd.requires_grad_(True)
+        forward, found = (each(built, LENGTH, 2) for each in (flops_per_token, training_flops_per_token))
+        whole = training_flops_per_token(wrap_transformer_with_etd(tiny("qwen3"), etd), LENGTH, 2)
+        assert 1.3 * forward < found < 0.8 * whole
+        assert estimate(built, MUON, Schedule(rows=1, length=64, precision="fp32")).parameters.trainable == sum(
+            parameter.numel() for parameter in built.etd.parameters()
+        )
