@@ -97,7 +97,7 @@ def in_calls(model: MullForCausalLM, tokens: Tensor, lengths: list[int], **optio
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("routers", [None, "sequence"])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-@pytest.mark.latin(8, "family", "adaptive", "routers", "scale")
+@pytest.mark.latin(16, "family", "adaptive", "routers", "scale")
 @torch.no_grad()
 def test_tokens_choose_the_same_in_one_call_and_in_many(
     family: str, adaptive: bool, routers: Any, scale: float, exact: Exact, ids: Ids
@@ -124,6 +124,10 @@ def test_experts_of_rows_are_chosen_on_the_prompt_and_stay(family_name: str, exa
     assert len(chosen.unique()) > 1
     changed = torch.where(prompt, tokens, (tokens + 1) % 97)
     assert torch.equal(chosen_by(model(changed, use_cache=False, prompt_mask=prompt)), chosen)
+    labels = torch.where(prompt, -100, tokens)
+    assert torch.equal(model(tokens, use_cache=False, labels=labels).logits, expected.logits), (
+        "the prompt has no labels"
+    )
     cache = model.new_cache()
     cache.activate_past_recording()
     model(tokens[:, :n_prompt], past_key_values=cache)
@@ -138,7 +142,7 @@ def test_experts_of_rows_are_chosen_on_the_prompt_and_stay(family_name: str, exa
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("side", ["left", "right", "packed"])
-@pytest.mark.latin(10, "family", "granularity", "side")
+@pytest.mark.latin(20, "family", "granularity", "side")
 @torch.no_grad()
 def test_padding_other_rows_and_other_documents_choose_nothing(
     family: str, granularity: Any, side: str, exact: Exact, ids: Ids
@@ -148,6 +152,8 @@ def test_padding_other_rows_and_other_documents_choose_nothing(
     real = slice(0, TOKENS) if side == "right" else slice(padding, None)
     padded = torch.cat([tokens, filling] if side == "right" else [filling, tokens], 1)
     options: dict[str, Any] = {"prompt_mask": torch.ones_like(padded)}
+    if side == "left":
+        options["prompt_mask"][:, :padding] = 0
     if side == "packed":
         options["position_ids"] = torch.cat([torch.arange(padding), torch.arange(TOKENS)]).expand(ROWS, -1)
     else:
@@ -168,7 +174,7 @@ def test_padding_other_rows_and_other_documents_choose_nothing(
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("draft_length", [None, 0, 2])
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.latin(24, "family", "granularity", "draft_length", "adaptive")
+@pytest.mark.latin(48, "family", "granularity", "draft_length", "adaptive")
 @torch.no_grad()
 def test_both_generators_write_the_same_text_with_and_without_drafts(
     family: str, granularity: Any, draft_length: int | None, adaptive: bool, exact: Exact, ids: Ids
@@ -260,7 +266,7 @@ def trained_loss(model: MullForCausalLM, tokens: Tensor, **options: Any) -> Tens
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("routers", [None, "token"])
-@pytest.mark.latin(6, "family", "granularity", "routers")
+@pytest.mark.latin(12, "family", "granularity", "routers")
 def test_everything_learns_and_training_is_hard(
     family: str, granularity: Any, routers: Any, exact: Exact, ids: Ids
 ) -> None:
@@ -367,6 +373,10 @@ def test_experts_are_drawn_while_they_warm_up(exact: Exact, ids: Ids) -> None:
     assert experts.gate.weight.grad.any()
     optimizer.step()
     assert torch.equal(chosen_by(model(tokens)), gated)
+    experts.warmup_steps = 1000
+    assert not torch.equal(chosen_by(model(tokens)), gated)
+    experts.requires_grad_(False)
+    assert torch.equal(chosen_by(model(tokens)), gated), "frozen experts have no warm-up to end"
 
 
 @torch.no_grad()
@@ -430,3 +440,26 @@ def test_adapters_of_peft_go_beside_routers_and_experts(ids: Ids, tmp_path: Any)
     assert torch.equal(loaded(tokens, use_cache=False).logits, after)
     merged = loaded.merge_and_unload()(tokens, use_cache=False).logits
     torch.testing.assert_close(merged, after, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_an_emptied_cache_has_no_decisions(exact: Exact, ids: Ids) -> None:
+    model = with_experts(exact("qwen3"), granularity="sequence", scale=30.0)
+    cache = model.new_cache()
+    model(ids(ROWS, 6), past_key_values=cache)
+    cache.crop(-6)
+    other = ids(ROWS, 6, seed=5)
+    found = model(other, past_key_values=cache).logits
+    assert torch.equal(found, model(other, past_key_values=model.new_cache()).logits)
+
+
+def test_adapters_that_change_more_than_a_lora_are_refused(ids: Ids, tmp_path: Any) -> None:
+    peft = pytest.importorskip("peft")
+    model = with_experts(tiny("qwen3"))
+    for options in ({"init_lora_weights": "pissa"}, {"use_dora": True}, {"alora_invocation_tokens": [90]}):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+        peft.get_peft_model(tiny("qwen3"), config).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="no plain LoRA adapter"):
+            mull.load_expert(model, 0, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder nowhere"):
+        mull.load_expert(model, 0, "nowhere")

@@ -156,7 +156,8 @@ class Prompts:
         rows = torch.arange(len(states), device=states.device)[:, None].expand(everything.shape)
         sequences = rows if positions is None else sequence_numbers(positions)
         labelled = everything if prompt_mask is None else ~prompt_mask.bool()
-        tokens = prompt_tokens(labelled, everything if real is None else real, sequences)
+        real = everything if real is None else real
+        tokens = prompt_tokens(labelled & real, real, sequences)
         return cls(tokens, sequences, 1 + int(sequences[-1, -1]), n_windows)
 
     def logits(self, router: Router, states: Float[Tensor, "B T D"]) -> Float[Tensor, "S A"]:

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -170,24 +170,25 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         if isinstance(tokens, Tensor):
             position_ids = packed_positions(keywords, tokens.shape[:2], attention_mask, position_ids)
         has_loss = labels is not None or shift_labels is not None
-        with self.auxiliary_losses() if has_loss else nullcontext([]) as auxiliary:
-            out = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                output_hidden_states=output_hidden_states,
-                output_attentions=output_attentions,
-                think_iterations=think_iterations,
-                path=path,
-                adaptive=adaptive,
-                output_router_logits=output_router_logits,
-                heads_follow=True,
-                unembed=self.lm_head,
-                **keywords,
-            )
+        run = partial(
+            self.model,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            think_iterations=think_iterations,
+            path=path,
+            adaptive=adaptive,
+            output_router_logits=output_router_logits,
+            heads_follow=True,
+            unembed=self.lm_head,
+            **keywords,
+        )
+        out, auxiliary = self._collected(run) if has_loss else (run(), [])
         h, cache = out.last_hidden_state, out.past_key_values
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, keep])
@@ -204,7 +205,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             if aux_loss is not None:
                 loss = loss + self.text_config.router_aux_loss_coef * aux_loss
             if token_skip_loss is not None:
-                loss = loss + token_skip_loss
+                loss = loss + token_skip_loss * _share_of_step(labels, shift_labels, num_items_in_batch)
             if self.mtp_config is not None and labels is not None:
                 _require_whole(cache, h)
                 mtp_loss, mtp_step_losses = self._mtp_loss(
@@ -225,9 +226,10 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         )
 
     def _with_prompts(self, keywords: dict[str, Any], labels: Tensor) -> dict[str, Any]:
-        """Let routers of sequences look at the tokens before the first one with a label."""
-        config = None if self.etd_config is None else self.etd_config.router
-        if config is None or config.granularity == "token" or "prompt_mask" in keywords:
+        """Let routers and gates of sequences look at the tokens before the first one with a label."""
+        etd = self.etd_config
+        deciding = [] if etd is None else [part for part in (etd.router, etd.experts) if part is not None]
+        if all(part.granularity == "token" for part in deciding) or "prompt_mask" in keywords:
             return keywords
         return keywords | {"prompt_mask": labels == IGNORED}
 
@@ -289,6 +291,13 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         `forward` collects and adds them in a call with labels, and such a call leaves none to the collection around it.
         """
         return nullcontext([]) if self.etd is None else self.etd.auxiliary_losses()
+
+    def _collected(self, run: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
+        """What a call returns, and what token skipping adds to its loss."""
+        if self.etd is None or self.etd.token_skip is None:
+            return run(), []  # torch.compile cannot go on inside of a context after decisions of the host
+        with self.auxiliary_losses() as auxiliary:
+            return run(), auxiliary
 
     @property
     def _etd_metrics(self) -> dict[str, Any]:
@@ -504,6 +513,17 @@ def _check_kept(logits_to_keep: int | Tensor) -> None:
         require_count("logits_to_keep", logits_to_keep, 0)
     elif logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool:
         raise ValueError(f"logits_to_keep has the type {logits_to_keep.dtype}: indices are whole numbers.")
+
+
+def _share_of_step(
+    labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: Tensor | int | None
+) -> Tensor | float:
+    """Share of an optimizer step's targets that are in this call, as transformers' Trainer divides the loss."""
+    if num_items_in_batch is None:
+        return 1.0
+    targets = shift_labels if shift_labels is not None else labels[:, 1:] if labels is not None else None
+    assert targets is not None, "a loss has labels"
+    return (targets != IGNORED).sum() / num_items_in_batch
 
 
 def _require_whole(cache: SlotCache | None, h: Tensor) -> None:

@@ -177,6 +177,8 @@ class ExpertRouting(Policy):
         self._config, self._experts = config, experts
         self._prompts, self._tokens, self._kept = prompts, tokens, kept
         self._trains = experts.training and torch.is_grad_enabled()
+        # Frozen experts take no steps, so their warm-up would never end.
+        self._draws = self._trains and experts.warms_up and any(p.requires_grad for p in experts.parameters())
         self._last: Visit | None = None
         self._gates: Tensor | None = None
 
@@ -211,7 +213,7 @@ class ExpertRouting(Policy):
             self.selections.append(chosen)
             return F.one_hot(chosen, experts.n_experts).to(h.dtype)
         logits = experts.gate(h) if self._prompts is None else self._prompts.logits(experts.gate, h)
-        if self._trains and experts.warms_up:
+        if self._draws:
             chosen = torch.randint(experts.n_experts, logits.shape[:-1], device=logits.device)
         else:
             chosen = (logits.detach().sigmoid() + experts.bias).argmax(-1)

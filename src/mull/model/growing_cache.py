@@ -354,6 +354,8 @@ class SlotCache(Cache):
             for slot in self.layers:
                 slot.crop(tokens_to_remove)
         self.n_tokens += tokens_to_remove
+        if not self.n_tokens:
+            self.decisions = {}
         self._n_recorded = 0
         self._known = {slot: known[:, : self.n_tokens] for slot, known in self._known.items()}
 

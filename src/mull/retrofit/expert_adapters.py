@@ -27,13 +27,18 @@ PREFIX = "base_model.model."
 UNKNOWN = (
     "use_dora",
     "use_rslora",
+    "lora_bias",
     "modules_to_save",
     "rank_pattern",
     "alpha_pattern",
     "layer_replication",
     "fan_in_fan_out",
+    "alora_invocation_tokens",
 )
 """What an adapter may have and an expert cannot."""
+
+STARTS = (True, False, "gaussian", "orthogonal")
+"""Ways to begin an adapter (``init_lora_weights``) that leave the weights of the model as they are."""
 
 
 def export_expert(model: MullForCausalLM, expert: int, folder: str | os.PathLike[str]) -> None:
@@ -99,6 +104,8 @@ def load_expert(model: MullForCausalLM, expert: int, folder: str | os.PathLike[s
         raise FileNotFoundError(f"There is no folder {folder}: give that of an adapter, or its name on the hub.")
     config: Any = peft.PeftConfig.from_pretrained(str(folder))
     odd = [name for name in UNKNOWN if getattr(config, name, None)]
+    if getattr(config, "init_lora_weights", True) not in STARTS:
+        odd.append(f"init_lora_weights={config.init_lora_weights}")
     if config.peft_type != "LORA" or getattr(config, "bias", "none") != "none" or odd:
         raise ValueError(
             f"{folder} is no plain LoRA adapter ({', '.join(odd) or config.peft_type}, bias={getattr(config, 'bias', None)!r}): "
