@@ -1,7 +1,7 @@
 """Layer routers where the right route differs from prompt to prompt: following a chain for as many hops as the prompt says.
 
 A small looped model learns to follow one edge per iteration. Its think layer is then written out three times, so that a route
-of three actions (0 skips, 1 runs, 2 repeats a layer) follows 0 to 6 edges. The first token of each prompt says how many, 1 to 6.
+of three actions (0 skips, 1 runs, 2 repeats a layer) follows 0 to 6 edges. The first tokens of each prompt say how many, 1 to 6.
 The model is frozen, and routers of sequences learn by themselves (straight through, Gumbel) or from labels. On fresh prompts they
 stand beside their own decisions dealt anew to the prompts, layer by layer, and beside the best fixed route that is not cheaper.
 
@@ -37,6 +37,9 @@ from mull.training.objectives.routing import Routing, RoutingConfig, class_weigh
 from mull.training.objectives.step_supervision import StepSupervision
 
 N_LAYERS, MOST = 3, 6
+PREFIX = 3
+"""How often the number of hops is said: the first token is an attention sink, whose state hardly tells numbers apart."""
+
 WAYS = ("straight through", "gumbel", "supervised")
 
 
@@ -57,15 +60,17 @@ class Numbered(ChainTask):
             generator = torch.Generator().manual_seed(2 * index + train + 1000 * seed)
             asked = torch.randint(1, MOST + 1, (batch_size,), generator=generator)
             number = (self.n_nodes + 1 + asked)[:, None]
-            mask = F.pad(found["attention_mask"], (1, 0), value=True)  # everybody sees it
-            alone = F.pad(torch.zeros_like(mask[..., :1, 1:]), (1, 0), value=True)
+            mask = F.pad(found["attention_mask"], (PREFIX, 0), value=True)  # everybody sees it
+            causal = torch.ones(PREFIX, mask.shape[-1], dtype=torch.bool).tril().expand(batch_size, 1, -1, -1)
             return {
-                "input_ids": torch.cat([number, found["input_ids"]], 1),
-                "labels": F.pad(found["labels"], (1, 0), value=-100),
-                "step_labels": F.pad(found["step_labels"], (0, 0, 1, 0), value=-100),
-                "hops": F.pad(found["hops"], (1, 0), value=-1),
-                "position_ids": F.pad(found["position_ids"] + 1, (1, 0)),
-                "attention_mask": torch.cat([alone, mask], 2),
+                "input_ids": torch.cat([number.expand(-1, PREFIX), found["input_ids"]], 1),
+                "labels": F.pad(found["labels"], (PREFIX, 0), value=-100),
+                "step_labels": F.pad(found["step_labels"], (0, 0, PREFIX, 0), value=-100),
+                "hops": F.pad(found["hops"], (PREFIX, 0), value=-1),
+                "position_ids": torch.cat(
+                    [torch.arange(PREFIX).expand(batch_size, -1), found["position_ids"] + PREFIX], 1
+                ),
+                "attention_mask": torch.cat([causal, mask], 2),
                 "asked": asked,
             }
 
@@ -118,7 +123,7 @@ def answers(model: MullForCausalLM, batch: dict[str, Tensor], given: Tensor | No
     h = trunk.embed_tokens(batch["input_ids"])
     inputs = trunk.layer_inputs(h, batch["attention_mask"], batch["position_ids"])
     prompt = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-    prompt[:, 0] = True
+    prompt[:, :PREFIX] = True
     wide = None if given is None else torch.cat([torch.ones_like(given[:, :1]), given], 1)
     policy = trunk.with_routing(None, h, inputs, new_tokens(batch["attention_mask"], h), prompt, given=wide)
     assert policy is not None
@@ -163,9 +168,9 @@ def train(model: MullForCausalLM, task: Numbered, way: str, steps: int, seed: in
         optimizer.zero_grad()
         batch = batches(step)
         if way == "supervised":
-            start = torch.tensor([[-100, 0]]).expand(len(batch["asked"]), -1)  # the number is the prompt
+            start = torch.tensor([[-100] * PREFIX + [0]]).expand(len(batch["asked"]), -1)  # the number is the prompt
             route = torch.cat([torch.ones_like(batch["asked"])[:, None], labels(batch["asked"])], 1)
-            rows = {"input_ids": batch["input_ids"][:, :2], "labels": start, "route_labels": route}
+            rows = {"input_ids": batch["input_ids"][:, : PREFIX + 1], "labels": start, "route_labels": route}
             found = objective.loss(model, StepPlan(batches=[rows]), 0)
             loss = found.sum / found.weight
         else:
