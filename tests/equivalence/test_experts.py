@@ -463,3 +463,11 @@ def test_adapters_that_change_more_than_a_lora_are_refused(ids: Ids, tmp_path: A
             mull.load_expert(model, 0, tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder nowhere"):
         mull.load_expert(model, 0, "nowhere")
+
+
+def test_padding_is_no_load(exact: Exact, ids: Ids) -> None:
+    model, tokens = with_experts(exact("qwen3")).train(), ids(ROWS, TOKENS)
+    mask = (torch.arange(TOKENS) < torch.tensor([[TOKENS], [5], [3]])).long()
+    model(tokens, attention_mask=mask, labels=tokens.where(mask == 1, -100), use_cache=False)
+    assert int(torch.as_tensor(experts_of(model)._load).sum()) == ITERATIONS * int(mask.sum())
+    assert sum(experts_of(model).selections) == ITERATIONS * int(mask.sum())
