@@ -41,6 +41,8 @@ def wrap_transformer_with_etd(
     _require_configs(config, mtp)
     wrapped = _share_weights(model, config, mtp)
     certify_identity(wrapped, model)
+    if wrapped.etd is not None:
+        wrapped.etd.reset_stats()  # of the probe
     return wrapped
 
 
