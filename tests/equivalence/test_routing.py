@@ -163,6 +163,33 @@ def test_packed_documents_are_routed_as_if_alone(family_name: str, granularity: 
         torch.testing.assert_close(whole.logits[:, part], alone.logits, atol=EXACT, rtol=0)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@torch.no_grad()
+def test_a_mask_of_ones_own_says_which_tokens_are_one_sequence(
+    granularity: Any, attention: str, exact: Exact, ids: Ids
+) -> None:
+    """Positions that jump or restart do not, where attention goes by the mask."""
+    model, tokens = routed(exact("qwen3"), granularity=granularity), ids(ROWS, TOKENS)
+    model.set_attn_implementation(attention)
+    causal = torch.ones(ROWS, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
+    prompt = (torch.arange(TOKENS) < 3).expand(ROWS, -1)
+    for positions in (torch.arange(TOKENS) // 2, 3 * torch.arange(TOKENS), torch.arange(TOKENS) % 5):
+        options = {"position_ids": positions.expand(ROWS, -1), "prompt_mask": prompt, "use_cache": False}
+        whole = model(tokens, attention_mask=causal, **options)
+        padded = model(tokens, attention_mask=torch.ones_like(tokens), **options)
+        assert torch.equal(actions_of(whole), actions_of(padded))
+        torch.testing.assert_close(whole.logits, padded.logits, atol=EXACT, rtol=0)
+    document = (torch.arange(TOKENS) >= 5).long()
+    prompt = ((torch.arange(TOKENS) - 5 * document) < 3).expand(ROWS, -1)
+    apart = causal & (document[:, None] == document)
+    positions = (torch.arange(TOKENS) - 5 * document).expand(ROWS, -1)
+    masked = model(tokens, attention_mask=apart, position_ids=positions, prompt_mask=prompt, use_cache=False)
+    packed = model(tokens, position_ids=positions, prompt_mask=prompt, use_cache=False)
+    assert torch.equal(actions_of(masked), actions_of(packed))
+    torch.testing.assert_close(masked.logits, packed.logits, atol=EXACT, rtol=0)
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("draft_length", [None, 0, 2])
 @pytest.mark.parametrize("adaptive", [False, True])

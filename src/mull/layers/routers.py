@@ -138,7 +138,7 @@ class Prompts:
     def of(
         cls,
         states: Float[Tensor, "B T D"],
-        positions: Int[Tensor, "B T"] | None,
+        sequences: Int[Tensor, "B T"] | None,
         real: Bool[Tensor, "B T"] | None,
         prompt_mask: Shaped[Tensor, "B T"] | None,
         n_windows: int,
@@ -147,14 +147,14 @@ class Prompts:
 
         Args:
             states: Only their shape counts.
-            positions: A sequence starts where they restart; None for one in each row.
+            sequences: Number of each token's sequence, as in `sequence_numbers`; None for one in each row.
             real: False for padding; None without.
             prompt_mask: True or 1 for tokens of prompts; None for the first token of each sequence.
             n_windows: W.
         """
         everything = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        rows = torch.arange(len(states), device=states.device)[:, None].expand(everything.shape)
-        sequences = rows if positions is None else sequence_numbers(positions)
+        if sequences is None:
+            sequences = torch.arange(len(states), device=states.device)[:, None].expand(everything.shape)
         labelled = everything if prompt_mask is None else ~prompt_mask.bool()
         real = everything if real is None else real
         tokens = prompt_tokens(labelled & real, real, sequences)
@@ -187,7 +187,7 @@ def prompt_tokens(
     return real & ((so_far(labelled) == 0) | (so_far(real) == 1))
 
 
-def sequence_numbers(position_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Number of the document that each token belongs to: one starts with each row, and where positions restart."""
-    begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
-    return (begins.flatten().long().cumsum(0) - 1).view_as(position_ids)
+def sequence_numbers(begins: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Number of the sequence that each token belongs to: one starts with each row, and where `begins` is True."""
+    begins = F.pad(begins[:, 1:], (1, 0), value=True)
+    return (begins.flatten().long().cumsum(0) - 1).view_as(begins)

@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
 
+from mull.layers.routers import sequence_numbers
 from mull.model.configs import layer_kinds
 from mull.model.fixed_cache import StaticCall
 from mull.model.growing_cache import SlotCache
@@ -251,6 +252,17 @@ class LayerInputs:
         if active is not None:
             return active if padding is None else ActiveTokens.of(active.mask & (padding == 1))
         return None if self.in_states is None else ActiveTokens.reordered(self.in_states)
+
+    def sequences(self, n_rows: int) -> Tensor:
+        """``[B, T]``: number of each token's sequence. It begins with a token that sees none of the call's before it."""
+        n_tokens = self.position_ids.shape[1]
+        mask = next((x for x in self.masks.values() if isinstance(x, Tensor) and x.ndim == 4), None)
+        if mask is None:  # plain causality, or an attention that finds packed documents by their positions
+            begins = F.pad(self.position_ids.diff(dim=1) != 1, (1, 0), value=True)
+        else:
+            visible = (mask if mask.dtype == torch.bool else mask == 0).any(1)
+            begins = ~visible[..., :n_tokens].tril(-1).any(-1)
+        return sequence_numbers(begins.expand(n_rows, n_tokens))
 
     def require_masks(self) -> None:
         """Refuse an attention that cannot run a part of the tokens.

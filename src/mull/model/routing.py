@@ -37,8 +37,8 @@ class RoutedCall(NamedTuple):
     states: Tensor
     """``[B, T, D]``; only their shape counts."""
 
-    positions: Tensor | None
-    """``[B, T]``: a sequence starts where they restart; None for one in each row."""
+    sequences: Tensor | None
+    """``[B, T]``: number of each token's sequence; None for one in each row."""
 
     tokens: Tensor | None
     """``[B, T]``, False for padding; None without."""
@@ -56,7 +56,7 @@ class RoutedCall(NamedTuple):
         """Where routers of sequences look; None for those of tokens, and if the rows have their decisions."""
         if granularity != "sequence" or self.decisions:
             return None
-        return Prompts.of(self.states, self.positions, self.tokens, self.prompt_mask, n_windows)
+        return Prompts.of(self.states, self.sequences, self.tokens, self.prompt_mask, n_windows)
 
 
 class RoutedParts(nn.Module):
@@ -119,7 +119,7 @@ class RoutedParts(nn.Module):
             )
             policies.append(routing)
         if self.token_skip is not None:
-            skip_call = SkipCall(call.states, call.positions, call.tokens, call.whole, fixed, policy is not None)
+            skip_call = SkipCall(call.states, call.sequences, call.tokens, call.whole, fixed, policy is not None)
             policies += self.token_skip.policies(stop, skip_call)
         return Together(policies) if len(policies) > 1 else next(iter(policies), None)
 

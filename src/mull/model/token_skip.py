@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from mull.layers.routers import EXECUTE, LayerRouter, sequence_numbers
+from mull.layers.routers import EXECUTE, LayerRouter
 from mull.layers.skipping import (
     ResidualGate,
     TokenScore,
@@ -50,8 +50,8 @@ class SkipCall(NamedTuple):
     states: Tensor
     """``[B, T, D]``; only their shape counts."""
 
-    positions: Tensor | None
-    """``[B, T]``: a sequence starts where they restart; None for one in each row."""
+    sequences: Tensor | None
+    """``[B, T]``: number of each token's sequence; None for one in each row."""
 
     tokens: Tensor | None
     """``[B, T]``, False for padding; None without."""
@@ -72,10 +72,9 @@ class SkipCall(NamedTuple):
 
     def highest(self, scores: Tensor, share: float) -> Tensor:
         """``[B, T]``: the share of each sequence's tokens that have the highest scores ``[B, T]``."""
-        if self.positions is None:
+        sequences = self.sequences
+        if sequences is None:
             sequences = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores)
-        else:
-            sequences = sequence_numbers(self.positions)
         return highest(scores, sequences, self.counted(), share)
 
 
