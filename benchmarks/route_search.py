@@ -4,9 +4,10 @@ The measure is the teacher-forced loss of worked answers. Routes are chosen on o
 half, with the standard error over questions and a 95 % interval. Beside each stand random routes with as many skips and
 repeats.
 
-    python benchmarks/route_search.py MODEL QUESTIONS.jsonl [--number 64] [--max-visits 28] [--out FILE]
+    python benchmarks/route_search.py MODEL QUESTIONS [--number 64] [--max-visits 28] [--out FILE]
 
-QUESTIONS has a ``question`` and an ``answer`` in each line, as GSM8K does.
+QUESTIONS has a ``question`` and an ``answer`` in each line, as GSM8K does. Of a ``.txt`` file, pieces of 600 characters are taken
+at equal distances; the second half of each is the answer.
 """
 
 import argparse
@@ -33,6 +34,19 @@ NORMAL = 1.96
 """Half width of a 95 % interval, in standard errors."""
 
 N_OTHERS = 8
+
+HALF = 300
+"""Characters of a question and of an answer taken from text."""
+
+
+def questions_of(path: str, number: int) -> list[Question]:
+    """The questions of a file."""
+    if not path.endswith(".txt"):
+        records = [record.fields for record in read_records(path)][:number]
+        return [Question(f"Question: {x['question']}\nAnswer:", f" {x['answer']}") for x in records]
+    text = Path(path).read_text(encoding="utf-8")
+    starts = range(0, len(text) - 2 * HALF, (len(text) - 2 * HALF) // number)[:number]
+    return [Question(text[at : at + HALF], text[at + HALF : at + 2 * HALF]) for at in starts]
 
 
 def compared(task: RouteTask, numbers: Sequence[int], routes: Sequence[Route], size: int) -> list[RouteCost]:
@@ -90,7 +104,7 @@ def show(name: str, cost: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("questions", help="JSON lines with question and answer")
+    parser.add_argument("questions", help="JSON lines with question and answer, or a text")
     parser.add_argument("--number", type=int, default=64, help="questions, half of them to choose and half to measure")
     parser.add_argument("--max-visits", type=int, default=28)
     parser.add_argument("--routes", type=int, default=400, help="most routes of each search")
@@ -100,8 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     started = time.perf_counter()
     model: Any = mull.from_pretrained(given.model, dtype=torch.float32)
-    records = [record.fields for record in read_records(given.questions)][: given.number]
-    questions = [Question(f"Question: {x['question']}\nAnswer:", f" {x['answer']}") for x in records]
+    questions = questions_of(given.questions, given.number)
     task = RouteTask(model.eval(), TextEncoder(load_tokenizer(given.model)), questions)
     config = RouteSearchConfig(scope="all", simulations=given.routes, batch_size=given.batch_size, seed=given.seed)
     n_layers, results = len(model.model.layers), {}

@@ -50,6 +50,7 @@ def export_expert(model: MullForCausalLM, expert: int, folder: str | os.PathLike
         folder: Where to; missing folders are made.
 
     Raises:
+        FileExistsError: `folder` is a file.
         ImportError: PEFT is not installed.
         TypeError: an argument of another type.
         ValueError: the model has no experts, or not so many.
@@ -74,6 +75,8 @@ def export_expert(model: MullForCausalLM, expert: int, folder: str | os.PathLike
         base_model_name_or_path=getattr(model.config.get_text_config(), "_name_or_path", "") or None,
     )
     place = Path(folder)
+    if place.exists() and not place.is_dir():
+        raise FileExistsError(f"{place} is a file: give a folder for the adapter.")
     place.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(place))
     save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})

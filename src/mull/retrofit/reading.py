@@ -85,8 +85,8 @@ def explained(name_or_dir: str, weights: bool = False) -> Iterator[None]:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ValueError(
-            f"{name_or_dir} has weights of other shapes than its configuration says: its files belong to different models. Fetch "
-            "it again."
+            f"{name_or_dir} has weights of other shapes than its configuration, with what was given beside it, says: give "
+            "the settings that it was saved with. If you gave none, its files belong to different models: fetch it again."
         ) from error
     except ValueError as error:
         if TRUST not in str(error):
