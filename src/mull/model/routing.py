@@ -6,7 +6,7 @@ first, REPEAT both. So a route is nothing but tokens that do not run a visit, in
 Shapes: B batch, T tokens of a call, D model width, A actions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -239,6 +239,7 @@ class LayerRouting(Policy):
         self._experts = experts
         self._given = given
         self._executes = routers.warms_up and given is None
+        self._agreed = {} if self._executes or kept is None else one_for_all_rows(kept)
         self._chosen: tuple[Tensor, Tensor | None] | None = None
 
     def active(self, visit: Visit, h: Tensor) -> Tensor | bool:
@@ -248,10 +249,12 @@ class LayerRouting(Policy):
             return True
         if self._repeats(visit):
             assert self._chosen is not None, "a layer's first visit comes before its second"
-            return running(self._chosen[0] == REPEAT, self._tokens)
+            agreed = self._agreed.get(visit._replace(occurrence=visit.occurrence - 1))
+            return running(self._chosen[0] == REPEAT, self._tokens) if agreed is None else agreed == REPEAT
         self._chosen = self._choose(visit, router, h)
         self.actions[visit] = self._chosen[0]
-        return running(self._chosen[0] != SKIP, self._tokens)
+        agreed = self._agreed.get(visit)
+        return running(self._chosen[0] != SKIP, self._tokens) if agreed is None else agreed != SKIP
 
     def _router(self, visit: Visit) -> LayerRouter | None:
         return self._routers.get(str(visit.layer))
@@ -316,3 +319,11 @@ class LayerRouting(Policy):
     def metrics(self) -> dict[str, Any]:
         """``router_actions``: ``[B, T]`` for each decision in the order of the path, as in `mull.layers.routers`."""
         return {"router_actions": list(self.actions.values())}
+
+
+def one_for_all_rows(kept: Mapping[Decision, Tensor]) -> dict[Decision, int]:
+    """The decisions ``[B]`` in which all rows agree. Values are read once per call, not at every layer."""
+    if not kept or torch.compiler.is_compiling():
+        return {}
+    low, high = torch.stack(list(kept.values())).aminmax(dim=1)
+    return {about: first for about, first, last in zip(kept, low.tolist(), high.tolist(), strict=True) if first == last}
