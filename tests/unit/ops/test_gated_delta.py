@@ -1,6 +1,8 @@
 """The short form of the gated delta rule is the rule, and the state after any prefix of a call follows from its writes."""
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,13 @@ from conftest import delta_rule_reference
 from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from mull.ops.gated_delta import convolution_window, replay_state, short_gated_delta, written_state
+from mull.ops.gated_delta import (
+    convolution_window,
+    no_op_where_inactive,
+    replay_state,
+    short_gated_delta,
+    written_state,
+)
 
 ROWS, KEY_HEADS, HEADS, KEY_WIDTH, VALUE_WIDTH = 3, 2, 4, 8, 6
 
@@ -83,6 +91,60 @@ def test_the_rules_of_transformers_agree(dtype: torch.dtype, n_tokens: int) -> N
         assert out.dtype == expected.dtype == dtype
         close(out, expected, 2e-6 if dtype == torch.float32 else 1e-2)
         close(written_state(state, writes), after, 5e-6)
+
+
+def gradients(rule: Callable[..., tuple[Tensor, Tensor]], call: list[Tensor], state: Tensor) -> list[Tensor]:
+    """Of a weighted sum of outputs and state: with respect to the five inputs and the state before them."""
+    leaves = [x.detach().clone().requires_grad_(True) for x in (*call, state)]
+    out, after = rule(*leaves)
+    generator = torch.Generator().manual_seed(3)
+    total = sum(
+        (x.double() * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum() for x in (out, after)
+    )
+    return list(torch.autograd.grad(total, leaves))  # type: ignore[arg-type]
+
+
+def ours(*call: Tensor) -> tuple[Tensor, Tensor]:
+    out, writes = short_gated_delta(*call)
+    return out, written_state(call[-1], writes)
+
+
+def theirs(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    rule = inspect.unwrap(getattr(modeling_qwen3_5, name))
+    names = ("query", "key", "value", "g", "beta", "initial_state")
+    options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    return lambda *call: rule(**dict(zip(names, call, strict=True)), **options)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3, 63, 64, 65, 130])
+@pytest.mark.parametrize("rule", ["torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule"])
+def test_gradients_are_those_of_the_paper_and_of_transformers(n_tokens: int, rule: str) -> None:
+    """transformers' rules compute in fp32."""
+    call, state = inputs(n_tokens, write=1.0), past()
+    expected = gradients(lambda *x: delta_rule_reference(*x[:5], initial_state=x[5]), call, state)
+    for found, right in zip(gradients(ours, call, state), expected, strict=True):
+        close(found, right, 1e-10)
+    for found, right in zip(gradients(theirs(rule), call, state), expected, strict=True):
+        close(found, right, 2e-5 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
+def test_inactive_tokens_change_neither_states_nor_the_gradients_of_others(side: str) -> None:
+    """Padding, and tokens that skip a layer: the call without them gives the same."""
+    call, state = inputs(9), past()
+    active = torch.ones(ROWS, 9, dtype=torch.bool)
+    active[:, {"left": slice(0, 3), "right": slice(6, 9), "inside": slice(3, 6)}[side]] = False
+
+    def masked(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Any:
+        out, after = ours(query, key, value, *no_op_where_inactive(g, beta, active), state)
+        return out[:, active[0]], after
+
+    alone = gradients(ours, [x[:, active[0]] for x in call], state)
+    for found, right in zip(gradients(masked, call, state), alone, strict=True):
+        kept = found if found.shape == right.shape else found[:, active[0]]
+        close(kept, right, 1e-12)
+        if found.shape != right.shape:
+            assert not found[:, ~active[0]].any()
 
 
 @pytest.mark.parametrize("decay", [0.0, 30.0, 500.0])
