@@ -30,7 +30,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
         "path configs configuration memory growing_cache fixed_cache families inputs policy warmup balance "
         "depth_router halting experts token_skip routing executor pretrained base_model causal_lm",
     ),
-    "retrofit": (5, "reading source native_heads expert_adapters wrap presets"),
+    "retrofit": (5, "reading source native_heads expert_adapters wrap hybrid calibrate presets"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
     "training": (6, "optimization objectives trainable state content step loop"),
     "training.objectives": (
@@ -38,7 +38,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
         "base iterations resources next_token step_supervision exits recursions evidence weight_statistics weightings "
         "weighted_mtp critic routing grpo table",
     ),
-    "evaluation": (7, "held_out lossless acceptance rewards depth_trace cost search"),
+    "evaluation": (7, "held_out lossless acceptance rewards depth_trace divergence cost search"),
     "evaluation.cost": (7, "count disk training decoding"),
     "evaluation.search": (7, "loop_probe split calibration route_tree route_scores routes route_report"),
     "app": (8, "yaml_text architecture recipe prepare build run report demo cli"),
@@ -64,7 +64,7 @@ BUDGETS = {
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 15600
+MAX_CODE_LINES = 16100
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

@@ -54,6 +54,9 @@ class DeltaStart(NamedTuple):
     out_scale: Tensor | None = None
     """``[H]``: factor of a head's columns of the output map."""
 
+    out_map: Tensor | None = None
+    """``[D, H K]``: the output map itself, instead of the source's."""
+
 
 class Target(NamedTuple):
     """A tensor of the hybrid, and where it comes from."""
@@ -173,6 +176,8 @@ def delta_tensors(
     if start.out_scale is not None:
         by_head = _wide(o).unflatten(1, (heads, width)) * _wide(start.out_scale.to(device))[:, None]
         scaled = by_head.flatten(1).to(dtype)
+    if start.out_map is not None:
+        scaled = start.out_map.to(device, dtype)
     rate = (
         math.log(2) / (torch.full((heads,), HALF_LIFE) if start.half_life is None else start.half_life.cpu()).double()
     )
