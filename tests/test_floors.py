@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 LAYOUT: dict[str, tuple[int, str]] = {
     "runtime": (1, "arguments storage distributed progress timing shards checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
-    "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise route_labels"),
+    "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise retrieval route_labels"),
     "layers": (3, "heads recursive_heads value_head routers experts skipping"),
     "model": (
         4,
@@ -40,7 +40,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     ),
     "evaluation": (7, "held_out lossless acceptance rewards depth_trace divergence cost search"),
     "evaluation.cost": (7, "count disk training decoding"),
-    "evaluation.search": (7, "loop_probe split calibration route_tree route_scores routes route_report"),
+    "evaluation.search": (7, "loop_probe split calibration layer_choice route_tree route_scores routes route_report"),
     "app": (8, "yaml_text architecture recipe prepare build run report demo cli"),
     "app.report": (8, "figures page inspect_page"),
     "app.demo": (8, "chapter loops weights speculation chain depth demo"),
@@ -54,7 +54,7 @@ BUDGETS = {
     "runtime": 1050,
     "ops": 700,
     "layers": 1000,
-    "data": 1160,
+    "data": 1200,
     "model": 3620,
     "decoding": 1160,
     "retrofit": 1200,
@@ -64,7 +64,7 @@ BUDGETS = {
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 16100
+MAX_CODE_LINES = 16400
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

@@ -127,7 +127,8 @@ def delta_mixer(layer: Any, config: PreTrainedConfig, start: DeltaStart) -> Delt
     """
     install_recurrent_hooks(FAMILIES["qwen3_5_text"])  # on a CPU, an installed GPU kernel must not be called
     with torch.device("meta"):
-        net = Qwen3_5GatedDeltaNet(delta_config(config), 0)
+        target: Any = delta_config(config)  # transformers annotates the configuration of the multimodal model
+        net = Qwen3_5GatedDeltaNet(target, 0)
     source = {f"self_attn.{name}": value.detach() for name, value in layer.self_attn.state_dict().items()}
     found = delta_tensors(source, config, start, torch.Generator().manual_seed(0))
     net.load_state_dict({name.removeprefix("linear_attn."): value.value for name, value in found.items()}, assign=True)
