@@ -67,8 +67,8 @@ class HybridAttentionConfig(Frozen):
     """Numbers of the layers, from 0, that become DeltaNet, as a choice by measurement gives them. It replaces the pattern."""
 
     half_life: float = Field(default=128.0, ge=0.5, le=1e9)
-    """Tokens after which a DeltaNet head has forgotten half of a memory, until calibration measures it. A value that is wrong by a
-    factor of four is still far better than no forgetting."""
+    """Tokens after which a DeltaNet head has forgotten half of a memory, until calibration measures it. A value that is wrong
+    by a factor of four is still far better than no forgetting."""
 
     @model_validator(mode="after")
     def _check_places(self) -> "HybridAttentionConfig":
@@ -118,8 +118,8 @@ class DeltaStart(NamedTuple):
     """``[H]``: tokens after which a head has forgotten half of a memory."""
 
     gate: Tensor | None = None
-    """``[D]``: weights ``w`` of the output gate, the same for all its channels. ``w · x`` should be near `UNIT_SILU` on the inputs
-    ``x`` of the source's attention. None draws weights at random, with which the layer starts nearly silent."""
+    """``[D]``: weights ``w`` of the output gate, the same for all its channels. ``w · x`` should be near `UNIT_SILU` on the
+    inputs ``x`` of the source's attention. None draws weights at random, with which the layer starts nearly silent."""
 
     out_scale: Tensor | None = None
     """``[H]``: factor of a head's columns of the output map."""
