@@ -1,5 +1,4 @@
-"""mull retrofits pretrained decoder language models: recursive depth, multi-token heads, hybrid
-linear attention, token-weighted training."""
+"""mull retrofits pretrained decoder language models: recursive depth, multi-token heads, hybrid attention, weighted training."""
 
 from mull.decoding.generate import GenerateOutput, GenerationStats, generate
 from mull.model.base_model import MullModel

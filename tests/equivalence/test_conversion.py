@@ -6,12 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import COMMON, MOE, tiny
+from conftest import COMMON, tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
