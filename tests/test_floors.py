@@ -30,7 +30,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
         "path configs configuration memory growing_cache fixed_cache families inputs policy warmup balance "
         "depth_router halting experts token_skip routing executor pretrained base_model causal_lm",
     ),
-    "retrofit": (5, "reading source native_heads expert_adapters wrap hybrid calibrate presets"),
+    "retrofit": (5, "reading source native_heads expert_adapters wrap hybrid convert calibrate presets"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
     "training": (6, "optimization objectives trainable state content step loop"),
     "training.objectives": (

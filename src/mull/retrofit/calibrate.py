@@ -42,6 +42,9 @@ SCORE_BYTES = 32 * 2**20
 GATE_RIDGE = 1e-3
 """Penalty on the squared weights of the gate, relative to the mean square of an input."""
 
+HALF_LIFE = 128.0
+"""Tokens; of a mixer whose half-lives were not measured."""
+
 SHORTEST_HALF_LIFE = 0.5
 """Tokens. A head that reads only its own token has a mean distance of 0."""
 
@@ -130,7 +133,7 @@ def delta_mixer(layer: Any, config: PreTrainedConfig, start: DeltaStart) -> Delt
         target: Any = delta_config(config)  # transformers annotates the configuration of the multimodal model
         net = Qwen3_5GatedDeltaNet(target, 0)
     source = {f"self_attn.{name}": value.detach() for name, value in layer.self_attn.state_dict().items()}
-    found = delta_tensors(source, config, start, torch.Generator().manual_seed(0))
+    found = delta_tensors(source, config, start, HALF_LIFE, torch.Generator().manual_seed(0))
     net.load_state_dict({name.removeprefix("linear_attn."): value.value for name, value in found.items()}, assign=True)
     return DeltaMixer(net).requires_grad_(False).eval()
 
@@ -247,7 +250,7 @@ def _fit(
     if config.output == "scale":
         return start._replace(out_scale=scale.float()), after
     near = source * scale.repeat_interleave(source.shape[1] // len(scale))
-    return start._replace(out_map=sums.ridge(config.ridge, near).float()), after
+    return start._replace(out_proj=sums.ridge(config.ridge, near).float()), after
 
 
 class _Sums:
@@ -360,6 +363,6 @@ def apply_starts(student: PreTrainedModel, teacher: PreTrainedModel, starts: Map
         if not hasattr(layer, "linear_attn"):
             raise ValueError(f"Layer {number} of the student is no DeltaNet: calibrate the layers that were converted.")
         weight = layer.linear_attn.out_proj.weight
-        tensors = {name: value.detach().to(weight.device) for name, value in source.state_dict().items()}
-        found = convert_layer(tensors, config, "linear_attention", start=start, dtype=weight.dtype)
+        tensors = {name: value.detach().to(weight) for name, value in source.state_dict().items()}
+        found = convert_layer(tensors, config, "linear_attention", start=start)
         layer.load_state_dict({name: target.value for name, target in found.items()})

@@ -127,7 +127,7 @@ def test_maps_are_the_least_squares_solutions(monkeypatch):
     best = torch.linalg.lstsq(features, attended).solution
     least, found = (
         (features @ best - attended).square().mean(),
-        (features @ ridge.out_map.double().mT - attended).square().mean(),
+        (features @ ridge.out_proj.double().mT - attended).square().mean(),
     )
     assert found / least - 1 < 1e-3
     assert (
@@ -143,7 +143,7 @@ def test_a_large_penalty_keeps_the_scaled_map():
         for output in ("scale", "ridge")
     )
     expected = model.model.layers[1].self_attn.o_proj.weight * scaled.out_scale.repeat_interleave(12)
-    torch.testing.assert_close(ridge.out_map, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ridge.out_proj, expected, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
