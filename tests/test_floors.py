@@ -41,7 +41,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "evaluation": (7, "held_out lossless acceptance rewards depth_trace divergence cost search"),
     "evaluation.cost": (7, "count disk training decoding"),
     "evaluation.search": (7, "loop_probe split calibration layer_choice route_tree route_scores routes route_report"),
-    "app": (8, "yaml_text architecture recipe prepare build run report demo cli"),
+    "app": (8, "yaml_text architecture recipe prepare build run report demo hybrid cli"),
     "app.report": (8, "figures page inspect_page"),
     "app.demo": (8, "chapter loops weights speculation chain depth demo"),
 }

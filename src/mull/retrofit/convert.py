@@ -229,9 +229,7 @@ def convert_checkpoint(
         RuntimeError: another process writes to this folder.
         TypeError, ValueError: as in `create_hybrid_from_qwen3`, or `out` exists.
     """
-    target = storage.local_path(out).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{out} exists: give a new folder.")
+    target = _new_folder(out)
     require("source", source, (str, os.PathLike), "a folder or a name on the hub")
     plan = _plan(open_weights(source), config, dtype, starts)
     assert plan.weights.folder is not None
@@ -249,6 +247,24 @@ def convert_checkpoint(
             target.rmdir()  # empty
         storage.publish(staged, target)
     return coverage
+
+
+def _new_folder(out: str | os.PathLike[str]) -> Path:
+    target = storage.local_path(out).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{out} exists: give a new folder.")
+    return target
+
+
+def check_conversion(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: CrossArchTransferConfig | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """What each layer would become. What `convert_checkpoint` would refuse is refused here, before calibration takes its time."""
+    _new_folder(out)
+    return list(_plan(open_weights(source), config, dtype, None).config.layer_types)
 
 
 def engine_notes(config: PreTrainedConfig) -> list[str]:

@@ -11,7 +11,6 @@ import torch
 from conftest import EXACT, tiny
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 
 from mull.evaluation.divergence import Silent, row_divergences, step_zero, uniform_divergences
 from mull.retrofit import calibrate
@@ -25,7 +24,8 @@ from mull.retrofit.calibrate import (
     mixers_in_place,
     trunk_of,
 )
-from mull.retrofit.hybrid import UNIT_SILU, DeltaStart, convert_layer
+from mull.retrofit.convert import convert_model
+from mull.retrofit.hybrid import UNIT_SILU, CrossArchTransferConfig, DeltaStart, HybridAttentionConfig
 
 LAYERS = (0, 1, 2)
 
@@ -196,35 +196,9 @@ def test_sequential_layers_make_up_for_errors_before_them():
         assert one is None or torch.equal(one, other)
 
 
-def converted(model: Any, starts: Any) -> Any:
-    """The hybrid in transformers' format, tensor by tensor."""
-    kinds = ["linear_attention" if number in LAYERS else "full_attention" for number in range(4)]
-    sizes = {"linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 12}
-    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    shared += ("num_key_value_heads", "head_dim", "tie_word_embeddings", "rms_norm_eps")
-    rope = {
-        "rope_type": "default",
-        "rope_theta": model.config.rope_parameters["rope_theta"],
-        "partial_rotary_factor": 1.0,
-    }
-    config = Qwen3_5TextConfig(
-        **{name: getattr(model.config, name) for name in shared},
-        **sizes,
-        linear_value_head_dim=12,
-        layer_types=kinds,
-        rope_parameters=rope,
-    )
-    hybrid: Any = AutoModelForCausalLM.from_config(config).eval()
-    hybrid.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
-    hybrid.lm_head.load_state_dict(model.lm_head.state_dict())
-    with torch.no_grad():
-        hybrid.model.norm.weight.copy_(model.model.norm.weight - 1)
-    for number, kind in enumerate(kinds):
-        found = convert_layer(
-            model.model.layers[number].state_dict(), model.config, kind, start=starts.get(number, DeltaStart())
-        )
-        hybrid.model.layers[number].load_state_dict({name: target.value for name, target in found.items()})
-    return hybrid
+def converted(model: Any, starts: Any = None) -> Any:
+    settings = CrossArchTransferConfig(hybrid_attention=HybridAttentionConfig(layers=LAYERS))
+    return convert_model(model, settings, starts=starts)[0]
 
 
 @torch.no_grad()
@@ -239,9 +213,18 @@ def test_mixers_in_place_compute_what_the_converted_model_does():
     torch.testing.assert_close(converted(model, starts)(ids).logits, expected, rtol=1e-3, atol=1e-3)
     assert (plain - expected).abs().max() > 0.05
 
-    late = converted(model, {})
+    late = converted(model)
     apply_starts(late, model, starts)
     torch.testing.assert_close(late(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_starts_of_layers_that_keep_their_attention_are_refused():
+    model = teacher()
+    starts = calibrate_starts(model, [texts()], [3], progress=False)
+    with pytest.raises(ValueError, match=r"starts has the layers \[3\], which keep their attention"):
+        converted(model, starts)
+    with pytest.raises(ValueError, match="Layer 3 of the student is no DeltaNet"):
+        apply_starts(converted(model), model, starts)
 
 
 def test_a_layer_that_cannot_become_deltanet_is_named():

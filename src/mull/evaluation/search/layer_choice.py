@@ -98,6 +98,11 @@ class LayerChoice(BaseModel):
     seconds: float
     """Wall time of the measurement, without calibration."""
 
+    @property
+    def deltanet(self) -> tuple[int, ...]:
+        """The other layers, which become Gated DeltaNet."""
+        return tuple(number for number in range(self.n_layers) if number not in self.keep)
+
 
 class GateSearchConfig(Frozen):
     """How gates between attention and DeltaNet are trained."""
@@ -271,7 +276,7 @@ def trained_gates(
                 drawn = rows[torch.randint(len(rows), (len(rows),), generator=generator)]
                 logits = start.repeat(n_layers).to(teacher.device).requires_grad_()
                 gated = {
-                    number: _GatedMixer(trunk.layers[number].self_attn, mixer, logits, number)  # type: ignore[arg-type]
+                    number: _GatedMixer(trunk.layers[number].self_attn, mixer, logits, number)
                     for number, mixer in mixers.items()
                 }
                 _train_gates(teacher, trunk, drawn, gated, logits, n_keep, config, bar)
