@@ -57,14 +57,14 @@ BUDGETS = {
     "data": 1160,
     "model": 3620,
     "decoding": 1160,
-    "retrofit": 1200,
+    "retrofit": 1400,
     "training": 2720,
     "evaluation": 2200,
-    "app": 2650,
+    "app": 2710,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 15600
+MAX_CODE_LINES = 16250
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
