@@ -57,14 +57,14 @@ BUDGETS = {
     "data": 1200,
     "model": 3620,
     "decoding": 1160,
-    "retrofit": 1200,
+    "retrofit": 1660,
     "training": 2720,
-    "evaluation": 2200,
-    "app": 2650,
+    "evaluation": 2260,
+    "app": 2820,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 16400
+MAX_CODE_LINES = 17050
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

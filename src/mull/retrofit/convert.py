@@ -303,7 +303,8 @@ def open_weights(source: str | os.PathLike[str] | PreTrainedModel) -> Weights:
     config = load_config(found, {})
     folder = Path(found.name)
     if not folder.is_dir():
-        folder = Path(snapshot_download(found.name, allow_patterns=["*.safetensors", "config.json", *COMPANIONS]))
+        wanted = ["*.safetensors", SAFE_WEIGHTS_INDEX_NAME, "config.json", *COMPANIONS]
+        folder = Path(snapshot_download(found.name, allow_patterns=wanted))
     with explained(str(folder), weights=True):
         files = read_weight_map(folder)
         headers = {file: tensors_in(folder / file) for file in sorted(set(files.values()))}

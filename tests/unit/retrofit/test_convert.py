@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import COMMON, tiny
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
@@ -19,6 +20,7 @@ from mull import CrossArchTransferConfig, HybridAttentionConfig, convert_checkpo
 from mull.retrofit import convert
 from mull.retrofit.convert import REPORT, convert_model
 from mull.retrofit.hybrid import attention_interval, hybrid_config
+from mull.retrofit.reading import read_config
 from mull.runtime import storage
 
 Tensors = dict[str, torch.Tensor]
@@ -257,9 +259,10 @@ def test_a_full_disk_is_told_and_what_was_written_is_kept(source, monkeypatch):
         raise SafetensorError("No space left on device")
 
     out = source.parent / "out"
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left .* Make room and repeat"):
-        patch.setattr(convert, "save_file", full)
+    monkeypatch.setattr(convert, "save_file", full)
+    with pytest.raises(OSError, match="No space left .* Make room and repeat"):
         convert_checkpoint(source, out)
+    monkeypatch.undo()
     assert not out.exists()
     convert_checkpoint(source, out)
 
@@ -292,6 +295,29 @@ def test_a_precision_can_be_given(source):
     assert all(torch.equal(a, b) for a, b in zip(written.parameters(), hybrid.parameters(), strict=True))
     with pytest.raises(TypeError, match="dtype is str 'bf16'"):
         create_hybrid_from_qwen3(source, dtype="bf16")
+
+
+def test_of_a_name_on_the_hub_only_what_is_needed_is_fetched(tmp_path, monkeypatch):
+    """The files are asked for by patterns; a folder that has no other files converts like the whole one."""
+    hub, fetched = tmp_path / "hub", tmp_path / "fetched"
+    tiny("qwen3", num_hidden_layers=4).save_pretrained(hub, max_shard_size="20KB")
+    (hub / "original.pth").write_text("large")
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        assert name == "Qwen/Qwen3-tiny"
+        fetched.mkdir()
+        for file in filter_repo_objects([file.name for file in hub.iterdir()], allow_patterns=allow_patterns):
+            shutil.copy(hub / file, fetched)
+        return str(fetched)
+
+    monkeypatch.setattr(convert, "snapshot_download", fetch)
+    monkeypatch.setattr(convert, "load_config", lambda found, _: read_config(str(hub)))
+    convert_checkpoint("Qwen/Qwen3-tiny", tmp_path / "out")
+    assert not (fetched / "original.pth").exists()
+    convert_checkpoint(hub, tmp_path / "straight")
+    ours, straight = files(tmp_path / "out"), files(tmp_path / "straight")
+    assert ours.pop(REPORT) != straight.pop(REPORT)
+    assert ours == straight
 
 
 def test_wrong_sources_are_refused(tmp_path, source):
