@@ -23,14 +23,14 @@ ROOT = Path(__file__).parents[1]
 LAYOUT: dict[str, tuple[int, str]] = {
     "runtime": (1, "arguments storage distributed progress timing shards checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
-    "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise route_labels"),
+    "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise retrieval route_labels"),
     "layers": (3, "heads recursive_heads value_head routers experts skipping"),
     "model": (
         4,
         "path configs configuration memory growing_cache fixed_cache families inputs policy warmup balance "
         "depth_router halting experts token_skip routing executor pretrained base_model causal_lm",
     ),
-    "retrofit": (5, "reading source native_heads expert_adapters wrap presets"),
+    "retrofit": (5, "reading source native_heads expert_adapters wrap hybrid convert calibrate presets"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
     "training": (6, "optimization objectives trainable state content step loop"),
     "training.objectives": (
@@ -38,10 +38,10 @@ LAYOUT: dict[str, tuple[int, str]] = {
         "base iterations resources next_token step_supervision exits recursions evidence weight_statistics weightings "
         "weighted_mtp critic routing grpo table",
     ),
-    "evaluation": (7, "held_out lossless acceptance rewards depth_trace cost search"),
+    "evaluation": (7, "held_out lossless acceptance rewards depth_trace divergence cost search"),
     "evaluation.cost": (7, "count disk training decoding"),
-    "evaluation.search": (7, "loop_probe split calibration route_tree route_scores routes route_report"),
-    "app": (8, "yaml_text architecture recipe prepare build run report demo cli"),
+    "evaluation.search": (7, "loop_probe split calibration layer_choice route_tree route_scores routes route_report"),
+    "app": (8, "yaml_text architecture recipe prepare build run report demo hybrid cli"),
     "app.report": (8, "figures page inspect_page"),
     "app.demo": (8, "chapter loops weights speculation chain depth demo"),
 }
@@ -54,17 +54,17 @@ BUDGETS = {
     "runtime": 1050,
     "ops": 700,
     "layers": 1000,
-    "data": 1160,
+    "data": 1200,
     "model": 3620,
     "decoding": 1160,
-    "retrofit": 1200,
+    "retrofit": 1660,
     "training": 2720,
-    "evaluation": 2200,
-    "app": 2650,
+    "evaluation": 2260,
+    "app": 2820,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 15600
+MAX_CODE_LINES = 17050
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

@@ -1,4 +1,4 @@
-"""mull retrofits pretrained decoder language models: recursive depth, multi-token heads, token-weighted training."""
+"""mull retrofits pretrained decoder language models: recursive depth, multi-token heads, hybrid attention, weighted training."""
 
 from mull.decoding.generate import GenerateOutput, GenerationStats, generate
 from mull.model.base_model import MullModel
@@ -16,17 +16,21 @@ from mull.model.growing_cache import SlotCache
 from mull.model.path import Path, Visit, from_actions, from_layers, recursion
 from mull.model.policy import GivenTokens, Policy
 from mull.ops.sampling import Sampling
+from mull.retrofit.convert import convert_checkpoint, create_hybrid_from_qwen3
 from mull.retrofit.expert_adapters import export_expert, load_expert
+from mull.retrofit.hybrid import CrossArchTransferConfig, HybridAttentionConfig
 from mull.retrofit.native_heads import export_native_heads
 from mull.retrofit.presets import TransformerConfig
 from mull.retrofit.wrap import certify_identity, from_pretrained, wrap_transformer_with_etd
 
 __all__ = [
+    "CrossArchTransferConfig",
     "ETDConfig",
     "GenerateOutput",
     "GenerationStats",
     "GivenTokens",
     "HaltingConfig",
+    "HybridAttentionConfig",
     "LayerRouterConfig",
     "LoRAExpertConfig",
     "MTPConfig",
@@ -42,6 +46,8 @@ __all__ = [
     "TransformerConfig",
     "Visit",
     "certify_identity",
+    "convert_checkpoint",
+    "create_hybrid_from_qwen3",
     "export_expert",
     "export_native_heads",
     "from_actions",

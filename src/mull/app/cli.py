@@ -17,6 +17,17 @@ from transformers.utils import logging as transformers_logging
 from typer import Argument, Option
 
 from mull.app.demo.demo import run_demo
+from mull.app.hybrid import (
+    CALIBRATION_LENGTH,
+    PRECISIONS,
+    calibrated,
+    full_rows,
+    measure_layers,
+    parse_layers,
+    print_choice,
+    print_conversion,
+    print_table,
+)
 from mull.app.recipe import load_recipe, recipe_schema, wrong_value
 from mull.app.report.figures import angular_distance_figure, depth_figure
 from mull.app.report.inspect_page import write_inspection
@@ -31,12 +42,15 @@ from mull.decoding.generate import GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position, describe_call
 from mull.evaluation.depth_trace import trace_depth
 from mull.evaluation.search.calibration import calibrate
+from mull.evaluation.search.layer_choice import choose_layers
 from mull.evaluation.search.route_report import report_routers
 from mull.evaluation.search.route_scores import RouteTask, load_questions
 from mull.evaluation.search.route_tree import RouteSearchConfig
 from mull.evaluation.search.routes import best_route, label_questions
 from mull.evaluation.search.split import SplitReport, find_split
 from mull.model.configs import ETDConfig, HaltingConfig, MTPConfig
+from mull.retrofit.convert import check_conversion, convert_checkpoint
+from mull.retrofit.hybrid import CrossArchTransferConfig
 from mull.retrofit.source import load_tokenizer
 from mull.retrofit.wrap import from_pretrained
 from mull.runtime.distributed import device
@@ -320,7 +334,7 @@ def routes(
         rows += [(name, sum(c.route), c.loss, c.change, c.standard_error, c.correct) for name, c in named]
         ran, alone = found.layers, found.layers_unshared
         following = f"model(..., path=mull.from_actions({list(found.found.route)}))"
-    _print_table(rows)
+    print_table(rows)
     print(f"The search ran {ran:,} layers instead of {alone:,}, as routes share their beginnings. Written to {place}.")
     print(f"Next: {following}.")
 
@@ -337,18 +351,82 @@ def _report_routers(
     place.write_text(found.model_dump_json(indent=1))
     table: list[tuple[Any, ...]] = [("label", "decided skip", "execute", "repeat")]
     table += [(name, *row) for name, row in zip(("skip", "execute", "repeat"), found.agreement.confusion, strict=True)]
-    _print_table(table)
+    print_table(table)
     print(
         f"{found.n_questions} questions: macro-F1 {found.agreement.macro_f1:.4f}, accuracy {found.agreement.accuracy:.4f}"
     )
     rows_of = ((name, c.visits, c.loss, c.change, c.standard_error, c.correct) for name, c in found.costs.items())
-    _print_table([("route", "visits", "loss", "change", "standard error", "right"), *rows_of])
+    print_table([("route", "visits", "loss", "change", "standard error", "right"), *rows_of])
     print(f"Written to {place}.")
 
 
-def _print_table(rows: Sequence[Sequence[Any]]) -> None:
-    for row in rows:
-        print(*(f"{cell:.4f}".rjust(21) if isinstance(cell, float) else f"{cell:>21}" for cell in row), sep="")
+@app.command()
+def convert(
+    source: Annotated[str, Argument(help="Folder or hub name of a Qwen3 checkpoint.", metavar="SOURCE")],
+    out: Annotated[str, Option(help="New folder for the hybrid.")],
+    pattern: Annotated[
+        str | None, Option(help="DeltaNet layers of each period, or none.", show_default="0,1,2/4")
+    ] = None,
+    layers: Annotated[str | None, Option(help="DeltaNet layers instead: 0,1,2,4, or a file of mull layers.")] = None,
+    calibrate: Annotated[
+        list[str] | None,
+        Option(help="Text to calibrate them on, which loads the model: files, folders, s3://… or hf:…."),
+    ] = None,
+    gate: Annotated[Literal["zero", "small", "ones"], Option(help="Start of the gates; zero is exact.")] = "zero",
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"] | None, Option(help="Precision; default: the source's.")] = None,
+) -> None:
+    """Turn layers of a Qwen3 model into Gated DeltaNet. Interrupted, it continues when the command is repeated."""
+    settings = CrossArchTransferConfig(hybrid_attention=parse_layers(pattern, layers), gate_init_strategy=gate)
+    precision, starts = None if dtype is None else PRECISIONS[dtype], None
+    if calibrate is not None:
+        kinds = check_conversion(source, out, settings, precision)
+        documents = load_documents(calibrate)
+        loaded = _teacher(source)
+        length = min(CALIBRATION_LENGTH, loaded.config.get_text_config().max_position_embeddings)
+        rows = full_rows(_rows(documents, source, loaded, length))
+        starts = calibrated(loaded, rows, [i for i, kind in enumerate(kinds) if kind == "linear_attention"])
+        del loaded
+    coverage = convert_checkpoint(source, out, settings, dtype=precision, starts=starts)
+    print_conversion(coverage, local_path(out))
+
+
+def _teacher(name: str) -> Any:
+    """A model to measure: in fp32 on a CPU, where bf16 is slow."""
+    dtype: dict[str, Any] = {"dtype": torch.float32} if device().type == "cpu" else {}
+    model: Any = from_pretrained(name, allow_missing=False, **dtype)
+    return model.to(device())
+
+
+@app.command("layers")
+def choose_softmax_layers(
+    model: ModelArgument,
+    keep: Annotated[int, Option(help="Layers that keep their attention.", min=1)],
+    method: Annotated[
+        Literal["uniform", "replace-one", "retrieval", "gate"], Option(help="What is measured of a layer.")
+    ] = "retrieval",
+    data: Annotated[list[str] | None, Option(help="Files, folders, s3://… or hf:…; default: Python's library.")] = None,
+    out: Annotated[str, Option(help="File for the choice, which mull convert --layers reads.")] = "out/layers.json",
+    length: Annotated[int, Option(help="Tokens per row.", min=8)] = 256,
+    rows: Annotated[int, Option(help="Rows or retrieval tasks to measure on.", min=2)] = 64,
+    keys: Annotated[int, Option(help="Facts in every other retrieval task.", min=1)] = 4,
+    seed: Annotated[int, Option(help="Seed of tasks and resamples.", min=0, max=MAX_SEED)] = 0,
+) -> None:
+    """Choose which layers of MODEL keep their attention when the others become Gated DeltaNet, and say how sure that is."""
+    place = local_path(out)
+    documents = _held_out(data)
+    loaded = _teacher(model)
+    if method == "uniform":
+        choice = choose_layers(loaded, keep, method)
+    else:
+        text = full_rows(_rows(documents, model, loaded, length))
+        # Text of the user's own is halved; of Python's library, other files are read.
+        calibration = text[: len(text) // 2] if data else full_rows(_rows(load_stdlib().train, model, loaded, length))
+        measured = text[len(text) // 2 :][:rows] if data else text[:rows]
+        choice = measure_layers(loaded, keep, method, calibration, measured, n_keys=keys, seed=seed)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(choice.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    print_choice(choice)
+    print(f"stored in {place}")
 
 
 @app.command("generate")
