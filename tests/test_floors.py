@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYOUT: dict[str, tuple[int, str]] = {
     "runtime": (1, "arguments storage distributed progress timing shards checkpoint tracking"),
-    "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
+    "ops": (1, "targets token_weights sampling cross_entropy divergence gated_delta"),
     "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise route_labels"),
     "layers": (3, "heads recursive_heads value_head routers experts skipping"),
     "model": (
