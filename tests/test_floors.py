@@ -35,8 +35,8 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "training": (6, "optimization objectives trainable state content step loop"),
     "training.objectives": (
         6,
-        "base iterations resources next_token step_supervision exits recursions evidence weight_statistics weightings "
-        "weighted_mtp critic routing grpo table",
+        "base iterations teacher_cache resources next_token step_supervision exits recursions evidence distill align "
+        "weight_statistics weightings weighted_mtp critic routing grpo table",
     ),
     "evaluation": (7, "held_out lossless acceptance rewards depth_trace cost search"),
     "evaluation.cost": (7, "count disk training decoding"),

@@ -50,7 +50,7 @@ def divergence(
     mixture: float = 0.5,
     n_tokens: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
-    """``T² Σ_n divergence(p_n, q_n)`` of predictions at temperature T, and each row's term.
+    """``T² Σ_n D(p_n, q_n)`` of predictions at temperature T, and each row's term.
 
     The factor T² keeps the size of the gradient: at small logits, that of the divergence itself falls with ``1 / T²``.
     A `TopK` merges the tokens of its bucket for both models, which never raises the divergence.
@@ -67,9 +67,8 @@ def divergence(
         The sum, differentiable once with respect to `hidden` and `weight`, and one detached term per row, in nats; both fp32, or
         fp64 for fp64 operands. Equal logits give exactly 0, and a gradient of exactly 0.
     """
-    total, terms = _Divergence.apply(
-        hidden, weight, teacher, kind, temperature, mixture, n_tokens or len(weight), torch.is_grad_enabled()
-    )
+    size = min(n_tokens or len(weight), len(weight))
+    total, terms = _Divergence.apply(hidden, weight, teacher, kind, temperature, mixture, size, torch.is_grad_enabled())
     return total, terms
 
 
@@ -190,7 +189,7 @@ def top_k(teacher: Predictor, k: int, *, temperature: float = 1.0, n_tokens: int
     Raises:
         ValueError: `k` leaves nothing for the bucket.
     """
-    size = n_tokens or len(teacher.weight)
+    size = min(n_tokens or len(teacher.weight), len(teacher.weight))
     if not 1 <= k < size:
         raise ValueError(f"top_k={k} must be at least 1 and less than the {size} tokens that are compared.")
     n_rows, device, dtype = len(teacher.hidden), teacher.hidden.device, accurate(teacher.hidden.dtype)
