@@ -1,4 +1,4 @@
-"""Claim: distillation is ``alpha · T² · D + (1 - alpha) · CE`` per target, whatever is around the targets and whoever keeps the teacher."""
+"""Claim: distillation is ``alpha · T² · D + (1 - alpha) · CE`` per target, whatever is around it, by a teacher or its record."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches
 from mull.training.loop import TrainConfig, train
 from mull.training.objectives.base import Batch, LossOutput
-from mull.training.objectives.distill import DistillationTrainer, DistillConfig, Distill
+from mull.training.objectives.distill import Distill, DistillationTrainer, DistillConfig
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.next_token import NextToken
 from mull.training.objectives.resources import ONCE, Resources
