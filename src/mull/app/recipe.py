@@ -27,7 +27,7 @@ from mull.training.objectives.critic import ValueSection
 from mull.training.objectives.grpo import GRPOSection
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.routing import RoutingSection
-from mull.training.objectives.table import MAIN_HEAD_ALONE, NEXT_TOKEN, OBJECTIVES, objective_names
+from mull.training.objectives.table import MAIN_HEAD_ALONE, NEXT_TOKEN, OBJECTIVES, OWN_CHOICE, objective_names
 from mull.training.objectives.weighted_mtp import Control, HeadTraining
 from mull.training.objectives.weightings import CriticSection, GradientSection, PretrainSection
 from mull.training.step import DistributedConfig
@@ -310,13 +310,6 @@ class Stage(_Section):
         if isinstance(settings, GradientSection) and settings.paths is not None and kind == "arithmetic":
             raise ValueError("gradient.paths is read as data.format says, and arithmetic is not read from files")
         return self
-
-
-OWN_CHOICE = {
-    "routing": "routers: leave it out",
-    "align": "the mixers of the aligned layers: leave it out, or give align.trainable",
-}
-"""Objectives that choose themselves what they train."""
 
 
 def _refuse_unread(key: str, algo: str, given: bool) -> None:

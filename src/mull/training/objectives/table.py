@@ -71,6 +71,12 @@ OBJECTIVES: dict[str, Entry] = {
 MAIN_HEAD_ALONE = (NEXT_TOKEN, "distill", "align")
 """Objectives that keep extra heads as they are."""
 
+OWN_CHOICE = {
+    "routing": "routers: leave it out",
+    "align": "the mixers of the aligned layers: leave it out, or give align.trainable",
+}
+"""Objectives that choose themselves what they train, and what to do instead of choosing it by ``train.trainable``."""
+
 
 def objective_names() -> list[str]:
     """Names of all objectives, those of other packages included."""
