@@ -54,17 +54,17 @@ BUDGETS = {
     "runtime": 1050,
     "ops": 700,
     "layers": 1000,
-    "data": 1160,
+    "data": 1165,
     "model": 3620,
     "decoding": 1160,
     "retrofit": 1200,
-    "training": 2720,
+    "training": 3170,
     "evaluation": 2200,
-    "app": 2650,
+    "app": 2730,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 15600
+MAX_CODE_LINES = 16260
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
