@@ -13,14 +13,20 @@ from conftest import tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mull.data.packing import PackedDataset
+from mull.data.sampler import ShuffledBatches
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig, LayerRouterConfig, LoRAExpertConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.distributed import full_state_dict, on_first_rank, rank, same_everywhere, session, whole, world_size
 from mull.training.loop import DEFAULT_SHARDING, Evaluation, TrainConfig, TrainResult, train
+from mull.training.objectives import teacher_cache
 from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states
 from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.resources import Resources
 from mull.training.objectives.step_supervision import StepSupervision
+from mull.training.objectives.table import make_objective
+from mull.training.objectives.teacher_cache import CacheIdentity, TeacherCache
 from mull.training.step import DistributedConfig, accumulate, make_stage, normalise
 
 VOCAB = 97
@@ -194,6 +200,7 @@ def everything_on_ranks(folder: Path) -> dict[str, Any]:
         "interrupted": training(plain, 4, folder / "by-ranks", until=second),
         "resumed": training(plain, 4, folder / "by-one", resume=True),
         "curriculum": curriculum(),
+        "healed": {name: healed(name, folder / "record") for name in HEALING},
         "rank 0 fails": refused(lambda: on_first_rank(fails)),
     }
 
@@ -274,6 +281,45 @@ def curriculum() -> dict[str, Any]:
     result = train(model, objective, batches, config)
     shown = ("first_step_accuracy", "iterations")
     return {**{name: [r[name] for r in result.history] for name in shown}, "state": objective.state_dict()}
+
+
+HEALING = ("distill", "distill by record", "align, checkpointing")
+
+
+def healed(name: str, folder: Path) -> dict[str, Any]:
+    """A hybrid that learns from a teacher with attention alone; ranks share the recording of the teacher's predictions."""
+    kinds = ["linear_attention", "full_attention", "linear_attention"]
+    base = tiny("qwen3_5", dtype=torch.float64, num_hidden_layers=3, layer_types=kinds)
+    model, teacher = wrap_transformer_with_etd(base, None), model_of("qwen3")
+    if rank() > 0:
+        model.lm_head.weight.data.mul_(2)  # the weights of rank 0 count
+    rows = [Split(1)(number) for number in range(3)]
+    ids, labels = (torch.cat([row[key] for row in rows]) for key in ("input_ids", "labels"))
+    dataset = PackedDataset(ids, labels, torch.arange(ids.shape[1]).expand(len(ids), -1))
+    predictions, reference = None, teacher.eval().requires_grad_(False)
+    if "record" in name:
+        identity = CacheIdentity(
+            teacher="a",
+            dtype="fp64",
+            data="b",
+            rows=len(ids),
+            length=ids.shape[1],
+            top_k=5,
+            temperature=2.0,
+            n_tokens=VOCAB,
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(teacher_cache, "TOKENS_PER_FILE", 50)  # five rows, so both ranks write files
+            predictions, reference = TeacherCache(folder, identity), None
+        predictions.record(teacher, dataset, 3)
+        assert predictions.complete
+    resources = Resources(model=model, reference=reference, predictions=predictions)
+    objective = make_objective(name.split()[0].rstrip(","), resources)
+    config = settings(4, gradient_checkpointing="checkpointing" in name)
+    result = train(model, objective, ShuffledBatches(dataset, 2, numbered=True), config)
+    clock = {"seconds", "tokens_per_second"}
+    history = [{key: value for key, value in r.items() if key not in clock} for r in result.history]
+    return {"history": history, "weights": full_state_dict(model)}
 
 
 if __name__ == "__main__":

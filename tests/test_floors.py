@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYOUT: dict[str, tuple[int, str]] = {
     "runtime": (1, "arguments storage distributed progress timing shards checkpoint tracking"),
-    "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
+    "ops": (1, "targets token_weights sampling cross_entropy divergence gated_delta"),
     "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise retrieval route_labels"),
     "layers": (3, "heads recursive_heads value_head routers experts skipping"),
     "model": (
@@ -35,8 +35,8 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "training": (6, "optimization objectives trainable state content step loop"),
     "training.objectives": (
         6,
-        "base iterations resources next_token step_supervision exits recursions evidence weight_statistics weightings "
-        "weighted_mtp critic routing grpo table",
+        "base iterations teacher_cache resources next_token step_supervision exits recursions evidence distill align "
+        "weight_statistics weightings weighted_mtp critic routing grpo table",
     ),
     "evaluation": (7, "held_out lossless acceptance rewards depth_trace divergence cost search"),
     "evaluation.cost": (7, "count disk training decoding"),
@@ -54,13 +54,13 @@ BUDGETS = {
     "runtime": 1050,
     "ops": 700,
     "layers": 1000,
-    "data": 1200,
+    "data": 1205,
     "model": 3620,
     "decoding": 1160,
     "retrofit": 1660,
-    "training": 2720,
+    "training": 3170,
     "evaluation": 2260,
-    "app": 2820,
+    "app": 2900,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 

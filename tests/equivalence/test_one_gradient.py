@@ -15,11 +15,13 @@ import torch
 from distributed_ranks import run_ranks
 from distributed_training import (
     CASES,
+    HEALING,
     Split,
     Weighted,
     curriculum,
     everything_on_ranks,
     gradient,
+    healed,
     model_of,
     second,
     training,
@@ -189,6 +191,12 @@ def test_ranks_share_one_curriculum(ranks: list[Outcomes]) -> None:
     assert expected["iterations"][:3] == [1, 1, 1]
     assert min(expected["iterations"][3:]) >= 2
     assert ranks[0]["curriculum"] == ranks[1]["curriculum"] == expected
+
+
+@pytest.mark.parametrize("name", HEALING)
+def test_two_ranks_learn_from_a_teacher_as_one(name: str, ranks: list[Outcomes], tmp_path: Path) -> None:
+    assert_same_run(ranks[0]["healed"][name], healed(name, tmp_path))
+    assert ranks[1]["healed"][name]["history"] == ranks[0]["healed"][name]["history"]
 
 
 @pytest.mark.slow

@@ -2,27 +2,34 @@
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from mull.app.prepare import Prepared, arithmetic_task, backbone_config
+from mull.app.prepare import Prepared, StageData, arithmetic_task, backbone_config
 from mull.app.recipe import ModelSection, Recipe, Stage
 from mull.data.route_labels import RouteRows
+from mull.data.sampler import ShuffledBatches
 from mull.evaluation.rewards import REWARDS
 from mull.layers.value_head import ValueHead
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configuration import MullConfig
 from mull.model.families import require_supported
-from mull.retrofit.source import GGUF, find_source, load_tokenizer
+from mull.retrofit.source import GGUF, find_source, load_config, load_tokenizer
 from mull.retrofit.wrap import from_pretrained, wrap_transformer_with_etd
+from mull.runtime.distributed import on_first_rank
+from mull.training.content import batches_content, files_digest
 from mull.training.objectives.base import Objective
+from mull.training.objectives.distill import DistillSection
 from mull.training.objectives.evidence import check_reference
 from mull.training.objectives.grpo import GRPOSection
-from mull.training.objectives.resources import Resources
+from mull.training.objectives.resources import Resources, TeacherSource
 from mull.training.objectives.table import make_objective
+from mull.training.objectives.teacher_cache import CacheIdentity, TeacherCache
 from mull.training.objectives.weightings import ReturnConfig
 
 WEIGHTS = (".safetensors", ".bin", GGUF)
@@ -96,18 +103,20 @@ def build_objectives(recipe: Recipe, prepared: Prepared, model: MullForCausalLM,
     value_head: ValueHead | None = None
     objectives = []
     for stage, data in zip(recipe.schedule(), prepared.stages, strict=True):
-        settings, reference = stage.settings, None
+        settings = stage.settings
         if isinstance(settings, ReturnConfig) and value_head is None:
             value_head = ValueHead(model.lm_head.in_features).to(model.device, model.dtype)
-        if (name := getattr(settings, "reference", None)) is not None:
-            section = ModelSection(checkpoint=name, dtype=recipe.model.dtype)
-            reference = load(section, prepared.tokenizer).eval().requires_grad_(False).to(model.device)
-            check_reference(model, reference, len(prepared.tokenizer))
-            _check_same_tokens(prepared.tokenizer, load_tokenizer(name), name)
+        source = _source(settings, recipe.model.dtype)
+        frozen = None if source is None else partial(_frozen, source, model, prepared.tokenizer, load)
+        predictions = None
+        if isinstance(settings, DistillSection) and settings.cache is not None:
+            assert frozen is not None
+            predictions = _predictions(settings, stage, data, model, len(prepared.tokenizer), frozen)
         resources = Resources(
             model=model,
             iterations=stage.loss.iterations,
-            reference=reference,
+            reference=None if frozen is None or predictions is not None else frozen(),
+            predictions=predictions,
             n_tokens=len(prepared.tokenizer),
             value_head=value_head,
             held_out=data.aligned,
@@ -122,6 +131,76 @@ def build_objectives(recipe: Recipe, prepared: Prepared, model: MullForCausalLM,
         # for it change it.
         objective.companion = value_head
     return objectives
+
+
+def _source(settings: Any, dtype: Literal["fp32", "bf16"]) -> TeacherSource | None:
+    """Where the frozen model of a stage comes from, with the type of its weights; None if it has none."""
+    if isinstance(settings, TeacherSource):
+        return TeacherSource(teacher=settings.teacher, dtype=settings.dtype or dtype, device=settings.device)
+    name = getattr(settings, "reference", None)
+    return None if name is None else TeacherSource(teacher=name, dtype=dtype)
+
+
+def _frozen(
+    source: TeacherSource, model: MullForCausalLM, tokenizer: PreTrainedTokenizerBase, load: Loader
+) -> MullForCausalLM:
+    """Load a reference or a teacher; without weights where the model has none."""
+    assert source.dtype is not None
+    place = model.device
+    if source.device is not None and model.device.type != "meta":
+        place = torch.device(source.device)
+        if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device={source.device} for {source.teacher}: this machine has {torch.cuda.device_count()} GPUs, counted from 0."
+            )
+    _check_same_tokens(tokenizer, load_tokenizer(source.teacher), source.teacher)
+    loaded = load(ModelSection(checkpoint=source.teacher, dtype=source.dtype), tokenizer)
+    frozen = loaded.eval().requires_grad_(False)
+    nn.Module.to(frozen, place)  # the type of transformers' wrapped `to` does not fit a call
+    check_reference(model, frozen, len(tokenizer))
+    return frozen
+
+
+def _predictions(
+    settings: DistillSection,
+    stage: Stage,
+    data: StageData,
+    model: MullForCausalLM,
+    n_tokens: int,
+    teacher: Callable[[], MullForCausalLM],
+) -> TeacherCache:
+    """The recorded predictions of a stage's teacher, which is loaded only if some are missing.
+
+    They are recorded here, before the first stage. A model without weights has nothing recorded.
+    """
+    assert isinstance(data.batches, ShuffledBatches)
+    assert settings.cache is not None
+    assert settings.top_k is not None
+    rows = data.batches.dataset
+    identity = CacheIdentity(
+        teacher=on_first_rank(partial(_digest, settings.teacher)),
+        dtype=settings.dtype or str(model.dtype).removeprefix("torch."),
+        data=batches_content(data.batches)["rows"],
+        rows=len(rows),
+        length=stage.data.length,
+        top_k=settings.top_k,
+        temperature=settings.temperature,
+        n_tokens=min(n_tokens, model.lm_head.out_features),
+    )
+    cache = TeacherCache(settings.cache, identity)
+    if model.device.type != "meta" and not cache.complete:
+        cache.record(teacher(), rows, stage.data.batch_size)
+    return cache
+
+
+def _digest(name: str) -> str:
+    """What tells a checkpoint from every other one, without loading it."""
+    source = find_source(name)
+    folder = Path(source.name)
+    if not folder.is_dir():
+        return f"{name}@{load_config(source, {})._commit_hash}"
+    files = (file for file in folder.iterdir() if file.suffix.lower() in WEIGHTS or file.name == "config.json")
+    return files_digest(files)
 
 
 def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -21,6 +22,7 @@ from mull.retrofit.source import find_source, load_config, load_tokenizer
 from mull.runtime.distributed import rank
 from mull.training.loop import Batches
 from mull.training.objectives.critic import ValueSection
+from mull.training.objectives.distill import DistillSection
 from mull.training.objectives.routing import RoutingSection
 from mull.training.objectives.table import find_entry
 from mull.training.objectives.weightings import GradientSection
@@ -97,7 +99,7 @@ def _stage_data(
         return pack_texts(map(_text, items), tokenizer, length=data.length, vocab_size=config.vocab_size)
 
     def shuffled(packed: PackedDataset) -> Batches:
-        return ShuffledBatches(packed, data.batch_size, seed)
+        return ShuffledBatches(packed, data.batch_size, seed, numbered=_is_recorded(settings))
 
     if isinstance(settings, ValueSection):
         found = pairs(_examples(train), per_problem=settings.per_problem, corrupt=settings.corrupt, seed=seed)
@@ -152,7 +154,13 @@ def _arithmetic_data(stage: Stage, config: PreTrainedConfig) -> StageData:
     assert data.arithmetic is not None
     check_length("data.length", data.length, config)
     packed = task.demonstrations(data.arithmetic.questions, data.length)
-    return StageData(ShuffledBatches(packed, data.batch_size, stage.train.seed), packed)
+    batches = ShuffledBatches(packed, data.batch_size, stage.train.seed, numbered=_is_recorded(stage.settings))
+    return StageData(batches, packed)
+
+
+def _is_recorded(settings: Any) -> bool:
+    """Whether the teacher's predictions of the rows are on the disk, under the rows' numbers."""
+    return isinstance(settings, DistillSection) and settings.cache is not None
 
 
 def backbone_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:

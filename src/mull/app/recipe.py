@@ -27,7 +27,7 @@ from mull.training.objectives.critic import ValueSection
 from mull.training.objectives.grpo import GRPOSection
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.routing import RoutingSection
-from mull.training.objectives.table import NEXT_TOKEN, OBJECTIVES, objective_names
+from mull.training.objectives.table import MAIN_HEAD_ALONE, NEXT_TOKEN, OBJECTIVES, OWN_CHOICE, objective_names
 from mull.training.objectives.weighted_mtp import Control, HeadTraining
 from mull.training.objectives.weightings import CriticSection, GradientSection, PretrainSection
 from mull.training.step import DistributedConfig
@@ -201,7 +201,9 @@ class TrainSection(TrainConfig):
     algo: str = NEXT_TOKEN
     """``next-token``, or a weighting of tokens: ``baseline-mtp`` (all weights 1), ``critic-wmtp``, ``dft``, ``entropy``,
     ``gradient-wmtp``, ``grpo-wmtp``, ``rho1-wmtp``, or one of another package (entry points ``mull.objectives``);
-    ``value-head``, which trains the value head that ``critic-wmtp`` reads; or ``routing``, which trains layer routers alone."""
+    ``distill``, which learns a teacher's predictions; ``align``, which aligns the mixers of converted layers with a teacher's
+    attention; ``value-head``, which trains the value head that ``critic-wmtp`` reads; or ``routing``, which trains layer routers
+    alone."""
 
     @field_validator("algo")
     @classmethod
@@ -279,12 +281,12 @@ class Stage(_Section):
                     f"the section {section} belongs to train.algo={owner}, but train.algo={algo}: remove the section, or choose "
                     "its algorithm"
                 )
-        if algo == NEXT_TOKEN:
-            _refuse_unread("loss.heads", "heads" in self.loss.model_fields_set)
-            _refuse_unread("loss.control", self.loss.control != "none")
-            _refuse_unread("train.trainable=heads", self.train.trainable == "heads")
-        if algo == "routing" and self.train.trainable != "all":
-            raise ValueError("train.trainable is not read by train.algo=routing, which trains routers: leave it out")
+        if algo in MAIN_HEAD_ALONE:
+            _refuse_unread("loss.heads", algo, "heads" in self.loss.model_fields_set)
+            _refuse_unread("loss.control", algo, self.loss.control != "none")
+            _refuse_unread("train.trainable=heads", algo, self.train.trainable == "heads")
+        if algo in OWN_CHOICE and self.train.trainable != "all":
+            raise ValueError(f"train.trainable is not read by train.algo={algo}, which trains {OWN_CHOICE[algo]}")
         return self
 
     @model_validator(mode="after")
@@ -310,10 +312,10 @@ class Stage(_Section):
         return self
 
 
-def _refuse_unread(key: str, given: bool) -> None:
+def _refuse_unread(key: str, algo: str, given: bool) -> None:
     if given:
         raise ValueError(
-            f"{key} is not read by train.algo={NEXT_TOKEN}, which trains the main head with equal weights: leave it out, or "
+            f"{key} is not read by train.algo={algo}, which trains the main head with equal weights: leave it out, or "
             "choose another algorithm, such as baseline-mtp"
         )
 
@@ -362,8 +364,8 @@ class Recipe(_Section):
             raise ValueError(
                 "stages is empty: give at least one, or leave it out and train with the sections at the top"
             )
-        if all(stage.train.algo == NEXT_TOKEN for stage in self.stages):
-            _refuse_unread("model.mtp", self.model.mtp is not None)
+        if all(stage.train.algo in MAIN_HEAD_ALONE for stage in self.stages):
+            _refuse_unread("model.mtp", self.stages[0].train.algo, self.model.mtp is not None)
         if len({stage.data.format == "arithmetic" for stage in self.stages}) > 1:
             raise ValueError(
                 "stages share a tokenizer, and format=arithmetic has its own: use it in all stages or in none"

@@ -24,7 +24,7 @@ from mull.app.recipe import Recipe, Stage
 from mull.data.route_labels import RouteRows
 from mull.data.sampler import ShuffledBatches
 from mull.data.tokenizer import TextEncoder
-from mull.evaluation.cost.disk import Saving, disk_rows
+from mull.evaluation.cost.disk import Saving, disk_rows, in_bytes
 from mull.evaluation.cost.training import Estimate, Schedule, estimate, training_flops_per_token
 from mull.evaluation.held_out import held_out_losses
 from mull.evaluation.rewards import right_answers
@@ -37,9 +37,11 @@ from mull.runtime.distributed import device, full_state_dict, on_first_rank, ran
 from mull.runtime.tracking import MlflowLog, flat, sqlite_uri
 from mull.training.content import batches_content, tokenizer_digest
 from mull.training.loop import CHECKPOINTS, Evaluation, TrainConfig, TrainResult, checkpoint_to_resume, train
+from mull.training.objectives.align import Align, AlignSection
 from mull.training.objectives.base import Objective
+from mull.training.objectives.distill import Distill
 from mull.training.objectives.grpo import GRPOSection
-from mull.training.objectives.table import NEXT_TOKEN, find_entry
+from mull.training.objectives.table import MAIN_HEAD_ALONE, find_entry
 from mull.training.objectives.weighted_mtp import WeightedMTP
 from mull.training.optimization import peak_flops, resolve_precision
 from mull.training.trainable import frozen_except, summary
@@ -139,8 +141,8 @@ def _check_stage(stage: Stage, model: MullForCausalLM) -> None:
     algo, n_heads = stage.train.algo, 0 if model.mtp_heads is None else model.mtp_heads.n_heads
     if stage.train.precision == "bf16" and native != "bf16":
         _warn("%s emulates bf16, slower than it computes fp32: train.precision=auto would choose fp32.", device())
-    if algo == NEXT_TOKEN and n_heads:
-        _warn("The model's %d extra heads are kept and not trained: train.algo=%s.", n_heads, NEXT_TOKEN)
+    if algo in MAIN_HEAD_ALONE and n_heads:
+        _warn("The model's %d extra heads are kept and not trained: train.algo=%s.", n_heads, algo)
     if algo == "baseline-mtp" and not n_heads:
         _warn("The model has no extra heads (model.mtp), so baseline-mtp is next-token prediction.")
 
@@ -184,7 +186,7 @@ def _run_stage(
 
 def _flops_per_token(stage: Stage, model: MullForCausalLM) -> float | None:
     """The numerator of a stage's MFU; None for objectives that also sample, or that do not back-propagate through the model."""
-    if find_entry(stage.train.algo).data != "rows":
+    if find_entry(stage.train.algo).data != "rows" or isinstance(stage.settings, AlignSection):
         return None
     length, sampling = stage.data.length, stage.loss.iterations
     with frozen_except(model, stage.train.trainable):
@@ -195,7 +197,7 @@ def _flops_per_token(stage: Stage, model: MullForCausalLM) -> float | None:
 
 def _trained_heads(stage: Stage) -> int | None:
     """Extra heads that a stage runs; None for all."""
-    return 0 if stage.train.algo == NEXT_TOKEN else None
+    return 0 if stage.train.algo in MAIN_HEAD_ALONE else None
 
 
 def _content(stage: Stage, data: StageData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -388,11 +390,17 @@ def _estimate_stage(
     schedule = _schedule(stage, objective, precision)
     check_length("A row", schedule.length, model.config.get_text_config())
     sharding, companion = recipe.distributed, objective.companion
-    reference = objective.scorer.reference if isinstance(objective, WeightedMTP) else None
     chosen = stage.train.trainable if objective.trains is None else objective.trains
     with frozen_except(model, chosen) as trainable:
-        found = estimate(model, stage.train, schedule, distributed=sharding, companion=companion, reference=reference)
+        found = estimate(
+            model, stage.train, schedule, distributed=sharding, companion=companion, reference=objective.reference
+        )
     rows = [*found.rows(), *_plan_rows(stage, data, found, peak_flops(device(), precision))]
+    if isinstance(objective, Align):
+        rows.append(("upper bound", "the whole model is counted, and align runs the mixers of its layers only"))
+    if isinstance(objective, Distill) and (cache := objective.predictions) is not None:
+        done = f"{cache.n_recorded:,} of {cache.identity.rows:,} rows recorded"
+        rows.append(("teacher's predictions", f"{done}, {in_bytes(cache.size)} on the disk when complete"))
     if chosen != "all":
         rows += [(f"trains {name}", f"{count:,}") for name, count in summary(trainable).items()]
     return found, rows

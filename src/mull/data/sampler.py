@@ -29,12 +29,13 @@ class ShuffledBatches:
         dataset: Rows to draw from.
         batch_size: Rows per batch.
         seed: Not negative.
+        numbered: Whether batches also have ``row_numbers [B]``, by which records about the rows are found.
 
     Raises:
         ValueError: the dataset has fewer rows than a batch, or the batch size or the seed is out of range.
     """
 
-    def __init__(self, dataset: RowDataset, batch_size: int, seed: int = 0) -> None:
+    def __init__(self, dataset: RowDataset, batch_size: int, seed: int = 0, numbered: bool = False) -> None:
         require("batch_size", batch_size, int, "a whole number")
         require("seed", seed, int, "a whole number")
         if batch_size < 1 or seed < 0:
@@ -47,6 +48,7 @@ class ShuffledBatches:
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
+        self.numbered = numbered
         self._cached_epoch = 0
         self._cached_order = self._draw_order(0)
 
@@ -58,7 +60,9 @@ class ShuffledBatches:
         indices = self._order(epoch)[start : start + self.batch_size]
         if missing := self.batch_size - len(indices):
             indices = np.concatenate([indices, self._order(epoch + 1)[:missing]])
-        return self.dataset.rows(torch.from_numpy(indices))
+        numbers = torch.from_numpy(indices)
+        batch = self.dataset.rows(numbers)
+        return {**batch, "row_numbers": numbers} if self.numbered else batch
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch != self._cached_epoch:

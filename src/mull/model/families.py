@@ -35,6 +35,10 @@ def _multimodal_rotary(rotary_emb: Any, kinds: set[str], h: Tensor, position_ids
     return dict.fromkeys(kinds, rotary_emb(h, position_ids.expand(3, h.shape[0], -1)))
 
 
+MIXERS = ("self_attn", "linear_attn")
+"""Modules of a decoder layer in which tokens meet; a layer has one of them."""
+
+
 @dataclass(frozen=True)
 class Family:
     """How one architecture differs from the others."""

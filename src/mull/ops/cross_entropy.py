@@ -100,7 +100,7 @@ def cross_entropy_gradients(
     gradient of `hidden` has the dtype of the matrix products.
     """
     losses = torch.empty(len(targets), dtype=accurate(hidden.dtype), device=hidden.device)
-    hidden, weight = _operands(hidden, weight)
+    hidden, weight = operands(hidden, weight)
     # The coefficients multiply rows of width D, not of width V.
     factors = coefficients[:, None].to(hidden.dtype)
     scaled, hidden_gradient = hidden * factors, torch.empty_like(hidden)
@@ -112,18 +112,19 @@ def cross_entropy_gradients(
         error = error.to(weight.dtype)
         torch.mm(error, weight, out=hidden_gradient[rows])
         if weight_gradient is not None:
-            _add_product(weight_gradient, error.T, scaled[rows])
+            add_product(weight_gradient, error.T, scaled[rows])
     return losses, hidden_gradient.mul_(factors)
 
 
 def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     losses = torch.empty(len(targets), dtype=accurate(hidden.dtype), device=hidden.device)
-    for rows, log_p in _chunks(*_operands(hidden, weight)):
+    for rows, log_p in _chunks(*operands(hidden, weight)):
         losses[rows] = -log_p.gather(-1, targets[rows, None])[:, 0]
     return losses
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to `total`, which may have a more accurate type."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
@@ -161,7 +162,7 @@ def token_statistics(
             hidden state, so no gradient per target is formed.
     """
     measured: list[list[Tensor]] = []
-    hidden, weight = _operands(hidden, weight)
+    hidden, weight = operands(hidden, weight)
     for rows, log_p in _chunks(hidden, weight):
         picked = targets[rows, None]
         p = log_p.exp()
@@ -174,7 +175,7 @@ def token_statistics(
     return TokenStatistics(loss, entropy, squares, alignment[0] if alignment else None)
 
 
-def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype of the matrix products: autocast does not affect products that write to a given tensor."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -183,10 +184,15 @@ def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Rows and their log-probabilities, in fp32, or in fp64 for fp64 operands."""
-    size = max(CHUNK_LOGITS // len(weight), MIN_CHUNK_ROWS)
-    for start in range(0, max(len(hidden), 1), size):  # without rows, one empty chunk
-        rows = slice(start, min(start + size, len(hidden)))
+    for rows in row_chunks(len(hidden), len(weight)):
         yield rows, F.linear(hidden[rows], weight).log_softmax(-1, dtype=accurate(hidden.dtype))
+
+
+def row_chunks(n_rows: int, n_columns: int) -> Iterator[slice]:
+    """Rows whose logits exist at a time."""
+    size = max(CHUNK_LOGITS // n_columns, MIN_CHUNK_ROWS)
+    for start in range(0, max(n_rows, 1), size):  # without rows, one empty chunk
+        yield slice(start, min(start + size, n_rows))
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:

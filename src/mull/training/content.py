@@ -6,6 +6,7 @@ A checkpoint stores them, and a resumed run must have the same. Where the conten
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,15 @@ def batches_content(batches: ShuffledBatches) -> dict[str, Any]:
 def module_digest(module: nn.Module) -> str:
     """Digest of the weights and buffers of a module by name."""
     return tensors_digest(sorted(module.state_dict().items()))
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """SHA-256, in hexadecimal, of files with their names, in the order of the names."""
+    found = hashlib.sha256()
+    for file in sorted(files, key=lambda path: path.name):
+        with file.open("rb") as stream:
+            found.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return found.hexdigest()
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -35,7 +35,6 @@ from mull.runtime.timing import synchronize
 from mull.runtime.tracking import MetricsLog, flat
 from mull.training.content import batches_content, module_digest
 from mull.training.objectives.base import Batch, Objective
-from mull.training.objectives.weighted_mtp import WeightedMTP
 from mull.training.optimization import (
     OptimizationConfig,
     Precision,
@@ -520,9 +519,8 @@ def run_configuration(
 
 
 def _reference_content(objective: Objective) -> dict[str, str]:
-    """Digest of the frozen model that weights are computed with, if there is one."""
-    reference = objective.scorer.reference if isinstance(objective, WeightedMTP) else None
-    return {} if reference is None else {"reference": module_digest(reference)}
+    """Digest of the frozen model that the loss runs, if there is one."""
+    return {} if objective.reference is None else {"reference": module_digest(objective.reference)}
 
 
 def checkpoint_to_resume(directory: Path | None, url: str | None, resume: bool) -> str | None:

@@ -115,6 +115,28 @@ def test_a_mistake_is_one_sentence_that_names_the_key(tmp_path: Path, values: di
         ({"rho1": RHO1}, "the section rho1 belongs to train.algo=rho1-wmtp, but train.algo=next-token"),
         ({"train__algo": "rho1-wmtp", "rho1": RHO1, "critic": CRITIC}, "the section critic belongs to"),
         ({"train__algo": "rho1-wmtp", "rho1": {}}, "the key rho1.reference is missing"),
+        ({"train__algo": "distill"}, "train.algo=distill needs the section distill"),
+        ({"train__algo": "distill", "distill": {}}, "the key distill.teacher is missing"),
+        (
+            {"train__algo": "distill", "distill": {"teacher": "x", "cache": "y"}},
+            "distill: cache='y' with top_k=None: give both, or neither",
+        ),
+        (
+            {"train__algo": "distill", "distill": {"teacher": "x", "device": "gpu"}},
+            "distill.device: 'gpu' must be cpu, cuda, or one GPU such as cuda:1",
+        ),
+        (
+            {"train__algo": "distill", "distill": {"teacher": "x"}, "loss": {"control": "random"}},
+            "loss.control is not read by train.algo=distill",
+        ),
+        (
+            {"train__algo": "align", "align": {"teacher": "x"}, "train__trainable": "new"},
+            "train.trainable is not read by train.algo=align, which trains the mixers of the aligned layers: leave it out",
+        ),
+        (
+            {"train__algo": "align", "align": {"teacher": "x", "layers": [1, 1]}},
+            "align: layers=[1, 1] names a layer twice",
+        ),
         (
             {"train__algo": "critic-wmtp", "critic": {}, "data__format": "examples"},
             "the key critic.pretrain is missing",

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 import mull
+from mull.app import run
 from mull.app.recipe import parse_recipe
 from mull.app.run import estimate_recipe, run_recipe
 from mull.data.arithmetic import CHARACTERS, ArithmeticTask, character_tokenizer
@@ -656,6 +657,95 @@ def test_the_utilisation_counts_what_a_stage_trains(tmp_path: Path, monkeypatch:
     ]
     assert costs == pytest.approx(listed, rel=1e-6)
     assert costs[0] < 0.8 * costs[1]
+
+
+# --- a hybrid and its teacher ---
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trained teacher, and a hybrid of random weights with its tokenizer in ``student``."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    carry_out(changed(content(folder), run__name="base", train__steps=2))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base" / "trunk")
+    sizes = {name: ARCHITECTURE[name] for name in ("num_hidden_layers", "max_position_embeddings")}
+    tiny("qwen3_5", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes).save_pretrained(
+        folder / "student"
+    )
+    tokenizer.save_pretrained(folder / "student")
+    return folder
+
+
+def healing(hybrid: Path, name: str, **distill: Any) -> dict[str, Any]:
+    """Alignment, distillation by record and a fine-tune on longer rows."""
+    teacher = str(hybrid / "base" / "trunk")
+    train = {"steps": 2, "precision": "fp32", "log_every": 1}
+    recorded = {"teacher": teacher, "top_k": 4, "cache": str(hybrid / "cache"), **distill}
+    stages = [
+        {"name": "align", "train": {"algo": "align", **train}, "align": {"teacher": teacher}},
+        {"name": "distill", "train": {"algo": "distill", **train}, "distill": recorded},
+        {"name": "long", "train": train, "data": {"length": 64, "batch_size": 1}},
+    ]
+    shared = {name: section for name, section in content(hybrid).items() if name not in ("train", "loss", "model")}
+    return changed({**shared, "stages": stages}, run__name=name, model__checkpoint=str(hybrid / "student"))
+
+
+def test_a_hybrid_is_healed_in_three_stages_and_its_trunk_is_one_of_transformers(
+    hybrid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run finds the teacher's predictions, and loads the teacher for the alignment only."""
+    loaded: list[str] = []
+    load = run.load_model
+
+    def counted(section: Any, tokenizer: Any) -> Any:
+        loaded.append(Path(section.checkpoint).name)
+        return load(section, tokenizer)
+
+    monkeypatch.setattr(run, "load_model", counted)
+    carry_out(healing(hybrid, "first"))
+    assert loaded == ["student", "trunk", "trunk"]
+    carry_out(healing(hybrid, "second"))
+    assert loaded[3:] == ["student", "trunk"]
+    assert_same(hybrid / "first", hybrid / "second")
+    aligned, distilled, tuned = (records(hybrid / "first" / name) for name in ("align", "distill", "."))
+    assert {"align/0", "align/1", "align/2"} <= aligned[0].keys()
+    assert "align/3" not in aligned[0], "the last layer has attention, as its teacher does"
+    assert distilled[-1]["divergence"] > 0
+    assert "mfu" not in aligned[0]
+    assert distilled[0]["mfu"] > 0
+    assert tuned[-1]["tokens"] == 2 * 64
+    trained = AutoModelForCausalLM.from_pretrained(hybrid / "first" / "trunk")
+    assert type(trained).__name__ == "Qwen3_5ForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"top_k": 5}, "holds predictions with another top_k, 4 instead of 5: choose another folder"),
+        ({"temperature": 1.0}, "holds predictions with another temperature, 2.0 instead of 1.0"),
+        ({"teacher": "{folder}/student"}, "holds predictions with another teacher"),
+        ({"device": "cuda:7"}, "device=cuda:7 for .*: this machine has . GPUs"),
+    ],
+)
+def test_a_record_of_another_teacher_is_refused(hybrid: Path, values: dict[str, Any], message: str) -> None:
+    cache = hybrid / "refused"
+    if not cache.exists():
+        carry_out(changed(healing(hybrid, "recording"), stages=[healing(hybrid, "x", cache=str(cache))["stages"][1]]))
+    if "device" in values:
+        cache = hybrid / "none"
+    values = {key: str(value).format(folder=hybrid) if key == "teacher" else value for key, value in values.items()}
+    recipe = healing(hybrid, "refused-run", cache=str(cache), **values)
+    recipe["stages"] = [recipe["stages"][1]]
+    with pytest.raises(ValueError, match=message):
+        carry_out(recipe)
+
+
+def test_a_dry_run_says_what_is_recorded_and_records_nothing(hybrid: Path, tmp_path: Path) -> None:
+    said = estimate_recipe(parse_recipe(healing(hybrid, "dry", cache=str(tmp_path / "cache"))))
+    assert re.search(r"teacher's predictions +0 of \d+ rows recorded, .* on the disk when complete", said)
+    assert re.search(r"upper bound +the whole model is counted", said)
+    assert re.search(r"trains model\.layers\.\*\.linear_attn\.in_proj_qkv\.weight", said)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_wrong_answers_are_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -26,6 +26,7 @@ from mull.layers.recursive_heads import ChainedSteps
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import layer_kinds
 from mull.model.executor import run_layer
+from mull.model.families import MIXERS
 from mull.model.inputs import LayerInputs
 from mull.ops.cross_entropy import CHUNK_LOGITS, MIN_CHUNK_ROWS
 from mull.training.optimization import OptimizationConfig, build_optimizers
@@ -33,10 +34,6 @@ from mull.training.step import DistributedConfig
 
 OPTIMIZER_COPIES = {"Muon": 1, "AdamW": 2}
 """Tensors of a parameter's size that its optimizer keeps: a momentum; two moving averages."""
-
-
-MIXERS = ("self_attn", "linear_attn")
-"""Modules of a decoder layer in which tokens meet."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,6 +69,11 @@ class Objective(ABC):
     """Patterns of names of the model's parameters that the loss reaches; the others are frozen. Empty trains the companion
     alone. None trains what `mull.training.loop.TrainConfig.trainable` says."""
 
+    @property
+    def reference(self) -> MullForCausalLM | None:
+        """Frozen model that the loss runs beside the trained one, whole on every rank."""
+        return None
+
     def plan_step(self, model: MullForCausalLM, batches: Sequence[Batch]) -> StepPlan:
         """Decide what the micro-batches of a step share, without gradient. Called on every rank.
 

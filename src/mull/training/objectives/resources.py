@@ -1,10 +1,12 @@
 """What objectives are built from."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import NoneType
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from pydantic import field_validator
 from torch import Tensor, nn
 
 from mull.layers.value_head import ValueHead
@@ -12,6 +14,7 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.runtime.arguments import Frozen, require, require_callable, require_count
 from mull.training.objectives.base import Batch
 from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.teacher_cache import TeacherCache
 
 Reward = Callable[[Tensor, Batch], Tensor]
 """``(completions [N, L], batch) -> rewards [N]``. Completions include the end token and the padding after it. The batch is
@@ -24,6 +27,28 @@ class Settings(Frozen):
 
     sources: ClassVar[frozenset[str]] = frozenset()
     """Fields that say where something comes from. A resumed run may change them, so no checkpoint compares them."""
+
+
+class TeacherSource(Settings):
+    """Where a teacher comes from."""
+
+    sources = frozenset({"teacher", "device"})
+
+    teacher: str
+    """Directory or hub name of the teacher, which has the model's tokenizer."""
+
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Type of the teacher's weights; without it, that of the model. ``train.precision`` computes both alike."""
+
+    device: str | None = None
+    """Where the teacher runs, such as ``cuda:1`` or ``cpu``; without it, where the model does."""
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str | None) -> str | None:
+        if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise ValueError(f"{device!r} must be cpu, cuda, or one GPU such as cuda:1")
+        return device
 
 
 ONCE = IterationSampling(maximum=1)
@@ -41,7 +66,10 @@ class Resources:
 
     reference: MullForCausalLM | None = None
     """For ``rho1-wmtp``, and for ``grpo-wmtp`` with a penalty: a frozen model in evaluation mode, on the model's device, with the
-    model's tokenizer."""
+    model's tokenizer. For ``distill`` and ``align`` the teacher, which may be on another device."""
+
+    predictions: TeacherCache | None = None
+    """For ``distill``: what the teacher predicts for all rows of the data, instead of the teacher."""
 
     n_tokens: int | None = None
     """Tokens of the tokenizer that model and reference are known to share. Their vocabularies may be larger, each padded to its
@@ -74,6 +102,7 @@ class Resources:
         require("model", self.model, nn.Module, "a model of mull")
         require("iterations", self.iterations, IterationSampling, "an IterationSampling")
         require("reference", self.reference, (nn.Module, NoneType), "a model of mull, or None")
+        require("predictions", self.predictions, (TeacherCache, NoneType), "a TeacherCache, or None")
         require("value_head", self.value_head, (nn.Module, NoneType), "a ValueHead, or None")
         require("route_labels", self.route_labels, (Tensor, NoneType), "a tensor [N, L], or None")
         for name in ("held_out", "reward"):

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch import Tensor
 
 from mull.runtime.arguments import require, require_seed
-from mull.training.objectives import critic, exits, grpo, recursions, routing, weightings
+from mull.training.objectives import align, critic, distill, exits, grpo, recursions, routing, weightings
 from mull.training.objectives.base import Objective
 from mull.training.objectives.evidence import Evidence, Scored, Scorer
 from mull.training.objectives.next_token import NextToken
@@ -48,6 +48,8 @@ def _function(score: Callable[[Evidence], Tensor | Scored]) -> Entry:
 
 OBJECTIVES: dict[str, Entry] = {
     NEXT_TOKEN: Entry(lambda _, resources: NextToken(resources.iterations)),
+    "distill": Entry(distill.distill, distill.DistillConfig, ("distill", distill.DistillSection)),
+    "align": Entry(align.align, align.AlignConfig, ("align", align.AlignSection)),
     "exits": Entry(exits.exits, exits.ExitsConfig, ("exits", exits.ExitsConfig)),
     "mixture-of-recursions": Entry(
         recursions.recursions, recursions.RecursionsConfig, ("recursions", recursions.RecursionsConfig)
@@ -65,6 +67,15 @@ OBJECTIVES: dict[str, Entry] = {
     "grpo-wmtp": Entry(grpo.group_relative, grpo.GRPOConfig, ("grpo", grpo.GRPOSection), data="prompts"),
 }
 """Objectives of mull by name."""
+
+MAIN_HEAD_ALONE = (NEXT_TOKEN, "distill", "align")
+"""Objectives that keep extra heads as they are."""
+
+OWN_CHOICE = {
+    "routing": "routers: leave it out",
+    "align": "the mixers of the aligned layers: leave it out, or give align.trainable",
+}
+"""Objectives that choose themselves what they train, and what to do instead of choosing it by ``train.trainable``."""
 
 
 def objective_names() -> list[str]:

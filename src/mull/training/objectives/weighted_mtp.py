@@ -238,6 +238,11 @@ class WeightedMTP(Objective):
         return self._scorer
 
     @property
+    def reference(self) -> MullForCausalLM | None:
+        """The model that the weighting compares with, if it has one."""
+        return self._scorer.reference
+
+    @property
     def needs_whole_step(self) -> bool:
         """Whether no target can be weighted before all targets of the step are scored."""
         return self._scorer.whole_step or self.control != "none"
