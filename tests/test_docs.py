@@ -107,6 +107,11 @@ def convert(_: pytest.MonkeyPatch) -> Names:
     return {}
 
 
+def short_hybrid(_: pytest.MonkeyPatch) -> Names:
+    save_checkpoint("Qwen/Qwen3-0.6B", n_layers=4)
+    return {}
+
+
 def generate(_: pytest.MonkeyPatch) -> Names:
     return {"model": with_heads(), "tokenizer": tokenizer()}
 
@@ -139,6 +144,7 @@ PAGES: dict[str, Callable[[pytest.MonkeyPatch], Names]] = {
     "docs/concepts/experts.md": nothing,
     "docs/concepts/token-skipping.md": nothing,
     "docs/concepts/distillation.md": nothing,
+    "docs/concepts/hybrid-start.md": short_hybrid,
     "docs/how-to/depth.md": looped,
     "docs/concepts/paths-and-slots.md": nothing,
     "docs/how-to/split.md": split,

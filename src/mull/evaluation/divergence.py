@@ -18,7 +18,7 @@ from mull.retrofit.calibrate import DeltaMixer, delta_config, delta_mixer, mixer
 from mull.retrofit.hybrid import DeltaStart
 from mull.runtime.progress import Progress
 
-TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 256
 """Tokens whose distributions over the vocabulary are held at a time."""
 
 

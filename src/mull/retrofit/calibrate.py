@@ -235,7 +235,7 @@ def _fit(
         # Beside the attention's output, what would bring the student to the teacher's state.
         targets.append(attended + (h - s))
         gate_input = layer.input_layernorm(s)
-        gate_sums.add(gate_input, torch.full_like(gate_input[..., :1], UNIT_SILU))
+        gate_sums.add(gate_input, torch.full_like(gate_input[..., :1], UNIT_SILU, dtype=torch.float32))
     half_life = (distance[0] / distance[1]).clamp(min=SHORTEST_HALF_LIFE).float()
     start = DeltaStart(half_life, gate_sums.ridge(GATE_RIDGE)[0].float())
 

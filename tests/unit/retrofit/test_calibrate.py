@@ -174,6 +174,19 @@ def test_batches_do_not_matter():
 
 
 @torch.no_grad()
+def test_bf16_gives_nearly_the_same_start():
+    model, ids = teacher(), texts()
+    exact = calibrate_starts(model, [ids], LAYERS, CalibrationConfig(output="scale"), progress=False)
+    rounded = calibrate_starts(
+        model.to(torch.bfloat16), [ids], LAYERS, CalibrationConfig(output="scale"), progress=False
+    )
+    for number in LAYERS:
+        for one, other in zip(exact[number], rounded[number], strict=True):
+            assert one is None or (one - other).norm() < 0.1 * one.norm()
+            assert other is None or other.dtype == torch.float32
+
+
+@torch.no_grad()
 def test_sequential_layers_make_up_for_errors_before_them():
     model, ids = teacher(), texts(24)
     trunk = trunk_of(model)

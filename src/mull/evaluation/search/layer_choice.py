@@ -36,6 +36,9 @@ RESAMPLES = 1000
 INTERVAL = (0.025, 0.975)
 """Quantiles over resamples that bound an interval."""
 
+ABLE = 0.5
+"""Share of retrieval tasks below which a model is too weak for its layers to be judged by them."""
+
 UNITS: dict[Method, str] = {
     "uniform": "",
     "replace-one": "nats per token",
@@ -410,6 +413,8 @@ def choose_layers(
             values = replacement_divergences(teacher, rows.split(batch_size), starts, progress=progress)
         n_examples, scores, samples = len(values), values.mean(0), resampled(values, seed)
     keep, ranked, separated, verdict = judge(scores, samples, n_keep, UNITS[method])
+    if accuracy is not None and accuracy < ABLE:
+        verdict += f" The model itself answers {accuracy:.0%} of the tasks: what layers do for retrieval hardly shows."
     return LayerChoice(
         model_name=name,
         method=method,

@@ -137,8 +137,19 @@ def test_both_layers_of_an_induction_are_ranked_first_by_generated_tasks(n_keys)
     starts = alone(model, haystack())
     choice = choose_layers(model, 2, "retrieval", starts=starts, tasks=task, progress=False)
     assert choice.accuracy == 1.0, "the planted model solves the generated task"
+    assert "hardly shows" not in choice.verdict
     assert choice.keep == (1, 3)
     assert choice.separated
+
+
+def test_a_model_that_cannot_retrieve_is_no_judge_of_its_layers():
+    model = planted(3)  # without a layer that tells it the token before
+    choice = choose_layers(
+        model, 2, "retrieval", starts=alone(model, haystack()), tasks=retrieval_task(haystack(), 24, 3), progress=False
+    )
+    assert choice.accuracy is not None
+    assert choice.accuracy < 0.5
+    assert f"The model itself answers {choice.accuracy:.0%} of the tasks" in choice.verdict
 
 
 def test_gates_stay_open_where_the_model_retrieves():
