@@ -283,7 +283,7 @@ def curriculum() -> dict[str, Any]:
     return {**{name: [r[name] for r in result.history] for name in shown}, "state": objective.state_dict()}
 
 
-HEALING = ("distill", "distill by record", "align, checkpointing")
+HEALING = ("distill", "distill by record", "align", "align, checkpointing")
 
 
 def healed(name: str, folder: Path) -> dict[str, Any]:

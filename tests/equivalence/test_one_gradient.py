@@ -51,7 +51,7 @@ def ranks(folder: Path) -> list[Outcomes]:
     """What two ranks did, in one group: starting one takes seconds."""
     exchange = folder / "exchange"
     exchange.mkdir()
-    return run_ranks(everything_on_ranks, folder, folder=exchange)
+    return run_ranks(everything_on_ranks, folder, folder=exchange, seconds=240)
 
 
 @pytest.fixture(scope="module")

@@ -150,6 +150,12 @@ def test_a_layer_runs_its_mixer_on_documents_and_padding_as_in_the_model(family:
     assert torch.equal(again, output)
 
 
+def test_a_teacher_may_have_another_type_of_weights() -> None:
+    model = student_of()
+    exact = mean(objective_of(model, teacher_of())(model, data()))
+    assert mean(objective_of(model, teacher_of(torch.bfloat16))(model, data())) == pytest.approx(exact, rel=2e-2)
+
+
 def test_looking_at_a_mixer_leaves_the_layer_as_it_was() -> None:
     model = student_of()
     before = model(whole_row()["input_ids"]).logits

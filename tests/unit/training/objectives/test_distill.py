@@ -186,6 +186,15 @@ def test_a_teacher_with_a_vocabulary_of_its_own_padding_is_compared_in_the_token
     assert mean(objective(model, data())) == before
 
 
+def test_a_teacher_may_have_another_type_of_weights() -> None:
+    """And nothing but rounding changes."""
+    model, teacher = student_of(torch.float32), teacher_of(torch.float32)
+    exact = objective_of(teacher)(model, data())
+    rounded = objective_of(teacher_of(torch.bfloat16))(model, data())
+    assert rounded.sum.dtype == exact.sum.dtype == torch.float32
+    assert mean(rounded) == pytest.approx(mean(exact), rel=2e-2)
+
+
 # --- the record of a teacher ---
 
 
