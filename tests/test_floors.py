@@ -43,7 +43,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "evaluation.search": (7, "loop_probe split calibration layer_choice route_tree route_scores routes route_report"),
     "app": (8, "yaml_text architecture recipe prepare build run report demo hybrid cli"),
     "app.report": (8, "figures page inspect_page"),
-    "app.demo": (8, "chapter loops weights speculation chain depth demo"),
+    "app.demo": (8, "chapter loops weights speculation chain depth hybrid demo"),
 }
 """Each folder's floor, and its files in the order in which they build on each other. Two folders on one floor do not know each
 other. An import under ``TYPE_CHECKING`` is held to the same rule: a type is knowledge, too."""
@@ -55,16 +55,16 @@ BUDGETS = {
     "ops": 700,
     "layers": 1000,
     "data": 1205,
-    "model": 3620,
+    "model": 3660,
     "decoding": 1160,
     "retrofit": 1660,
     "training": 3170,
     "evaluation": 2260,
-    "app": 2900,
+    "app": 2980,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 17050
+MAX_CODE_LINES = 17900
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

@@ -62,6 +62,9 @@ class DemoSize:
     depth_rows: int = 8
     """Held-out rows on which halting rules are compared."""
 
+    calibration_rows: int = 32
+    hybrid_steps: int = 24
+
 
 @dataclass(frozen=True)
 class Bench:

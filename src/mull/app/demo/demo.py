@@ -10,6 +10,7 @@ from pathlib import Path
 from mull.app.demo.chain import Chain
 from mull.app.demo.chapter import Bench, Chapter, DemoSize
 from mull.app.demo.depth import Depth
+from mull.app.demo.hybrid import Hybrid
 from mull.app.demo.loops import Loops, Samples
 from mull.app.demo.speculation import Speculation
 from mull.app.demo.weights import Weights
@@ -37,6 +38,7 @@ def run_demo(out: Path, seed: int = 0, size: DemoSize | None = None) -> Path:
         "speculation": Speculation.train(bench, loops),
         "chain": chain,
         "depth": Depth.train(bench, loops, chain),
+        "hybrid": Hybrid.train(bench, loops),
         "samples": Samples.train(bench, loops),
     }
     report = Report(

@@ -1,7 +1,7 @@
 """The demo's chapter on conversion: the softmax model becomes a hybrid of Gated DeltaNet and gated attention, and is healed.
 
-The teacher is the base model. It is converted with and without a calibrated start, and both hybrids learn its predictions from the
-same rows in the same order.
+The teacher is the base model. It is converted with and without a calibrated start, and both hybrids learn its predictions from
+the same rows in the same order.
 """
 
 from dataclasses import dataclass

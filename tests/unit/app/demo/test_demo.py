@@ -36,6 +36,8 @@ TINY = DemoSize(
     drafting_steps=2,
     drafting_prompts=2,
     drafting_tokens=6,
+    calibration_rows=4,
+    hybrid_steps=2,
 )
 
 
@@ -62,7 +64,7 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path) -> None:
     report = run_demo(tmp_path, seed=0, size=TINY).read_text()
     page = Headings()
     page.feed(report)
-    assert page.headings[:10] == [
+    assert page.headings[:11] == [
         "What was trained",
         "Where to loop",
         "Loss against iterations",
@@ -71,10 +73,11 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path) -> None:
         "A task that needs depth: chain to root",
         "Adaptive depth",
         "Adaptive depth on text",
+        "Conversion to a hybrid",
         "Samples",
         "Saved and loaded",
     ]
-    assert page.figures == 8
+    assert page.figures == 9
     assert "the same logits, bit for bit" in report
     assert "OTHER logits" not in report
     assert "All calls wrote the same tokens." in report
