@@ -141,7 +141,7 @@ def main() -> None:
     )
     parser.add_argument("--teacher", default="out/stdlib-base/trunk")
     parser.add_argument("--student", default="out/hybrid-align/trunk")
-    parser.add_argument("--rows", type=int, default=32, help="held-out rows of 256 tokens")
+    parser.add_argument("--rows", type=int, default=16, help="held-out rows of 256 tokens")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = {"machine": machine()}
