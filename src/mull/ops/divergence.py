@@ -168,7 +168,8 @@ def _in_buckets(teacher: TopK, log_q: Tensor, kind: Kind, mixture: float) -> tup
     kept = log_q.gather(-1, teacher.tokens.long())
     rest = log_q.scatter_(-1, teacher.tokens.long(), -torch.inf)
     log_tail = rest.logsumexp(-1, keepdim=True)
-    terms, slope = _compare(teacher.log_p.to(log_q.dtype), torch.cat([kept, log_tail], -1), kind, mixture)
+    log_p = teacher.log_p.to(log_q.dtype, copy=True)  # the record stays as it is
+    terms, slope = _compare(log_p, torch.cat([kept, log_tail], -1), kind, mixture)
     # The bucket's slope reaches its tokens in proportion to their probabilities.
     error = rest.sub_(log_tail).exp_().mul_(slope[:, -1:])
     return terms, error.scatter_(-1, teacher.tokens.long(), slope[:, :-1])

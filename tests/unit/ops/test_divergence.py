@@ -191,6 +191,17 @@ def test_a_record_never_exceeds_the_full_divergence_and_a_longer_one_is_closer(k
     assert (found[0] < found[-1] - 1e-3).any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("record", [False, True], ids=["full", "top-k"])
+def test_arguments_are_only_read(kind: Kind, record: bool) -> None:
+    (hidden, weight), given = student(), teacher()
+    seen: Predictor | TopK = top_k(given, 6) if record else given
+    arguments = [hidden, weight, *seen]
+    before = [argument.clone() for argument in arguments]
+    divergence(hidden, weight, seen, kind=kind)[0].backward()
+    assert all(torch.equal(argument, copy) for argument, copy in zip(arguments, before, strict=True))
+
+
 @pytest.mark.parametrize("k", [0, V])
 def test_a_record_needs_a_token_and_a_rest(k: int) -> None:
     with pytest.raises(ValueError, match=rf"top_k={k} must be at least 1 and less than the {V} tokens"):

@@ -251,7 +251,9 @@ def test_names_of_mull_itself_come_first() -> None:
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
     model = model_of(tiny("qwen3", **DEPTH))
-    with pytest.raises(ValueError, match=r"'rho2' is not known\. Known are baseline-mtp, .*critic-wmtp.*rho1-wmtp"):
+    with pytest.raises(
+        ValueError, match=r"'rho2' is not known\. Known are align, baseline-mtp, .*critic-wmtp.*rho1-wmtp"
+    ):
         make_objective("rho2", Resources(model=model))
 
 
