@@ -264,6 +264,7 @@ def trained_gates(
     config = config or GateSearchConfig()
     trunk = trunk_of(teacher)
     _require_all(trunk, starts)
+    layers: Any = trunk.layers
     n_layers = len(trunk.layers)
     mixers = {
         number: delta_mixer(trunk.layers[number], trunk.text_config, starts[number]) for number in range(n_layers)
@@ -279,7 +280,7 @@ def trained_gates(
                 drawn = rows[torch.randint(len(rows), (len(rows),), generator=generator)]
                 logits = start.repeat(n_layers).to(teacher.device).requires_grad_()
                 gated = {
-                    number: _GatedMixer(trunk.layers[number].self_attn, mixer, logits, number)
+                    number: _GatedMixer(layers[number].self_attn, mixer, logits, number)
                     for number, mixer in mixers.items()
                 }
                 _train_gates(teacher, trunk, drawn, gated, logits, n_keep, config, bar)
@@ -313,7 +314,7 @@ def _train_gates(
         over = logits.sigmoid().sum() / n_keep - 1
         loss = divergence / scale + config.budget_weight * over.square().cpu()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         bar.advance()
 
