@@ -84,7 +84,8 @@ def test_a_wrong_conversion_is_refused_before_it_calibrates(checkpoint, tmp_path
 
 
 @pytest.mark.parametrize(
-    "method", ["uniform", "retrieval", "replace-one", pytest.param("gate", marks=pytest.mark.slow)]
+    "method",
+    ["uniform", "retrieval", *(pytest.param(name, marks=pytest.mark.slow) for name in ("replace-one", "gate"))],
 )
 def test_layers_writes_a_choice_that_convert_reads(method, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hybrid, "CALIBRATION_TOKENS", 320)

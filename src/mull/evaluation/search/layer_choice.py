@@ -193,9 +193,10 @@ def _each_replaced(
     """
     trunk = trunk_of(teacher)
     _require_all(trunk, starts)
-    layers: Any = trunk.layers
-    n_layers = len(layers)
-    mixers = {number: delta_mixer(layers[number], trunk.text_config, starts[number]) for number in range(n_layers)}
+    n_layers = len(trunk.layers)
+    mixers = {
+        number: delta_mixer(trunk.layers[number], trunk.text_config, starts[number]) for number in range(n_layers)
+    }
     rows = []
     with Progress(len(batches) * n_layers, "replacement", label="layers", shown=progress) as bar:
         for batch, ids in enumerate(batches):
@@ -264,8 +265,10 @@ def trained_gates(
     trunk = trunk_of(teacher)
     _require_all(trunk, starts)
     layers: Any = trunk.layers
-    n_layers = len(layers)
-    mixers = {number: delta_mixer(layers[number], trunk.text_config, starts[number]) for number in range(n_layers)}
+    n_layers = len(trunk.layers)
+    mixers = {
+        number: delta_mixer(trunk.layers[number], trunk.text_config, starts[number]) for number in range(n_layers)
+    }
     start = torch.tensor(n_keep / n_layers).logit()
     generator, found = torch.Generator().manual_seed(config.seed), []
     trained = [parameter for parameter in teacher.parameters() if parameter.requires_grad]

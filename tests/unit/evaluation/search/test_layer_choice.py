@@ -116,7 +116,7 @@ def alone(model: Any, rows: Tensor) -> Any:
     return calibrate_starts(model, [rows], range(LAYERS), ALONE, progress=False)
 
 
-@pytest.mark.parametrize("match", [1, 3])
+@pytest.mark.parametrize("match", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_layer_that_retrieves_is_ranked_first(match):
     model, task = planted(match), classes()
     starts = alone(model, classes(64, 40).input_ids[48:])
@@ -131,7 +131,7 @@ def test_the_layer_that_retrieves_is_ranked_first(match):
         assert choice.n_examples == 48
 
 
-@pytest.mark.parametrize("n_keys", [1, 3])
+@pytest.mark.parametrize("n_keys", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_both_layers_of_an_induction_are_ranked_first_by_generated_tasks(n_keys):
     model, task = planted(3, before=1), retrieval_task(haystack(), 48, n_keys)
     starts = alone(model, haystack())
@@ -157,7 +157,7 @@ def test_gates_stay_open_where_the_model_retrieves():
     starts = alone(model, classes(24, 16).input_ids)
     required = [parameter.requires_grad for parameter in model.parameters()]
     before = model(task.input_ids).logits
-    config = GateSearchConfig(steps=12, learning_rate=0.2, resamples=2)
+    config = GateSearchConfig(steps=6, learning_rate=0.4, resamples=2, batch_size=2)
     choice = choose_layers(model, 1, "gate", starts=starts, rows=task.input_ids, gates=config, progress=False)
     assert choice.keep == (3,)
     assert choice.scores[0].low > 1.2 * max(score.high for score in choice.scores[1:])
