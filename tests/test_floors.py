@@ -24,11 +24,11 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "runtime": (1, "arguments storage distributed progress timing shards checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy gated_delta"),
     "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise route_labels"),
-    "layers": (3, "heads recursive_heads value_head routers experts skipping"),
+    "layers": (3, "heads recursive_heads value_head routers experts skipping output_gate"),
     "model": (
         4,
         "path configs configuration memory growing_cache fixed_cache families inputs policy warmup balance "
-        "depth_router halting experts token_skip routing executor pretrained base_model causal_lm",
+        "depth_router halting experts token_skip routing executor attention_gates pretrained trunk base_model causal_lm",
     ),
     "retrofit": (5, "reading source native_heads expert_adapters wrap presets"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),

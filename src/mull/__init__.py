@@ -5,6 +5,7 @@ from mull.model.base_model import MullModel
 from mull.model.causal_lm import MullForCausalLM, MullOutput
 from mull.model.configs import (
     ETDConfig,
+    GatedAttentionConfig,
     HaltingConfig,
     LayerRouterConfig,
     LoRAExpertConfig,
@@ -23,6 +24,7 @@ from mull.retrofit.wrap import certify_identity, from_pretrained, wrap_transform
 
 __all__ = [
     "ETDConfig",
+    "GatedAttentionConfig",
     "GenerateOutput",
     "GenerationStats",
     "GivenTokens",

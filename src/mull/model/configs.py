@@ -152,6 +152,27 @@ class LoRAExpertConfig(Frozen):
     """Step of the gate's bias at each optimizer step, towards an even load. 0 leaves the bias as it is."""
 
 
+class GatedAttentionConfig(Frozen):
+    """Which layers multiply what their attention gives by a gate that reads the attention's input, and how finely.
+
+    Source:
+        Gated attention (arXiv:2505.06708), gate G1, which has gates in all layers and is trained from the start.
+    """
+
+    granularity: Literal["head", "element"] = "head"
+    """A gate per head, or one for each element of its output."""
+
+    layers: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Numbers of the layers, from 0; None for all with softmax attention."""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> "GatedAttentionConfig":
+        layers = self.layers or ()
+        if len(set(layers)) < len(layers) or any(layer < 0 for layer in layers):
+            raise ValueError(f"layers={list(layers)} must be different numbers of layers, from 0.")
+        return self
+
+
 class ETDConfig(Frozen):
     """Which decoder layers encode, think and decode, and how often the think block runs.
 
@@ -483,3 +504,8 @@ def etd_from_dict(etd: Mapping[str, Any] | None) -> ETDConfig | None:
 def mtp_from_dict(mtp: Mapping[str, Any] | None) -> MTPConfig | None:
     """Read the ``mtp`` entry of a stored configuration."""
     return None if mtp is None else MTPConfig.model_validate(dict(mtp))
+
+
+def gates_from_dict(gates: Mapping[str, Any] | None) -> GatedAttentionConfig | None:
+    """Read the ``gated_attention`` entry of a stored configuration."""
+    return None if gates is None else GatedAttentionConfig.model_validate(dict(gates))

@@ -21,8 +21,8 @@ TRUST = "trust_remote_code"
 NO_CODE: dict[str, Any] = {TRUST: False}
 """What every ``from_pretrained`` of transformers is given first."""
 
-HEADS = ("mtp_heads.", "model.mtp.", "mtp.", "model.etd.")
-"""How the names of extra heads begin."""
+ADDED = ("mtp_heads.", "model.mtp.", "mtp.", "model.etd.", "model.attention_gates.")
+"""How the names of parts begin that may be missing: they start as if they were not there."""
 
 JSON_FILES = ("config", "generation_config", "tokenizer", "tokenizer_config", "model.safetensors.index")
 
