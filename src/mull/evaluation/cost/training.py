@@ -318,19 +318,22 @@ def _differentiated(
 
 def _first_decision(model: MullForCausalLM) -> float:
     """The first layer whose states a trained router, gate or expert changes; infinity if none is trained."""
-    etd, parts = model.etd_config, model.etd
+    etd, parts, gates = model.etd_config, model.etd, model.model.attention_gates or {}
+    gated = min((int(layer) for layer, gate in gates.items() if not _is_frozen(gate)), default=math.inf)
     if etd is None or parts is None or _is_frozen(parts):
-        return math.inf
+        return gated
     decided = {*etd.routed_layers, *etd.skipped_layers}
-    return min(decided) if decided else etd.n_encoder_layers
+    return min(gated, min(decided) if decided else etd.n_encoder_layers)
 
 
 def _layer_flops(model: MullForCausalLM, length: int) -> list[float]:
     """FLOPs per token of a forward pass of each layer."""
-    config = model.config.get_text_config()
+    config, gates = model.config.get_text_config(), model.model.attention_gates or {}
     return [
-        product_flops(layer, config) + mixing_flops(kind, config, length)
-        for layer, kind in zip(model.model.layers, layer_kinds(config), strict=True)
+        product_flops(layer, config)
+        + mixing_flops(kind, config, length)
+        + (product_flops(gates[str(number)], config) if str(number) in gates else 0)
+        for number, (layer, kind) in enumerate(zip(model.model.layers, layer_kinds(config), strict=True))
     ]
 
 
