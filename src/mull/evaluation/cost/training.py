@@ -311,30 +311,33 @@ def _differentiated(
     for count, part in zip(visits, _parts(model), strict=True):
         for times in filter(None, (min(count, 1), count - min(count, 1))):  # the first pass, and later ones
             for layer in part:
-                if reached or layer >= first or not _is_frozen(model.model.layers[layer]):
+                if reached or layer >= first or not _is_frozen(_layer(model, layer)):
                     yield layer, times, reached
                     reached = True
 
 
 def _first_decision(model: MullForCausalLM) -> float:
-    """The first layer whose states a trained router, gate or expert changes; infinity if none is trained."""
-    etd, parts, gates = model.etd_config, model.etd, model.model.attention_gates or {}
-    gated = min((int(layer) for layer, gate in gates.items() if not _is_frozen(gate)), default=math.inf)
+    """The first layer whose states a trained router or expert changes; infinity if none is trained."""
+    etd, parts = model.etd_config, model.etd
     if etd is None or parts is None or _is_frozen(parts):
-        return gated
+        return math.inf
     decided = {*etd.routed_layers, *etd.skipped_layers}
-    return min(gated, min(decided) if decided else etd.n_encoder_layers)
+    return min(decided) if decided else etd.n_encoder_layers
 
 
 def _layer_flops(model: MullForCausalLM, length: int) -> list[float]:
     """FLOPs per token of a forward pass of each layer."""
-    config, gates = model.config.get_text_config(), model.model.attention_gates or {}
+    config = model.config.get_text_config()
     return [
-        product_flops(layer, config)
-        + mixing_flops(kind, config, length)
-        + (product_flops(gates[str(number)], config) if str(number) in gates else 0)
-        for number, (layer, kind) in enumerate(zip(model.model.layers, layer_kinds(config), strict=True))
+        product_flops(_layer(model, number), config) + mixing_flops(kind, config, length)
+        for number, kind in enumerate(layer_kinds(config))
     ]
+
+
+def _layer(model: MullForCausalLM, number: int) -> nn.Module:
+    """A decoder layer, together with the gate of its attention."""
+    layer, gates = model.model.layers[number], model.model.attention_gates
+    return layer if gates is None or str(number) not in gates else nn.ModuleList([layer, gates[str(number)]])
 
 
 def _extra_heads(model: MullForCausalLM, length: int, n_heads: int | None) -> Iterator[tuple[nn.Module, float]]:
@@ -465,8 +468,8 @@ class _Tracer:
 
     def layer(self, number: int) -> _Saved:
         """What a visit of a layer keeps; measured once for layers of the same kind and shapes."""
-        layer, kind = self._model.model.layers[number], self._kinds[number]
-        signature = (kind, tuple((name, p.shape, p.requires_grad) for name, p in layer.named_parameters()))
+        layer, whole, kind = self._model.model.layers[number], _layer(self._model, number), self._kinds[number]
+        signature = (kind, tuple((name, p.shape, p.requires_grad) for name, p in whole.named_parameters()))
         if signature not in self._found:
             self._found[signature] = self._measure(lambda h: self._run(layer, kind, h))
         return self._found[signature]
@@ -475,7 +478,7 @@ class _Tracer:
         """FLOPs per token of a layer's backward pass; `reached` says whether its input has a gradient."""
         layer, kind, config = self._model.model.layers[number], self._kinds[number], self._config
         mixing = mixing_flops(kind, config, self._schedule.length)
-        return self._backward(layer, mixing, reached, lambda h: self._run(layer, kind, h))
+        return self._backward(_layer(self._model, number), mixing, reached, lambda h: self._run(layer, kind, h))
 
     def head_backward(self, k: int, head: nn.Module, mixing: float, reached: bool) -> tuple[bool, float]:
         """Whether the states of extra head `k` have a gradient, and FLOPs per token of its backward pass."""
