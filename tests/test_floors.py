@@ -28,10 +28,11 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "model": (
         4,
         "path configs configuration memory growing_cache fixed_cache families inputs policy warmup balance "
-        "depth_router halting experts token_skip routing executor attention_gates pretrained trunk base_model causal_lm",
+        "depth_router halting experts token_skip routing executor attention_gates pretrained trunk base_model router_losses "
+        "causal_lm",
     ),
-    "retrofit": (5, "reading source native_heads expert_adapters wrap presets"),
-    "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
+    "retrofit": (5, "reading source native_heads expert_adapters wrap presets qwen3_next"),
+    "decoding": (5, "draft_length sample drafting rounds decoder_cache generate mtp_decoder"),
     "training": (6, "optimization objectives trainable state content step loop"),
     "training.objectives": (
         6,
@@ -55,16 +56,16 @@ BUDGETS = {
     "ops": 700,
     "layers": 1000,
     "data": 1160,
-    "model": 3620,
+    "model": 3745,
     "decoding": 1160,
     "retrofit": 1200,
     "training": 2720,
     "evaluation": 2200,
-    "app": 2650,
+    "app": 2655,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 15600
+MAX_CODE_LINES = 15945
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

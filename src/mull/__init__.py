@@ -1,6 +1,7 @@
 """mull retrofits pretrained decoder language models: recursive depth, multi-token heads, token-weighted training."""
 
 from mull.decoding.generate import GenerateOutput, GenerationStats, generate
+from mull.decoding.mtp_decoder import MTPDecoder
 from mull.model.base_model import MullModel
 from mull.model.causal_lm import MullForCausalLM, MullOutput
 from mull.model.configs import (
@@ -32,6 +33,7 @@ __all__ = [
     "LayerRouterConfig",
     "LoRAExpertConfig",
     "MTPConfig",
+    "MTPDecoder",
     "MullConfig",
     "MullForCausalLM",
     "MullModel",

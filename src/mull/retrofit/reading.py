@@ -78,6 +78,11 @@ def explained(name_or_dir: str, weights: bool = False) -> Iterator[None]:
             f"{' '.join(str(error).split())}"
         ) from None
     except (AttributeError, LookupError, TypeError) as error:
+        if "__init__() got an unexpected keyword" in str(error):
+            option = str(error).rpartition(" ")[-1]
+            raise TypeError(
+                f"{option} is no option of from_pretrained, and no field of the configuration of {name_or_dir}."
+            ) from None
         raise ValueError(
             f"{name_or_dir} has a file that transformers cannot read: {error!r}. Fetch it again."
         ) from error
