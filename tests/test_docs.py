@@ -102,6 +102,11 @@ def native_heads(_: pytest.MonkeyPatch) -> Names:
     return {}
 
 
+def convert(_: pytest.MonkeyPatch) -> Names:
+    save_checkpoint("Qwen/Qwen3-0.6B", n_layers=28)
+    return {}
+
+
 def generate(_: pytest.MonkeyPatch) -> Names:
     return {"model": with_heads(), "tokenizer": tokenizer()}
 
@@ -140,6 +145,7 @@ PAGES: dict[str, Callable[[pytest.MonkeyPatch], Names]] = {
     "docs/how-to/train.md": train,
     "docs/how-to/weights.md": weights,
     "docs/how-to/native-heads.md": native_heads,
+    "docs/how-to/convert.md": convert,
     "docs/how-to/generate.md": generate,
     "docs/how-to/evaluate.md": nothing,
 }

@@ -31,7 +31,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
         "depth_router halting experts token_skip routing executor attention_gates pretrained trunk base_model router_losses "
         "causal_lm",
     ),
-    "retrofit": (5, "reading source native_heads expert_adapters wrap presets qwen3_next"),
+    "retrofit": (5, "reading source native_heads expert_adapters wrap hybrid convert presets qwen3_next full_hybrid"),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate mtp_decoder"),
     "training": (6, "optimization objectives trainable state content step loop"),
     "training.objectives": (
@@ -56,16 +56,16 @@ BUDGETS = {
     "ops": 700,
     "layers": 1000,
     "data": 1160,
-    "model": 3745,
+    "model": 3750,
     "decoding": 1160,
-    "retrofit": 1200,
+    "retrofit": 1600,
     "training": 2720,
     "evaluation": 2200,
-    "app": 2655,
+    "app": 2715,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 15945
+MAX_CODE_LINES = 16660
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

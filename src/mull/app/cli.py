@@ -37,6 +37,9 @@ from mull.evaluation.search.route_tree import RouteSearchConfig
 from mull.evaluation.search.routes import best_route, label_questions
 from mull.evaluation.search.split import SplitReport, find_split
 from mull.model.configs import ETDConfig, HaltingConfig, MTPConfig
+from mull.retrofit.convert import Coverage, convert_checkpoint, engine_notes
+from mull.retrofit.hybrid import CrossArchTransferConfig, HybridAttentionConfig
+from mull.retrofit.reading import read_config
 from mull.retrofit.source import load_tokenizer
 from mull.retrofit.wrap import from_pretrained
 from mull.runtime.distributed import device
@@ -349,6 +352,65 @@ def _report_routers(
 def _print_table(rows: Sequence[Sequence[Any]]) -> None:
     for row in rows:
         print(*(f"{cell:.4f}".rjust(21) if isinstance(cell, float) else f"{cell:>21}" for cell in row), sep="")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, Argument(help="Folder or hub name of a Qwen3 checkpoint.", metavar="SOURCE")],
+    out: Annotated[str, Option(help="New folder for the hybrid.")],
+    pattern: Annotated[
+        str | None, Option(help="DeltaNet layers of each period, or none.", show_default="0,1,2/4")
+    ] = None,
+    layers: Annotated[str | None, Option(help="Numbers of the DeltaNet layers instead: 0,1,2,4.")] = None,
+    gate: Annotated[Literal["zero", "small", "ones"], Option(help="Start of the gates; zero is exact.")] = "zero",
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"] | None, Option(help="Precision; default: the source's.")] = None,
+) -> None:
+    """Turn layers of a Qwen3 model into Gated DeltaNet. Interrupted, it continues when the command is repeated."""
+    settings = CrossArchTransferConfig(hybrid_attention=_parse_layers(pattern, layers), gate_init_strategy=gate)
+    coverage = convert_checkpoint(source, out, settings, dtype=None if dtype is None else PRECISIONS[dtype])
+    place = local_path(out)
+    config = read_config(str(place))
+    chosen = [i for i, kind in enumerate(config.layer_types) if kind == "linear_attention"]
+    _print_coverage(coverage)
+    print(
+        f"{len(chosen)} of {len(config.layer_types)} layers are Gated DeltaNet: {', '.join(map(str, chosen)) or 'none'}."
+    )
+    for note in engine_notes(config):
+        print(note)
+    if chosen:
+        print("They only approximate the attention that they replace: train the model before you use it.")
+    else:
+        print("The model computes what its source does.")
+    print(f"Written to {place}.")
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _parse_layers(pattern: str | None, layers: str | None) -> HybridAttentionConfig:
+    if pattern is not None and layers is not None:
+        raise ValueError("Give --pattern or --layers, not both.")
+    if layers is not None:
+        if not all(number.strip().isdigit() for number in layers.split(",")):
+            raise ValueError(f"--layers {layers} must be numbers of layers, such as 0,1,2,4.")
+        return HybridAttentionConfig(layers=tuple(map(int, layers.split(","))))
+    if pattern == "none":
+        return HybridAttentionConfig(deltanet_layer_pattern=())
+    places, _, period = (pattern or "0,1,2/4").partition("/")
+    if not all(number.strip().isdigit() for number in (*places.split(","), period)):
+        raise ValueError(f"--pattern {pattern} must be places and a period, such as 0,1,2/4, or none.")
+    return HybridAttentionConfig(deltanet_layer_pattern=tuple(map(int, places.split(","))), pattern_period=int(period))
+
+
+def _print_coverage(coverage: Coverage) -> None:
+    """How much of the hybrid was copied, derived and is fresh, and which norms lost something."""
+    counts = coverage.counts()
+    rows = [(origin, f"{n:,}", f"{parameters:,}") for origin, (n, parameters) in counts.items()]
+    _print_table([("tensors of the hybrid", "tensors", "parameters"), *rows])
+    print(f"All {len(coverage.used):,} tensors of the source were used, each once.")
+    if rounded := coverage.rounded():
+        worst = max(rounded, key=lambda name: rounded[name])
+        print(f"{len(rounded)} norms have weights that were rounded, by at most {rounded[worst]:.2%} ({worst}).")
 
 
 @app.command("generate")

@@ -473,7 +473,9 @@ def split_for(n_layers: int, layer_types: list[str], split: str = "published") -
         raise ValueError(f"split={split!r} is not known. Choose one of {', '.join(SPLITS)}.")
     encoder_share, think_share = SPLITS[split]
     period = attention_period(layer_types)
-    n_think = max(round(think_share * n_layers / period), 1) * period
+    n_think = (
+        max(int(think_share * n_layers / period + 0.5), 1) * period
+    )  # a half counts: 8-20-8 of 36 layers, not 8-16-12
     n_think = min(n_think, n_layers)
     n_encoder = min(round(encoder_share * n_layers), n_layers - n_think)
     aligned = round(n_encoder / period) * period

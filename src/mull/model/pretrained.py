@@ -71,6 +71,15 @@ class MullPreTrainedModel(PreTrainedModel):
         """An empty cache for calls of this model that share a past."""
         return SlotCache(self.text_config, offloading)
 
+    def get_layer_stats(self) -> dict[str, int]:
+        """How many decoder layers are Gated DeltaNet, have attention, and there are; looped layers count once.
+
+        Attention is gated in Qwen3-Next, in Qwen3.5 and so in converted models.
+        """
+        recurrent = self.kinds.count("linear_attention")
+        attention = len(self.kinds) - recurrent
+        return {"deltanet_layers": recurrent, "gated_attention_layers": attention, "total_layers": len(self.kinds)}
+
     def stop_of(self, decides: Policy | HaltingConfig | None) -> Stop | None:
         """What tokens leave behind in a call in which this decides who runs a visit; with None, in one in which all do."""
         if decides is not None:

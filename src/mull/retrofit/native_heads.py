@@ -11,14 +11,12 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import parse_local_safetensors_file_metadata
-from huggingface_hub.errors import SafetensorsParsingError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,7 +28,7 @@ from mull.layers.heads import MTPHeads, before_norm, shifted
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configuration import MullConfig
 from mull.model.executor import run_layer
-from mull.retrofit.reading import read_config
+from mull.retrofit.reading import listed, opened, read_config, read_weight_map, tensors_in
 from mull.retrofit.source import find_source
 from mull.runtime import storage
 from mull.runtime.arguments import require
@@ -65,7 +63,6 @@ _IDENTITY = (
     "num_attention_heads",
     "num_key_value_heads",
 )
-_NAMES_SHOWN = 8
 
 
 def split_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,11 +118,11 @@ def read_native_heads(name_or_dir: str, **hub_options: Any) -> dict[str, Tensor]
     name_or_dir = find_source(name_or_dir, **hub_options).name
     tensors: dict[str, Tensor] = {}
     for file, names in _files_with_heads(name_or_dir, hub_options).items():
-        with _opened(file) as shard:
+        with opened(file) as shard:
             missing = set(names) - set(shard.keys())
             if missing:
                 raise ValueError(
-                    f"The index of {name_or_dir} places {_listed(missing)} in {Path(file).name}, which has no such tensor: the "
+                    f"The index of {name_or_dir} places {listed(missing)} in {Path(file).name}, which has no such tensor: the "
                     "checkpoint is damaged. Fetch it again."
                 )
             tensors.update({name: shard.get_tensor(name) for name in names})
@@ -153,7 +150,7 @@ def _files_with_heads(name_or_dir: str, hub_options: Mapping[str, Any]) -> dict[
     if index is None:
         file = cached_file(name_or_dir, SAFE_WEIGHTS_NAME, **hub_options)
         assert file is not None
-        return {file: [name for name in _tensors_in(Path(file)) if name.startswith(PREFIX)]}
+        return {file: [name for name in tensors_in(Path(file)) if name.startswith(PREFIX)]}
     by_shard: dict[str, list[str]] = {}
     for name, shard in json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].items():
         if name.startswith(PREFIX):
@@ -163,15 +160,6 @@ def _files_with_heads(name_or_dir: str, hub_options: Mapping[str, Any]) -> dict[
     files = cached_files(name_or_dir, list(by_shard), **hub_options)
     assert files is not None
     return dict(zip(files, by_shard.values(), strict=True))
-
-
-@contextlib.contextmanager
-def _opened(file: str | Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, "pt") as shard:
-            yield shard
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read: {error}. Fetch it again.") from error
 
 
 def load_native_heads(model: MullForCausalLM, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -200,7 +188,7 @@ def load_native_heads(model: MullForCausalLM, tensors: Mapping[str, Tensor], sou
         "of another shape": reshaped,
     }
     if any(faults.values()):
-        found = "; ".join(f"{what}: {_listed(names)}" for what, names in faults.items() if names)
+        found = "; ".join(f"{what}: {listed(names)}" for what, names in faults.items() if names)
         raise ValueError(
             f"The {PREFIX}* tensors of {source} do not fit native heads for a model of its configuration. {found}. "
             "Use a checkpoint that is complete and not quantized, or another mtp_head_type."
@@ -220,12 +208,6 @@ def _native_heads(model: MullForCausalLM) -> MTPHeads:
         given = "no heads" if config is None else f"heads of type {config.mtp_head_type}"
         raise ValueError(f"The model has {given}, not native ones: load it with mtp=MTPConfig(mtp_head_type='native').")
     return heads
-
-
-def _listed(names: Any) -> str:
-    shown = sorted(names)
-    rest = f" and {len(shown) - _NAMES_SHOWN} more" if len(shown) > _NAMES_SHOWN else ""
-    return ", ".join(shown[:_NAMES_SHOWN]) + rest
 
 
 def pin_hidden_state(model: MullForCausalLM, hidden_state: HiddenState) -> None:
@@ -338,9 +320,9 @@ def export_native_heads(model: MullForCausalLM, directory: str | Path) -> None:
     """
     folder = storage.local_path(directory)
     field = _check_export(model, folder)
-    weight_map = _read_weight_map(folder)
+    weight_map = read_weight_map(folder)
     files = sorted(set(weight_map.values()))
-    outdated = [file for file in files if any(name.startswith(PREFIX) for name in _tensors_in(folder / file))]
+    outdated = [file for file in files if any(name.startswith(PREFIX) for name in tensors_in(folder / file))]
     heads = {f"{PREFIX}{name}": value for name, value in _native_heads(model).state_dict().items()}
     if any(_EXPERT.fullmatch(name) for name in weight_map):
         heads = split_experts(heads)
@@ -350,7 +332,7 @@ def export_native_heads(model: MullForCausalLM, directory: str | Path) -> None:
         for file in outdated:
             kept = [name for name, place in entries.items() if place == file]
             if kept:
-                with _opened(folder / file) as shard:
+                with opened(folder / file) as shard:
                     tensors = {name: shard.get_tensor(name) for name in kept}
                 entries.update(dict.fromkeys(kept, _write_shard(undo, folder, f"{Path(file).stem}-trunk", tensors)))
         storage.flush_folder(str(folder))
@@ -401,28 +383,6 @@ def _check_same_model(config: PreTrainedConfig, there: PreTrainedConfig, folder:
         )
 
 
-def _read_weight_map(folder: Path) -> dict[str, str]:
-    """The file of every tensor of a checkpoint."""
-    # Not `get_local_safetensors_metadata`: beside a model.safetensors it ignores the index, which an export adds.
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return weight_map
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return dict.fromkeys(_tensors_in(folder / SAFE_WEIGHTS_NAME), SAFE_WEIGHTS_NAME)
-    raise FileNotFoundError(
-        f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: heads are added to checkpoints in safetensors."
-    )
-
-
-def _tensors_in(file: Path) -> dict[str, Any]:
-    """`huggingface_hub`'s description of every tensor in a safetensors file, from its header."""
-    try:
-        return parse_local_safetensors_file_metadata(file).tensors
-    except SafetensorsParsingError:
-        raise ValueError(f"{file} is not a safetensors file, or is truncated. Fetch it again.") from None
-
-
 def _write_shard(undo: contextlib.ExitStack, folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> str:
     """Write a file under a new name, which is returned, and have it removed if a later step fails."""
     names = [f"{stem}.safetensors", *(f"{stem}-{number}.safetensors" for number in range(1, 1000))]
@@ -436,7 +396,7 @@ def _write_shard(undo: contextlib.ExitStack, folder: Path, stem: str, tensors: M
 
 
 def _write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
-    tensors = {file: _tensors_in(folder / file) for file in set(weight_map.values())}
+    tensors = {file: tensors_in(folder / file) for file in set(weight_map.values())}
     infos = [tensors[file][name] for name, file in weight_map.items()]
     metadata = {
         "total_parameters": sum(info.parameter_count for info in infos),

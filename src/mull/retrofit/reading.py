@@ -1,4 +1,4 @@
-"""Read the configuration and the tokenizer of a checkpoint, from a folder or the hub.
+"""Read the configuration and the tokenizer of a checkpoint, from a folder or the hub, and what its weight files hold.
 
 transformers asks on standard input whether to run code that a checkpoint brings (``auto_map``), and runs it if a pipe says yes.
 Here nothing asks: such code does not run unless ``trust_remote_code=True`` is given by name.
@@ -6,14 +6,16 @@ Here nothing asks: such code does not run unless ``trust_remote_code=True`` is g
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.errors import SafetensorsParsingError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 TRUST = "trust_remote_code"
 """Option of transformers' ``from_pretrained``: whether to run Python code of the checkpoint."""
@@ -23,6 +25,9 @@ NO_CODE: dict[str, Any] = {TRUST: False}
 
 ADDED = ("mtp_heads.", "model.mtp.", "mtp.", "model.etd.", "model.attention_gates.")
 """How the names of parts begin that may be missing: they start as if they were not there."""
+
+NAMES_SHOWN = 8
+"""Names that an error lists before it counts the rest."""
 
 JSON_FILES = ("config", "generation_config", "tokenizer", "tokenizer_config", "model.safetensors.index")
 
@@ -128,3 +133,46 @@ def _check_weights(file: Path) -> None:
             pass
     except SafetensorError as error:
         raise ValueError(f"{file} cannot be read: {error}. Fetch it again.") from None
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """The file of every tensor of a checkpoint."""
+    # Not `get_local_safetensors_metadata`: beside a model.safetensors it ignores the index, which an export adds.
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return weight_map
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return dict.fromkeys(tensors_in(folder / SAFE_WEIGHTS_NAME), SAFE_WEIGHTS_NAME)
+    raise FileNotFoundError(
+        f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: its weights have to be in safetensors."
+    )
+
+
+def tensors_in(file: Path) -> dict[str, Any]:
+    """`huggingface_hub`'s description of every tensor in a safetensors file, from its header."""
+    try:
+        return parse_local_safetensors_file_metadata(file).tensors
+    except SafetensorsParsingError:
+        raise ValueError(f"{file} is not a safetensors file, or is truncated. Fetch it again.") from None
+
+
+@contextlib.contextmanager
+def opened(file: str | Path) -> Iterator[Any]:
+    """A safetensors file, to read some of its tensors.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        with safe_open(file, "pt") as shard:
+            yield shard
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}. Fetch it again.") from error
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for an error: the first eight, and how many more there are."""
+    shown = sorted(names)
+    rest = f" and {len(shown) - NAMES_SHOWN} more" if len(shown) > NAMES_SHOWN else ""
+    return ", ".join(shown[:NAMES_SHOWN]) + rest

@@ -513,3 +513,43 @@ def test_routes_reports_what_trained_routers_decide(
     for name, cost in found.costs.items():
         assert re.search(rf"^ +{name} +{cost.visits:.4f} +{cost.loss:.4f} ", printed, re.MULTILINE)
     assert found.costs["routers"] == found.costs["plain"], "new routers execute"
+
+
+def test_convert_says_what_became_of_the_tensors(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "hybrid"
+    assert run(monkeypatch, "convert", checkpoint, "--out", out) == 0
+    shown = capsys.readouterr().out
+    assert "5 of 6 layers are Gated DeltaNet: 0, 1, 2, 4, 5." in shown
+    counts = re.findall(r"^ *(copied|derived|fresh) +(\d+) ", shown, re.MULTILINE)
+    assert sum(int(count) for _, count in counts) == len(AutoModelForCausalLM.from_pretrained(out).state_dict())
+    assert "SGLang" not in shown
+    assert run(monkeypatch, "generate", out, "--prompt", "def f1(x):", "--max-new-tokens", 4) == 0
+    assert run(monkeypatch, "convert", checkpoint, "--out", out) == 2
+    assert "exists: give a new folder" in capsys.readouterr().err
+
+
+def test_convert_takes_patterns_and_layers(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (arguments, said) in enumerate(
+        {
+            ("--pattern", "none"): "0 of 6 layers are Gated DeltaNet: none.",
+            ("--pattern", "0/2"): "3 of 6 layers are Gated DeltaNet: 0, 2, 4.",
+            ("--layers", "5,1", "--dtype", "bf16"): "SGLang would misread this layout",
+            ("--layers", "0", "--gate", "ones"): "attention_bias is true",
+        }.items()
+    ):
+        assert run(monkeypatch, "convert", checkpoint, "--out", tmp_path / str(number), *arguments) == 0
+        assert said in capsys.readouterr().out
+    for arguments, said in {
+        ("--pattern", "0,1"): "must be places and a period, such as 0,1,2/4",
+        ("--pattern", "0,4/4"): "must be different numbers from 0 to 3",
+        ("--layers", "0,x"): "must be numbers of layers, such as 0,1,2,4",
+        ("--layers", "6"): "layers has 6, and the source has layers 0 to 5",
+        ("--layers", "0", "--pattern", "0/2"): "not both",
+    }.items():
+        assert run(monkeypatch, "convert", checkpoint, "--out", tmp_path / "none", *arguments) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
