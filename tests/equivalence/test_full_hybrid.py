@@ -113,6 +113,7 @@ def test_a_full_hybrid_is_the_conversion_with_a_think_block_and_heads(exact: Exa
     assert create_full_hybrid_model(source, use_etd=False, use_mtp=False).num_parameters() == plain.num_parameters()
     attention = CrossArchTransferConfig(hybrid_attention=HybridAttentionConfig(deltanet_layer_pattern=()))
     same = create_full_hybrid_model(source, use_etd=False, config=attention, device="cpu", dtype=torch.float32)
+    assert (same.etd_config, same.mtp_config) == (None, mtp)
     torch.testing.assert_close(same(tokens).logits, source.float()(tokens).logits)
     with pytest.raises(ValueError, match="mtp_config is given, and use_mtp=False"):
         create_full_hybrid_model(source, use_mtp=False, mtp_config=MTPConfig())
