@@ -138,6 +138,7 @@ PAGES: dict[str, Callable[[pytest.MonkeyPatch], Names]] = {
     "docs/concepts/routing.md": nothing,
     "docs/concepts/experts.md": nothing,
     "docs/concepts/token-skipping.md": nothing,
+    "docs/concepts/gated-attention.md": nothing,
     "docs/how-to/depth.md": looped,
     "docs/concepts/paths-and-slots.md": nothing,
     "docs/how-to/split.md": split,
