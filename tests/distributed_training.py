@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches
 from mull.model.causal_lm import MullForCausalLM
-from mull.model.configs import ETDConfig, LayerRouterConfig, LoRAExpertConfig
+from mull.model.configs import ETDConfig, GatedAttentionConfig, LayerRouterConfig, LoRAExpertConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.distributed import full_state_dict, on_first_rank, rank, same_everywhere, session, whole, world_size
 from mull.training.loop import DEFAULT_SHARDING, Evaluation, TrainConfig, TrainResult, train
@@ -105,9 +105,11 @@ class Split:
         return {"input_ids": ids[rows], "labels": labels[rows], "factor": factor}
 
 
-def model_of(family: str, n_layers: int = 3, **options: Any) -> MullForCausalLM:
+def model_of(
+    family: str, n_layers: int = 3, gates: GatedAttentionConfig | None = None, **options: Any
+) -> MullForCausalLM:
     etd = ETDConfig(n_encoder_layers=1, n_think_layers=n_layers - 2, n_decoder_layers=1, **options)
-    return wrap_transformer_with_etd(tiny(family, dtype=torch.float64, num_hidden_layers=n_layers), etd)
+    return wrap_transformer_with_etd(tiny(family, dtype=torch.float64, num_hidden_layers=n_layers), etd, None, gates)
 
 
 CASES: dict[str, tuple[str, dict[str, Any], IterationSampling]] = {
@@ -125,7 +127,7 @@ CASES: dict[str, tuple[str, dict[str, Any], IterationSampling]] = {
     ),
     "per token": ("qwen3", {}, IterationSampling(kind="uniform", maximum=3, per="token")),
     "ranks of two depths, checkpointing": ("qwen3_5", {"gradient_checkpointing": True}, RankByRank(maximum=3)),
-    "routers and LoRA": ("qwen3", {"gradient_checkpointing": True}, UP_TO_THREE),
+    "routers, LoRA and gates": ("qwen3", {"gradient_checkpointing": True}, UP_TO_THREE),
     "hybrid with experts": ("qwen3_next-moe", {"optimizer": "muon"}, IterationSampling(maximum=2)),
 }
 
@@ -135,6 +137,7 @@ ROUTED: dict[str, Any] = {
     "router_warmup_steps": 1,
     "lora_expert": LoRAExpertConfig(rank=2, balance_rate=0.02),
     "expert_warmup_steps": 0,
+    "gates": GatedAttentionConfig(granularity="element"),
 }
 """A warm-up ends, experts are told apart after a step, and their bias moves."""
 

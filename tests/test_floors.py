@@ -24,14 +24,15 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "runtime": (1, "arguments storage distributed progress timing shards checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy divergence gated_delta"),
     "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise retrieval route_labels"),
-    "layers": (3, "heads recursive_heads value_head routers experts skipping"),
+    "layers": (3, "heads recursive_heads value_head routers experts skipping output_gate"),
     "model": (
         4,
         "path configs configuration memory growing_cache fixed_cache families inputs policy warmup balance "
-        "depth_router halting experts token_skip routing executor pretrained base_model causal_lm",
+        "depth_router halting experts token_skip routing executor attention_gates pretrained trunk base_model router_losses "
+        "causal_lm",
     ),
-    "retrofit": (5, "reading source native_heads expert_adapters wrap hybrid convert calibrate presets"),
-    "decoding": (5, "draft_length sample drafting rounds decoder_cache generate"),
+    "retrofit": (5, "reading source native_heads expert_adapters wrap hybrid convert calibrate presets qwen3_next full_hybrid"),
+    "decoding": (5, "draft_length sample drafting rounds decoder_cache generate mtp_decoder"),
     "training": (6, "optimization objectives trainable state content step loop"),
     "training.objectives": (
         6,
@@ -55,16 +56,16 @@ BUDGETS = {
     "ops": 700,
     "layers": 1000,
     "data": 1205,
-    "model": 3660,
+    "model": 3790,
     "decoding": 1160,
-    "retrofit": 1660,
+    "retrofit": 1860,
     "training": 3170,
-    "evaluation": 2260,
+    "evaluation": 2265,
     "app": 2980,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 17900
+MAX_CODE_LINES = 18300
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

@@ -48,12 +48,14 @@ def load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> Mul
         OSError: no checkpoint where one is named.
         ValueError: as in `mull.retrofit.wrap.wrap_transformer_with_etd`.
     """
-    dtype = DTYPES[section.dtype]
+    dtype, gates = DTYPES[section.dtype], section.gated_attention
     if section.checkpoint is not None:
-        return from_pretrained(section.checkpoint, etd=section.etd, mtp=section.mtp, dtype=dtype, allow_missing=False)
+        return from_pretrained(
+            section.checkpoint, section.etd, section.mtp, gated_attention=gates, dtype=dtype, allow_missing=False
+        )
     # Not built in fp32 and converted: `to` would round the buffers too, and no checkpoint brings them back.
     base = AutoModelForCausalLM.from_config(backbone_config(section, tokenizer), dtype=dtype)
-    return wrap_transformer_with_etd(base, section.etd, section.mtp)
+    return wrap_transformer_with_etd(base, section.etd, section.mtp, gates)
 
 
 def meta_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> MullForCausalLM:
@@ -68,10 +70,9 @@ def meta_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> Mul
     if not isinstance(config, MullConfig):
         require_supported(config.get_text_config())
         config = MullConfig(text_config=config.get_text_config())
-    if section.etd is not None:
-        config.etd = section.etd.model_dump()
-    if section.mtp is not None:
-        config.mtp = section.mtp.model_dump()
+    for name in ("etd", "mtp", "gated_attention"):
+        if (part := getattr(section, name)) is not None:
+            setattr(config, name, part.model_dump())
     with torch.device("meta"):
         model: MullForCausalLM = AutoModelForCausalLM.from_config(config, dtype=DTYPES[section.dtype])
     model.tie_weights()

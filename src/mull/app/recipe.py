@@ -18,7 +18,7 @@ from mull.app.architecture import make_config
 from mull.app.yaml_text import MAX_CHARACTERS, override, read_yaml
 from mull.data.arithmetic import MAX_DIGITS, OPERATIONS, ArithmeticTask
 from mull.evaluation.rewards import REWARDS
-from mull.model.configs import ETDConfig, MTPConfig
+from mull.model.configs import ETDConfig, GatedAttentionConfig, MTPConfig
 from mull.runtime import storage
 from mull.runtime.arguments import Frozen, nearest, require
 from mull.runtime.checkpoint import CheckpointConfig
@@ -77,6 +77,9 @@ class ModelSection(_Section):
 
     mtp: MTPConfig | None = None
     """Heads that predict further tokens. A checkpoint that mull saved keeps its own without it."""
+
+    gated_attention: GatedAttentionConfig | None = None
+    """Gates on the output of attention, which start open. A checkpoint that mull saved keeps its own without it."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of the weights. Updates are often too small for ``bf16`` weights; ``train.precision`` computes in bf16 from ``fp32``

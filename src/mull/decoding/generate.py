@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -83,6 +83,10 @@ class GenerationStats:
     plain_seconds: float | None = None
     """Median wall time of a round without drafts. Without one in this call it comes from earlier calls of this size; None if
     there was none either."""
+
+    def __getitem__(self, name: str) -> Any:
+        """A field or property by its name."""
+        return getattr(self, name)
 
     @property
     def acceptance(self) -> tuple[float, ...]:

@@ -13,19 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
-from transformers import initialization as init
+from transformers import AutoModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
-from mull.layers.experts import ExpertGate, LoRABranches
-from mull.layers.routers import DepthGate, LayerRouter
-from mull.layers.skipping import ResidualGate, TokenScore
 from mull.model.configs import HaltingConfig
 from mull.model.configuration import MullConfig
 from mull.model.executor import OnVisit, run, run_layer
-from mull.model.families import install_recurrent_hooks, require_supported
 from mull.model.fixed_cache import FixedMemory, StaticCall, StaticSlotCache
 from mull.model.growing_cache import GrowingMemory, SlotCache
 from mull.model.halting import GivenDepths, Halting
@@ -35,8 +30,6 @@ from mull.model.inputs import (
     check_embeddings,
     check_keywords,
     check_padding_side,
-    fixed_layer_inputs,
-    layer_inputs,
     new_tokens,
     packed_positions,
     use_of_cache,
@@ -44,9 +37,8 @@ from mull.model.inputs import (
 from mull.model.memory import CallMemory, Memory
 from mull.model.path import Path, Visit
 from mull.model.policy import Extra, Policy
-from mull.model.pretrained import MullPreTrainedModel
-from mull.model.routing import Routed, RoutedCall, RoutedParts
-from mull.model.warmup import WarmedUp
+from mull.model.routing import Routed, RoutedCall
+from mull.model.trunk import Trunk
 from mull.runtime.arguments import require, require_ids, require_shape, require_tensors
 
 
@@ -58,11 +50,7 @@ class MullModelOutput(MoeModelOutputWithPast):
     """See `Halting.metrics`; None where every token runs all iterations."""
 
 
-class ExitHead(nn.Linear):
-    """How probably a token stops: a linear map of its think state to a logit. It starts undecided, at 0."""
-
-
-class MullModel(MullPreTrainedModel):
+class MullModel(Trunk):
     """A pretrained decoder whose layers run along a path; returns final-normed states.
 
     Raises:
@@ -71,95 +59,12 @@ class MullModel(MullPreTrainedModel):
 
     def __init__(self, config: MullConfig) -> None:
         super().__init__(config)
-        self._family = require_supported(self.text_config)
-        # transformers looks the functions of recurrent layers up when a layer runs, so they are in place before any model runs.
-        install_recurrent_hooks(self._family)
         self.gradient_checkpointing = False
         self.heads_beside: tuple[nn.Module, ...] = ()
         """Extra heads that `MullForCausalLM` trains on this model's states."""
-        self.adopt(AutoModel.from_config(self.text_config))
-        halting = None if self.etd_config is None else self.etd_config.halting
-        self.exit_head = ExitHead(self.text_config.hidden_size, 1) if halting and halting.rule == "learned" else None
-        self.etd = (
-            None if self.etd_config is None else RoutedParts(self.etd_config, self.layers, self.text_config.hidden_size)
-        )
-        """Routers, token skipping and LoRA experts; None without a think block."""
-        self._attach_parts()
         self._etd_metrics: dict[str, Any] = {}
         self._collects_router_logits = False
         self.post_init()
-
-    def adopt(self, backbone: Any) -> None:
-        """Take over the layers of a backbone of transformers. The weights are shared, not copied."""
-        self.embed_tokens: nn.Embedding = backbone.embed_tokens
-        self.layers: nn.ModuleList = backbone.layers
-        self.norm: nn.Module = backbone.norm
-        self.rotary_emb: nn.Module | None = backbone.rotary_emb
-        # The backbone without its parts: it knows how to initialise them, and transformers sets its implementation of attention.
-        architecture: type[PreTrainedModel] = type(backbone)
-        rules = architecture.__new__(architecture)
-        rules.__dict__.update(backbone.__dict__)
-        rules._modules = {}
-        self.rules = rules
-        self._attach_parts()
-
-    def _attach_parts(self) -> None:
-        etd = self._modules.get("etd")  # not there yet while the model is built
-        if isinstance(etd, RoutedParts):
-            etd.attach(self.layers)
-
-    def init_parallel_plans(self) -> None:
-        """The plans of the backbone, for layers that are parts of this model now."""
-        super().init_parallel_plans()
-        self._pp_plan: dict[str, Any] = {}
-        for name in ("_tp_plan", "_ep_plan", "_fsdp_plan"):
-            setattr(self, name, {key.removeprefix("rules."): value for key, value in getattr(self, name).items()})
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """As in torch, with `rules` under the name of this model."""
-        # By this name transformers finds how checkpoints name the weights: routed experts one by one, for example.
-        yield prefix, self.rules
-        for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            if module is not self.rules:
-                yield name, module
-
-    def _init_weights(self, module: nn.Module) -> None:
-        self.rules._init_weights(module)
-        if isinstance(module, ExitHead):
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, LayerRouter):
-            module.start_at_execute()
-        elif isinstance(module, DepthGate):
-            module.start_at_most()
-        elif isinstance(module, LoRABranches):
-            module.start_at_zero()
-        elif isinstance(module, ExpertGate):
-            module.start_at_random()
-        elif isinstance(module, (TokenScore, ResidualGate)):
-            module.start()
-        elif isinstance(module, WarmedUp):
-            module.start_anew()
-
-    def rotary(self, kinds: set[str], h: Tensor, position_ids: Tensor) -> dict[str, Any]:
-        """Position embeddings by kind of layer, for states ``[B, T, D]`` at `position_ids` ``[B, T]``."""
-        return self._family.rotary(self.rotary_emb, kinds, h, position_ids)
-
-    def layer_inputs(
-        self,
-        h: Tensor,
-        attention_mask: Tensor | dict[str, Any] | None = None,
-        position_ids: Tensor | None = None,
-        cache: SlotCache | None = None,
-    ) -> LayerInputs:
-        """What the layers of a call share; see `mull.model.inputs.layer_inputs`."""
-        return layer_inputs(self.text_config, self.rotary, h, attention_mask, position_ids, cache)
-
-    def fixed_layer_inputs(self, h: Tensor, call: StaticCall) -> LayerInputs:
-        """The same on a cache of fixed size; see `mull.model.inputs.fixed_layer_inputs`."""
-        return fixed_layer_inputs(self.text_config, self.rotary, h, call)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -513,7 +418,7 @@ class MullModel(MullPreTrainedModel):
         experts = self.etd is not None and self.etd.experts is not None
         stop = self.stop_of(policy)
         keys = stop == "share_first" or (policy is not None and (experts or stop != "active_only"))
-        if reentrant and trains and keys:
+        if reentrant and trains and (keys or self.attention_gates is not None):
             raise ValueError(
                 "Reentrant gradient checkpointing would lose the gradient of gates, and of the keys that stopped tokens leave "
                 "behind: enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."

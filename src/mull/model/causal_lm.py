@@ -5,12 +5,11 @@
 Shapes: B batch, T tokens, D model width, V vocabulary.
 """
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from mull.model.fixed_cache import StaticCall, StaticSlotCache
 from mull.model.growing_cache import SlotCache
 from mull.model.inputs import LayerInputs, packed_positions
 from mull.model.pretrained import MullPreTrainedModel
+from mull.model.router_losses import router_losses
 from mull.model.routing import RoutedParts
 from mull.ops.cross_entropy import accurate
 from mull.ops.targets import IGNORED, label_positions, require_targets, targets_of
@@ -60,6 +60,9 @@ class MullOutput(CausalLMOutputWithPast):
 
     aux_loss: Tensor | None = None
     """Balancing loss of routed experts, before its coefficient; None without ``output_router_logits``."""
+
+    router_z_loss: Tensor | None = None
+    """Loss of large logits of routers, before its coefficient; None without ``router_z_loss_coef`` in the configuration."""
 
     router_logits: tuple[Tensor, ...] | None = None
     """``[B * T, E]`` for each visit of a layer with routed experts; None without ``output_router_logits``."""
@@ -150,8 +153,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
                 heads what they add to it.
             logits_to_keep: Compute logits for the last positions only (0: all), or at these indices.
             num_items_in_batch: Divide the summed loss by this instead of the number of targets, as transformers' Trainer does.
-            output_router_logits: Return what the routers of experts gave, and add their balancing loss, times
-                ``router_aux_loss_coef``, to ``loss``; default as in the backbone's configuration.
+            output_router_logits: Return what the routers of experts gave, and add their losses to `loss`; default as configured.
             **keywords: ``shift_labels`` ``[B, T]``, the target of each position, instead of `labels`, but not for a model with
                 extra heads; otherwise as in `MullModel.forward`.
 
@@ -193,7 +195,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, keep])
         loss, mtp_loss, mtp_step_losses = None, None, None
-        aux_loss = self.balancing_loss(out.router_logits, attention_mask) if out.router_logits else None
+        routed = self.router_losses(out.router_logits, attention_mask) if out.router_logits else {}
         token_skip_loss = torch.stack(auxiliary).mean() if auxiliary else None
         if has_loss:
             labels = self._checked_labels("labels", labels, h.shape[:2])
@@ -202,8 +204,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits, labels, self.text_config.vocab_size, num_items_in_batch, shift_labels=shift_labels
             )
-            if aux_loss is not None:
-                loss = loss + self.text_config.router_aux_loss_coef * aux_loss
+            loss = loss + sum(coefficient * term for coefficient, term in routed.values())
             if token_skip_loss is not None:
                 loss = loss + token_skip_loss * _share_of_step(labels, shift_labels, num_items_in_batch)
             if self.mtp_config is not None and labels is not None:
@@ -212,6 +213,7 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
                     h, input_ids, labels, attention_mask, position_ids, num_items_in_batch
                 )
                 loss = loss + mtp_loss
+        self._keep_mtp_loss(mtp_loss)
         return MullOutput(
             loss=loss,
             mtp_loss=mtp_loss,
@@ -219,7 +221,8 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=cache,
             hidden_states=out.hidden_states,
-            aux_loss=aux_loss,
+            aux_loss=routed.get("balancing_loss", (0.0, None))[1],
+            router_z_loss=routed.get("router_z_loss", (0.0, None))[1],
             router_logits=out.router_logits,
             token_skip_loss=token_skip_loss,
             metrics=out.metrics,
@@ -262,23 +265,57 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
                 f"num_items_in_batch={num_items_in_batch} must be positive: the summed loss is divided by it."
             )
 
-    def balancing_loss(
+    def router_losses(
         self, router_logits: Sequence[Tensor], attention_mask: Tensor | dict[str, Any] | None = None
-    ) -> Tensor:
-        """How unevenly routers use their experts (arXiv:2101.03961, equations 4 to 6), computed by the backbone's own function.
+    ) -> dict[str, tuple[float, Tensor]]:
+        """What routers of experts add to the loss; see `mull.model.router_losses`."""
+        return router_losses(self.model.rules, self.text_config, router_logits, attention_mask)
+
+    def backbone_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that the backbone had before anything was added to it. Extra heads may share some of them."""
+        for part in (self.model.embed_tokens, self.model.layers, self.model.norm, self.lm_head):
+            yield from part.parameters()
+
+    def freeze_backbone(self) -> None:
+        """Train only what was added to the backbone: extra heads, routers, LoRA experts, gates of attention."""
+        for parameter in self.backbone_parameters():
+            parameter.requires_grad_(False)
+
+    def get_metrics(self) -> dict[str, Any]:
+        """What the latest forward pass decided, as ``etd``; and ``mtp_loss``, if it had labels and the model extra heads."""
+        loss = self._latest_mtp_loss
+        return {"etd": self._etd_metrics} | ({} if loss is None else {"mtp_loss": float(loss)})
+
+    def _keep_mtp_loss(self, loss: Tensor | None) -> None:
+        if not torch.compiler.is_compiling():
+            self._latest_mtp_loss = None if loss is None else loss.detach()
+
+    _latest_mtp_loss: Tensor | None = None
+
+    @property
+    def mtp_decoder(self) -> Any:
+        """Decodes with drafts of the extra heads: a `mull.decoding.mtp_decoder.MTPDecoder`."""
+        return self.decoder_type(self)
+
+    decoder_type: ClassVar[Any]
+    """It builds on this class, and puts itself here."""
+
+    def generate(self, inputs: Any = None, *arguments: Any, use_speculative: bool | None = None, **options: Any) -> Any:
+        """Continue prompts, as ``generate`` of transformers does; or, where `use_speculative` is given, as `mull.generate`.
 
         Args:
-            router_logits: From `MullModel.router_logits`: every visit counts, so looped layers count more often.
-            attention_mask: ``[B, T]``: padding is left out. Masks of other forms leave nothing out.
+            inputs: ``[B, T]``.
+            arguments: Of transformers.
+            use_speculative: Whether to draft with the extra heads. Given, the options are those of `mull.generate`.
+            options: Of transformers.
+
+        Returns:
+            Tokens ``[B, T + N]``; where `use_speculative` is given, those and the `GenerationStats`.
         """
-        modeling: Any = importlib.import_module(type(self.model.rules).__module__)
-        config = self.text_config
-        is_padding = isinstance(attention_mask, Tensor) and attention_mask.numel() == len(router_logits[0])
-        mask = attention_mask if is_padding else None
-        loss: Tensor = modeling.load_balancing_loss_func(
-            tuple(router_logits), config.num_experts, config.num_experts_per_tok, mask
-        )
-        return loss
+        if use_speculative is not None:
+            return self.mtp_decoder.decode(inputs, *arguments, use_speculative=use_speculative, **options)
+        parent: Any = super()
+        return parent.generate(inputs, *arguments, **options)
 
     @property
     def etd(self) -> RoutedParts | None:

@@ -152,6 +152,27 @@ class LoRAExpertConfig(Frozen):
     """Step of the gate's bias at each optimizer step, towards an even load. 0 leaves the bias as it is."""
 
 
+class GatedAttentionConfig(Frozen):
+    """Which layers multiply what their attention gives by a gate that reads the attention's input, and how finely.
+
+    Source:
+        Gated attention (arXiv:2505.06708), gate G1, which has gates in all layers and is trained from the start.
+    """
+
+    granularity: Literal["head", "element"] = "head"
+    """A gate per head, or one for each element of its output."""
+
+    layers: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Numbers of the layers, from 0; None for all with softmax attention."""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> "GatedAttentionConfig":
+        layers = self.layers or ()
+        if len(set(layers)) < len(layers) or any(layer < 0 for layer in layers):
+            raise ValueError(f"layers={list(layers)} must be different numbers of layers, from 0.")
+        return self
+
+
 class ETDConfig(Frozen):
     """Which decoder layers encode, think and decode, and how often the think block runs.
 
@@ -452,7 +473,9 @@ def split_for(n_layers: int, layer_types: list[str], split: str = "published") -
         raise ValueError(f"split={split!r} is not known. Choose one of {', '.join(SPLITS)}.")
     encoder_share, think_share = SPLITS[split]
     period = attention_period(layer_types)
-    n_think = max(round(think_share * n_layers / period), 1) * period
+    n_think = (
+        max(int(think_share * n_layers / period + 0.5), 1) * period
+    )  # a half counts: 8-20-8 of 36 layers, not 8-16-12
     n_think = min(n_think, n_layers)
     n_encoder = min(round(encoder_share * n_layers), n_layers - n_think)
     aligned = round(n_encoder / period) * period
@@ -483,3 +506,8 @@ def etd_from_dict(etd: Mapping[str, Any] | None) -> ETDConfig | None:
 def mtp_from_dict(mtp: Mapping[str, Any] | None) -> MTPConfig | None:
     """Read the ``mtp`` entry of a stored configuration."""
     return None if mtp is None else MTPConfig.model_validate(dict(mtp))
+
+
+def gates_from_dict(gates: Mapping[str, Any] | None) -> GatedAttentionConfig | None:
+    """Read the ``gated_attention`` entry of a stored configuration."""
+    return None if gates is None else GatedAttentionConfig.model_validate(dict(gates))

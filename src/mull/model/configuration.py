@@ -21,6 +21,7 @@ class MullConfig(PreTrainedConfig):
         text_config: Configuration of the backbone.
         etd: Fields of `ETDConfig`, or None for a model that runs every layer once.
         mtp: Fields of `MTPConfig`, or None for a model that predicts the next token only.
+        gated_attention: Fields of `GatedAttentionConfig`, or None for attention as the backbone has it.
 
     Raises:
         ValueError: no `text_config`, as in the configuration of a model that was not retrofitted.
@@ -34,6 +35,7 @@ class MullConfig(PreTrainedConfig):
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     etd: dict[str, Any] | None = None
     mtp: dict[str, Any] | None = None
+    gated_attention: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -49,15 +49,18 @@ class Family:
     delta_rule_module: str | None = None
     """Module under ``transformers.models`` whose functions compute the delta rule, for architectures with recurrent layers."""
 
+    gated_attention: bool = False
+    """Whether its attention gates what it gives by itself."""
+
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(_one_rotary),
     "olmo3": Family(_rotary_by_kind),
     "olmo_hybrid": Family(_one_rotary, "olmo_hybrid.modeling_olmo_hybrid"),
     "qwen3": Family(_one_rotary),
-    "qwen3_5_text": Family(_multimodal_rotary, "qwen3_5.modeling_qwen3_5"),
-    "qwen3_5_moe_text": Family(_multimodal_rotary, "qwen3_5_moe.modeling_qwen3_5_moe"),
-    "qwen3_next": Family(_one_rotary, "qwen3_next.modeling_qwen3_next"),
+    "qwen3_5_text": Family(_multimodal_rotary, "qwen3_5.modeling_qwen3_5", gated_attention=True),
+    "qwen3_5_moe_text": Family(_multimodal_rotary, "qwen3_5_moe.modeling_qwen3_5_moe", gated_attention=True),
+    "qwen3_next": Family(_one_rotary, "qwen3_next.modeling_qwen3_next", gated_attention=True),
 }
 """Supported architectures by their ``model_type``."""
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mull.model.configs import HaltingConfig, Stop, etd_from_dict, layer_kinds, mtp_from_dict
+from mull.model.configs import HaltingConfig, Stop, etd_from_dict, gates_from_dict, layer_kinds, mtp_from_dict
 from mull.model.configuration import MullConfig
 from mull.model.growing_cache import SlotCache
 from mull.model.path import MAX_ITERATIONS, Path, check_path, from_layers
@@ -36,6 +36,7 @@ class MullPreTrainedModel(PreTrainedModel):
         self.kinds = layer_kinds(self.text_config)
         self.etd_config = etd_from_dict(config.etd)
         self.mtp_config = mtp_from_dict(config.mtp)
+        self.gated_config = gates_from_dict(config.gated_attention)
         if self.etd_config is not None:
             self.etd_config.check_depth(self.text_config.num_hidden_layers, self.kinds)
 

@@ -23,8 +23,8 @@ TRUST = "trust_remote_code"
 NO_CODE: dict[str, Any] = {TRUST: False}
 """What every ``from_pretrained`` of transformers is given first."""
 
-HEADS = ("mtp_heads.", "model.mtp.", "mtp.", "model.etd.")
-"""How the names of extra heads begin."""
+ADDED = ("mtp_heads.", "model.mtp.", "mtp.", "model.etd.", "model.attention_gates.")
+"""How the names of parts begin that may be missing: they start as if they were not there."""
 
 NAMES_SHOWN = 8
 """Names that an error lists before it counts the rest."""
@@ -83,6 +83,11 @@ def explained(name_or_dir: str, weights: bool = False) -> Iterator[None]:
             f"{' '.join(str(error).split())}"
         ) from None
     except (AttributeError, LookupError, TypeError) as error:
+        if "__init__() got an unexpected keyword" in str(error):
+            option = str(error).rpartition(" ")[-1]
+            raise TypeError(
+                f"{option} is no option of from_pretrained, and no field of the configuration of {name_or_dir}."
+            ) from None
         raise ValueError(
             f"{name_or_dir} has a file that transformers cannot read: {error!r}. Fetch it again."
         ) from error

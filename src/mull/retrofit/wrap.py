@@ -9,17 +9,20 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mull.model.causal_lm import MullForCausalLM, new_heads
-from mull.model.configs import ETDConfig, MTPConfig, mtp_from_dict
+from mull.model.configs import ETDConfig, GatedAttentionConfig, MTPConfig, mtp_from_dict
 from mull.model.configuration import MullConfig
 from mull.model.families import require_supported
 from mull.retrofit.native_heads import HUB_OPTIONS, choose_hidden_state, load_native_heads, read_native_heads
-from mull.retrofit.reading import HEADS, NO_CODE, TRUST, explained
+from mull.retrofit.reading import ADDED, NO_CODE, TRUST, explained
 from mull.retrofit.source import find_source, load_config
 from mull.runtime.arguments import require
 
 
 def wrap_transformer_with_etd(
-    model: PreTrainedModel, config: ETDConfig | None, mtp: MTPConfig | None = None
+    model: PreTrainedModel,
+    config: ETDConfig | None,
+    mtp: MTPConfig | None = None,
+    gated_attention: GatedAttentionConfig | None = None,
 ) -> MullForCausalLM:
     """Retrofit a model in memory. The weights are shared, not copied.
 
@@ -28,6 +31,7 @@ def wrap_transformer_with_etd(
         config: Which layers think. None adds no think block; the model can still run explicit paths.
         mtp: Extra heads. They start as the model's own next-token prediction, native ones included: only `from_pretrained` reads
             native heads from a checkpoint.
+        gated_attention: Gates on the output of attention. They start open. The layers of `model` itself get none.
 
     Returns:
         The retrofitted model, in training mode if `model` is.
@@ -38,20 +42,26 @@ def wrap_transformer_with_etd(
             whose single-iteration logits differ from the base model's.
     """
     require("model", model, PreTrainedModel, "a causal language model of transformers")
-    _require_configs(config, mtp)
-    wrapped = _share_weights(model, config, mtp)
+    _require_configs(config, mtp, gated_attention)
+    wrapped = _share_weights(model, config, mtp, gated_attention)
     certify_identity(wrapped, model)
     if wrapped.etd is not None:
         wrapped.etd.reset_stats()  # of the probe
     return wrapped
 
 
-def _require_configs(etd: ETDConfig | None, mtp: MTPConfig | None) -> None:
+def _require_configs(etd: Any, mtp: Any, gated_attention: Any) -> None:
     require("The configuration of the think block", etd, (ETDConfig, NoneType), "an ETDConfig, or None")
     require("mtp", mtp, (MTPConfig, NoneType), "an MTPConfig, or None")
+    require("gated_attention", gated_attention, (GatedAttentionConfig, NoneType), "a GatedAttentionConfig, or None")
 
 
-def _share_weights(model: PreTrainedModel, config: ETDConfig | None, mtp: MTPConfig | None) -> MullForCausalLM:
+def _share_weights(
+    model: PreTrainedModel,
+    config: ETDConfig | None,
+    mtp: MTPConfig | None,
+    gated_attention: GatedAttentionConfig | None,
+) -> MullForCausalLM:
     if isinstance(model, MullForCausalLM):
         raise ValueError("The model is wrapped already. Wrap the Hugging Face model that it was made from.")
     if not isinstance(getattr(model, "lm_head", None), nn.Linear):
@@ -63,15 +73,15 @@ def _share_weights(model: PreTrainedModel, config: ETDConfig | None, mtp: MTPCon
         "attn_implementation": text_config._attn_implementation,
         "experts_implementation": text_config._experts_implementation,
     }
-    etd_fields = None if config is None else config.model_dump()
-    mtp_fields = None if mtp is None else mtp.model_dump()
+    parts = {"etd": config, "mtp": mtp, "gated_attention": gated_attention}
+    fields: dict[str, Any] = {name: None if part is None else part.model_dump() for name, part in parts.items()}
     # On the meta device: its own trunk is replaced by the base model's.
     with torch.device("meta"):
-        wrapped = MullForCausalLM(MullConfig(text_config=text_config, etd=etd_fields, mtp=mtp_fields, **back_ends))
+        wrapped = MullForCausalLM(MullConfig(text_config=text_config, **fields, **back_ends))
     wrapped.model.adopt(model.model)
     wrapped.lm_head = model.lm_head
     weight = model.lm_head.weight
-    for added in (wrapped.model.exit_head, wrapped.model.etd):
+    for added in (wrapped.model.attention_gates, wrapped.model.exit_head, wrapped.model.etd):
         if added is not None:
             added.to_empty(device=weight.device).to(weight.dtype).apply(wrapped._init_weights)
     if mtp is not None:
@@ -125,6 +135,7 @@ def from_pretrained(
     etd: ETDConfig | None = None,
     mtp: MTPConfig | None = None,
     *,
+    gated_attention: GatedAttentionConfig | None = None,
     allow_missing: bool = True,
     **options: Any,
 ) -> MullForCausalLM:
@@ -137,6 +148,8 @@ def from_pretrained(
         mtp: Extra heads. For a model that mull saved, they replace the stored configuration, which is the default; weights that
             the checkpoint lacks start as the model's own next-token prediction. Native heads are read from a Hugging Face
             checkpoint. Unless `native_hidden_state` is given, it is looked up or measured; see `mull.retrofit.native_heads`.
+        gated_attention: Gates on the output of attention, which start open. For a model that mull saved, they replace the stored
+            configuration, which is the default.
         allow_missing: Whether weights of the trunk that the checkpoint lacks may start at random, with a warning of transformers.
         options: Passed to ``from_pretrained`` of transformers, such as ``dtype``, ``device_map`` or ``revision``, and fields of
             the configuration, such as ``use_cache``. Code of a checkpoint runs only with ``trust_remote_code=True``.
@@ -150,7 +163,7 @@ def from_pretrained(
         ValueError: as in `wrap_transformer_with_etd`; or the checkpoint lacks native heads, or has some that do not fit; or a
             file of it is damaged, or it needs code of its own; or it lacks other weights, and `allow_missing` is False.
     """
-    _require_configs(etd, mtp)
+    _require_configs(etd, mtp, gated_attention)
     hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
     source = find_source(name_or_dir, **(NO_CODE | options))
     name_or_dir, options = source
@@ -159,10 +172,12 @@ def from_pretrained(
         require_supported(config.get_text_config())
         if "gguf_file" in options:  # otherwise it would be read once more
             options = _with_config(name_or_dir, config, options)
-        return _from_base(name_or_dir, etd, mtp, hub_options, options, allow_missing)
+        return _from_base(name_or_dir, (etd, mtp, gated_attention), hub_options, options, allow_missing)
     options = _with_config(name_or_dir, config, options)
     if etd is not None:
         config.etd = etd.model_dump()
+    if gated_attention is not None:
+        config.gated_attention = gated_attention.model_dump()
     if mtp is not None:
         stored = mtp_from_dict(config.mtp)
         if stored is not None and stored.mtp_head_type != mtp.mtp_head_type:
@@ -190,7 +205,7 @@ def _loaded(auto: Any, name_or_dir: str, allow_missing: bool, options: dict[str,
     with explained(name_or_dir, weights=True):
         model, found = auto.from_pretrained(name_or_dir, output_loading_info=True, **options)
     # Heads start as the model's own prediction.
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith(HEADS))
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(ADDED))
     if missing and not allow_missing:
         raise ValueError(
             f"{name_or_dir} lacks {len(missing)} of the weights that its configuration asks for, such as "
@@ -201,13 +216,13 @@ def _loaded(auto: Any, name_or_dir: str, allow_missing: bool, options: dict[str,
 
 def _from_base(
     name_or_dir: str,
-    etd: ETDConfig | None,
-    mtp: MTPConfig | None,
+    parts: tuple[ETDConfig | None, MTPConfig | None, GatedAttentionConfig | None],
     hub_options: dict[str, Any],
     options: dict[str, Any],
     allow_missing: bool,
 ) -> MullForCausalLM:
     """Retrofit a checkpoint of transformers."""
+    _, mtp, _ = parts
     native = mtp is not None and mtp.mtp_head_type == "native"
     # Read first, so that a checkpoint without them is refused before a large trunk is loaded.
     tensors = read_native_heads(name_or_dir, **hub_options) if native else {}
@@ -215,7 +230,7 @@ def _from_base(
     if "gguf_file" in options:
         # transformers has unpacked the weights. The note that they are packed would be saved with them, and spoil a checkpoint.
         vars(base.config).pop("quantization_config", None)
-    model = wrap_transformer_with_etd(base, etd, mtp)
+    model = wrap_transformer_with_etd(base, *parts)
     if mtp is not None and native:
         load_native_heads(model, tensors, name_or_dir)
         if "native_hidden_state" not in mtp.model_fields_set:

@@ -93,8 +93,9 @@ class Stage(nn.Module):
         with collects as routed, self.model.auxiliary_losses() as terms:
             output = self.objective.loss(self.model, plan, index)
         if routed:
-            balance = self.model.balancing_loss(routed, plan.batches[index].get("attention_mask"))
-            output = _with(output, "balancing_loss", balance, config.router_aux_loss_coef)
+            losses = self.model.router_losses(routed, plan.batches[index].get("attention_mask"))
+            for name, (coefficient, term) in losses.items():
+                output = _with(output, name, term, coefficient)
         return _with(output, "token_skip_loss", torch.stack(terms).mean()) if terms else output
 
     def plan_step(self, batches: Sequence[Batch]) -> StepPlan:

@@ -53,8 +53,7 @@ def _choose(model: MullForCausalLM, choice: str | Sequence[str]) -> set[int]:
 def _added(model: MullForCausalLM, choice: str) -> set[int]:
     """Parameters that are not the backbone's; of the extra heads alone, or all. Heads may share weights with the backbone."""
     module: nn.Module | None = model.mtp_heads if choice == "heads" else model
-    parts = (model.model.embed_tokens, model.model.layers, model.model.norm, model.lm_head)
-    backbone = {id(parameter) for part in parts for parameter in part.parameters()}
+    backbone = {id(parameter) for parameter in model.backbone_parameters()}
     found = set() if module is None else {id(parameter) for parameter in module.parameters()} - backbone
     if not found:
         raise ValueError(

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mull.layers.experts import LoRABranches
+from mull.model.causal_lm import MullForCausalLM
 from mull.model.memory import head_width
 from mull.runtime.timing import fastest, measured_peak
 
@@ -17,6 +18,12 @@ DELTA_RULE_CHUNK = 64
 
 STREAMED_BYTES = 256 * 2**20
 """Size of the weights whose reading is timed: larger than the last-level cache of common CPUs and GPUs."""
+
+
+def whole_layer(model: MullForCausalLM, number: int) -> nn.Module:
+    """A decoder layer, together with the gate of its attention."""
+    layer, gates = model.model.layers[number], model.model.attention_gates
+    return layer if gates is None or str(number) not in gates else nn.ModuleList([layer, gates[str(number)]])
 
 
 def products(module: nn.Module, config: Any) -> Iterator[tuple[nn.Module, nn.Parameter, float]]:

@@ -16,7 +16,7 @@ from operator import mul
 
 from torch import nn
 
-from mull.evaluation.cost.count import Machine, mixing_flops, products, visible_keys
+from mull.evaluation.cost.count import Machine, mixing_flops, products, visible_keys, whole_layer
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import layer_kinds
 from mull.model.memory import head_width
@@ -53,7 +53,7 @@ def step_seconds(
 
     @functools.cache
     def visit_seconds(layer: int) -> float:
-        seconds = _product_seconds(model, model.model.layers[layer], machine, n_rows * n_tokens)
+        seconds = _product_seconds(model, whole_layer(model, layer), machine, n_rows * n_tokens)
         return seconds + _mixing_seconds(kinds[layer], model, machine, n_rows, n_tokens, context)
 
     unembedding = _product_seconds(model, model.lm_head, machine, n_rows * n_tokens)

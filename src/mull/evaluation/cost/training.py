@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from mull.evaluation.cost.count import mixing_flops, product_flops, products, visible_keys
+from mull.evaluation.cost.count import mixing_flops, product_flops, products, visible_keys, whole_layer
 from mull.evaluation.cost.disk import in_bytes
 from mull.layers.recursive_heads import ChainedSteps
 from mull.model.causal_lm import MullForCausalLM
@@ -308,13 +308,13 @@ def _differentiated(
     for count, part in zip(visits, _parts(model), strict=True):
         for times in filter(None, (min(count, 1), count - min(count, 1))):  # the first pass, and later ones
             for layer in part:
-                if reached or layer >= first or not _is_frozen(model.model.layers[layer]):
+                if reached or layer >= first or not _is_frozen(whole_layer(model, layer)):
                     yield layer, times, reached
                     reached = True
 
 
 def _first_decision(model: MullForCausalLM) -> float:
-    """The first layer whose states a trained router, gate or expert changes; infinity if none is trained."""
+    """The first layer whose states a trained router or expert changes; infinity if none is trained."""
     etd, parts = model.etd_config, model.etd
     if etd is None or parts is None or _is_frozen(parts):
         return math.inf
@@ -326,8 +326,8 @@ def _layer_flops(model: MullForCausalLM, length: int) -> list[float]:
     """FLOPs per token of a forward pass of each layer."""
     config = model.config.get_text_config()
     return [
-        product_flops(layer, config) + mixing_flops(kind, config, length)
-        for layer, kind in zip(model.model.layers, layer_kinds(config), strict=True)
+        product_flops(whole_layer(model, number), config) + mixing_flops(kind, config, length)
+        for number, kind in enumerate(layer_kinds(config))
     ]
 
 
@@ -459,8 +459,8 @@ class _Tracer:
 
     def layer(self, number: int) -> _Saved:
         """What a visit of a layer keeps; measured once for layers of the same kind and shapes."""
-        layer, kind = self._model.model.layers[number], self._kinds[number]
-        signature = (kind, tuple((name, p.shape, p.requires_grad) for name, p in layer.named_parameters()))
+        layer, whole, kind = self._model.model.layers[number], whole_layer(self._model, number), self._kinds[number]
+        signature = (kind, tuple((name, p.shape, p.requires_grad) for name, p in whole.named_parameters()))
         if signature not in self._found:
             self._found[signature] = self._measure(lambda h: self._run(layer, kind, h))
         return self._found[signature]
@@ -469,7 +469,7 @@ class _Tracer:
         """FLOPs per token of a layer's backward pass; `reached` says whether its input has a gradient."""
         layer, kind, config = self._model.model.layers[number], self._kinds[number], self._config
         mixing = mixing_flops(kind, config, self._schedule.length)
-        return self._backward(layer, mixing, reached, lambda h: self._run(layer, kind, h))
+        return self._backward(whole_layer(self._model, number), mixing, reached, lambda h: self._run(layer, kind, h))
 
     def head_backward(self, k: int, head: nn.Module, mixing: float, reached: bool) -> tuple[bool, float]:
         """Whether the states of extra head `k` have a gradient, and FLOPs per token of its backward pass."""

@@ -21,7 +21,14 @@ from mull.evaluation.cost.training import (
 )
 from mull.layers.value_head import ValueHead
 from mull.model.causal_lm import MullForCausalLM
-from mull.model.configs import ETDConfig, LayerRouterConfig, LoRAExpertConfig, MTPConfig, TokenSkipConfig
+from mull.model.configs import (
+    ETDConfig,
+    GatedAttentionConfig,
+    LayerRouterConfig,
+    LoRAExpertConfig,
+    MTPConfig,
+    TokenSkipConfig,
+)
 from mull.ops.targets import targets_of
 from mull.retrofit.presets import TransformerConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
@@ -80,6 +87,24 @@ def test_flops_are_those_that_pytorch_counts(family: str) -> None:
     with torch.no_grad():
         expected = counted(lambda: real(tokens(), think_iterations=iterations, use_cache=False))
     assert flops_per_token(meta(real), LENGTH, iterations) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("chosen", ["all", ["model.attention_gates.[35].*"]], ids=["all", "two gates"])
+def test_gates_of_attention_count_like_maps_of_their_layer(chosen: Any) -> None:
+    gates = GatedAttentionConfig(granularity="element", layers=(3, 4, 5))
+    real = wrap_transformer_with_etd(tiny("qwen3"), SPLIT, None, gates).train()
+
+    def run() -> None:
+        real.lm_head(real.hidden_states(tokens(), think_iterations=3)).sum().backward()
+
+    with frozen_except(real, chosen):
+        with sdpa_kernel(SDPBackend.MATH), InBackward() as counter:
+            run()
+        expected = counter.total / (ROWS * LENGTH)
+        assert training_flops_per_token(real, LENGTH, 3) == pytest.approx(expected, rel=0.015)
+    expected = kept(lambda: real.hidden_states(tokens(), think_iterations=3), real.parameters())
+    schedule = Schedule(rows=ROWS, length=LENGTH, max_iterations=3, precision="fp32", packed=False)
+    assert 0.99 * expected < estimate(real, ADAMW, schedule).memory.activations <= expected
 
 
 def test_the_state_of_a_delta_rule_counts_with_both_of_its_widths() -> None:

@@ -1,0 +1,69 @@
+"""A gate on what the heads of an attention give, before the output map puts them together.
+
+Shapes: D model width, H heads, W width of a head, G gates: H, or H · W.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+
+class OutputGate(nn.Module):
+    """``y · 2 σ(W x)`` for an attention's input x and its heads' outputs y. W starts at zero, so every factor is 1, exactly.
+
+    Args:
+        width: Model width D.
+        n_heads: H.
+        n_gates: H for a gate per head, H · W for one per element.
+
+    Source:
+        Gated attention (arXiv:2505.06708), gate G1, with ``σ(W x)``: half of ours. A model that is trained with the gate from the
+        beginning need not start as another one.
+    """
+
+    def __init__(self, width: int, n_heads: int, n_gates: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        # Not an `nn.Linear`, which adapters would replace, and `_init_weights` of transformers would start at random.
+        self.weight = nn.Parameter(torch.empty(n_gates, width))
+        self.start_open()
+
+    def start_open(self) -> None:
+        """Let everything through. The weights have a gradient from the first step on."""
+        init.zeros_(self.weight)
+
+    def forward(self, x: Float[Tensor, "... D"], heads: Float[Tensor, "... HW"]) -> Float[Tensor, "... HW"]:
+        """The outputs of the heads, gated."""
+        factor = 2 * F.linear(x, self.weight).sigmoid()
+        by_head = heads.unflatten(-1, (self.n_heads, -1))
+        # One factor per head, or one per element of it.
+        gated = by_head * factor.to(heads).unflatten(-1, (self.n_heads, -1))
+        return gated.flatten(-2)
+
+    def attach(self, attention: nn.Module, output_map: nn.Module) -> None:
+        """Gate an attention.
+
+        Args:
+            attention: A module of transformers, which is called with ``hidden_states``, its input.
+            output_map: The linear map in it that reads the heads' outputs.
+        """
+        # Inside of the layer, so they also run where gradient checkpointing runs it again.
+        attention.register_forward_pre_hook(self._keep, with_kwargs=True)
+        attention.register_forward_hook(self._forget, always_call=True)
+        output_map.register_forward_pre_hook(self._gate)
+
+    def _keep(self, _: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self._input = arguments[0] if arguments else options["hidden_states"]
+
+    def _gate(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert self._input is not None, "the output map runs inside of its attention"
+        return self(self._input, arguments[0]), *arguments[1:]
+
+    def _forget(self, *_: Any) -> None:
+        self._input = None
+
+    _input: Tensor | None = None
