@@ -154,11 +154,11 @@ def _frozen(
             raise ValueError(
                 f"device={source.device} for {source.teacher}: this machine has {torch.cuda.device_count()} GPUs, counted from 0."
             )
-    _check_same_tokens(tokenizer, load_tokenizer(source.teacher), source.teacher)
     loaded = load(ModelSection(checkpoint=source.teacher, dtype=source.dtype), tokenizer)
     frozen = loaded.eval().requires_grad_(False)
     nn.Module.to(frozen, place)  # the type of transformers' wrapped `to` does not fit a call
     check_reference(model, frozen, len(tokenizer))
+    _check_same_tokens(tokenizer, load_tokenizer(source.teacher), source.teacher)
     return frozen
 
 

@@ -145,7 +145,7 @@ def test_padding_and_duplicates_change_nothing() -> None:
 
 
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("micro_batches", [2, 8])
+@pytest.mark.parametrize("micro_batches", [8, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_split_into_micro_batches_changes_no_gradient(micro_batches: int) -> None:
     model, teacher = student_of(), teacher_of()
     objective = objective_of(teacher)
@@ -307,7 +307,8 @@ def trained(
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def test_a_resumed_distillation_is_an_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["record", pytest.param("teacher", marks=pytest.mark.slow)])
+def test_a_resumed_distillation_is_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
     teacher = teacher_of(torch.float32)
     batches = ShuffledBatches(dataset(), 4, numbered=True)
     objectives: dict[str, Callable[[], Distill]] = {
@@ -315,12 +316,12 @@ def test_a_resumed_distillation_is_an_uninterrupted_one(tmp_path: Path) -> None:
         "record": lambda: Distill(TeacherCache(tmp_path / "cache", identity()), ONCE, DistillConfig()),
     }
     recorded(tmp_path / "cache", teacher)
-    for name, objective in objectives.items():
-        straight = trained(objective(), student_of(torch.float32), batches)
-        stopped = {"until": lambda record: record["step"] == 2, "out_dir": tmp_path / name}
-        trained(objective(), student_of(torch.float32), batches, **stopped)
-        resumed = trained(objective(), student_of(torch.float32), batches, out_dir=tmp_path / name, resume=True)
-        assert all(torch.equal(resumed[key], tensor) for key, tensor in straight.items())
+    objective = objectives[name]
+    straight = trained(objective(), student_of(torch.float32), batches)
+    stopped = {"until": lambda record: record["step"] == 2, "out_dir": tmp_path / name}
+    trained(objective(), student_of(torch.float32), batches, **stopped)
+    resumed = trained(objective(), student_of(torch.float32), batches, out_dir=tmp_path / name, resume=True)
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in straight.items())
 
 
 def test_another_teacher_cannot_continue_a_run(tmp_path: Path) -> None:
