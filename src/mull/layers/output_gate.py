@@ -46,8 +46,8 @@ class OutputGate(nn.Module):
         expected = self.n_heads * self.head_width
         if heads.shape[-1] != expected:
             raise ValueError(
-                f"Gates on the output of attention need all heads, and here are {heads.shape[-1]} of {expected} values: do not use "
-                "tensor parallelism."
+                f"Gates on attention need the outputs of all heads, and here are {heads.shape[-1]} of {expected} values: do not "
+                "use tensor parallelism."
             )
         factor = 2 * F.linear(x, self.weight).sigmoid()
         by_head = heads.unflatten(-1, (self.n_heads, -1))
