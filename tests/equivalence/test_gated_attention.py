@@ -28,6 +28,7 @@ from mull import (
     MullForCausalLM,
     wrap_transformer_with_etd,
 )
+from mull.layers.output_gate import OutputGate
 from mull.model.attention_gates import AttentionGates
 
 Exact = Callable[..., PreTrainedModel]
@@ -249,6 +250,13 @@ def test_what_cannot_have_gates_is_refused() -> None:
         GatedAttentionConfig(layers=(1, 1))
     with pytest.raises(TypeError, match="GatedAttentionConfig"):
         wrap_transformer_with_etd(tiny("qwen3"), None, None, "head")  # type: ignore[arg-type]
+
+
+def test_a_part_of_the_heads_is_refused() -> None:
+    gate = OutputGate(8, 4, 2, per_element=False)
+    assert gate(torch.ones(3, 8), torch.ones(3, 8)).equal(torch.ones(3, 8))
+    with pytest.raises(ValueError, match="here are 4 of 8 values: do not use tensor parallelism"):
+        gate(torch.ones(3, 8), torch.ones(3, 4))
 
 
 @torch.no_grad()

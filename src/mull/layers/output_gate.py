@@ -1,6 +1,6 @@
 """A gate on what the heads of an attention give, before the output map puts them together.
 
-Shapes: D model width, H heads, W width of a head, G gates: H, or H · W.
+Shapes: D model width, H heads, W width of a head.
 """
 
 from typing import Any
@@ -18,16 +18,21 @@ class OutputGate(nn.Module):
     Args:
         width: Model width D.
         n_heads: H.
-        n_gates: H for a gate per head, H · W for one per element.
+        head_width: W.
+        per_element: H · W gates instead of H.
+
+    Raises:
+        ValueError: in use, where only a part of the heads is there.
 
     Source:
         Gated attention (arXiv:2505.06708), gate G1, with ``σ(W x)``: half of ours. A model that is trained with the gate from the
         beginning need not start as another one.
     """
 
-    def __init__(self, width: int, n_heads: int, n_gates: int) -> None:
+    def __init__(self, width: int, n_heads: int, head_width: int, per_element: bool) -> None:
         super().__init__()
-        self.n_heads = n_heads
+        self.n_heads, self.head_width = n_heads, head_width
+        n_gates = n_heads * head_width if per_element else n_heads
         # Not an `nn.Linear`, which adapters would replace, and `_init_weights` of transformers would start at random.
         self.weight = nn.Parameter(torch.empty(n_gates, width))
         self.start_open()
@@ -38,6 +43,12 @@ class OutputGate(nn.Module):
 
     def forward(self, x: Float[Tensor, "... D"], heads: Float[Tensor, "... HW"]) -> Float[Tensor, "... HW"]:
         """The outputs of the heads, gated."""
+        expected = self.n_heads * self.head_width
+        if heads.shape[-1] != expected:
+            raise ValueError(
+                f"Gates on attention need the outputs of all heads, and here are {heads.shape[-1]} of {expected} values: do not "
+                "use tensor parallelism."
+            )
         factor = 2 * F.linear(x, self.weight).sigmoid()
         by_head = heads.unflatten(-1, (self.n_heads, -1))
         # One factor per head, or one per element of it.

@@ -27,14 +27,9 @@ class AttentionGates(nn.ModuleDict):
     """
 
     def __init__(self, config: GatedAttentionConfig, text_config: PreTrainedConfig) -> None:
-        n_heads = text_config.num_attention_heads
-        n_gates = n_heads * (head_width(text_config) if config.granularity == "element" else 1)
-        super().__init__(
-            {
-                str(layer): OutputGate(text_config.hidden_size, n_heads, n_gates)
-                for layer in gated_layers(config, text_config)
-            }
-        )
+        sizes = text_config.hidden_size, text_config.num_attention_heads, head_width(text_config)
+        per_element = config.granularity == "element"
+        super().__init__({str(layer): OutputGate(*sizes, per_element) for layer in gated_layers(config, text_config)})
 
     def on(self, layers: nn.ModuleList) -> nn.ModuleList:
         """Decoder layers with these gates. The weights are shared; the given layers stay as they are."""
