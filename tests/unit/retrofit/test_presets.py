@@ -59,7 +59,8 @@ def test_the_gated_preset_gates_three_layers_of_four() -> None:
     for period in (1, 33):
         with pytest.raises(ValueError, match="hybrid_period"):
             TransformerConfig.olmo3_7B_hybrid_gated(hybrid_period=period)
-    model = shrunk(TransformerConfig.olmo3_7B_hybrid_gated(VOCAB)).build().train()
+    small = shrunk(TransformerConfig.olmo3_7B_hybrid_gated(VOCAB), num_hidden_layers=4, layer_types=None)
+    model = dataclasses.replace(small, gated_attention=GatedAttentionConfig(layers=(0, 1, 2))).build().train()
     out = model(tokens(), labels=tokens())
     out.loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -142,7 +143,7 @@ def test_qwen3_next_has_the_sizes_of_the_release_and_the_settings_of_the_documen
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny Qwen3-Next whose native heads are in the checkpoint, as in the release."""
     folder = tmp_path_factory.mktemp("next")
-    base = tiny("qwen3_next-moe")
+    base = tiny("qwen3_next-moe", num_hidden_layers=4)
     model = wrap_transformer_with_etd(base, None, NATIVE)
     base.save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
@@ -224,7 +225,7 @@ def test_what_cannot_be_created_is_refused(checkpoint: str, tmp_path: Path) -> N
     with pytest.raises(TypeError, match="max_think_iteratons"):
         create_qwen3_next_model(checkpoint, max_think_iteratons=9)
     with pytest.raises(ValueError, match="etd_config is given, and use_etd=False"):
-        create_qwen3_next_model(checkpoint, use_etd=False, etd_config=next_etd(tiny("qwen3_next-moe").config))
+        create_qwen3_next_model(checkpoint, use_etd=False, etd_config=next_etd(Qwen3NextConfig()))
     tiny("qwen3").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="architecture 'qwen3' and not Qwen3-Next"):
         create_qwen3_next_efficient(str(tmp_path))
