@@ -180,6 +180,12 @@ def test_a_mask_of_ones_own_says_which_tokens_are_one_sequence(
         padded = model(tokens, attention_mask=torch.ones_like(tokens), **options)
         assert torch.equal(actions_of(whole), actions_of(padded))
         torch.testing.assert_close(whole.logits, padded.logits, atol=EXACT, rtol=0)
+    bias = torch.full(causal.shape, -1e-3, dtype=torch.float64)
+    for mask in (causal, bias.where(causal, torch.finfo(bias.dtype).min), bias.where(causal, -torch.inf)):
+        inputs = model.model.layer_inputs(
+            model.model.embed_tokens(tokens), mask, torch.arange(TOKENS).expand(ROWS, -1) // 2
+        )
+        assert torch.equal(inputs.sequences(ROWS), torch.arange(ROWS)[:, None].expand(-1, TOKENS))
     document = (torch.arange(TOKENS) >= 5).long()
     prompt = ((torch.arange(TOKENS) - 5 * document) < 3).expand(ROWS, -1)
     apart = causal & (document[:, None] == document)

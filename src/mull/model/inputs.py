@@ -254,14 +254,15 @@ class LayerInputs:
         return None if self.in_states is None else ActiveTokens.reordered(self.in_states)
 
     def sequences(self, n_rows: int) -> Tensor:
-        """``[B, T]``: number of each token's sequence. It begins with a token that sees none of the call's before it."""
+        """``[B, T]``: number of each token's sequence. One begins with a token that sees no other of the call before it."""
         n_tokens = self.position_ids.shape[1]
         mask = next((x for x in self.masks.values() if isinstance(x, Tensor) and x.ndim == 4), None)
         if mask is None:  # plain causality, or an attention that finds packed documents by their positions
             begins = F.pad(self.position_ids.diff(dim=1) != 1, (1, 0), value=True)
         else:
-            visible = (mask if mask.dtype == torch.bool else mask == 0).any(1)
-            begins = ~visible[..., :n_tokens].tril(-1).any(-1)
+            # A bias is finite; what no token may see has the least value of the type, or infinity.
+            visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            begins = ~visible.any(1)[..., -n_tokens:].tril(-1).any(-1)  # the call's own keys come last
         return sequence_numbers(begins.expand(n_rows, n_tokens))
 
     def require_masks(self) -> None:
