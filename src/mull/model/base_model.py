@@ -225,9 +225,7 @@ class MullModel(Trunk):
         # Without a past, a layer can be tried on the call's tokens alone, whether or not a cache is being filled.
         fresh = cache is None or (isinstance(cache, SlotCache) and not cache.n_tokens)
         learns = self.training and torch.is_grad_enabled() and fresh and given is None
-        # With a mask of padding, rows hold one sequence each.
-        sequences = None if tokens is not None or inputs is None else inputs.sequences(len(h))
-        call = RoutedCall(h, sequences, tokens, prompt_mask, None if cache is None else cache.decisions, fresh)
+        call = RoutedCall(h, inputs, tokens, prompt_mask, None if cache is None else cache.decisions, fresh)
         attempt = partial(self._attempt, inputs) if learns and inputs is not None else None
         return self.etd.policy(policy, call, attempt=attempt, given=given, fixed=fixed)
 

@@ -311,9 +311,13 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
 
         Returns:
             Tokens ``[B, T + N]``; where `use_speculative` is given, those and the `GenerationStats`.
+
+        Raises:
+            TypeError: `use_speculative` beside an option that `mull.generate` does not have.
         """
         if use_speculative is not None:
-            return self.mtp_decoder.decode(inputs, *arguments, use_speculative=use_speculative, **options)
+            given = () if inputs is None else (inputs,)  # tokenizers name them input_ids
+            return self.mtp_decoder.decode(*given, *arguments, use_speculative=use_speculative, **options)
         parent: Any = super()
         return parent.generate(inputs, *arguments, **options)
 

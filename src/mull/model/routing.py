@@ -17,6 +17,7 @@ from mull.layers.routers import EXECUTE, REPEAT, SKIP, LayerRouter, Prompts
 from mull.model.configs import ETDConfig, LayerRouterConfig, Stop
 from mull.model.depth_router import DepthRouter
 from mull.model.experts import ExpertRouting, Experts
+from mull.model.inputs import LayerInputs
 from mull.model.memory import Decision
 from mull.model.path import Visit
 from mull.model.policy import NOTHING, Extra, Policy, Together, running
@@ -37,8 +38,8 @@ class RoutedCall(NamedTuple):
     states: Tensor
     """``[B, T, D]``; only their shape counts."""
 
-    sequences: Tensor | None
-    """``[B, T]``: number of each token's sequence; None for one in each row."""
+    inputs: LayerInputs | None
+    """What its layers share; None on a cache of fixed size, where a row is one sequence."""
 
     tokens: Tensor | None
     """``[B, T]``, False for padding; None without."""
@@ -52,11 +53,15 @@ class RoutedCall(NamedTuple):
     whole: bool = True
     """Nothing precedes the call."""
 
+    def sequences(self) -> Tensor | None:
+        """``[B, T]``: number of each token's sequence; None for one in each row, as with a mask of padding."""
+        return None if self.tokens is not None or self.inputs is None else self.inputs.sequences(len(self.states))
+
     def prompts(self, granularity: str, n_windows: int) -> Prompts | None:
         """Where routers of sequences look; None for those of tokens, and if the rows have their decisions."""
         if granularity != "sequence" or self.decisions:
             return None
-        return Prompts.of(self.states, self.sequences, self.tokens, self.prompt_mask, n_windows)
+        return Prompts.of(self.states, self.sequences(), self.tokens, self.prompt_mask, n_windows)
 
 
 class RoutedParts(nn.Module):

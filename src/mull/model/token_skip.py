@@ -7,7 +7,7 @@ Shapes: B batch, T tokens of a call, D model width, N tokens of any number.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ class SkipCall(NamedTuple):
     states: Tensor
     """``[B, T, D]``; only their shape counts."""
 
-    sequences: Tensor | None
+    sequences: Callable[[], Tensor | None]
     """``[B, T]``: number of each token's sequence; None for one in each row."""
 
     tokens: Tensor | None
@@ -72,7 +72,7 @@ class SkipCall(NamedTuple):
 
     def highest(self, scores: Tensor, share: float) -> Tensor:
         """``[B, T]``: the share of each sequence's tokens that have the highest scores ``[B, T]``."""
-        sequences = self.sequences
+        sequences = self.sequences()
         if sequences is None:
             sequences = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores)
         return highest(scores, sequences, self.counted(), share)

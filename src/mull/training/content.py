@@ -22,7 +22,10 @@ def batches_content(batches: ShuffledBatches) -> dict[str, Any]:
     """The rows that batches are drawn from, as a digest, and how they are drawn."""
     dataset = batches.dataset
     starts = range(0, len(dataset), ROWS_AT_ONCE)
-    chunks = (dataset.rows(torch.arange(start, min(start + ROWS_AT_ONCE, len(dataset)))) for start in starts)
+    ends = (min(start + ROWS_AT_ONCE, len(dataset)) for start in starts)
+    # On the CPU also where a model without weights is being built, on the meta device.
+    numbers = (torch.arange(*part, device="cpu") for part in zip(starts, ends, strict=True))
+    chunks = map(dataset.rows, numbers)
     rows = tensors_digest(pair for chunk in chunks for pair in sorted(chunk.items()))
     return {"rows": rows, "batch_size": batches.batch_size, "seed": batches.seed}
 

@@ -718,6 +718,14 @@ def test_a_hybrid_is_healed_in_three_stages_and_its_trunk_is_one_of_transformers
     assert type(trained).__name__ == "Qwen3_5ForCausalLM"
 
 
+def recorded(hybrid: Path) -> Path:
+    """A folder with the teacher's predictions of all rows."""
+    cache = hybrid / "refused"
+    if not cache.exists():
+        carry_out(changed(healing(hybrid, "recording"), stages=[healing(hybrid, "x", cache=str(cache))["stages"][1]]))
+    return cache
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -728,9 +736,7 @@ def test_a_hybrid_is_healed_in_three_stages_and_its_trunk_is_one_of_transformers
     ],
 )
 def test_a_record_of_another_teacher_is_refused(hybrid: Path, values: dict[str, Any], message: str) -> None:
-    cache = hybrid / "refused"
-    if not cache.exists():
-        carry_out(changed(healing(hybrid, "recording"), stages=[healing(hybrid, "x", cache=str(cache))["stages"][1]]))
+    cache = recorded(hybrid)
     if "device" in values:
         cache = hybrid / "none"
     values = {key: str(value).format(folder=hybrid) if key == "teacher" else value for key, value in values.items()}
@@ -746,6 +752,8 @@ def test_a_dry_run_says_what_is_recorded_and_records_nothing(hybrid: Path, tmp_p
     assert re.search(r"upper bound +the whole model is counted", said)
     assert re.search(r"trains model\.layers\.\*\.linear_attn\.in_proj_qkv\.weight", said)
     assert not (tmp_path / "cache").exists()
+    said = estimate_recipe(parse_recipe(healing(hybrid, "dry", cache=str(recorded(hybrid)))))
+    assert re.search(r"teacher's predictions +(\d+) of \1 rows recorded", said)
 
 
 def test_wrong_answers_are_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -175,6 +175,10 @@ def test_what_is_created_runs_learns_and_writes(checkpoint: str) -> None:
     assert stats["new_tokens"] == stats.new_tokens == 8
     assert stats.rounds
     plain, without = model.generate(tokens(), max_new_tokens=4, use_speculative=False, eos_token_id=())
+    named = {"input_ids": tokens(), "attention_mask": torch.ones_like(tokens())}  # as a tokenizer gives them
+    assert torch.equal(model.generate(**named, max_new_tokens=4, use_speculative=True, eos_token_id=())[0], tokens_)
+    with pytest.raises(TypeError, match="num_beams is no option of mull.generate"):
+        model.generate(tokens(), use_speculative=True, num_beams=2)
     assert torch.equal(tokens_, plain)
     assert without["drafted"] == []
     assert torch.equal(model.mtp_decoder.generate(tokens(), max_new_tokens=4, eos_token_id=()), plain)
