@@ -24,7 +24,7 @@ from mull.data.corpus import load_stdlib, subsample
 from mull.data.packing import pack_texts
 from mull.data.sampler import ShuffledBatches
 from mull.evaluation.held_out import held_out_loss
-from mull.retrofit.calibrate import calibrate_starts
+from mull.retrofit.calibrate import CalibrationConfig, calibrate_starts
 from mull.retrofit.convert import create_hybrid_from_qwen3
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.training.loop import TrainConfig, train
@@ -33,11 +33,16 @@ from mull.training.objectives.distill import DistillConfig
 from mull.training.objectives.resources import Resources
 from mull.training.objectives.table import make_objective
 
-ARMS = {
-    "no calibration, KL": (False, False),
-    "calibrated, KL": (True, False),
-    "calibrated, align, KL": (True, True),
+RIDGE, SCALE = CalibrationConfig(), CalibrationConfig(output="scale", sequential=False)
+ARMS: dict[str, tuple[CalibrationConfig | None, bool]] = {
+    "no calibration, KL": (None, False),
+    "no calibration, align, KL": (None, True),
+    "ridge, KL": (RIDGE, False),
+    "ridge, align, KL": (RIDGE, True),
+    "scale, align, KL": (SCALE, True),
 }
+"""Start, and whether half of the steps align."""
+
 RATES = {"align": 1e-3, "distill": 1e-3}
 
 
@@ -49,10 +54,11 @@ def measure(bench: Bench, teacher_steps: int, steps: int) -> dict[str, Any]:
     length = text.held_out.input_ids.shape[1]
     packed = pack_texts((document.text for document in documents), text.tokenizer, length=length)
     layers = [number for number in range(bench.size.layers) if (number + 1) % PERIOD]
-    starts = calibrate_starts(source, list(packed.input_ids[:128].split(BATCH)), layers)
+    calibration = list(packed.input_ids[:128].split(BATCH))
+    starts = {config: calibrate_starts(source, calibration, layers, config) for config in (RIDGE, SCALE)}
     losses: dict[str, Any] = {"teacher": held_out_loss(teacher, text.held_out, None)}
-    for name, (calibrated, aligned) in ARMS.items():
-        student = create_hybrid_from_qwen3(source, starts=starts if calibrated else None)
+    for name, (config, aligned) in ARMS.items():
+        student = create_hybrid_from_qwen3(source, starts=None if config is None else starts[config])
         before, done = held_out_loss(student, text.held_out, None), 0
         stages = {"align": steps // 2, "distill": steps - steps // 2} if aligned else {"distill": steps}
         for algorithm, n in stages.items():
