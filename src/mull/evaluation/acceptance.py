@@ -43,6 +43,7 @@ def acceptance_by_position(calls: Sequence[GenerationStats]) -> list[Acceptance]
 def describe_call(stats: GenerationStats) -> dict[str, str]:
     """The statistics of a call in words, with units, by name. Acceptance by position is left out."""
     rounds = ", ".join(f"{count} with {length} drafts" for length, count in sorted(stats.draft_lengths.items()))
+    speedup = "not measured" if stats.speedup is None else f"{stats.speedup:.2f} over rounds without drafts"
     return {
         "prompt": f"{stats.prompt_tokens} tokens",
         "new": f"{stats.new_tokens} tokens",
@@ -50,7 +51,7 @@ def describe_call(stats: GenerationStats) -> dict[str, str]:
         "rounds": f"{stats.rounds} ({rounds})" if rounds else "0",
         "mean accepted length": f"{stats.mean_accepted_length:.2f} tokens per row and round, the model's own included",
         "speed": f"{stats.tokens_per_second:.1f} tokens per second of decoding",
-        "speed-up": "not measured" if stats.speedup is None else f"{stats.speedup:.2f} over rounds without drafts",
+        "speed-up": speedup if stats.drafted else "none: nothing was drafted",
         "prefill": f"{stats.prefill_seconds:.3f} s",
         "decode": f"{stats.decode_seconds:.3f} s",
         "warm-up": f"{stats.warm_up_seconds:.3f} s",
