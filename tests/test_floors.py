@@ -33,7 +33,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     ),
     "retrofit": (
         5,
-        "reading source native_heads expert_adapters wrap hybrid convert calibrate presets qwen3_next full_hybrid",
+        "reading source native_heads expert_adapters wrap hybrid weights convert calibrate presets qwen3_next full_hybrid",
     ),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate mtp_decoder"),
     "training": (6, "optimization objectives trainable state content step loop"),
