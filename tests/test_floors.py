@@ -61,14 +61,14 @@ BUDGETS = {
     "data": 1205,
     "model": 3790,
     "decoding": 1160,
-    "retrofit": 1860,
+    "retrofit": 1980,
     "training": 3170,
     "evaluation": 2290,
-    "app": 2980,
+    "app": 2986,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 18300
+MAX_CODE_LINES = 18320
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
