@@ -33,7 +33,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
     ),
     "retrofit": (
         5,
-        "reading source native_heads expert_adapters wrap hybrid convert calibrate presets qwen3_next full_hybrid",
+        "reading source native_heads expert_adapters wrap hybrid weights convert calibrate presets qwen3_next full_hybrid",
     ),
     "decoding": (5, "draft_length sample drafting rounds decoder_cache generate mtp_decoder"),
     "training": (6, "optimization objectives trainable state content step loop"),
@@ -61,14 +61,14 @@ BUDGETS = {
     "data": 1205,
     "model": 3790,
     "decoding": 1160,
-    "retrofit": 1860,
+    "retrofit": 1980,
     "training": 3170,
     "evaluation": 2290,
-    "app": 2980,
+    "app": 2986,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 18300
+MAX_CODE_LINES = 18320
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

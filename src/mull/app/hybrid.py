@@ -33,18 +33,25 @@ def parse_layers(pattern: str | None, layers: str | None) -> HybridAttentionConf
     if pattern is not None and layers is not None:
         raise ValueError("Give --pattern or --layers, not both.")
     if layers is not None and layers.endswith(".json"):
-        choice = LayerChoice.model_validate_json(Path(layers).read_text(encoding="utf-8"))
+        try:
+            choice = LayerChoice.model_validate_json(Path(layers).read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{layers} is no choice of layers: give the file that mull layers has written.") from None
         return HybridAttentionConfig(layers=choice.deltanet)
     if layers is not None:
-        if not all(number.strip().isdigit() for number in layers.split(",")):
+        if not _are_numbers(layers.split(",")):
             raise ValueError(f"--layers {layers} must be numbers of layers, such as 0,1,2,4, or a file of mull layers.")
         return HybridAttentionConfig(layers=tuple(map(int, layers.split(","))))
     if pattern == "none":
         return HybridAttentionConfig(deltanet_layer_pattern=())
     places, _, period = (pattern or "0,1,2/4").partition("/")
-    if not all(number.strip().isdigit() for number in (*places.split(","), period)):
+    if not _are_numbers([*places.split(","), period]):
         raise ValueError(f"--pattern {pattern} must be places and a period, such as 0,1,2/4, or none.")
     return HybridAttentionConfig(deltanet_layer_pattern=tuple(map(int, places.split(","))), pattern_period=int(period))
+
+
+def _are_numbers(texts: Sequence[str]) -> bool:
+    return all(text.strip().isascii() and text.strip().isdecimal() for text in texts)
 
 
 def full_rows(dataset: PackedDataset) -> Tensor:
@@ -111,6 +118,10 @@ def print_conversion(coverage: Coverage, place: Path) -> None:
     rows = [(origin, f"{n:,}", f"{parameters:,}") for origin, (n, parameters) in counts.items()]
     print_table([("tensors of the hybrid", "tensors", "parameters"), *rows])
     print(f"All {len(coverage.used):,} tensors of the source were used, each once.")
+    if coverage.ignored:
+        print(
+            f"Besides, it has {len(coverage.ignored)} tensors of rotary frequencies, which follow from its configuration."
+        )
     if rounded := coverage.rounded():
         worst = max(rounded, key=lambda name: rounded[name])
         print(f"{len(rounded)} norms have weights that were rounded, by at most {rounded[worst]:.2%} ({worst}).")

@@ -39,9 +39,11 @@ def retrieval_task(text: Int[Tensor, "R T"], n_examples: int, n_keys: int, *, se
         seed: Of places, markers, keys and values. These are tokens of the text that do not occur elsewhere in the example.
 
     Raises:
-        ValueError: rows too short for the facts, or a text of too few different tokens.
+        ValueError: no rows or no examples, rows too short for the facts, or a text of too few different tokens.
     """
     rows, length = text.shape
+    if not rows or n_examples < 1:
+        raise ValueError(f"{n_examples} examples of {rows} rows of text cannot be made: both must be at least 1.")
     places = (length - 2) // FACT
     if n_keys < 1 or places < n_keys:
         raise ValueError(

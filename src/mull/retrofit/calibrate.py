@@ -31,7 +31,7 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.model.executor import run
 from mull.model.families import FAMILIES, install_recurrent_hooks
 from mull.model.path import from_layers
-from mull.retrofit.hybrid import UNIT_SILU, DeltaStart, convert_layer, delta_tensors, head_dim_of
+from mull.retrofit.hybrid import UNIT_SILU, DeltaStart, check_starts, convert_layer, delta_tensors, head_dim_of
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.arguments import Frozen, require, require_ids
 from mull.runtime.progress import Progress
@@ -43,7 +43,7 @@ GATE_RIDGE = 1e-3
 """Penalty on the squared weights of the gate, relative to the mean square of an input."""
 
 HALF_LIFE = 128.0
-"""Tokens; of a mixer whose half-lives were not measured."""
+"""Tokens; of a mixer whose half-lives were not measured, and of a head that reads nothing."""
 
 SHORTEST_HALF_LIFE = 0.5
 """Tokens. A head that reads only its own token has a mean distance of 0."""
@@ -151,6 +151,18 @@ def mixers_in_place(layers: nn.ModuleList, mixers: Mapping[int, nn.Module]) -> I
             layers[number].self_attn = attention
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model without dropout, and give each of its modules its mode back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 @torch.no_grad()
 def calibrate_starts(
     teacher: PreTrainedModel,
@@ -163,7 +175,7 @@ def calibrate_starts(
     """Measure how the DeltaNet layers of a hybrid should start.
 
     Args:
-        teacher: Qwen3, or a model of mull on it, in evaluation mode. It is not changed.
+        teacher: Qwen3, or a model of mull on it. It is not changed, and runs in evaluation mode.
         batches: Token numbers ``[B, T]`` of the calibration text, without padding. Text that the hybrid is judged on does not
             belong here. A row is read as one text. Half-lives are below T.
         layers: Layers that become DeltaNet.
@@ -175,7 +187,7 @@ def calibrate_starts(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a layer that is not there or cannot become DeltaNet, or no text.
+        ValueError: a layer that is not there or cannot become DeltaNet, no text, or states of the teacher that are not finite.
 
     Source:
         Half-life from the attention distance: Taylor-Calibrate (arXiv:2606.16429), which fits value maps; the norm behind the
@@ -187,15 +199,25 @@ def calibrate_starts(
         raise ValueError("There is no text to calibrate on: give at least one batch of token numbers.")
     for number, batch in enumerate(batches):
         require_ids(f"batch {number}", batch)
-    trunk = trunk_of(teacher)
-    require_softmax_layers(trunk, layers)
-    states = [trunk.embed_tokens(batch.to(teacher.device)) for batch in batches]
-    student, starts = states, {}
+    with evaluating(teacher):
+        trunk = trunk_of(teacher)
+        require_softmax_layers(trunk, layers)
+        states = [trunk.embed_tokens(batch.to(teacher.device)) for batch in batches]
+        return _walk(trunk, states, layers, config, progress)
+
+
+def _walk(
+    trunk: MullModel, states: list[Tensor], layers: Collection[int], config: CalibrationConfig, progress: bool
+) -> dict[int, DeltaStart]:
+    """Fit layer after layer, from the states before the first one."""
+    starts: dict[int, DeltaStart] = {}
+    student = states
     with Progress(len(trunk.layers), "layer", label="calibration", shown=progress) as bar:
         for number in range(len(trunk.layers)):
             before, mixers = student, {}
             if number in layers:
                 starts[number], states = _fit(trunk, number, states, before, config)
+                check_starts({number: starts[number]}, trunk.text_config)
                 mixers[number] = delta_mixer(trunk.layers[number], trunk.text_config, starts[number])
             else:
                 states = [advance(trunk, number, h) for h in states]
@@ -236,7 +258,9 @@ def _fit(
         targets.append(attended + (h - s))
         gate_input = layer.input_layernorm(s)
         gate_sums.add(gate_input, torch.full_like(gate_input[..., :1], UNIT_SILU, dtype=torch.float32))
-    half_life = (distance[0] / distance[1]).clamp(min=SHORTEST_HALF_LIFE).float()
+    # A head whose values are all zero reads nothing, at no distance.
+    mean = torch.where(distance[1] == 0, HALF_LIFE, distance[0] / distance[1])
+    half_life = mean.clamp(min=SHORTEST_HALF_LIFE).float()
     start = DeltaStart(half_life, gate_sums.ridge(GATE_RIDGE)[0].float())
 
     mixer: Any = delta_mixer(layer, trunk.text_config, start)
@@ -268,7 +292,8 @@ class _Sums:
 
     def ridge(self, strength: float, near: Float[Tensor, "D F"] | None = None) -> Float[Tensor, "D F"]:
         """The map; its squared distance from `near`, or from 0, costs `strength` times the mean square of a feature."""
-        penalty = strength * self._uu.diagonal().mean() * torch.eye(len(self._uu), dtype=torch.float64)
+        # All features may be zero: then the map is `near`.
+        penalty = strength * self._uu.diagonal().mean().clamp(min=1e-30) * torch.eye(len(self._uu), dtype=torch.float64)
         near = torch.zeros_like(self._yu) if near is None else near
         return near + torch.linalg.solve(self._uu + penalty, self._yu - near @ self._uu, left=False)
 
@@ -355,9 +380,10 @@ def apply_starts(student: PreTrainedModel, teacher: PreTrainedModel, starts: Map
         starts: By layer.
 
     Raises:
-        ValueError: a layer of the student is no DeltaNet.
+        ValueError: a layer of the student is no DeltaNet, or its start has another shape or is not finite.
     """
     config = teacher.config.get_text_config()
+    check_starts(starts, config)
     for number, start in starts.items():
         layer, source = student.model.layers[number], teacher.model.layers[number]
         if not hasattr(layer, "linear_attn"):

@@ -6,22 +6,22 @@ one of the hybrid comes from, and that each one of the source is used once.
 
 import copy
 import hashlib
+import itertools
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from mull.model.causal_lm import MullForCausalLM
 from mull.retrofit.hybrid import (
@@ -29,13 +29,15 @@ from mull.retrofit.hybrid import (
     CrossArchTransferConfig,
     DeltaStart,
     Target,
+    check_starts,
     convert_layer,
     hybrid_config,
+    is_finite,
     store_norm,
 )
 from mull.retrofit.native_heads import fuse_experts, split_experts
-from mull.retrofit.reading import explained, listed, opened, read_weight_map, tensors_in
-from mull.retrofit.source import find_source, load_config
+from mull.retrofit.reading import listed, read_weight_map
+from mull.retrofit.weights import Weights, companions, open_weights
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime import storage
 from mull.runtime.arguments import Frozen, require
@@ -44,21 +46,6 @@ from mull.runtime.progress import Progress
 REPORT = "conversion.jsonl"
 """File of a converted checkpoint: what was converted, and a line for each weight file. It also says how far a conversion is."""
 
-COMPANIONS = (
-    *(
-        "tokenizer*",
-        "vocab*",
-        "merges.txt",
-        "*.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template*",
-    ),
-    *("additional_chat_templates", GENERATION_CONFIG_NAME, "LICENSE*", "NOTICE*"),
-)
-"""Files of a checkpoint that are copied as they are."""
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -83,6 +70,9 @@ class Coverage(Frozen):
     tensors: dict[str, TensorOrigin]
     """By the name in the hybrid."""
 
+    ignored: tuple[str, ...] = ()
+    """Tensors of the source that are not used, because they follow from its configuration: rotary frequencies."""
+
     @property
     def used(self) -> dict[str, str]:
         """The tensor of the hybrid that each tensor of the source went into."""
@@ -97,21 +87,11 @@ class Coverage(Frozen):
         return counts
 
     def rounded(self) -> dict[str, float]:
-        """Norms with weights that the precision cannot hold as ``w - 1``, and their largest relative error."""
+        """Norms with weights that the precision cannot hold as ``w - 1``, and their largest relative error.
+
+        What a conversion to another precision (``dtype``) rounds is not counted.
+        """
         return {name: made.error for name, made in self.tensors.items() if made.error}
-
-
-class Weights(NamedTuple):
-    """A source and its tensors, of which none has been read."""
-
-    config: PreTrainedConfig
-    tensors: dict[str, Tensor]
-    """On the meta device."""
-
-    read: Callable[[Sequence[str]], dict[str, Tensor]]
-    generation_config: GenerationConfig | None
-    folder: Path | None
-    """None for a model in memory."""
 
 
 class Part(NamedTuple):
@@ -233,9 +213,11 @@ def convert_checkpoint(
     require("source", source, (str, os.PathLike), "a folder or a name on the hub")
     plan = _plan(open_weights(source), config, dtype, starts)
     assert plan.weights.folder is not None
-    staged = target.with_name(f".{target.name}.partial")
+    companions(plan.weights.folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     with storage.exclusive(target):
+        _new_folder(out)  # another process may have written it meanwhile
+        staged = _staged(target)
         try:
             records = _write_parts(plan, staged)
             made = {name: TensorOrigin(**fields) for record in records for name, fields in record["tensors"].items()}
@@ -250,10 +232,32 @@ def convert_checkpoint(
 
 
 def _new_folder(out: str | os.PathLike[str]) -> Path:
-    target = storage.local_path(out).absolute()
+    """Where a link leads to, if that is new or empty, and can be replaced by the finished folder.
+
+    Raises:
+        ValueError: it is not; or what is beside it under the name of our unfinished folder is something else.
+    """
+    target = storage.local_path(out).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{out} exists: give a new folder.")
+    if target == Path.cwd() or target.is_mount():
+        raise ValueError(
+            f"{out} is the working folder or a mount point, which cannot be replaced: give a new folder in it."
+        )
+    staged = _staged(target)
+    names = {file.name for file in staged.iterdir()} if staged.is_dir() else set()
+    if (
+        staged.is_symlink()
+        or (staged.exists() and not staged.is_dir())
+        or (names and not names & {REPORT, REPORT + ".partial"})
+    ):
+        raise ValueError(f"{staged} is no unfinished conversion: move it away, or give another folder than {out}.")
     return target
+
+
+def _staged(target: Path) -> Path:
+    """Where files are until all are there."""
+    return target.with_name(f".{target.name}.partial")
 
 
 def check_conversion(
@@ -264,7 +268,10 @@ def check_conversion(
 ) -> list[str]:
     """What each layer would become. What `convert_checkpoint` would refuse is refused here, before calibration takes its time."""
     _new_folder(out)
-    return list(_plan(open_weights(source), config, dtype, None).config.layer_types)
+    plan = _plan(open_weights(source), config, dtype, None)
+    if plan.weights.folder is not None:
+        companions(plan.weights.folder)
+    return list(plan.config.layer_types)
 
 
 def engine_notes(config: PreTrainedConfig) -> list[str]:
@@ -283,58 +290,6 @@ def engine_notes(config: PreTrainedConfig) -> list[str]:
     return notes
 
 
-def open_weights(source: str | os.PathLike[str] | PreTrainedModel) -> Weights:
-    """Find a source's tensors, without reading them.
-
-    Raises:
-        OSError, ValueError: no checkpoint in safetensors there.
-    """
-    if isinstance(source, PreTrainedModel):
-        state = source.state_dict()
-        if any(tensor.is_meta for tensor in state.values()):
-            raise ValueError("The source has weights on the meta device, which have no values: load it first.")
-        specs = {name: tensor.to("meta") for name, tensor in state.items()}
-        config = source.config.get_text_config()
-        return Weights(config, specs, lambda names: {n: state[n] for n in names}, source.generation_config, None)
-    require("source", source, (str, os.PathLike), "a folder, a name on the hub or a model of transformers")
-    found = find_source(source)
-    if "gguf_file" in found.options:
-        raise ValueError(f"{source} is a GGUF file: give the checkpoint in safetensors that it was made from.")
-    config = load_config(found, {})
-    folder = Path(found.name)
-    if not folder.is_dir():
-        wanted = ["*.safetensors", SAFE_WEIGHTS_INDEX_NAME, "config.json", *COMPANIONS]
-        folder = Path(snapshot_download(found.name, allow_patterns=wanted))
-    with explained(str(folder), weights=True):
-        files = read_weight_map(folder)
-        headers = {file: tensors_in(folder / file) for file in sorted(set(files.values()))}
-    specs = {}
-    for name, file in files.items():
-        if name in headers[file]:  # else it is reported as missing
-            header = headers[file][name]
-            if header.dtype not in DTYPES:
-                raise ValueError(
-                    f"{name} is in {header.dtype}: give a checkpoint in bf16 or fp32, not a quantized one."
-                )
-            specs[name] = torch.empty(tuple(header.shape), dtype=DTYPES[header.dtype], device="meta")
-
-    def read(names: Sequence[str]) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for file in sorted({files[name] for name in names}):
-            with opened(folder / file) as shard:
-                tensors |= {name: shard.get_tensor(name) for name in names if files[name] == file}
-        return tensors
-
-    generation = folder / GENERATION_CONFIG_NAME
-    return Weights(
-        config.get_text_config(),
-        specs,
-        read,
-        GenerationConfig.from_pretrained(str(folder)) if generation.is_file() else None,
-        folder,
-    )
-
-
 def _plan(
     weights: Weights,
     config: CrossArchTransferConfig | None,
@@ -348,6 +303,7 @@ def _plan(
     linear = {number for number, kind in enumerate(hybrid.layer_types) if kind == "linear_attention"}
     if foreign := sorted((starts or {}).keys() - linear):
         raise ValueError(f"starts has the layers {foreign}, which keep their attention: DeltaNet are {sorted(linear)}.")
+    check_starts(starts or {}, weights.config)
     _check_source(weights)
     dtypes = {tensor.dtype for tensor in weights.tensors.values()}
     if dtype is None and len(dtypes) > 1:
@@ -397,10 +353,14 @@ def convert_part(plan: Plan, part: Part) -> dict[str, Target]:
     """Tensors of the hybrid by their full names.
 
     Raises:
-        ValueError: a value that the precision cannot hold, or a tied head that differs from the embedding.
+        ValueError: NaN or infinity in the source, a value that the precision cannot hold, or a tied head that differs from the
+            embedding.
     """
     weights, tied = plan.weights, plan.config.tie_word_embeddings
-    read = {name: value.to(plan.dtype) for name, value in weights.read(part.tensors).items()}
+    read = weights.read(part.tensors)
+    if spoiled := [name for name, value in read.items() if not is_finite(value)]:
+        raise ValueError(f"The source has NaN or infinity in {listed(spoiled)}: fetch it again, or train it anew.")
+    read = {name: value.to(plan.dtype) for name, value in read.items()}
     if part.layer is None:
         targets = {name: Target(value, "copied", (name,)) for name, value in read.items()}
         if tied and HEAD in targets:
@@ -428,7 +388,7 @@ def convert_part(plan: Plan, part: Part) -> dict[str, Target]:
             for name, target in layer.items()
         }
     for name, target in targets.items():
-        if target.origin == "derived" and not target.value.isfinite().all():
+        if not is_finite(target.value):
             raise ValueError(f"{name} has values that {plan.dtype} cannot hold: convert to bf16 or fp32.")
     return targets
 
@@ -461,17 +421,18 @@ def _account(plan: Plan, made: Mapping[str, TensorOrigin]) -> Coverage:
     if any(faults.values()):
         described = "; ".join(f"{what}: {listed(names)}" for what, names in faults.items() if names)
         raise RuntimeError(f"The conversion does not account for every tensor. {described}.")
-    return Coverage(tensors=dict(made))
+    return Coverage(tensors=dict(made), ignored=plan.weights.ignored)
 
 
 def _write_parts(plan: Plan, staged: Path) -> list[dict[str, Any]]:
     """Write the weight files that are not there yet, and return what became of the tensors of all."""
     header = _header(plan)
-    records = _records(staged / REPORT, header)
+    records = _records(staged, header)
     if not records:
         # Nothing there, or something that was made from other files or with other settings.
         storage.remove_tree(str(staged))
         staged.mkdir()
+        _write_report(staged, header, [])  # from here on the folder is known as ours
     n_parts = len(plan.parts)
     with torch.no_grad(), Progress(n_parts, "file", label="convert", done=len(records)) as progress:
         for number, part in list(enumerate(plan.parts, 1))[len(records) :]:
@@ -482,12 +443,16 @@ def _write_parts(plan: Plan, staged: Path) -> list[dict[str, Any]]:
             )
             storage.flush_folder(str(staged))
             made = {name: tensor.model_dump(mode="json") for name, tensor in _origins(targets).items()}
-            records.append({"file": file, "tensors": made})
-            lines = "".join(json.dumps(record) + "\n" for record in (header, *records))
-            storage.write_text_atomic(str(staged / REPORT), lines)
+            records.append({"file": file, "bytes": (staged / file).stat().st_size, "tensors": made})
+            _write_report(staged, header, records)
             del targets  # before the next part is read
             progress.advance()
     return records
+
+
+def _write_report(staged: Path, header: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+    lines = "".join(json.dumps(record) + "\n" for record in (header, *records))
+    storage.write_text_atomic(str(staged / REPORT), lines)
 
 
 def _header(plan: Plan) -> dict[str, Any]:
@@ -513,12 +478,15 @@ def _digest(starts: Mapping[int, DeltaStart]) -> str | None:
     return found.hexdigest() if starts else None
 
 
-def _records(report: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Files that an interrupted conversion of the same source with the same settings has finished."""
-    if not report.exists():
+def _records(staged: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Files that an interrupted conversion of the same source with the same settings has finished, up to one that is damaged."""
+    try:
+        found, *records = map(json.loads, (staged / REPORT).read_text(encoding="utf-8").splitlines())
+        sizes = {file.name: file.stat().st_size for file in staged.iterdir()}
+        done = list(itertools.takewhile(lambda record: sizes.get(record["file"], -1) == record["bytes"], records))
+    except (OSError, ValueError, LookupError, TypeError):
         return []
-    found, *records = map(json.loads, report.read_text(encoding="utf-8").splitlines())
-    return records if found == header else []
+    return done if found == header else []
 
 
 def _write_rest(plan: Plan, staged: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -531,7 +499,7 @@ def _write_rest(plan: Plan, staged: Path, records: Sequence[Mapping[str, Any]]) 
         "weight_map": {name: record["file"] for record in records for name in record["tensors"]},
     }
     (staged / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for file in sorted({file for pattern in COMPANIONS for file in folder.glob(pattern)}):
+    for file in companions(folder):
         if file.is_dir():
             shutil.copytree(file, staged / file.name, dirs_exist_ok=True)
         else:

@@ -131,6 +131,44 @@ class DeltaStart(NamedTuple):
 NOTHING_MEASURED = DeltaStart()
 
 
+def check_starts(starts: Mapping[int, DeltaStart], config: PreTrainedConfig) -> None:
+    """Refuse starts that are not of the shapes that `DeltaStart` says, or not finite.
+
+    Args:
+        starts: By layer.
+        config: Configuration of the source.
+
+    Raises:
+        ValueError: names the layer and the field.
+    """
+    heads, model = config.num_attention_heads, config.hidden_size
+    shapes = {
+        "half_life": (heads,),
+        "gate": (model,),
+        "out_scale": (heads,),
+        "out_proj": (model, heads * head_dim_of(config)),
+    }
+    for number, start in starts.items():
+        for name, value in start._asdict().items():
+            if value is None:
+                continue
+            if value.shape != shapes[name]:
+                raise ValueError(
+                    f"{name} of the start of layer {number} has shape {tuple(value.shape)} instead of {shapes[name]}: calibrate "
+                    "the model that is converted."
+                )
+            if not is_finite(value) or (name == "half_life" and not (value > 0).all()):
+                wanted = "finite and above 0" if name == "half_life" else "finite"
+                raise ValueError(
+                    f"{name} of the start of layer {number} has values that are not {wanted}: calibrate again."
+                )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has neither infinity nor NaN, found without a copy of it."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 class Target(NamedTuple):
     """A tensor of the hybrid, and where it comes from."""
 

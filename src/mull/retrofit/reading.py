@@ -136,14 +136,24 @@ def _check_weights(file: Path) -> None:
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:
-    """The file of every tensor of a checkpoint."""
+    """The file of every tensor of a checkpoint.
+
+    Raises:
+        FileNotFoundError: no weights in safetensors.
+        ValueError: ``model.safetensors``, which transformers reads first, has a tensor that the index beside it has elsewhere.
+    """
     # Not `get_local_safetensors_metadata`: beside a model.safetensors it ignores the index, which an export adds.
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    index, single = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    whole = dict.fromkeys(tensors_in(single), SAFE_WEIGHTS_NAME) if single.is_file() else {}
     if index.is_file():
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if elsewhere := [name for name in whole if weight_map.get(name) != SAFE_WEIGHTS_NAME]:
+            raise ValueError(
+                f"{single} and {index} disagree where {listed(elsewhere)} is: delete the one that belongs to another model."
+            )
         return weight_map
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return dict.fromkeys(tensors_in(folder / SAFE_WEIGHTS_NAME), SAFE_WEIGHTS_NAME)
+    if whole:
+        return whole
     raise FileNotFoundError(
         f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: its weights have to be in safetensors."
     )

@@ -105,3 +105,20 @@ def test_layers_writes_a_choice_that_convert_reads(method, checkpoint, tmp_path,
     assert run(monkeypatch, "convert", checkpoint, "--layers", file, "--out", tmp_path / "hybrid") == 0
     kinds = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid").config.layer_types
     assert tuple(number for number, kind in enumerate(kinds) if kind == "full_attention") == choice.keep
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layers", "message"),
+    [
+        ("²/4", None, "--pattern ²/4 must be places and a period"),
+        ("0,1/٤", None, "--pattern 0,1/٤ must be places and a period"),
+        (None, "0,²", "--layers 0,² must be numbers of layers"),
+        (None, "other.json", "other.json is no choice of layers: give the file that mull layers has written"),
+    ],
+)
+def test_layers_that_cannot_be_read_are_refused_in_one_sentence(pattern, layers, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("other.json").write_text('{"keep": [1], "scores": "none"}')
+    with pytest.raises(ValueError, match=message) as error:
+        hybrid.parse_layers(pattern, layers)
+    assert "\n" not in str(error.value)

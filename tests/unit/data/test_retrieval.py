@@ -42,3 +42,7 @@ def test_what_does_not_fit_is_refused():
         retrieval_task(TEXT, 1, 20)
     with pytest.raises(ValueError, match="leaves 0 for the 3 of 1 facts"):
         retrieval_task(TEXT[:1], 1, 1)
+    with pytest.raises(ValueError, match="3 examples of 0 rows of text cannot be made: both must be at least 1"):
+        retrieval_task(TEXT[:0], 3, 1)
+    with pytest.raises(ValueError, match="0 examples of 5 rows"):
+        retrieval_task(TEXT, 0, 1)

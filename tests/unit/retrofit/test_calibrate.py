@@ -272,3 +272,36 @@ def test_the_step_zero_table_holds_exact_divergences(monkeypatch):
     states = model.model(ids)[0]
     assert row_divergences(states, states, model.lm_head).abs().max() < EXACT
     assert uniform_divergences(states, model.lm_head).mean().item() == pytest.approx(uniform.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("dead", ["one head", "all heads", "norm"])
+@torch.no_grad()
+def test_a_head_that_reads_nothing_starts_with_the_default_and_writes_nothing(dead, sequential):
+    model = teacher()
+    layer = model.model.layers[1]
+    if dead == "norm":
+        layer.input_layernorm.weight.zero_()
+    else:
+        layer.self_attn.v_proj.weight[: 12 if dead == "one head" else 24].zero_()
+    starts = calibrate_starts(model, [texts()], LAYERS, CalibrationConfig(sequential=sequential), progress=False)
+    for start in starts.values():
+        assert all(value.isfinite().all() for value in start if value is not None)
+    heads = slice(0, 2 if dead == "one head" else 4)
+    half_life, out_proj = starts[1].half_life, starts[1].out_proj
+    assert half_life is not None
+    assert out_proj is not None
+    assert (half_life[heads] == 128).all()
+    assert (out_proj.unflatten(1, (4, 12))[:, heads] == 0).all()
+    assert (half_life[heads.stop :] < 40).all()
+
+
+def test_dropout_of_a_teacher_in_training_is_not_measured():
+    model = teacher(attention_dropout=0.5)
+    expected = calibrate_starts(model, [texts()], [1], progress=False)[1]
+    model.train()
+    model.model.layers[2].eval()
+    modes = [module.training for module in model.modules()]
+    found = calibrate_starts(model, [texts()], [1], progress=False)[1]
+    assert modes == [module.training for module in model.modules()]
+    assert all(a is b or torch.equal(a, b) for a, b in zip(found, expected, strict=True))

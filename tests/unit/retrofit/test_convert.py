@@ -16,10 +16,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
-from mull import CrossArchTransferConfig, HybridAttentionConfig, convert_checkpoint, create_hybrid_from_qwen3
-from mull.retrofit import convert
+from mull import (
+    CrossArchTransferConfig,
+    ETDConfig,
+    GatedAttentionConfig,
+    HybridAttentionConfig,
+    MTPConfig,
+    convert_checkpoint,
+    create_hybrid_from_qwen3,
+    wrap_transformer_with_etd,
+)
+from mull.retrofit import convert, weights
 from mull.retrofit.convert import REPORT, convert_model
-from mull.retrofit.hybrid import attention_interval, hybrid_config
+from mull.retrofit.hybrid import DeltaStart, attention_interval, hybrid_config
 from mull.retrofit.reading import read_config
 from mull.runtime import storage
 
@@ -310,8 +319,8 @@ def test_of_a_name_on_the_hub_only_what_is_needed_is_fetched(tmp_path, monkeypat
             shutil.copy(hub / file, fetched)
         return str(fetched)
 
-    monkeypatch.setattr(convert, "snapshot_download", fetch)
-    monkeypatch.setattr(convert, "load_config", lambda found, _: read_config(str(hub)))
+    monkeypatch.setattr(weights, "snapshot_download", fetch)
+    monkeypatch.setattr(weights, "load_config", lambda found, _: read_config(str(hub)))
     convert_checkpoint("Qwen/Qwen3-tiny", tmp_path / "out")
     assert not (fetched / "original.pth").exists()
     convert_checkpoint(hub, tmp_path / "straight")
@@ -332,3 +341,185 @@ def test_wrong_sources_are_refused(tmp_path, source):
         unloaded = AutoModelForCausalLM.from_config(tiny("qwen3").config)
     with pytest.raises(ValueError, match="meta device"):
         create_hybrid_from_qwen3(unloaded)
+
+
+@pytest.mark.parametrize("kind", ["copied", "derived", "fresh", "start"])
+def test_no_value_that_is_not_finite_is_written(kind, source):
+    """Too large for fp16 in a tensor of each origin, and from a measured start."""
+    name = "model.layers.1.mlp.up_proj.weight" if kind == "copied" else "model.layers.3.self_attn.o_proj.weight"
+    if kind in ("copied", "derived"):
+        changed(source, lambda t: t[name].fill_(7e4 if kind == "copied" else 4e4))
+    start = {"fresh": DeltaStart(gate=torch.full((32,), 7e4)), "start": DeltaStart(out_scale=torch.full((4,), 1e9))}
+    starts = {0: start[kind]} if kind in start else None
+    out = source.parent / "out"
+    with pytest.raises(ValueError, match=r"has values that torch.float16 cannot hold"):
+        convert_checkpoint(source, out, dtype=torch.float16, starts=starts)
+    with pytest.raises(ValueError, match=r"has values that torch.float16 cannot hold"):
+        create_hybrid_from_qwen3(source, dtype=torch.float16, starts=starts)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (
+            DeltaStart(half_life=torch.full((4,), torch.nan)),
+            "half_life of the start of layer 0 .* not finite and above 0",
+        ),
+        (DeltaStart(half_life=torch.zeros(4)), "half_life of the start of layer 0 .* not finite and above 0"),
+        (DeltaStart(gate=torch.full((32,), torch.inf)), "gate of the start of layer 0 .* not finite"),
+        (DeltaStart(half_life=torch.ones(3)), r"half_life of the start of layer 0 has shape \(3,\) instead of \(4,\)"),
+        (DeltaStart(gate=torch.ones(31)), r"gate of the start of layer 0 has shape \(31,\) instead of \(32,\)"),
+        (
+            DeltaStart(out_scale=torch.tensor(1.0)),
+            r"out_scale of the start of layer 0 has shape \(\) instead of \(4,\)",
+        ),
+        (DeltaStart(out_proj=torch.ones(64, 63)), r"out_proj of the start of layer 0 has shape \(64, 63\)"),
+    ],
+)
+def test_starts_that_do_not_fit_are_refused(start, message, source):
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(source, source.parent / "out", starts={0: start})
+
+
+@pytest.mark.parametrize("names", [["model.norm.weight"], ["model.embed_tokens.weight", "lm_head.weight"]])
+def test_nan_in_the_source_is_told(names, source):
+    changed(source, lambda t: [t[name].view(-1)[3:4].fill_(torch.nan) for name in names if name in t])
+    with pytest.raises(ValueError, match=f"The source has NaN or infinity in .*{names[0]}"):
+        convert_model(source)
+
+
+REPORTS: dict[str, Callable[[Path], Any]] = {
+    "a missing file": lambda folder: (folder / "model-00002-of-00006.safetensors").unlink(),
+    "a short file": lambda folder: os.truncate(folder / "model-00002-of-00006.safetensors", 1000),
+    "an empty report": lambda folder: (folder / REPORT).write_text(""),
+    "no report of ours": lambda folder: (folder / REPORT).write_text("[]\n[1]\n"),
+    "half a line": lambda folder: os.truncate(folder / REPORT, 3000),
+}
+
+
+@pytest.mark.parametrize("damage", REPORTS)
+def test_what_an_interrupted_conversion_lost_is_made_again(damage, source, monkeypatch):
+    out, saved = source.parent / "out", []
+
+    def save(tensors: Tensors, file: Path, metadata: dict[str, str]) -> None:
+        if len(saved) == 4:
+            raise SafetensorError("No space left on device")
+        saved.append(file)
+        save_file(tensors, file, metadata)
+
+    monkeypatch.setattr(convert, "save_file", save)
+    with pytest.raises(OSError, match="No space"):
+        convert_checkpoint(source, out)
+    monkeypatch.undo()
+    REPORTS[damage](out.with_name(".out.partial"))
+    convert_checkpoint(source, out)
+    convert_checkpoint(source, source.parent / "straight")
+    assert files(out) == files(source.parent / "straight")
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+@pytest.mark.parametrize("part", ["etd", "mtp", "gated_attention"])
+def test_parts_of_mull_in_the_source_are_refused(part, on_disk, tmp_path):
+    parts: dict[str, Any] = {
+        "etd": {"config": ETDConfig(n_encoder_layers=1, n_think_layers=2, n_decoder_layers=1)},
+        "mtp": {"config": None, "mtp": MTPConfig()},
+        "gated_attention": {"config": None, "gated_attention": GatedAttentionConfig()},
+    }
+    model = wrap_transformer_with_etd(tiny("qwen3", num_hidden_layers=4), **parts[part])
+    if on_disk:
+        model.save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match=rf"would drop \({part}\): convert the backbone"):
+        create_hybrid_from_qwen3(tmp_path / "source" if on_disk else model)
+
+
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(ValueError, match="Qwen3Model has no language-model head"):
+        create_hybrid_from_qwen3(tiny("qwen3", num_hidden_layers=4).model)
+
+
+def test_the_loser_of_two_conversions_stops_before_the_work(source, monkeypatch):
+    out, plan = source.parent / "out", convert._plan
+
+    def late(*given: Any) -> Any:
+        out.mkdir()
+        (out / "model.safetensors").write_text("the winner's")
+        return plan(*given)
+
+    monkeypatch.setattr(convert, "_plan", late)
+    monkeypatch.setattr(convert, "save_file", None)
+    with pytest.raises(ValueError, match="out exists: give a new folder"):
+        convert_checkpoint(source, out)
+
+
+@pytest.mark.parametrize("place", ["link to a folder", "dangling link", "mount", "here", "foreign"])
+def test_places_that_cannot_be_replaced_are_refused_and_links_followed(place, source, monkeypatch):
+    real, out = source.parent / "real", source.parent / "out"
+    message = "cannot be replaced"
+    if "link" in place:
+        out.symlink_to(real)
+        if place == "link to a folder":
+            real.mkdir()
+        convert_checkpoint(source, out)
+        assert out.is_symlink()
+        assert (real / "config.json").exists()
+        return
+    out.mkdir()
+    if place == "mount":
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    elif place == "here":
+        monkeypatch.chdir(out)
+    else:
+        message = ".out.partial is no unfinished conversion"
+        (source.parent / ".out.partial").mkdir()
+        (source.parent / ".out.partial" / "precious").write_text("x")
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(source, "." if place == "here" else out)
+    assert place != "foreign" or files(source.parent / ".out.partial") == {"precious": b"x"}
+
+
+def sharded(folder: Path, file: str, listed: bool, name: str, value: float = 1.0) -> Path:
+    """The checkpoint as two files with an index; the second has another tensor, that the index lists or not."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / file)
+    second = {K_NORM: tensors.pop(K_NORM), name: torch.full_like(tensors.get(name, torch.ones(2)), value)}
+    save_file(tensors, folder / file, {"format": "pt"})
+    save_file(second, folder / "b.safetensors", {"format": "pt"})
+    weight_map = {
+        **dict.fromkeys(tensors, file),
+        K_NORM: "b.safetensors",
+        **({name: "b.safetensors"} if listed else {}),
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.extra", "model.norm.weight"])
+def test_a_tensor_that_the_index_does_not_list_is_named(name, source):
+    with pytest.raises(ValueError, match=f"lists in no or another file: {name} in b.safetensors"):
+        convert_model(sharded(source, "a.safetensors", False, name))
+
+
+def test_an_index_of_another_model_is_refused(source):
+    shutil.copy(source / "model.safetensors", source / "keep")
+    sharded(source, "a.safetensors", False, "model.layers.1.extra")
+    (source / "keep").rename(source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors and .*index.json disagree where .*: delete the one"):
+        convert_model(source)
+
+
+def test_old_rotary_frequencies_are_ignored_and_reported(source):
+    expected = convert_model(source)[0].state_dict()
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    changed(source, lambda t: t.update({name: torch.full((8,), torch.nan)}))
+    model, coverage = convert_model(source)
+    assert coverage.ignored == (name,)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+def test_a_broken_link_beside_the_weights_is_told_before_the_work(source, monkeypatch):
+    (source / "merges.txt").symlink_to("nowhere")
+    monkeypatch.setattr(convert, "save_file", None)
+    for call in (convert_checkpoint, convert.check_conversion):
+        with pytest.raises(FileNotFoundError, match="merges.txt is a link to a file that is not there"):
+            call(source, source.parent / "out")

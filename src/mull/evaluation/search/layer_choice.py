@@ -11,7 +11,7 @@ Shapes: E examples, R resamples, L layers, B rows of a batch, T tokens, D model 
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from mull.data.retrieval import Retrieval
 from mull.evaluation.divergence import final_states, row_divergences
 from mull.model.base_model import MullModel
-from mull.retrofit.calibrate import advance, delta_mixer, mixers_in_place, require_softmax_layers, trunk_of
-from mull.retrofit.hybrid import DeltaStart
-from mull.runtime.arguments import Frozen, require, require_count
+from mull.retrofit.calibrate import advance, delta_mixer, evaluating, mixers_in_place, require_softmax_layers, trunk_of
+from mull.retrofit.hybrid import DeltaStart, check_starts
+from mull.runtime.arguments import Frozen, require, require_count, require_ids
 from mull.runtime.progress import Progress
 
 Method = Literal["uniform", "replace-one", "retrieval", "gate"]
@@ -35,6 +35,9 @@ RESAMPLES = 1000
 
 INTERVAL = (0.025, 0.975)
 """Quantiles over resamples that bound an interval."""
+
+ENOUGH = 8
+"""Different examples below which there is no verdict: too few resamples of them differ."""
 
 ABLE = 0.5
 """Share of retrieval tasks below which a model is too weak for its layers to be judged by them."""
@@ -90,7 +93,8 @@ class LayerChoice(BaseModel):
     """Whether the choice is more than noise, in words."""
 
     separated: bool | None
-    """Whether the last layer that stays was told from the first that does not; None for ``uniform``."""
+    """Whether the last layer that stays was told from the first that does not; None for ``uniform``, and for less than `ENOUGH`
+    different examples."""
 
     n_examples: int
     """Rows of text or retrieval tasks that were measured."""
@@ -215,8 +219,9 @@ def _each_replaced(
     return torch.cat(rows)
 
 
-def _require_all(trunk: MullModel, starts: Collection[int]) -> None:
+def _require_all(trunk: MullModel, starts: Mapping[int, DeltaStart]) -> None:
     require_softmax_layers(trunk, range(len(trunk.layers)))
+    check_starts(starts, trunk.text_config)
     missing = sorted(set(range(len(trunk.layers))) - set(starts))
     if missing:
         raise ValueError(f"Layers {missing} have no calibrated start: calibrate every layer, each by itself.")
@@ -236,6 +241,7 @@ class _GatedMixer(nn.Module):
         return torch.lerp(delta, softmax, self._logits[self._number].sigmoid().to(delta.dtype)), None
 
 
+@torch.enable_grad()
 def trained_gates(
     teacher: PreTrainedModel,
     rows: Tensor,
@@ -363,7 +369,7 @@ def choose_layers(
     """Choose the layers that keep their attention.
 
     Args:
-        teacher: Qwen3, or a model of mull on it, in evaluation mode. It is not changed.
+        teacher: Qwen3, or a model of mull on it. It is not changed, and runs in evaluation mode.
         n_keep: How many layers keep it.
         method: ``uniform``, ``replace-one``, ``retrieval`` or ``gate``.
         starts: Calibrated starts of all layers, each fitted by itself (``sequential=False``); not for ``uniform``.
@@ -376,7 +382,7 @@ def choose_layers(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: no such method, nothing to measure on, or no layer would stay or become DeltaNet.
+        ValueError: no such method, nothing to measure on, no layer would stay or become DeltaNet, or scores are not finite.
     """
     require("teacher", teacher, PreTrainedModel, "a causal language model")
     n_layers = teacher.config.get_text_config().num_hidden_layers
@@ -400,20 +406,26 @@ def choose_layers(
     given, wanted = (tasks, "tasks") if method == "retrieval" else (rows, "rows")
     if given is None or starts is None:
         raise ValueError(f"method={method!r} measures: give {wanted} and starts.")
-    accuracy = None
-    if method == "gate":
-        assert rows is not None
-        n_examples, samples = len(rows), trained_gates(teacher, rows, starts, n_keep, gates, progress=progress)
-        scores = samples.mean(0)
-    else:
-        if method == "retrieval":
-            assert tasks is not None
-            values, accuracy = retrieval_losses(teacher, tasks, starts, batch_size=batch_size, progress=progress)
+    ids = given.input_ids if isinstance(given, Retrieval) else given
+    require_ids(wanted, ids)
+    accuracy, separated = None, None
+    with evaluating(teacher):
+        if method == "gate":
+            samples = trained_gates(teacher, ids, starts, n_keep, gates, progress=progress)
+            scores = samples.mean(0)
         else:
-            assert rows is not None
-            values = replacement_divergences(teacher, rows.split(batch_size), starts, progress=progress)
-        n_examples, scores, samples = len(values), values.mean(0), resampled(values, seed)
-    keep, ranked, separated, verdict = judge(scores, samples, n_keep, UNITS[method])
+            if isinstance(given, Retrieval):
+                values, accuracy = retrieval_losses(teacher, given, starts, batch_size=batch_size, progress=progress)
+            else:
+                values = replacement_divergences(teacher, ids.split(batch_size), starts, progress=progress)
+            scores, samples = values.mean(0), resampled(values, seed)
+    if spoiled := (~scores.isfinite()).nonzero()[:, 0].tolist():
+        raise ValueError(f"Layers {spoiled} have scores that are not finite: load the model in fp32 or bf16.")
+    keep, ranked, told, verdict = judge(scores, samples, n_keep, UNITS[method])
+    if (n_different := len(ids.unique(dim=0))) >= ENOUGH:
+        separated = told
+    else:
+        verdict = f"{n_different} different {wanted} are too few to tell layers apart: measure on {ENOUGH} or more."
     if accuracy is not None and accuracy < ABLE:
         verdict += f" The model itself answers {accuracy:.0%} of the tasks: what layers do for retrieval hardly shows."
     return LayerChoice(
@@ -424,7 +436,7 @@ def choose_layers(
         scores=ranked,
         verdict=verdict,
         separated=separated,
-        n_examples=n_examples,
+        n_examples=len(ids),
         accuracy=accuracy,
         seconds=time.perf_counter() - began,
     )

@@ -243,3 +243,30 @@ def test_what_is_missing_is_named():
         choose_layers(model, 1, "replace-one", starts=starts, rows=ids)
     with pytest.raises(ValueError, match="n_keep=3 must be at least 1 and at most 2"):
         choose_layers(model, 3, "uniform")
+
+
+@pytest.mark.parametrize("method", ["replace-one", "retrieval", "gate"])
+def test_few_different_examples_give_no_verdict(method):
+    model: Any = tiny("qwen3", num_hidden_layers=3, attention_dropout=0.5)
+    ids = torch.randint(3, 97, (2, 8)).repeat(8, 1)
+    starts = calibrate_starts(model, [ids], range(3), ALONE, progress=False)
+    given: dict[str, Any] = {"tasks": Retrieval(ids, ids[:, 0])} if method == "retrieval" else {"rows": ids}
+    gates = GateSearchConfig(steps=1, resamples=2)
+    with torch.no_grad():  # gates are trained all the same
+        choice = choose_layers(model, 1, method, starts=starts, gates=gates, progress=False, **given)
+    assert choice.separated is None
+    assert choice.n_examples == 16
+    assert f"2 different {'tasks' if method == 'retrieval' else 'rows'} are too few" in choice.verdict
+    assert "told apart." not in choice.verdict
+    model.train()
+    again = choose_layers(model, 1, method, starts=starts, gates=gates, progress=False, **given)
+    assert again.scores == choice.scores, "dropout is off"
+    assert model.training
+    empty = {name: Retrieval(ids[:0], ids[:0, 0]) if name == "tasks" else ids[:0] for name in given}
+    with pytest.raises(ValueError, match=r"has shape \(0, 8\): every row needs at least one token"):
+        choose_layers(model, 1, method, starts=starts, **empty)
+    wrapped = wrap_transformer_with_etd(model, None)
+    model.lm_head.weight.data.fill_(torch.nan)
+    if method != "gate":
+        with pytest.raises(ValueError, match=r"Layers \[0, 1, 2\] have scores that are not finite"):
+            choose_layers(wrapped, 1, method, starts=starts, progress=False, **given)
