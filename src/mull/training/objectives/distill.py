@@ -25,6 +25,7 @@ from mull.training.objectives.base import (
     Objective,
     StepPlan,
     batch_states,
+    evaluating,
     layout,
     require_step_targets,
 )
@@ -40,7 +41,7 @@ class DistillConfig(Settings):
     alpha: float = Field(default=0.5, ge=0, le=1)
     """Weight of the divergence from the teacher; the cross-entropy of the data's tokens has ``1 - alpha``."""
 
-    temperature: float = Field(default=2.0, gt=0, le=100)
+    temperature: float = Field(default=2.0, ge=0.01, le=100)
     """T: divides the logits of both models in the divergence, which is multiplied by T²."""
 
     divergence: Kind = "forward"
@@ -87,11 +88,14 @@ class Distill(Objective):
     of its own configuration.
 
     Args:
-        teacher: Frozen, in evaluation mode, on any device, whole on every rank. Or its `TeacherCache`; batches then have
+        teacher: Frozen, on any device, whole on every rank; it runs in evaluation mode. Or its `TeacherCache`; batches then have
             ``row_numbers [B]``, as those of `mull.data.sampler.ShuffledBatches` do.
         iterations: Of the student.
         config: Weights, temperature and divergence.
         n_tokens: As in `Resources`.
+
+    Raises:
+        ValueError: the predictions were recorded at another temperature.
 
     Source:
         Hinton et al. (arXiv:1503.02531). Many implementations average over rows instead of tokens (``batchmean``), so their loss
@@ -105,6 +109,11 @@ class Distill(Objective):
         config: DistillConfig,
         n_tokens: int | None = None,
     ) -> None:
+        if isinstance(teacher, TeacherCache) and teacher.identity.temperature != config.temperature:
+            raise ValueError(
+                f"The teacher's predictions in {teacher.folder} were recorded at temperature={teacher.identity.temperature}, and "
+                f"distillation has temperature={config.temperature}: give the former, or record them again in another folder."
+            )
         self.iterations, self.config = iterations, config
         self.recorded = asdict(teacher.identity) if isinstance(teacher, TeacherCache) else None
         self._teacher, self._n_tokens = teacher, n_tokens
@@ -159,7 +168,7 @@ class Distill(Objective):
             apart, _ = divergence(
                 rows,
                 weight,
-                self._predictions(batch, valid),
+                self._predictions(batch, valid, min(self._n_tokens or len(weight), len(weight))),
                 kind=config.divergence,
                 temperature=config.temperature,
                 mixture=config.mixture,
@@ -177,21 +186,35 @@ class Distill(Objective):
             return losses.divergence if alpha else losses.cross_entropy
         return alpha * losses.divergence + (1 - alpha) * losses.cross_entropy
 
-    def _predictions(self, batch: Batch, valid: Tensor) -> Predictor | TopK:
-        """What the teacher predicts at the positions `valid` ``[B, T-1]``."""
+    def _predictions(self, batch: Batch, valid: Tensor, n_tokens: int) -> Predictor | TopK:
+        """What the teacher predicts of the first `n_tokens` at the positions `valid` ``[B, T-1]``."""
         if isinstance(self._teacher, TeacherCache):
-            if "row_numbers" not in batch:
-                raise ValueError(
-                    "The teacher's predictions are found by row_numbers, and this batch has none: take batches of "
-                    "ShuffledBatches(..., numbered=True)."
-                )
-            record = self._teacher.rows(batch["row_numbers"])
-            places = valid.cpu()
-            return TopK(*(tensor[:, :-1][places] for tensor in record))
+            return self._recorded(self._teacher, batch, valid, n_tokens)
         teacher = self._teacher
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(teacher):
             hidden = batch_states(teacher, {name: tensor.to(teacher.device) for name, tensor in batch.items()})
         return Predictor(hidden[:, :-1][valid.to(hidden.device)], teacher.unembedding())
+
+    def _recorded(self, cache: TeacherCache, batch: Batch, valid: Tensor, n_tokens: int) -> TopK:
+        of = cache.identity
+        if "row_numbers" not in batch:
+            raise ValueError(
+                "The teacher's predictions are found by row_numbers, and this batch has none: take batches of "
+                "ShuffledBatches(..., numbered=True)."
+            )
+        shape, numbers = tuple(batch["input_ids"].shape), batch["row_numbers"]
+        if shape != (len(numbers), of.length):
+            raise ValueError(
+                f"input_ids has shape {shape}, and the records of {len(numbers)} rows in {cache.folder} have {of.length} tokens "
+                "each: give whole rows of the data that was recorded."
+            )
+        if of.n_tokens != n_tokens:
+            raise ValueError(
+                f"The records in {cache.folder} are about {of.n_tokens} tokens of the vocabulary, and {n_tokens} are compared: "
+                f"give n_tokens={of.n_tokens}, or record again in another folder."
+            )
+        places = valid.cpu()
+        return TopK(*(tensor[:, :-1][places] for tensor in cache.rows(numbers)))
 
 
 def distill(settings: DistillConfig, resources: Resources) -> Distill:

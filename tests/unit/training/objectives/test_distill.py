@@ -296,6 +296,81 @@ def test_batches_without_numbers_are_refused(tmp_path: Path) -> None:
         objective(model, data())
 
 
+def cut(folder: Path) -> None:
+    file = sorted(folder.glob("rows-*"))[1]
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def emptied(folder: Path) -> None:
+    sorted(folder.glob("rows-*"))[1].write_bytes(b"")
+
+
+@pytest.mark.usefixtures("_small_files")
+@pytest.mark.parametrize("damage", [cut, emptied])
+def test_a_damaged_file_counts_as_not_recorded(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    teacher = teacher_of(torch.float32)
+    whole = recorded(tmp_path, teacher).rows(torch.arange(6))
+    damage(tmp_path)
+    cache = TeacherCache(tmp_path, identity())
+    assert not cache.complete
+    assert cache.n_recorded == len(dataset()) - 3
+    with pytest.raises(ValueError, match=r"rows-000000003.* is not recorded, or damaged"):
+        cache.rows(torch.tensor([4]))
+    cache.record(teacher, dataset(), 4)
+    assert cache.complete
+    assert all(torch.equal(*pair) for pair in zip(cache.rows(torch.arange(6)), whole, strict=True))
+
+
+def test_rows_know_whose_they_are_without_the_manifest(tmp_path: Path) -> None:
+    teacher = teacher_of(torch.float32)
+    recorded(tmp_path, teacher)
+    (tmp_path / "cache.json").unlink()
+    with pytest.raises(ValueError, match=r"holds predictions with another teacher, 'a' instead of 'b'"):
+        TeacherCache(tmp_path, identity(teacher="b"))
+    cache = TeacherCache(tmp_path, identity())
+    assert not cache.complete
+    cache.record(teacher, dataset(), 4)
+    assert cache.complete
+    for text in ("", "[1]", "{"):
+        (tmp_path / "cache.json").write_text(text)
+        with pytest.raises(ValueError, match=r"cache.json is damaged: remove .*"):
+            TeacherCache(tmp_path, identity())
+
+
+def test_a_record_has_neither_dropout_nor_nan(tmp_path: Path) -> None:
+    teacher = teacher_of(torch.float32, attention_dropout=0.5)
+    expected = recorded(tmp_path / "a", teacher.eval()).rows(torch.arange(4))
+    found = recorded(tmp_path / "b", teacher.train()).rows(torch.arange(4))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert teacher.model.layers[0].training
+    with torch.no_grad():
+        teacher.lm_head.weight[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="The teacher predicts NaN"):
+        recorded(tmp_path / "c", teacher)
+
+
+@pytest.mark.parametrize(
+    ("config", "n_tokens", "batch", "message"),
+    [
+        ({"temperature": 5.0}, None, {}, r"recorded at temperature=2.0, and distillation has temperature=5.0"),
+        ({}, 90, {}, rf"about {VOCAB} tokens of the vocabulary, and 90 are compared"),
+        ({}, None, {"row_numbers": torch.tensor([999] * 4)}, r"row_numbers has 999"),
+        ({}, None, {"row_numbers": torch.arange(3)}, r"input_ids has shape \(4, 16\), and the records of 3 rows"),
+        ({}, None, "short", r"input_ids has shape \(4, 9\)"),
+    ],
+)
+def test_a_record_that_does_not_fit_the_call_is_refused_in_one_sentence(
+    config: Any, n_tokens: int | None, batch: Any, message: str, tmp_path: Path
+) -> None:
+    cache = recorded(tmp_path, teacher_of(torch.float32))
+    whole = ShuffledBatches(dataset(), 4, numbered=True)(0)
+    short = {name: tensor[:, :9] if tensor.ndim > 1 else tensor for name, tensor in whole.items()}
+    with pytest.raises(ValueError, match=message):
+        Distill(cache, ONCE, DistillConfig(**config), n_tokens)(
+            student_of(torch.float32), short if batch == "short" else {**whole, **batch}
+        )
+
+
 # --- training ---
 
 
