@@ -28,6 +28,9 @@ from mull.runtime.distributed import global_sum
 from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, layout, require_step_targets
 from mull.training.objectives.resources import ONCE, Resources, Settings, TeacherSource
 
+SILENT = 1e-12
+"""Power of a layer that returns nothing, as a share of the largest: rounding in fp32."""
+
 
 class AlignConfig(Settings):
     """Which layers are aligned, and what is trained."""
@@ -64,7 +67,8 @@ class Align(Objective):
     """``mean over layers of Σ_n |student's mixer - teacher's attention|² / power``, a mean over the targets of cross-entropy.
 
     A layer's power is the mean square norm of the teacher's outputs in the first step of the training, and stays: so the gradient
-    of a step does not depend on how it is split into micro-batches. A mixer that returns 0 has a loss of about 1.
+    of a step does not depend on how it is split into micro-batches. A mixer that returns 0 has a loss of about 1. Where the teacher
+    returns nothing, the power is the mean of the other layers': such a layer learns to return nothing, too, and the others go on.
 
     Args:
         teacher: Frozen, in evaluation mode, on any device, whole on every rank. Its layers run once each.
@@ -92,7 +96,7 @@ class Align(Objective):
         """Measure the power of the teacher's outputs, if no step has.
 
         Raises:
-            ValueError: no label of the step is a valid target.
+            ValueError: no label of the step is a valid target, or the teacher returns 0 in all layers, or NaN.
         """
         require_step_targets(batches)
         power = self._power if self._power.any() else self._measure(batches)
@@ -106,8 +110,14 @@ class Align(Objective):
             for place, (_, _, output) in enumerate(attention_outputs(self._teacher, batch, self.layers)):
                 totals[place] += float(_at(output, valid).double().square().sum())
         totals = global_sum(totals)
-        # A layer that returns 0 for everything leaves nothing to divide by.
-        return (totals[:-1] / totals[-1]).clamp(min=torch.finfo(torch.float32).tiny)
+        power = totals[:-1] / totals[-1]
+        if not 0 < power.max() < torch.inf:  # NaN is neither
+            raise ValueError(
+                f"The attention of the teacher's layers {', '.join(map(str, self.layers))} returns only 0, or what is no number, "
+                "and alignment divides by its size: check the teacher's weights."
+            )
+        silent = power <= SILENT * power.max()
+        return power.where(~silent, power[~silent].mean())
 
     def loss(self, model: MullForCausalLM, plan: StepPlan, index: int) -> LossOutput:
         """Sum the loss over the valid targets.
@@ -232,7 +242,8 @@ def align(settings: AlignConfig, resources: Resources) -> Align:
     """Build the objective.
 
     Raises:
-        ValueError: no teacher was given, it has other layers than the model, no layer differs, or `loss.iterations` are given.
+        ValueError: no teacher was given, it has other layers than the model or fewer tokens, no layer differs, or
+            `loss.iterations` are given.
     """
     model, teacher = resources.model, resources.reference
     if teacher is None:
@@ -244,6 +255,11 @@ def align(settings: AlignConfig, resources: Resources) -> Align:
         raise ValueError(
             f"The teacher has {theirs.num_hidden_layers} layers of width {theirs.hidden_size}, the model "
             f"{ours.num_hidden_layers} of width {ours.hidden_size}: align compares them layer by layer."
+        )
+    known, wanted = (of.lm_head.out_features for of in (teacher, model))
+    if known < min(resources.n_tokens or wanted, wanted):
+        raise ValueError(
+            f"The teacher has a vocabulary of {known} tokens, the model one of {wanted}: use a teacher with the same tokenizer."
         )
     kinds = list(zip(model.model.kinds, teacher.model.kinds, strict=True))
     layers = settings.layers or tuple(number for number, (own, other) in enumerate(kinds) if own != other)

@@ -17,7 +17,7 @@ from mull.ops.cross_entropy import weighted_cross_entropy
 from mull.ops.divergence import Kind, Predictor, TopK, divergence
 from mull.ops.targets import IGNORED, label_positions, require_targets, targets_of
 from mull.retrofit.wrap import wrap_transformer_with_etd
-from mull.runtime.arguments import require
+from mull.runtime.arguments import require, require_count, require_ids
 from mull.runtime.distributed import same_everywhere
 from mull.training.objectives.base import (
     Batch,
@@ -95,7 +95,8 @@ class Distill(Objective):
         n_tokens: As in `Resources`.
 
     Raises:
-        ValueError: the predictions were recorded at another temperature.
+        TypeError: `n_tokens` is no whole number.
+        ValueError: the predictions were recorded at another temperature, or `n_tokens` is less than 1.
 
     Source:
         Hinton et al. (arXiv:1503.02531). Many implementations average over rows instead of tokens (``batchmean``), so their loss
@@ -114,6 +115,8 @@ class Distill(Objective):
                 f"The teacher's predictions in {teacher.folder} were recorded at temperature={teacher.identity.temperature}, and "
                 f"distillation has temperature={config.temperature}: give the former, or record them again in another folder."
             )
+        if n_tokens is not None:
+            require_count("n_tokens", n_tokens, 1)
         self.iterations, self.config = iterations, config
         self.recorded = asdict(teacher.identity) if isinstance(teacher, TeacherCache) else None
         self._teacher, self._n_tokens = teacher, n_tokens
@@ -243,13 +246,15 @@ class DistillationTrainer:
     """Distillation for a training loop of your own; `mull.training.loop.train` does the same with the objective ``distill``.
 
     Args:
-        teacher: A model of mull or of transformers. It is put into evaluation mode and gets no gradient.
+        teacher: A model of mull or of transformers. It runs in evaluation mode, whatever its mode is, and gets no gradient.
         student: A model of mull or of transformers.
         config: Alpha, temperature and divergence; of the configuration of a conversion, alpha and temperature are read.
         n_tokens: Tokens of the tokenizer that both share; their vocabularies may be padded to different sizes then.
 
     Raises:
-        ValueError: the vocabularies differ, or as in `mull.retrofit.wrap.wrap_transformer_with_etd`.
+        TypeError: an argument of another type.
+        ValueError: teacher and student are one model, the vocabularies differ or lack some of `n_tokens`, or as in
+            `mull.retrofit.wrap.wrap_transformer_with_etd`.
     """
 
     def __init__(
@@ -263,9 +268,19 @@ class DistillationTrainer:
             config = DistillConfig()
         elif not isinstance(config, DistillConfig):
             config = DistillConfig(temperature=config.distillation_temperature, alpha=config.distillation_alpha)
-        self.teacher, self.student = _wrapped("teacher", teacher).eval(), _wrapped("student", student)
+        if teacher is student:
+            raise ValueError("Teacher and student are one model, which would follow itself: give a copy (copy.deepcopy).")
+        # The mode of layers that both have is the student's.
+        self.student, self.teacher = _wrapped("student", student), _wrapped("teacher", teacher)
         check_reference(self.student, self.teacher, n_tokens)
+        if n_tokens is not None:
+            require_count("n_tokens", n_tokens, 1, self._n_known)
         self._objective = Distill(self.teacher, ONCE, config, n_tokens)
+
+    @property
+    def _n_known(self) -> int:
+        """Tokens that both have."""
+        return min(self.student.lm_head.out_features, self.teacher.lm_head.out_features)
 
     def compute_loss(
         self,
@@ -287,9 +302,19 @@ class DistillationTrainer:
             weights.
 
         Raises:
-            ValueError: no label is a valid target.
+            TypeError: an argument of another type.
+            ValueError: tokens or labels that are none of the vocabulary or have another shape, or no label is a valid target.
         """
-        given = {"input_ids": input_ids, "labels": labels}
+        require_ids("input_ids", input_ids)
+        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self._n_known:
+            raise ValueError(
+                f"input_ids has {int(input_ids.min())} to {int(input_ids.max())}: give token numbers from 0 to "
+                f"{self._n_known - 1}, which teacher and student know."
+            )
+        checked = self.student.checked_labels("labels", labels, input_ids.shape)
+        require("labels", checked, Tensor, "a tensor [rows, tokens] of token numbers")
+        assert checked is not None
+        given = {"input_ids": input_ids, "labels": checked}
         optional = {"attention_mask": attention_mask, "position_ids": position_ids}
         batch = given | {name: tensor for name, tensor in optional.items() if tensor is not None}
         found = self._objective.losses(self.student, batch, batch_states(self.student, batch))
