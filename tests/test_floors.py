@@ -57,18 +57,18 @@ TOP = ("mull.__init__", "mull.__main__")
 BUDGETS = {
     "runtime": 1050,
     "ops": 700,
-    "layers": 1000,
+    "layers": 1006,
     "data": 1205,
     "model": 3790,
     "decoding": 1160,
-    "retrofit": 1860,
-    "training": 3170,
+    "retrofit": 1870,
+    "training": 3277,
     "evaluation": 2290,
     "app": 2980,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 18300
+MAX_CODE_LINES = 18421
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

@@ -25,11 +25,19 @@ from mull.model.path import Visit
 from mull.ops.cross_entropy import accurate
 from mull.ops.targets import IGNORED, label_positions, targets_of
 from mull.runtime.distributed import global_sum
-from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, layout, require_step_targets
+from mull.training.objectives.base import (
+    Batch,
+    LossOutput,
+    Objective,
+    StepPlan,
+    evaluating,
+    layout,
+    require_step_targets,
+)
 from mull.training.objectives.resources import ONCE, Resources, Settings, TeacherSource
 
-SILENT = 1e-12
-"""Power of a layer that returns nothing, as a share of the largest: rounding in fp32."""
+SILENT = 1e-8
+"""Up to this share of the largest power, a layer returns nothing to speak of."""
 
 
 class AlignConfig(Settings):
@@ -67,11 +75,12 @@ class Align(Objective):
     """``mean over layers of Σ_n |student's mixer - teacher's attention|² / power``, a mean over the targets of cross-entropy.
 
     A layer's power is the mean square norm of the teacher's outputs in the first step of the training, and stays: so the gradient
-    of a step does not depend on how it is split into micro-batches. A mixer that returns 0 has a loss of about 1. Where the teacher
-    returns nothing, the power is the mean of the other layers': such a layer learns to return nothing, too, and the others go on.
+    of a step does not depend on how it is split into micro-batches. A mixer that returns 0 has a loss of about 1. Where the
+    teacher returns nothing, the power is the mean of the other layers': such a layer learns to return nothing, and does not
+    outweigh them.
 
     Args:
-        teacher: Frozen, in evaluation mode, on any device, whole on every rank. Its layers run once each.
+        teacher: Frozen, on any device, whole on every rank. Its layers run once each, in evaluation mode.
         layers: Numbers of the aligned layers.
         config: What is trained.
 
@@ -169,7 +178,7 @@ def _at(states: Tensor, valid: Tensor) -> Tensor:
 def attention_outputs(
     teacher: MullForCausalLM, batch: Batch, layers: Sequence[int]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Run a teacher's layers once each, without gradient.
+    """Run a teacher's layers once each, without gradient and dropout.
 
     Yields:
         For each of `layers`, in rising order, its number, the states ``[B, T, D]`` that enter it, and the output of its mixer.
@@ -181,7 +190,7 @@ def attention_outputs(
         options = {name: None if tensor is None else tensor.to(h.device) for name, tensor in given.items()}
         inputs = trunk.layer_inputs(h, **options)
     for number in range(max(layers) + 1):
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(trunk.layers[number]):
             output = mixer_output(teacher, number, h, inputs) if number in layers else None
             following = run(trunk.layers, trunk.kinds, [Visit(number, 0)], h, inputs) if number < max(layers) else h
         if output is not None:

@@ -131,7 +131,7 @@ def require_step_targets(batches: Sequence[Batch]) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model without dropout; afterwards each of its modules is in the mode it was in, also one that another model shares."""
+    """Run a model without dropout; afterwards each of its modules has its mode back, also one that another model shares."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

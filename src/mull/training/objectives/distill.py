@@ -269,7 +269,9 @@ class DistillationTrainer:
         elif not isinstance(config, DistillConfig):
             config = DistillConfig(temperature=config.distillation_temperature, alpha=config.distillation_alpha)
         if teacher is student:
-            raise ValueError("Teacher and student are one model, which would follow itself: give a copy (copy.deepcopy).")
+            raise ValueError(
+                "Teacher and student are one model, which would follow itself: give a copy (copy.deepcopy)."
+            )
         # The mode of layers that both have is the student's.
         self.student, self.teacher = _wrapped("student", student), _wrapped("teacher", teacher)
         check_reference(self.student, self.teacher, n_tokens)

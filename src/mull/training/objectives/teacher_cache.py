@@ -1,8 +1,8 @@
 """What a teacher predicts for every row of a dataset, recorded on disk once: its top-k tokens, and a bucket for the rest.
 
 A record is found by the number of its row in the data, so it serves every epoch, order and batch size. A file holds some rows and
-appears when it is complete. So a recording that was killed goes on with the rows that it lacks. Each file says whose predictions it
-has, and one that is damaged counts as lacking.
+appears when it is complete. So a recording that was killed goes on with the rows that it lacks. Each file says whose predictions
+it has, and one that is damaged counts as lacking.
 
 Shapes: B rows, T tokens of a row, K kept tokens.
 """

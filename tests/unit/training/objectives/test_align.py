@@ -306,6 +306,14 @@ def test_a_teacher_layer_that_returns_nothing_does_not_drown_the_others() -> Non
             objective_of(model, teacher)(model, data())
 
 
+def test_the_teacher_has_no_dropout() -> None:
+    teacher = wrap_transformer_with_etd(tiny("qwen3", **DEPTH, attention_dropout=0.5), None)
+    for training in (False, True):
+        ((_, _, one),) = attention_outputs(teacher.train(training), whole_row(), [2])
+        ((_, _, other),) = attention_outputs(teacher.eval(), whole_row(), [2])
+        assert torch.equal(one, other)
+
+
 def test_a_teacher_without_some_of_the_tokens_is_refused() -> None:
     model, teacher = student_of(), wrap_transformer_with_etd(tiny("qwen3", **DEPTH, vocab_size=VOCAB - 7), None)
     with pytest.raises(ValueError, match=rf"vocabulary of {VOCAB - 7} tokens, the model one of {VOCAB}"):
