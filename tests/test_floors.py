@@ -57,18 +57,18 @@ TOP = ("mull.__init__", "mull.__main__")
 BUDGETS = {
     "runtime": 1050,
     "ops": 700,
-    "layers": 1000,
+    "layers": 1006,
     "data": 1205,
     "model": 3790,
     "decoding": 1160,
-    "retrofit": 1980,
-    "training": 3170,
+    "retrofit": 1995,
+    "training": 3277,
     "evaluation": 2290,
     "app": 2986,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 18320
+MAX_CODE_LINES = 18560
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

@@ -96,7 +96,7 @@ def test_a_full_hybrid_is_the_conversion_with_a_think_block_and_heads(exact: Exa
     etd, mtp = model.etd_config, model.mtp_config
     assert etd is not None
     assert mtp is not None
-    assert (etd.n_encoder_layers, etd.n_think_layers, etd.n_decoder_layers) == (0, 4, 4)
+    assert (etd.n_encoder_layers, etd.n_think_layers, etd.n_decoder_layers) == (2, 4, 2)
     assert (mtp.mtp_head_type, mtp.num_predict_tokens) == ("native", 4)
     assert torch.equal(model(tokens, think_iterations=1).logits, plain(tokens).logits)
     out = model.train()(tokens, labels=tokens, think_iterations=1)
@@ -119,10 +119,23 @@ def test_a_full_hybrid_is_the_conversion_with_a_think_block_and_heads(exact: Exa
         create_full_hybrid_model(source, use_mtp=False, mtp_config=MTPConfig())
 
 
-@pytest.mark.parametrize(
-    ("depth", "split"), [(36, (8, 20, 8)), (28, (8, 16, 4)), (64, (16, 32, 16)), (40, (8, 20, 12))]
-)
-def test_think_blocks_are_whole_periods_of_attention(depth: int, split: tuple[int, int, int]) -> None:
-    kinds = ["linear_attention" if (layer + 1) % 4 else "full_attention" for layer in range(depth)]
-    assert split_for(depth, kinds, "quarters") == split
-    assert all(part % 4 == 0 for part in split)
+SPLITS = {8: (2, 4, 2), 12: (4, 4, 4), 16: (4, 8, 4), 28: (8, 16, 4), 30: (8, 16, 6), 36: (8, 20, 8), 40: (8, 20, 12)}
+
+
+def test_think_blocks_are_whole_periods_of_attention_between_other_layers() -> None:
+    for depth in range(1, 65):
+        kinds = ["linear_attention" if (layer + 1) % 4 else "full_attention" for layer in range(depth)]
+        for split in ("quarters", "published"):
+            parts = split_for(depth, kinds, split)
+            assert sum(parts) == depth
+            assert min(parts) >= int(depth >= 6)
+            assert parts[1] % 4 == 0 or depth < 4
+            assert parts[0] % 4 == 0 or depth < 12
+        assert split_for(depth, kinds, "quarters") == SPLITS.get(depth, split_for(depth, kinds, "quarters"))
+
+
+def test_too_few_layers_for_a_think_block_are_refused_in_one_sentence(exact: Exact) -> None:
+    source = exact("qwen3", num_hidden_layers=4)
+    with pytest.raises(ValueError, match=r"The 4 layers are too few .*: give etd_config, or use_etd=False\.$"):
+        create_full_hybrid_model(source, use_mtp=False)
+    assert create_full_hybrid_model(source, use_etd=False, use_mtp=False).etd is None

@@ -297,3 +297,31 @@ def test_a_compiled_model_has_its_gates(ids: Ids, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(
         compiled(tokens, attention_mask=mask, use_cache=False).logits, expected, atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+@torch.no_grad()
+def test_gates_come_before_adapters_on_the_output_map(experts: bool, exact: Exact, ids: Ids) -> None:
+    """The gated heads enter the adapter, too. So merging it changes nothing, and neither does replacing the map by its copy."""
+    peft = pytest.importorskip("peft", reason="needs the extra eval")
+    tokens = ids(ROWS, TOKENS)
+    lora = LoRAExpertConfig(rank=2, target_modules=("o_proj", "q_proj"))
+    model = with_gates(
+        exact("qwen3"), etd=ETDConfig(**SPLIT.model_dump() | {"lora_expert": lora} if experts else SPLIT.model_dump())
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    plain = model(tokens).logits
+    settings = peft.LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False, r=4)
+    adapted = peft.get_peft_model(model, settings).eval()
+    expected = adapted(tokens).logits
+    assert (expected - plain).abs().max() > 1e-2
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(tokens).logits, expected, atol=EXACT, rtol=0)
+    if not experts:  # their updates are hooks of the map itself
+        for layer in merged.model.layers:
+            new = nn.Linear(*layer.self_attn.o_proj.weight.T.shape, bias=False, dtype=torch.float64)
+            new.weight.copy_(layer.self_attn.o_proj.weight)
+            layer.self_attn.o_proj = new
+        torch.testing.assert_close(merged(tokens).logits, expected, atol=EXACT, rtol=0)

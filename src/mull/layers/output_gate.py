@@ -3,6 +3,7 @@
 Shapes: D model width, H heads, W width of a head.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,26 +56,35 @@ class OutputGate(nn.Module):
         gated = by_head * factor.to(heads).unflatten(-1, (self.n_heads, -1))
         return gated.flatten(-2)
 
-    def attach(self, attention: nn.Module, output_map: nn.Module) -> None:
+    def attach(self, attention: nn.Module, output_map: str) -> None:
         """Gate an attention.
 
         Args:
             attention: A module of transformers, which is called with ``hidden_states``, its input.
-            output_map: The linear map in it that reads the heads' outputs.
+            output_map: Name of the linear map in it that reads the heads' outputs. What has this name when the attention runs is
+                gated as a whole, such as an adapter of PEFT that has replaced the map, or a quantized one.
         """
         # Inside of the layer, so they also run where gradient checkpointing runs it again.
-        attention.register_forward_pre_hook(self._keep, with_kwargs=True)
+        attention.register_forward_pre_hook(partial(self._begin, output_map), with_kwargs=True)
         attention.register_forward_hook(self._forget, always_call=True)
-        output_map.register_forward_pre_hook(self._gate)
 
-    def _keep(self, _: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        self._input = arguments[0] if arguments else options["hidden_states"]
+    def _begin(self, name: str, attention: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        output_map = attention.get_submodule(name)
+        if self._gate not in output_map._forward_pre_hooks.values():
+            # First: other hooks see what the map really reads.
+            output_map.register_forward_pre_hook(self._gate, prepend=True)
+        # A tuple, because a module among the attributes would become a submodule.
+        self._running = output_map, arguments[0] if arguments else options["hidden_states"]
 
-    def _gate(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        assert self._input is not None, "the output map runs inside of its attention"
-        return self(self._input, arguments[0]), *arguments[1:]
+    def _gate(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        assert self._running is not None, "the output map runs inside of its attention"
+        output_map, x = self._running
+        if module is not output_map:  # it was the map, and is now a part of what has replaced it
+            return None
+        return self(x, arguments[0]), *arguments[1:]
 
     def _forget(self, *_: Any) -> None:
-        self._input = None
+        self._running = None
 
-    _input: Tensor | None = None
+    _running: tuple[nn.Module, Tensor] | None = None
+    """The output map of the running attention, and the attention's input."""

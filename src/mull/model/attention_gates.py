@@ -38,10 +38,9 @@ class AttentionGates(nn.ModuleDict):
             assert isinstance(gate, OutputGate)
             layer = gated[int(name)] = _twin(gated[int(name)])
             attention = _twin(layer.get_submodule(ATTENTION))
-            output_map = _twin(attention.get_submodule(OUTPUT_MAP))
             setattr(layer, ATTENTION, attention)
-            setattr(attention, OUTPUT_MAP, output_map)
-            gate.attach(attention, output_map)
+            setattr(attention, OUTPUT_MAP, _twin(attention.get_submodule(OUTPUT_MAP)))
+            gate.attach(attention, OUTPUT_MAP)
         return nn.ModuleList(gated)
 
 

@@ -198,8 +198,8 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
         routed = self.router_losses(out.router_logits, attention_mask) if out.router_logits else {}
         token_skip_loss = torch.stack(auxiliary).mean() if auxiliary else None
         if has_loss:
-            labels = self._checked_labels("labels", labels, h.shape[:2])
-            shift_labels = self._checked_labels("shift_labels", shift_labels, h.shape[:2])
+            labels = self.checked_labels("labels", labels, h.shape[:2])
+            shift_labels = self.checked_labels("shift_labels", shift_labels, h.shape[:2])
             self._check_targets(labels, shift_labels, num_items_in_batch)
             loss = self.loss_function(
                 logits, labels, self.text_config.vocab_size, num_items_in_batch, shift_labels=shift_labels
@@ -236,7 +236,13 @@ class MullForCausalLM(MullPreTrainedModel, GenerationMixin):
             return keywords
         return keywords | {"prompt_mask": labels == IGNORED}
 
-    def _checked_labels(self, name: str, labels: Any, shape: Sequence[int]) -> Tensor | None:
+    def checked_labels(self, name: str, labels: Any, shape: Sequence[int]) -> Tensor | None:
+        """Labels as int64.
+
+        Raises:
+            TypeError: no tensor.
+            ValueError: another shape or type, or neither tokens of the vocabulary nor -100.
+        """
         if labels is None:
             return None
         require_ids(name, labels)

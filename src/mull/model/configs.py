@@ -466,6 +466,9 @@ class MTPConfig(Frozen):
 def split_for(n_layers: int, layer_types: list[str], split: str = "published") -> tuple[int, int, int]:
     """Encoder, think and decoder layers that scale a published split to `n_layers`.
 
+    The think block is whole periods of attention. So are the other parts where three periods allow it; otherwise none is empty
+    if the block leaves two layers.
+
     Raises:
         ValueError: unknown name of a split.
     """
@@ -473,13 +476,13 @@ def split_for(n_layers: int, layer_types: list[str], split: str = "published") -
         raise ValueError(f"split={split!r} is not known. Choose one of {', '.join(SPLITS)}.")
     encoder_share, think_share = SPLITS[split]
     period = attention_period(layer_types)
-    n_think = (
-        max(int(think_share * n_layers / period + 0.5), 1) * period
-    )  # a half counts: 8-20-8 of 36 layers, not 8-16-12
-    n_think = min(n_think, n_layers)
-    n_encoder = min(round(encoder_share * n_layers), n_layers - n_think)
-    aligned = round(n_encoder / period) * period
-    if aligned + n_think <= n_layers:
+    n_think = max(int(think_share * n_layers / period + 0.5), 1) * period  # a half counts: 8-20-8 of 36, not 8-16-12
+    # What is left to the parts around the think block: whole periods if there are three, or at least one layer each.
+    least = period if n_layers >= 3 * period else int(n_layers >= period + 2)
+    n_think = min(n_think, (n_layers - 2 * least) // period * period) or n_layers
+    n_encoder = min(max(round(encoder_share * n_layers), least), n_layers - n_think - least)
+    aligned = min(round(n_encoder / period), (n_layers - n_think - least) // period) * period
+    if aligned >= least:
         n_encoder = aligned
     return n_encoder, n_think, n_layers - n_encoder - n_think
 

@@ -31,6 +31,7 @@ def create_full_hybrid_model(
     Args:
         source: As in `create_hybrid_from_qwen3`.
         use_etd: Whether half of the layers think, in whole periods of attention: 8, 20 and 8 of Qwen3-8B's 36.
+            Two periods have room for one: 2, 4 and 2 of 8 layers.
         use_mtp: Whether the model has 4 extra heads: native ones, whose weights have names that serving engines read. They start
             as the model's own next-token prediction.
         device: As in `create_hybrid_from_qwen3`.
@@ -44,7 +45,8 @@ def create_full_hybrid_model(
 
     Raises:
         OSError, TypeError: as in `create_hybrid_from_qwen3`.
-        ValueError: as there; or a configuration that is not used or does not fit.
+        ValueError: as there; or a configuration that is not used or does not fit, or too few layers for a think block between two
+            other parts.
     """
     for name, used, given in (("etd", use_etd, etd_config), ("mtp", use_mtp, mtp_config)):
         if given is not None and not used:
@@ -52,6 +54,16 @@ def create_full_hybrid_model(
     model, _ = convert_model(source, config, dtype)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
-    etd = etd_config or ETDConfig.for_model(model, "quarters") if use_etd else None
+    etd = (etd_config or _quarters(model)) if use_etd else None
     mtp = mtp_config or MTPConfig(mtp_head_type="native") if use_mtp else None
     return wrap_transformer_with_etd(model, etd, mtp)
+
+
+def _quarters(model: PreTrainedModel) -> ETDConfig:
+    etd = ETDConfig.for_model(model, "quarters")
+    if 0 in (etd.n_encoder_layers, etd.n_decoder_layers):
+        raise ValueError(
+            f"The {etd.n_layers} layers are too few for a think block of whole periods of attention with layers before and after "
+            "it: give etd_config, or use_etd=False."
+        )
+    return etd

@@ -110,6 +110,13 @@ class CrossArchTransferConfig(Frozen):
     biases, so ``attention_bias`` becomes true, which transformers reads and engines may not. ``ones`` is not fully open: a gate
     that is has no gradient."""
 
+    # Left out of dumps: a conversion does not read them, and goes on whatever they are.
+    distillation_temperature: float = Field(default=2.0, ge=0.01, le=100, exclude=True)
+    """For `mull.training.objectives.distill.DistillationTrainer`, as its `DistillConfig.temperature`."""
+
+    distillation_alpha: float = Field(default=0.5, ge=0, le=1, exclude=True)
+    """Likewise, `DistillConfig.alpha`."""
+
 
 class DeltaStart(NamedTuple):
     """What was measured in the source for one layer that becomes DeltaNet. What is None starts without data."""

@@ -25,8 +25,19 @@ from mull.model.path import Visit
 from mull.ops.cross_entropy import accurate
 from mull.ops.targets import IGNORED, label_positions, targets_of
 from mull.runtime.distributed import global_sum
-from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, layout, require_step_targets
+from mull.training.objectives.base import (
+    Batch,
+    LossOutput,
+    Objective,
+    StepPlan,
+    evaluating,
+    layout,
+    require_step_targets,
+)
 from mull.training.objectives.resources import ONCE, Resources, Settings, TeacherSource
+
+SILENT = 1e-8
+"""Up to this share of the largest power, a layer returns nothing to speak of."""
 
 
 class AlignConfig(Settings):
@@ -64,10 +75,12 @@ class Align(Objective):
     """``mean over layers of Σ_n |student's mixer - teacher's attention|² / power``, a mean over the targets of cross-entropy.
 
     A layer's power is the mean square norm of the teacher's outputs in the first step of the training, and stays: so the gradient
-    of a step does not depend on how it is split into micro-batches. A mixer that returns 0 has a loss of about 1.
+    of a step does not depend on how it is split into micro-batches. A mixer that returns 0 has a loss of about 1. Where the
+    teacher returns nothing, the power is the mean of the other layers': such a layer learns to return nothing, and does not
+    outweigh them.
 
     Args:
-        teacher: Frozen, in evaluation mode, on any device, whole on every rank. Its layers run once each.
+        teacher: Frozen, on any device, whole on every rank. Its layers run once each, in evaluation mode.
         layers: Numbers of the aligned layers.
         config: What is trained.
 
@@ -92,7 +105,7 @@ class Align(Objective):
         """Measure the power of the teacher's outputs, if no step has.
 
         Raises:
-            ValueError: no label of the step is a valid target.
+            ValueError: no label of the step is a valid target, or the teacher returns 0 in all layers, or NaN.
         """
         require_step_targets(batches)
         power = self._power if self._power.any() else self._measure(batches)
@@ -106,8 +119,14 @@ class Align(Objective):
             for place, (_, _, output) in enumerate(attention_outputs(self._teacher, batch, self.layers)):
                 totals[place] += float(_at(output, valid).double().square().sum())
         totals = global_sum(totals)
-        # A layer that returns 0 for everything leaves nothing to divide by.
-        return (totals[:-1] / totals[-1]).clamp(min=torch.finfo(torch.float32).tiny)
+        power = totals[:-1] / totals[-1]
+        if not 0 < power.max() < torch.inf:  # NaN is neither
+            raise ValueError(
+                f"The attention of the teacher's layers {', '.join(map(str, self.layers))} returns only 0, or what is no number, "
+                "and alignment divides by its size: check the teacher's weights."
+            )
+        silent = power <= SILENT * power.max()
+        return power.where(~silent, power[~silent].mean())
 
     def loss(self, model: MullForCausalLM, plan: StepPlan, index: int) -> LossOutput:
         """Sum the loss over the valid targets.
@@ -159,7 +178,7 @@ def _at(states: Tensor, valid: Tensor) -> Tensor:
 def attention_outputs(
     teacher: MullForCausalLM, batch: Batch, layers: Sequence[int]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Run a teacher's layers once each, without gradient.
+    """Run a teacher's layers once each, without gradient and dropout.
 
     Yields:
         For each of `layers`, in rising order, its number, the states ``[B, T, D]`` that enter it, and the output of its mixer.
@@ -171,7 +190,7 @@ def attention_outputs(
         options = {name: None if tensor is None else tensor.to(h.device) for name, tensor in given.items()}
         inputs = trunk.layer_inputs(h, **options)
     for number in range(max(layers) + 1):
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(trunk.layers[number]):
             output = mixer_output(teacher, number, h, inputs) if number in layers else None
             following = run(trunk.layers, trunk.kinds, [Visit(number, 0)], h, inputs) if number < max(layers) else h
         if output is not None:
@@ -232,7 +251,8 @@ def align(settings: AlignConfig, resources: Resources) -> Align:
     """Build the objective.
 
     Raises:
-        ValueError: no teacher was given, it has other layers than the model, no layer differs, or `loss.iterations` are given.
+        ValueError: no teacher was given, it has other layers than the model or fewer tokens, no layer differs, or
+            `loss.iterations` are given.
     """
     model, teacher = resources.model, resources.reference
     if teacher is None:
@@ -244,6 +264,11 @@ def align(settings: AlignConfig, resources: Resources) -> Align:
         raise ValueError(
             f"The teacher has {theirs.num_hidden_layers} layers of width {theirs.hidden_size}, the model "
             f"{ours.num_hidden_layers} of width {ours.hidden_size}: align compares them layer by layer."
+        )
+    known, wanted = (of.lm_head.out_features for of in (teacher, model))
+    if known < min(resources.n_tokens or wanted, wanted):
+        raise ValueError(
+            f"The teacher has a vocabulary of {known} tokens, the model one of {wanted}: use a teacher with the same tokenizer."
         )
     kinds = list(zip(model.model.kinds, teacher.model.kinds, strict=True))
     layers = settings.layers or tuple(number for number, (own, other) in enumerate(kinds) if own != other)

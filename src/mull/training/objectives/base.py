@@ -1,7 +1,8 @@
 """What an objective is: a loss, planned once per optimizer step."""
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -126,6 +127,18 @@ def require_step_targets(batches: Sequence[Batch]) -> None:
     """
     counts = [valid_tokens(batch["labels"], label_positions(**layout(batch))).sum() for batch in batches]
     require_targets(global_sum(torch.stack(counts).sum()), batches[0]["labels"])
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model without dropout; afterwards each of its modules has its mode back, also one that another model shares."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def batch_states(

@@ -17,7 +17,7 @@ from mull.ops.cross_entropy import weighted_cross_entropy
 from mull.ops.divergence import Kind, Predictor, TopK, divergence
 from mull.ops.targets import IGNORED, label_positions, require_targets, targets_of
 from mull.retrofit.wrap import wrap_transformer_with_etd
-from mull.runtime.arguments import require
+from mull.runtime.arguments import require, require_count, require_ids
 from mull.runtime.distributed import same_everywhere
 from mull.training.objectives.base import (
     Batch,
@@ -25,6 +25,7 @@ from mull.training.objectives.base import (
     Objective,
     StepPlan,
     batch_states,
+    evaluating,
     layout,
     require_step_targets,
 )
@@ -40,7 +41,7 @@ class DistillConfig(Settings):
     alpha: float = Field(default=0.5, ge=0, le=1)
     """Weight of the divergence from the teacher; the cross-entropy of the data's tokens has ``1 - alpha``."""
 
-    temperature: float = Field(default=2.0, gt=0, le=100)
+    temperature: float = Field(default=2.0, ge=0.01, le=100)
     """T: divides the logits of both models in the divergence, which is multiplied by T²."""
 
     divergence: Kind = "forward"
@@ -87,11 +88,15 @@ class Distill(Objective):
     of its own configuration.
 
     Args:
-        teacher: Frozen, in evaluation mode, on any device, whole on every rank. Or its `TeacherCache`; batches then have
+        teacher: Frozen, on any device, whole on every rank; it runs in evaluation mode. Or its `TeacherCache`; batches then have
             ``row_numbers [B]``, as those of `mull.data.sampler.ShuffledBatches` do.
         iterations: Of the student.
         config: Weights, temperature and divergence.
         n_tokens: As in `Resources`.
+
+    Raises:
+        TypeError: `n_tokens` is no whole number.
+        ValueError: the predictions were recorded at another temperature, or `n_tokens` is less than 1.
 
     Source:
         Hinton et al. (arXiv:1503.02531). Many implementations average over rows instead of tokens (``batchmean``), so their loss
@@ -105,6 +110,13 @@ class Distill(Objective):
         config: DistillConfig,
         n_tokens: int | None = None,
     ) -> None:
+        if isinstance(teacher, TeacherCache) and teacher.identity.temperature != config.temperature:
+            raise ValueError(
+                f"The teacher's predictions in {teacher.folder} were recorded at temperature={teacher.identity.temperature}, and "
+                f"distillation has temperature={config.temperature}: give the former, or record them again in another folder."
+            )
+        if n_tokens is not None:
+            require_count("n_tokens", n_tokens, 1)
         self.iterations, self.config = iterations, config
         self.recorded = asdict(teacher.identity) if isinstance(teacher, TeacherCache) else None
         self._teacher, self._n_tokens = teacher, n_tokens
@@ -159,7 +171,7 @@ class Distill(Objective):
             apart, _ = divergence(
                 rows,
                 weight,
-                self._predictions(batch, valid),
+                self._predictions(batch, valid, min(self._n_tokens or len(weight), len(weight))),
                 kind=config.divergence,
                 temperature=config.temperature,
                 mixture=config.mixture,
@@ -177,21 +189,35 @@ class Distill(Objective):
             return losses.divergence if alpha else losses.cross_entropy
         return alpha * losses.divergence + (1 - alpha) * losses.cross_entropy
 
-    def _predictions(self, batch: Batch, valid: Tensor) -> Predictor | TopK:
-        """What the teacher predicts at the positions `valid` ``[B, T-1]``."""
+    def _predictions(self, batch: Batch, valid: Tensor, n_tokens: int) -> Predictor | TopK:
+        """What the teacher predicts of the first `n_tokens` at the positions `valid` ``[B, T-1]``."""
         if isinstance(self._teacher, TeacherCache):
-            if "row_numbers" not in batch:
-                raise ValueError(
-                    "The teacher's predictions are found by row_numbers, and this batch has none: take batches of "
-                    "ShuffledBatches(..., numbered=True)."
-                )
-            record = self._teacher.rows(batch["row_numbers"])
-            places = valid.cpu()
-            return TopK(*(tensor[:, :-1][places] for tensor in record))
+            return self._recorded(self._teacher, batch, valid, n_tokens)
         teacher = self._teacher
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(teacher):
             hidden = batch_states(teacher, {name: tensor.to(teacher.device) for name, tensor in batch.items()})
         return Predictor(hidden[:, :-1][valid.to(hidden.device)], teacher.unembedding())
+
+    def _recorded(self, cache: TeacherCache, batch: Batch, valid: Tensor, n_tokens: int) -> TopK:
+        of = cache.identity
+        if "row_numbers" not in batch:
+            raise ValueError(
+                "The teacher's predictions are found by row_numbers, and this batch has none: take batches of "
+                "ShuffledBatches(..., numbered=True)."
+            )
+        shape, numbers = tuple(batch["input_ids"].shape), batch["row_numbers"]
+        if shape != (len(numbers), of.length):
+            raise ValueError(
+                f"input_ids has shape {shape}, and the records of {len(numbers)} rows in {cache.folder} have {of.length} tokens "
+                "each: give whole rows of the data that was recorded."
+            )
+        if of.n_tokens != n_tokens:
+            raise ValueError(
+                f"The records in {cache.folder} are about {of.n_tokens} tokens of the vocabulary, and {n_tokens} are compared: "
+                f"give n_tokens={of.n_tokens}, or record again in another folder."
+            )
+        places = valid.cpu()
+        return TopK(*(tensor[:, :-1][places] for tensor in cache.rows(numbers)))
 
 
 def distill(settings: DistillConfig, resources: Resources) -> Distill:
@@ -220,13 +246,15 @@ class DistillationTrainer:
     """Distillation for a training loop of your own; `mull.training.loop.train` does the same with the objective ``distill``.
 
     Args:
-        teacher: A model of mull or of transformers. It is put into evaluation mode and gets no gradient.
+        teacher: A model of mull or of transformers. It runs in evaluation mode, whatever its mode is, and gets no gradient.
         student: A model of mull or of transformers.
         config: Alpha, temperature and divergence; of the configuration of a conversion, alpha and temperature are read.
         n_tokens: Tokens of the tokenizer that both share; their vocabularies may be padded to different sizes then.
 
     Raises:
-        ValueError: the vocabularies differ, or as in `mull.retrofit.wrap.wrap_transformer_with_etd`.
+        TypeError: an argument of another type.
+        ValueError: teacher and student are one model, the vocabularies differ or lack some of `n_tokens`, or as in
+            `mull.retrofit.wrap.wrap_transformer_with_etd`.
     """
 
     def __init__(
@@ -240,9 +268,21 @@ class DistillationTrainer:
             config = DistillConfig()
         elif not isinstance(config, DistillConfig):
             config = DistillConfig(temperature=config.distillation_temperature, alpha=config.distillation_alpha)
-        self.teacher, self.student = _wrapped("teacher", teacher).eval(), _wrapped("student", student)
+        if teacher is student:
+            raise ValueError(
+                "Teacher and student are one model, which would follow itself: give a copy (copy.deepcopy)."
+            )
+        # The mode of layers that both have is the student's.
+        self.student, self.teacher = _wrapped("student", student), _wrapped("teacher", teacher)
         check_reference(self.student, self.teacher, n_tokens)
+        if n_tokens is not None:
+            require_count("n_tokens", n_tokens, 1, self._n_known)
         self._objective = Distill(self.teacher, ONCE, config, n_tokens)
+
+    @property
+    def _n_known(self) -> int:
+        """Tokens that both have."""
+        return min(self.student.lm_head.out_features, self.teacher.lm_head.out_features)
 
     def compute_loss(
         self,
@@ -264,9 +304,19 @@ class DistillationTrainer:
             weights.
 
         Raises:
-            ValueError: no label is a valid target.
+            TypeError: an argument of another type.
+            ValueError: tokens or labels that are none of the vocabulary or have another shape, or no label is a valid target.
         """
-        given = {"input_ids": input_ids, "labels": labels}
+        require_ids("input_ids", input_ids)
+        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self._n_known:
+            raise ValueError(
+                f"input_ids has {int(input_ids.min())} to {int(input_ids.max())}: give token numbers from 0 to "
+                f"{self._n_known - 1}, which teacher and student know."
+            )
+        checked = self.student.checked_labels("labels", labels, input_ids.shape)
+        require("labels", checked, Tensor, "a tensor [rows, tokens] of token numbers")
+        assert checked is not None
+        given = {"input_ids": input_ids, "labels": checked}
         optional = {"attention_mask": attention_mask, "position_ids": position_ids}
         batch = given | {name: tensor for name, tensor in optional.items() if tensor is not None}
         found = self._objective.losses(self.student, batch, batch_states(self.student, batch))

@@ -98,10 +98,10 @@ def check_reference(model: MullForCausalLM, reference: MullForCausalLM, n_tokens
         n_tokens: As in `Resources`.
 
     Raises:
-        ValueError: the sizes differ, or the reference knows fewer than `n_tokens`.
+        ValueError: the sizes differ, and not both know `n_tokens`.
     """
     ours, theirs = model.lm_head.out_features, reference.lm_head.out_features
-    if ours != theirs and (n_tokens is None or theirs < n_tokens):
+    if ours != theirs and (n_tokens is None or min(ours, theirs) < n_tokens):
         raise ValueError(
             f"The reference model has a vocabulary of {theirs} tokens, the model one of {ours}: their losses are about different "
             "tokens. Use a reference with the same tokenizer."

@@ -286,3 +286,36 @@ def test_a_retrofitted_student_is_aligned_layer_by_layer() -> None:
 def test_what_cannot_be_aligned_is_refused(make: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(student_of(), teacher_of())
+
+
+def test_a_teacher_layer_that_returns_nothing_does_not_drown_the_others() -> None:
+    model, teacher = student_of(), teacher_of()
+    whole = objective_of(model, teacher)(model, data()).metrics
+    with torch.no_grad():
+        teacher.model.layers[2].self_attn.o_proj.weight.zero_()
+    metrics = objective_of(model, teacher)(model, data()).metrics
+    assert metrics["align/0"] == whole["align/0"]
+    assert metrics["align/2"] < 100 * whole["align/2"]
+    with torch.no_grad():
+        model.model.layers[2].linear_attn.out_proj.weight.zero_()
+    assert objective_of(model, teacher)(model, data()).metrics["align/2"] == 0
+    for value in (0.0, torch.nan):
+        with torch.no_grad():
+            teacher.model.layers[0].self_attn.o_proj.weight.fill_(value)
+        with pytest.raises(ValueError, match="layers 0, 2 returns only 0, or what is no number"):
+            objective_of(model, teacher)(model, data())
+
+
+def test_the_teacher_has_no_dropout() -> None:
+    teacher = wrap_transformer_with_etd(tiny("qwen3", **DEPTH, attention_dropout=0.5), None)
+    for training in (False, True):
+        ((_, _, one),) = attention_outputs(teacher.train(training), whole_row(), [2])
+        ((_, _, other),) = attention_outputs(teacher.eval(), whole_row(), [2])
+        assert torch.equal(one, other)
+
+
+def test_a_teacher_without_some_of_the_tokens_is_refused() -> None:
+    model, teacher = student_of(), wrap_transformer_with_etd(tiny("qwen3", **DEPTH, vocab_size=VOCAB - 7), None)
+    with pytest.raises(ValueError, match=rf"vocabulary of {VOCAB - 7} tokens, the model one of {VOCAB}"):
+        make_objective("align", Resources(model=model, reference=teacher))
+    make_objective("align", Resources(model=model, reference=teacher, n_tokens=VOCAB - 7))

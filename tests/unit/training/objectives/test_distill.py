@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from weighted_steps import data, split
 
-from mull import ETDConfig, MTPConfig, MullForCausalLM, wrap_transformer_with_etd
+from mull import CrossArchTransferConfig, ETDConfig, MTPConfig, MullForCausalLM, wrap_transformer_with_etd
 from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches
 from mull.training.loop import TrainConfig, train
@@ -296,6 +295,81 @@ def test_batches_without_numbers_are_refused(tmp_path: Path) -> None:
         objective(model, data())
 
 
+def cut(folder: Path) -> None:
+    file = sorted(folder.glob("rows-*"))[1]
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def emptied(folder: Path) -> None:
+    sorted(folder.glob("rows-*"))[1].write_bytes(b"")
+
+
+@pytest.mark.usefixtures("_small_files")
+@pytest.mark.parametrize("damage", [cut, emptied])
+def test_a_damaged_file_counts_as_not_recorded(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    teacher = teacher_of(torch.float32)
+    whole = recorded(tmp_path, teacher).rows(torch.arange(6))
+    damage(tmp_path)
+    cache = TeacherCache(tmp_path, identity())
+    assert not cache.complete
+    assert cache.n_recorded == len(dataset()) - 3
+    with pytest.raises(ValueError, match=r"rows-000000003.* is not recorded, or damaged"):
+        cache.rows(torch.tensor([4]))
+    cache.record(teacher, dataset(), 4)
+    assert cache.complete
+    assert all(torch.equal(*pair) for pair in zip(cache.rows(torch.arange(6)), whole, strict=True))
+
+
+def test_rows_know_whose_they_are_without_the_manifest(tmp_path: Path) -> None:
+    teacher = teacher_of(torch.float32)
+    recorded(tmp_path, teacher)
+    (tmp_path / "cache.json").unlink()
+    with pytest.raises(ValueError, match=r"holds predictions with another teacher, 'a' instead of 'b'"):
+        TeacherCache(tmp_path, identity(teacher="b"))
+    cache = TeacherCache(tmp_path, identity())
+    assert not cache.complete
+    cache.record(teacher, dataset(), 4)
+    assert cache.complete
+    for text in ("", "[1]", "{"):
+        (tmp_path / "cache.json").write_text(text)
+        with pytest.raises(ValueError, match=r"cache.json is damaged: remove .*"):
+            TeacherCache(tmp_path, identity())
+
+
+def test_a_record_has_neither_dropout_nor_nan(tmp_path: Path) -> None:
+    teacher = teacher_of(torch.float32, attention_dropout=0.5)
+    expected = recorded(tmp_path / "a", teacher.eval()).rows(torch.arange(4))
+    found = recorded(tmp_path / "b", teacher.train()).rows(torch.arange(4))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert teacher.model.layers[0].training
+    with torch.no_grad():
+        teacher.lm_head.weight[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="The teacher predicts NaN"):
+        recorded(tmp_path / "c", teacher)
+
+
+@pytest.mark.parametrize(
+    ("config", "n_tokens", "batch", "message"),
+    [
+        ({"temperature": 5.0}, None, {}, r"recorded at temperature=2.0, and distillation has temperature=5.0"),
+        ({}, 90, {}, rf"about {VOCAB} tokens of the vocabulary, and 90 are compared"),
+        ({}, None, {"row_numbers": torch.tensor([999] * 4)}, r"row_numbers has 999"),
+        ({}, None, {"row_numbers": torch.arange(3)}, r"input_ids has shape \(4, 16\), and the records of 3 rows"),
+        ({}, None, "short", r"input_ids has shape \(4, 9\)"),
+    ],
+)
+def test_a_record_that_does_not_fit_the_call_is_refused_in_one_sentence(
+    config: Any, n_tokens: int | None, batch: Any, message: str, tmp_path: Path
+) -> None:
+    cache = recorded(tmp_path, teacher_of(torch.float32))
+    whole = ShuffledBatches(dataset(), 4, numbered=True)(0)
+    short = {name: tensor[:, :9] if tensor.ndim > 1 else tensor for name, tensor in whole.items()}
+    with pytest.raises(ValueError, match=message):
+        Distill(cache, ONCE, DistillConfig(**config), n_tokens)(
+            student_of(torch.float32), short if batch == "short" else {**whole, **batch}
+        )
+
+
 # --- training ---
 
 
@@ -351,7 +425,7 @@ def test_the_promised_trainer_computes_the_same_loss() -> None:
     """On models of transformers, whose weights it shares."""
     student: PreTrainedModel = tiny("qwen3_5", dtype=torch.float64, **HYBRID).train()
     base: PreTrainedModel = tiny("qwen3", seed=3, dtype=torch.float64, **DEPTH)
-    config = SimpleNamespace(distillation_temperature=2.5, distillation_alpha=0.3)
+    config = CrossArchTransferConfig(distillation_temperature=2.5, distillation_alpha=0.3)
     trainer = DistillationTrainer(base.train(), student, config)
     batch = data()
     found = trainer.compute_loss(batch["input_ids"], batch["labels"], position_ids=batch["position_ids"])
@@ -364,7 +438,7 @@ def test_the_promised_trainer_computes_the_same_loss() -> None:
     assert student.model.layers[0].linear_attn.in_proj_qkv.weight.grad.any()
     assert all(parameter.grad is None for parameter in base.parameters())
     assert student.training
-    assert not base.model.layers[0].training, "the layers are shared with the wrapped teacher"
+    assert base.model.layers[0].training, "the teacher runs in evaluation mode, and keeps its own"
 
 
 def test_the_trainers_loss_does_not_grow_with_the_length(ids: Ids) -> None:
@@ -378,7 +452,52 @@ def test_the_trainers_loss_does_not_grow_with_the_length(ids: Ids) -> None:
 
 def test_defaults_are_the_promised_ones() -> None:
     assert (DistillConfig().temperature, DistillConfig().alpha, DistillConfig().divergence) == (2.0, 0.5, "forward")
-    sequence: Sequence[float] = (0.0, 101.0)
+    conversion = CrossArchTransferConfig()
+    assert (conversion.distillation_temperature, conversion.distillation_alpha) == (2.0, 0.5)
+    assert conversion.model_dump().keys() == {"hybrid_attention", "gate_init_strategy"}, "conversions resume by these"
+    sequence: Sequence[float] = (0.0, 1e-300, 101.0)
     for value in sequence:
         with pytest.raises(ValueError, match="temperature"):
             DistillConfig(temperature=value)
+        with pytest.raises(ValueError, match="temperature"):
+            CrossArchTransferConfig(distillation_temperature=value)
+
+
+def test_the_teacher_has_no_dropout_whatever_its_mode() -> None:
+    """And what it shares with the student keeps the student's."""
+    base = tiny("qwen3", dtype=torch.float64, **DEPTH, attention_dropout=0.5)
+    trainer = DistillationTrainer(base, copy.deepcopy(base).eval(), DistillConfig(alpha=1.0))
+    base.train()
+    ids = data()["input_ids"]
+    assert float(trainer.compute_loss(ids, ids)["kd_loss"]) == 0
+    shared = wrap_transformer_with_etd(base, None)
+    assert float(DistillationTrainer(shared, base).compute_loss(ids, ids)["kd_loss"]) > 0, "the student has dropout"
+    assert base.model.layers[0].training
+    with pytest.raises(ValueError, match=r"are one model.*give a copy"):
+        DistillationTrainer(base, base)
+
+
+@pytest.mark.parametrize("n_tokens", [128, VOCAB + 1, -5, 0, True, 3.0])
+def test_the_number_of_tokens_has_to_be_in_both_vocabularies(n_tokens: Any) -> None:
+    for size in (VOCAB, 128):
+        teacher = tiny("qwen3", **DEPTH, vocab_size=size)
+        with pytest.raises((ValueError, TypeError), match=r"n_tokens( is|=).*(must be|whole number)|vocabulary of 128"):
+            DistillationTrainer(teacher, tiny("qwen3_5", **HYBRID), n_tokens=n_tokens)
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        (None, torch.full((2, 5), 3), r"labels has shape \(2, 5\)"),
+        (None, torch.full((2, 6), 3.0), r"labels has the type torch.float32"),
+        (None, torch.full((2, 6), VOCAB), rf"labels has {VOCAB}: give token numbers"),
+        (None, torch.full((2, 6), -1), r"labels has -1: give token numbers"),
+        (None, None, r"labels is NoneType None: give a tensor"),
+        (torch.full((2, 6), 80), None, r"input_ids has 80 to 80: give token numbers from 0 to 79"),
+    ],
+)
+def test_tokens_and_labels_that_do_not_fit_are_refused_in_one_sentence(ids: Any, labels: Any, message: str) -> None:
+    teacher, student = tiny("qwen3", **DEPTH, vocab_size=80), tiny("qwen3_5", **HYBRID)
+    trainer = DistillationTrainer(teacher, student, n_tokens=70)
+    with pytest.raises((ValueError, TypeError), match=message):
+        trainer.compute_loss(torch.full((2, 6), 3) if ids is None else ids, labels)
