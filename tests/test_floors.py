@@ -61,14 +61,14 @@ BUDGETS = {
     "data": 1205,
     "model": 3790,
     "decoding": 1160,
-    "retrofit": 1980,
+    "retrofit": 1992,
     "training": 3170,
     "evaluation": 2290,
     "app": 2986,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 18320
+MAX_CODE_LINES = 18330
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
