@@ -31,7 +31,15 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.model.executor import run
 from mull.model.families import FAMILIES, install_recurrent_hooks
 from mull.model.path import from_layers
-from mull.retrofit.hybrid import UNIT_SILU, DeltaStart, check_starts, convert_layer, delta_tensors, head_dim_of
+from mull.retrofit.hybrid import (
+    UNIT_SILU,
+    DeltaStart,
+    check_starts,
+    convert_layer,
+    delta_tensors,
+    head_dim_of,
+    is_finite,
+)
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.arguments import Frozen, require, require_ids
 from mull.runtime.progress import Progress
@@ -380,7 +388,7 @@ def apply_starts(student: PreTrainedModel, teacher: PreTrainedModel, starts: Map
         starts: By layer.
 
     Raises:
-        ValueError: a layer of the student is no DeltaNet, or its start has another shape or is not finite.
+        ValueError: a layer of the student is no DeltaNet, or its start has another shape, is not finite or overflows.
     """
     config = teacher.config.get_text_config()
     check_starts(starts, config)
@@ -391,4 +399,8 @@ def apply_starts(student: PreTrainedModel, teacher: PreTrainedModel, starts: Map
         weight = layer.linear_attn.out_proj.weight
         tensors = {name: value.detach().to(weight) for name, value in source.state_dict().items()}
         found = convert_layer(tensors, config, "linear_attention", start=start)
+        if spoiled := [name for name, target in found.items() if not is_finite(target.value)]:
+            raise ValueError(
+                f"Layer {number} would have values that {weight.dtype} cannot hold in {', '.join(spoiled)}."
+            )
         layer.load_state_dict({name: target.value for name, target in found.items()})

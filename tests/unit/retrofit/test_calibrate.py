@@ -305,3 +305,12 @@ def test_dropout_of_a_teacher_in_training_is_not_measured():
     found = calibrate_starts(model, [texts()], [1], progress=False)[1]
     assert modes == [module.training for module in model.modules()]
     assert all(a is b or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_start_that_the_students_precision_cannot_hold_is_refused():
+    model = teacher()
+    student, _ = convert_model(model, dtype=torch.float16)
+    with pytest.raises(
+        ValueError, match=r"Layer 1 would have values that torch.float16 cannot hold in .*out_proj.weight"
+    ):
+        apply_starts(student, model, {1: DeltaStart(out_scale=torch.full((4,), 1e9))})
