@@ -61,14 +61,14 @@ BUDGETS = {
     "data": 1205,
     "model": 3790,
     "decoding": 1160,
-    "retrofit": 1995,
+    "retrofit": 2010,
     "training": 3277,
     "evaluation": 2290,
     "app": 2986,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 18560
+MAX_CODE_LINES = 18580
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
