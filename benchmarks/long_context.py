@@ -1,10 +1,10 @@
 """Decoding behind long prompts: time per token and bytes of the cache, of a Qwen3 source and of its hybrid, in turns.
 
-Both have random weights in the shapes of Qwen3-0.6B, with fewer layers and a small vocabulary, and the hybrid is the source's
-conversion, three layers of four Gated DeltaNet. Everything goes through `mull.generate`; the time of a token is that of the
+Both have random weights, heads of Qwen3-0.6B's shape, few layers and a small vocabulary. The hybrid is the source's conversion,
+three layers of four Gated DeltaNet. Everything goes through `mull.generate`; the time of a token is that of the
 rounds behind the prompt.
 
-    python benchmarks/long_context.py [--layers 4] [--lengths 512 2048 8192 32768] [--tokens 24] [--out FILE]
+    python benchmarks/long_context.py [--layers 4] [--heads 8] [--width 512] [--lengths 512 2048 8192 32768] [--out FILE]
 """
 
 import argparse
@@ -27,14 +27,14 @@ from mull.model.fixed_cache import StaticSlotCache
 NAMES = ("source", "hybrid")
 
 
-def models(layers: int) -> dict[str, Any]:
+def models(layers: int, heads: int, width: int) -> dict[str, Any]:
     """The source and its hybrid, in fp32."""
     config = Qwen3Config(
         vocab_size=1024,
-        hidden_size=1024,
-        intermediate_size=3072,
+        hidden_size=width,
+        intermediate_size=3 * width,
         num_hidden_layers=layers,
-        num_attention_heads=16,
+        num_attention_heads=heads,
         num_key_value_heads=8,
         head_dim=128,
         max_position_embeddings=65536,
@@ -69,13 +69,15 @@ def crossover(rows: Sequence[dict[str, Any]]) -> float | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=8, help="of queries, and 8 of keys and values")
+    parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192, 32768])
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    started, both, rows = time.perf_counter(), models(given.layers), []
+    started, both, rows = time.perf_counter(), models(given.layers, given.heads, given.width), []
     weights = {name: sum(p.numel() for p in model.parameters()) for name, model in both.items()}
     print(f"parameters {weights}: the hybrid has {weights['hybrid'] / weights['source'] - 1:+.0%}", flush=True)
     for length in given.lengths:
@@ -106,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     print(f"crossover at {crossover(rows)} tokens")
     if given.out is not None:
-        facts = header("cpu", seconds=time.perf_counter() - started, layers=given.layers, tokens=given.tokens)
+        facts = header(
+            "cpu", seconds=time.perf_counter() - started, layers=given.layers, heads=given.heads, width=given.width
+        )
         result = {"parameters": weights, "rows": rows, "crossover": crossover(rows)}
         given.out.write_text(json.dumps(facts | result, indent=1))
 

@@ -322,6 +322,7 @@ def test_the_bias_stays_in_fp32(tmp_path: Any) -> None:
         assert int(experts_of(loaded).n_steps) == 7
 
 
+@pytest.mark.slow
 def test_the_load_becomes_even_and_every_optimizer_does_it(exact: Exact, ids: Ids) -> None:
     model, tokens = with_experts(exact("qwen3"), balance_rate=0.01).train(), ids(4, 48)
     experts = experts_of(model)

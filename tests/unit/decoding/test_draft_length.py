@@ -220,6 +220,7 @@ def test_probes_of_useless_heads_are_rare() -> None:
         assert sum(costs[length] - 1 for length in lengths) < 0.01 * 4000
 
 
+@pytest.mark.slow
 def test_a_machine_that_changes_its_pace_misleads_neither_towards_useless_heads_nor_away_from_good_ones() -> None:
     paces: list[Callable[[float], float]] = [
         lambda tokens: 1 + tokens / 2000,
