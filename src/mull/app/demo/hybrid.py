@@ -90,20 +90,11 @@ class Hybrid:
         last = max(next(reversed(curve)) for curve in curves.values())
         flat = ("teacher", {0: self.teacher, last: self.teacher})
         starts: Rows = [[row.start, row.divergence, row.standard_error] for row in self.starts]
-        healed: Rows = [
-            [
-                name,
-                self.before[name],
-                end,
-                end - self.teacher,
-                (self.before[name] - end) / (self.before[name] - self.teacher),
-            ]
-            for name, end in ends.items()
-        ]
+        healed: Rows = [[name, self.before[name], end, end - self.teacher] for name, end in ends.items()]
         return {
             "growth": self.parameters["hybrid"] / self.parameters["source"] - 1,
             "starts": Table(["start", "KL(teacher, hybrid)", "standard error"], starts),
             "recovery": held_out_curves(curves, {CALIBRATED: flat}),
-            "healed": Table(["start", "before", "after", "above the teacher", "share recovered"], healed),
+            "healed": Table(["start", "before", "after", "above the teacher"], healed),
             "tokens": last,
         }
