@@ -1,8 +1,8 @@
-"""Decoding behind long prompts: time per token and bytes of the cache, of a Qwen3 source and of its hybrid, in turns.
+"""Decoding after long prompts: time per token and bytes of the cache, of a Qwen3 source and of its hybrid, in turns.
 
 Both have random weights, heads of Qwen3-0.6B's shape, few layers and a small vocabulary. The hybrid is the source's conversion,
 three layers of four Gated DeltaNet. Everything goes through `mull.generate`; the time of a token is that of the
-rounds behind the prompt.
+rounds after the prompt.
 
     python benchmarks/long_context.py [--layers 4] [--heads 8] [--width 512] [--lengths 512 2048 8192 32768] [--out FILE]
 """

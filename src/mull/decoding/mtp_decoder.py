@@ -1,4 +1,4 @@
-"""The names by which the documents behind this project decode with extra heads."""
+"""The names by which earlier documents decode with extra heads."""
 
 import inspect
 from typing import Any
@@ -15,7 +15,7 @@ class MTPDecoder:
     """`mull.generate` under promised names: ``model.mtp_decoder``, and ``model.generate(..., use_speculative=...)``.
 
     The documents contradict each other about what decoding returns. Here each name returns what is promised where it is used:
-    `generate` the tokens, and `decode`, which is behind ``model.generate``, the tokens and the statistics.
+    `generate` the tokens, and `decode`, which ``model.generate`` calls, the tokens and the statistics.
 
     Args:
         model: In evaluation mode.

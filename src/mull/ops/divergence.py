@@ -141,7 +141,7 @@ def _teacher_chunk(teacher: Predictor, chunk: slice, temperature: float, n_token
 
 
 def _compare(log_p: Tensor, log_q: Tensor, kind: Kind, mixture: float) -> tuple[Tensor, Tensor]:
-    """Divergence of each row, and its gradient with respect to the logits behind `log_q`. Both arguments are overwritten."""
+    """Divergence of each row, and its gradient with respect to the logits of `log_q`. Both arguments are overwritten."""
     if kind == "forward":
         p = log_p.exp()
         terms = log_p.sub_(log_q).mul_(p).sum(-1)

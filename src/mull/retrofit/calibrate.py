@@ -198,7 +198,7 @@ def calibrate_starts(
         ValueError: a layer that is not there or cannot become DeltaNet, no text, or states of the teacher that are not finite.
 
     Source:
-        Half-life from the attention distance: Taylor-Calibrate (arXiv:2606.16429), which fits value maps; the norm behind the
+        Half-life from the attention distance: Taylor-Calibrate (arXiv:2606.16429), which fits value maps; the norm after the
         delta rule cancels their scale, so we fit the output map.
     """
     require("teacher", teacher, PreTrainedModel, "a causal language model")

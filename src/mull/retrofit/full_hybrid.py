@@ -26,7 +26,7 @@ def create_full_hybrid_model(
     """Convert a Qwen3 model, and give it a think block and extra heads.
 
     What it is worth before it is trained is that of the conversion with one iteration: see `create_hybrid_from_qwen3`. Its
-    experts, if it has any, are the source's; the documents behind this project made new ones of every feed-forward layer.
+    experts, if it has any, are the source's; earlier documents made new ones of every feed-forward layer.
 
     Args:
         source: As in `create_hybrid_from_qwen3`.

@@ -29,7 +29,7 @@ GATE_LOGITS: dict[GateInit, float] = {"zero": 0.0, "small": 0.5, "ones": 2.0}
 """What the gates of attention start at: open by 0.5, 0.622 and 0.881. All but the first take a bias."""
 
 TAP = 0.05
-"""Last tap of the short convolutions; the others are zero. At such small inputs the SiLU behind them is nearly linear. Nothing of
+"""Last tap of the short convolutions; the others are zero. At such small inputs the SiLU after them is nearly linear. Nothing of
 the scale is left: queries and keys are normalised afterwards, and so is the output."""
 
 UNIT_SILU = 1.2784645427610738
@@ -328,7 +328,7 @@ def attention_tensors(source: Mapping[str, Tensor], config: PreTrainedConfig, ga
 
 
 def _with_gates(query: Tensor, heads: int, value: float) -> Tensor:
-    """``[H K, ...]`` to ``[H 2K, ...]``: each head's rows, and behind them as many of its gate."""
+    """``[H K, ...]`` to ``[H 2K, ...]``: each head's rows, followed by as many of its gate."""
     by_head = query.unflatten(0, (heads, -1))
     return torch.cat([by_head, torch.full_like(by_head, value)], 1).flatten(0, 1)
 

@@ -150,7 +150,7 @@ class TransformerConfig:
         """A model of OLMo 3 7B's sizes with routed experts in every layer that ends a period: 23.3 billion parameters.
 
         No class of transformers has OLMo 3's layers with experts in some of them. This is Qwen3-Next's, all layers with softmax
-        attention: norms before the maps instead of behind them, queries and keys normalised by head, no sliding windows, and an
+        attention: norms before the maps instead of after them, queries and keys normalised by head, no sliding windows, and an
         element gate on the output of attention. A token's experts are together as wide as the MLP of the layers without experts.
 
         Args:
@@ -158,7 +158,7 @@ class TransformerConfig:
             hybrid_period: Layers of a period; its last one has experts.
             num_experts: Routed experts of such a layer.
             top_k: Experts that a token takes.
-            shared_expert: Whether every token takes a further one, as wide as they are, behind a gate. Its width is 0 without it,
+            shared_expert: Whether every token takes a further one, as wide as they are, with a gate. Its width is 0 without it,
                 and torch remarks that it has nothing to initialise.
             lb_loss_weight: Weight of the balancing loss in the loss of training.
             z_loss_weight: Weight of the loss of large router logits (arXiv:2202.08906).

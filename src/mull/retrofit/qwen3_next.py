@@ -98,7 +98,7 @@ def _create(
     if freeze_backbone:
         model.freeze_backbone()
     if gradient_checkpointing:
-        # Not reentrant: behind a frozen embedding, reentrant checkpoints give no gradient.
+        # Not reentrant: after a frozen embedding, reentrant checkpoints give no gradient.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
