@@ -186,6 +186,13 @@ def test_a_mask_of_ones_own_says_which_tokens_are_one_sequence(
             model.model.embed_tokens(tokens), mask, torch.arange(TOKENS).expand(ROWS, -1) // 2
         )
         assert torch.equal(inputs.sequences(ROWS), torch.arange(ROWS)[:, None].expand(-1, TOKENS))
+    cache, half = model.new_cache(), TOKENS // 2
+    model(tokens[:, :half], past_key_values=cache, use_cache=True)
+    late = causal[:, :, half:].clone()
+    late[..., :3] = False  # as padding on the left
+    h = model.model.embed_tokens(tokens[:, half:])
+    inputs = model.model.layer_inputs(h, late, torch.arange(half, TOKENS).expand(ROWS, -1), cache)
+    assert torch.equal(inputs.sequences(ROWS), torch.arange(ROWS)[:, None].expand(-1, half))
     document = (torch.arange(TOKENS) >= 5).long()
     prompt = ((torch.arange(TOKENS) - 5 * document) < 3).expand(ROWS, -1)
     apart = causal & (document[:, None] == document)

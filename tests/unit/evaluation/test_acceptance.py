@@ -48,5 +48,6 @@ def test_a_call_is_told_with_units_and_what_was_not_measured() -> None:
     assert told["speed-up"] == "not measured"
     stats.plain_seconds = 0.45
     assert describe_call(stats)["speed-up"].startswith("1.50 "), "five rounds of 0.45 s in 1.5 s"
+    assert describe_call(call([(0, [1])]))["speed-up"] == "none: nothing was drafted"
     stats.think_iterations = None
     assert describe_call(stats)["think iterations"] == "of an explicit path"

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D model width, N valid targets.
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -16,6 +16,7 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.ops.cross_entropy import weighted_cross_entropy
 from mull.ops.divergence import Kind, Predictor, TopK, divergence
 from mull.ops.targets import IGNORED, label_positions, require_targets, targets_of
+from mull.retrofit.hybrid import CrossArchTransferConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.arguments import require, require_count, require_ids
 from mull.runtime.distributed import same_everywhere
@@ -235,13 +236,6 @@ def distill(settings: DistillConfig, resources: Resources) -> Distill:
     return Distill(teacher, resources.iterations, settings, n_tokens)
 
 
-class HasDistillation(Protocol):
-    """A configuration of a conversion, as far as distillation reads it."""
-
-    distillation_temperature: float
-    distillation_alpha: float
-
-
 class DistillationTrainer:
     """Distillation for a training loop of your own; `mull.training.loop.train` does the same with the objective ``distill``.
 
@@ -261,12 +255,10 @@ class DistillationTrainer:
         self,
         teacher: PreTrainedModel,
         student: PreTrainedModel,
-        config: DistillConfig | HasDistillation | None = None,
+        config: DistillConfig | CrossArchTransferConfig | None = None,
         n_tokens: int | None = None,
     ) -> None:
-        if config is None:
-            config = DistillConfig()
-        elif not isinstance(config, DistillConfig):
+        if isinstance(config, CrossArchTransferConfig):
             config = DistillConfig(temperature=config.distillation_temperature, alpha=config.distillation_alpha)
         if teacher is student:
             raise ValueError(
@@ -277,7 +269,7 @@ class DistillationTrainer:
         check_reference(self.student, self.teacher, n_tokens)
         if n_tokens is not None:
             require_count("n_tokens", n_tokens, 1, self._n_known)
-        self._objective = Distill(self.teacher, ONCE, config, n_tokens)
+        self._objective = Distill(self.teacher, ONCE, config or DistillConfig(), n_tokens)
 
     @property
     def _n_known(self) -> int:
