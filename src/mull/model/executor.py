@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from mull.model.families import keeps_documents_apart
 from mull.model.inputs import LayerInputs, PartialInputs
 from mull.model.memory import ActiveTokens, CallMemory, CallSlot, LayerKeys, LayerMemory, Memory, Merge
 from mull.model.path import Visit
@@ -264,6 +265,12 @@ def _run_recurrent(
     """Run a recurrent layer on the sequence of the tokens that run, of each document by itself."""
     documents = inputs.documents
     padding = inputs.masks["linear_attention"]
+    if documents is not None and slot is None and active is None and keeps_documents_apart(h.device):
+        # One row without padding; kernels start anew at each border.
+        flat = {name: value.flatten(0, 1)[None] for name, value in extra.items()}
+        options = _options(None, padding, inputs.position_ids, inputs.rotary["linear_attention"], flat)
+        options |= {"cu_seq_lens_q": documents.borders, "seq_idx": documents.number}
+        return layer(h.flatten(0, 1)[None], **options).view_as(h)
     if documents is not None:
         extra = {name: documents.split(value) for name, value in extra.items()}
     options = _options(slot, padding, inputs.position_ids, inputs.rotary["linear_attention"], extra)

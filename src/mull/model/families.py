@@ -8,9 +8,10 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -85,6 +86,33 @@ def require_supported(config: PreTrainedConfig) -> Family:
 
 DELTA_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
 CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
+BORDERS = ("cu_seqlens", "seq_idx")
+"""Keywords by which these functions keep packed documents apart, where they do."""
+
+KERNELS = {
+    ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"): "cu_seqlens",
+    ("causal_conv1d", "causal_conv1d_fn"): "seq_idx",
+}
+"""What transformers takes as kernels where it is installed, and which of `BORDERS` each has to take."""
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether installed kernels run on a device: they are made for GPUs, and fail on the CPU."""
+    return device.type != "cpu"
+
+
+def keeps_documents_apart(device: torch.device) -> bool:
+    """Whether recurrent layers can take all packed documents of a batch as one sequence on this device."""
+    return runs_kernels(device) and _kernels_take_borders()
+
+
+@cache
+def _kernels_take_borders() -> bool:
+    try:
+        kernels = {getattr(importlib.import_module(module), name): key for (module, name), key in KERNELS.items()}
+    except (ImportError, AttributeError, RuntimeError):  # not installed, another version, no driver
+        return False
+    return all(key in inspect.signature(kernel).parameters for kernel, key in kernels.items())
 
 
 def install_recurrent_hooks(family: Family) -> None:
@@ -92,7 +120,8 @@ def install_recurrent_hooks(family: Family) -> None:
 
     A layer hands unknown keywords on to these functions. That is the only way to reach a delta rule inside of a layer of
     transformers, whose code mull does not copy: given a `LayerMemory` as ``cache_view``, the memory runs the delta rule. Without
-    it, the functions compute what they did before, with one exception: on the CPU they run transformers' own torch code.
+    it, the functions compute what they did before, with one exception: on the CPU they run transformers' own torch code, if they
+    are not asked to keep packed documents apart, which that code cannot do.
     """
     if family.delta_rule_module is None:
         return
@@ -108,8 +137,10 @@ def _adapted(function: Callable[..., Any], is_delta_rule: bool) -> Callable[...,
 
     @wraps(function)
     def adapted(first: Tensor, *args: Any, cache_view: LayerMemory | None = None, **kwargs: Any) -> Any:
-        # transformers chooses a kernel when it is imported; an installed GPU kernel fails on the CPU.
-        chosen = reference if first.device.type == "cpu" else function
+        # transformers chooses a kernel when it is imported. Its wrapper refuses borders where there is none; the torch code alone
+        # would ignore them.
+        bordered = any(kwargs.get(name) is not None for name in BORDERS)
+        chosen = function if bordered or runs_kernels(first.device) else reference
         if cache_view is None or not is_delta_rule:
             return chosen(first, *args, **kwargs)
         return cache_view.delta_rule(chosen, first, *args, **kwargs)

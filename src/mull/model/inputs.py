@@ -49,6 +49,14 @@ class Documents:
     inverse: Tensor
     """``[B * T]``: flat position in ``[S, L]`` of each token of the batch."""
 
+    borders: Tensor
+    """``[S + 1]``, int32: flat position in the batch where each document begins, and B * T."""
+
+    @property
+    def number(self) -> Tensor:
+        """``[1, B * T]``, int32: the document of each token of the batch."""
+        return (self.inverse // self.index.shape[1]).int()[None]
+
     def split(self, x: Tensor) -> Tensor:
         """``[B, T, ...]`` to ``[S, L, ...]``: each document a row of its own. Entries after its end are meaningless."""
         return x.flatten(0, 1)[self.index]
@@ -221,7 +229,8 @@ def find_documents(position_ids: Tensor, batch_size: int) -> Documents | None:
     offset = torch.arange(number.numel(), device=number.device) - start[number]
     columns = torch.arange(int(length.max()), device=number.device)
     index = torch.where(columns < length[:, None], start[:, None] + columns, 0)
-    return Documents(index, number * index.shape[1] + offset)
+    borders = torch.cat([start, length.sum()[None]]).int()
+    return Documents(index, number * index.shape[1] + offset, borders)
 
 
 @dataclass(frozen=True)
