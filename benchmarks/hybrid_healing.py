@@ -3,7 +3,7 @@
 The teachers are those of `hybrid_start.py`: small Qwen3 models on Python's library, of whose layers three of four become Gated
 DeltaNet. Every arm sees the same rows. An arm with alignment spends the first half of its steps on it.
 
-    python benchmarks/hybrid_healing.py [--seeds 0 1] [--width 128] [--steps 120] [--folder out/hybrid_start] [--out FILE]
+    python benchmarks/hybrid_healing.py [--seeds 0 1] [--width 128] [--steps 120] [--arms "ridge, KL"] [--folder out/hybrid_start]
 """
 
 import argparse
@@ -46,7 +46,7 @@ ARMS: dict[str, tuple[CalibrationConfig | None, bool]] = {
 RATES = {"align": 1e-3, "distill": 1e-3}
 
 
-def measure(bench: Bench, teacher_steps: int, steps: int) -> dict[str, Any]:
+def measure(bench: Bench, teacher_steps: int, steps: int, arms: Sequence[str]) -> dict[str, Any]:
     """Held-out losses of one seed's teacher and of its hybrids, before and after."""
     source, text = trained_teacher(bench, teacher_steps)
     teacher = wrap_transformer_with_etd(source, None).eval().requires_grad_(False)
@@ -57,7 +57,8 @@ def measure(bench: Bench, teacher_steps: int, steps: int) -> dict[str, Any]:
     calibration = list(packed.input_ids[:128].split(BATCH))
     starts = {config: calibrate_starts(source, calibration, layers, config) for config in (RIDGE, SCALE)}
     losses: dict[str, Any] = {"teacher": held_out_loss(teacher, text.held_out, None)}
-    for name, (config, aligned) in ARMS.items():
+    for name in arms:
+        config, aligned = ARMS[name]
         student = create_hybrid_from_qwen3(source, starts=None if config is None else starts[config])
         before, done = held_out_loss(student, text.held_out, None), 0
         stages = {"align": steps // 2, "distill": steps - steps // 2} if aligned else {"distill": steps}
@@ -88,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--teacher-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--folder", type=Path, default=Path("out/hybrid_start"))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
@@ -97,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = {}
     for seed in given.seeds:
         bench = Bench(given.folder / f"{given.width}x{given.layers}-{seed}", seed, size)
-        found[seed] = measure(bench, given.teacher_steps, given.steps)
+        found[seed] = measure(bench, given.teacher_steps, given.steps, given.arms)
     if given.out is not None:
         facts = header(
             "cpu", seconds=time.perf_counter() - started, steps=given.steps, tokens=given.steps * BATCH * size.length

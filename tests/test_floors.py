@@ -45,7 +45,8 @@ LAYOUT: dict[str, tuple[int, str]] = {
     "evaluation": (7, "held_out lossless acceptance rewards depth_trace divergence cost search"),
     "evaluation.cost": (7, "count disk training decoding"),
     "evaluation.search": (7, "loop_probe split calibration layer_choice route_tree route_scores routes route_report"),
-    "app": (8, "yaml_text architecture recipe prepare build run report demo hybrid cli"),
+    "app": (8, "yaml_text architecture recipe prepare build run report demo commands cli"),
+    "app.commands": (8, "shared train depth routes hybrid generate"),
     "app.report": (8, "figures page inspect_page"),
     "app.demo": (8, "chapter loops weights speculation chain depth hybrid demo"),
 }
@@ -64,11 +65,11 @@ BUDGETS = {
     "retrofit": 2010,
     "training": 3277,
     "evaluation": 2290,
-    "app": 2986,
+    "app": 3050,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 18580
+MAX_CODE_LINES = 18660
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

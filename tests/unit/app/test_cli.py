@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_generate_reads_a_prompt_as_training_did_and_ends_where_training_ends(
         calls.append((input_ids.tolist(), options["eos_token_id"]))
         return generate(model, input_ids, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cli, "generate", observed)
+    monkeypatch.setattr("mull.app.commands.generate.generate", observed)
     assert run(monkeypatch, "generate", tmp_path, "--prompt", "def<|endoftext|>", "--max-new-tokens", 4) == 0
     [([ids], ends)] = calls
     assert ids[0] == 5
@@ -270,6 +271,13 @@ def test_train_runs_a_recipe(
     assert (tmp_path / "tiny" / "model" / "model.safetensors").exists()
 
     again = ["train", tmp_path / "recipe.yaml", "--set", "train.steps=2"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr("mull.training.objectives.next_token.NextToken.loss", Mock(side_effect=KeyboardInterrupt))
+        assert run(stopped, *again, "--set", "run.name=other") == 130
+    assert (
+        f"--resume continues from the newest checkpoint in {tmp_path / 'other' / 'checkpoints'}"
+        in capsys.readouterr().out
+    )
     assert run(monkeypatch, *again) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert run(monkeypatch, *again, "--set", "train.peak_lr=1", "--resume") == 2
@@ -322,7 +330,7 @@ def test_of_several_ranks_the_first_one_reports(
     monkeypatch.setenv("RANK", "1")
     assert run(monkeypatch, "train", tmp_path / "none.yaml") == 2
     assert capsys.readouterr().err.startswith("mull train (rank 1): There is no recipe at")
-    monkeypatch.setattr(cli, "estimate_recipe", lambda recipe: "a table")
+    monkeypatch.setattr("mull.app.commands.train.estimate_recipe", lambda recipe: "a table")
     (tmp_path / "recipe.yaml").write_text("run: {name: a}\nmodel: {checkpoint: b}\ntrain: {steps: 1}\n")
     assert run(monkeypatch, "train", tmp_path / "recipe.yaml", "--dry-run") == 0
     assert capsys.readouterr().out == ""
@@ -455,7 +463,7 @@ def test_routes_labels_questions_goes_on_where_it_stopped_and_finds_one_route_fo
     arguments = ["routes", checkpoint, "--task", task, "--simulations", 8, "--out", labels]
     assert run(monkeypatch, *arguments, "--max-examples", 4) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^ +questions +right +of these plain right +mean visits$", printed, re.MULTILINE)
+    assert re.search(r"^ *questions +right +of these plain right +mean visits$", printed, re.MULTILINE)
     assert f"Written to {labels}." in printed
     first = labels.read_text()
     assert run(monkeypatch, *arguments) == 0
@@ -480,7 +488,7 @@ def test_routes_labels_questions_goes_on_where_it_stopped_and_finds_one_route_fo
         printed = capsys.readouterr().out
         best = BestRoute.model_validate_json(route.read_text())
         assert sum(best.found.route) <= 5
-        assert re.search(rf"^ +{method} +{sum(best.found.route)} +{best.found.loss:.4f} ", printed, re.MULTILINE)
+        assert re.search(rf"^ *{method} +{sum(best.found.route)} +{best.found.loss:.4f} ", printed, re.MULTILINE)
         assert str(list(best.found.route)) in printed.splitlines()[-1]
     assert run(monkeypatch, "routes", checkpoint, "--task", tmp_path / "none.jsonl") == 2
     assert "does not exist" in capsys.readouterr().err
@@ -511,7 +519,7 @@ def test_routes_reports_what_trained_routers_decide(
     assert found.n_questions == 3
     assert f"3 questions: macro-F1 {found.agreement.macro_f1:.4f}, accuracy {found.agreement.accuracy:.4f}" in printed
     for name, cost in found.costs.items():
-        assert re.search(rf"^ +{name} +{cost.visits:.4f} +{cost.loss:.4f} ", printed, re.MULTILINE)
+        assert re.search(rf"^ *{name} +{cost.visits:.4f} +{cost.loss:.4f} ", printed, re.MULTILINE)
     assert found.costs["routers"] == found.costs["plain"], "new routers execute"
 
 

@@ -1,5 +1,6 @@
 """Claim: ``mull convert --calibrate`` writes the measured start, and ``mull layers`` a choice that ``mull convert`` reads."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from mull.app import cli, hybrid
+from mull.app import cli
+from mull.app.commands import hybrid
 from mull.data.packing import pack_texts
 from mull.data.tokenizer import train_tokenizer
+from mull.evaluation.divergence import step_zero
 from mull.evaluation.search.layer_choice import LayerChoice
-from mull.retrofit.calibrate import delta_mixer, mixers_in_place
+from mull.retrofit.calibrate import CalibrationConfig, delta_mixer, mixers_in_place
 
 TEXTS = [f"def {name}_{i}(x):\n    return {name} + x * {i}\n" for name in ("area", "sum", "mean") for i in range(150)]
 
@@ -51,16 +54,18 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 @torch.no_grad()
-def test_convert_writes_the_calibrated_start(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fit", ["ridge", "scale"])
+def test_convert_writes_the_calibrated_start(fit, checkpoint, tmp_path, monkeypatch, capsys):
     text = checkpoint / "text.txt"
     monkeypatch.setattr(hybrid, "CALIBRATION_TOKENS", 640)
-    arguments = ["convert", checkpoint, "--calibrate", text, "--out", tmp_path / "hybrid"]
+    arguments = ["convert", checkpoint, "--calibrate", text, "--fit", fit, "--out", tmp_path / "hybrid"]
     assert run(monkeypatch, *arguments) == 0
+    shown = capsys.readouterr().out
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid").eval()
 
     teacher: Any = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     rows = hybrid.full_rows(pack_texts([text.read_text()], AutoTokenizer.from_pretrained(checkpoint), length=64))
-    starts = hybrid.calibrated(teacher, rows, [0, 1, 2])
+    starts = hybrid.calibrated(teacher, rows, [0, 1, 2], CalibrationConfig(output=fit))
     ids = rows[20:23]
     with mixers_in_place(
         teacher.model.layers,
@@ -69,10 +74,21 @@ def test_convert_writes_the_calibrated_start(checkpoint, tmp_path, monkeypatch):
         expected = teacher(ids).logits
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-3)
     assert (teacher(ids).logits - expected).abs().max() > 0.01
+    judged = list(rows[10:18].split(hybrid.CALIBRATION_BATCH))  # what follows the 640 tokens
+    start = step_zero(teacher, judged, {"calibrated": starts}, progress=False)[0]
+    assert "on 8 rows after the calibration's" in shown
+    assert re.search(rf"^ *calibrated +{start.divergence:.4f} +{start.standard_error:.4f}$", shown, re.MULTILINE)
+
+
+def test_convert_says_when_no_text_is_left_to_measure_on(checkpoint, tmp_path, monkeypatch, capsys):
+    assert (
+        run(monkeypatch, "convert", checkpoint, "--calibrate", checkpoint / "text.txt", "--out", tmp_path / "new") == 0
+    )
+    assert re.search(r"The calibration took all \d+ rows of the text, so none is left", capsys.readouterr().out)
 
 
 def test_a_wrong_conversion_is_refused_before_it_calibrates(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "calibrated", None)
+    monkeypatch.setattr(hybrid, "calibrated", None)
     (tmp_path / "file").write_text("")
     for wrong in (["--out", tmp_path / "file"], ["--out", tmp_path / "new", "--layers", "7"]):
         assert run(monkeypatch, "convert", checkpoint, "--calibrate", checkpoint / "text.txt", *wrong) == 2

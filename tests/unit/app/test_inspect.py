@@ -25,6 +25,7 @@ from mull.app import cli
 from mull.app.report.inspect_page import write_inspection
 from mull.data.tokenizer import train_tokenizer
 from mull.evaluation.depth_trace import trace_depth
+from mull.retrofit.wrap import from_pretrained
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(200))
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -59,7 +60,7 @@ def data_of(page: Path) -> Any:
 
 
 def test_a_trace_is_what_the_model_does(checkpoint: Path) -> None:
-    model = cli.from_pretrained(checkpoint)
+    model = from_pretrained(checkpoint)
     tokens = torch.randint(3, 250, (1, 20), generator=torch.Generator().manual_seed(0))
     trace = trace_depth(model, tokens)
     with torch.no_grad():
