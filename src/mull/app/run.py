@@ -30,6 +30,7 @@ from mull.evaluation.held_out import held_out_losses
 from mull.evaluation.rewards import right_answers
 from mull.evaluation.search.route_report import route_agreement
 from mull.model.causal_lm import MullForCausalLM
+from mull.retrofit.convert import add_engine_keys
 from mull.retrofit.reading import TokenizersErrors
 from mull.runtime import storage
 from mull.runtime.checkpoint import CheckpointConfig
@@ -279,6 +280,7 @@ def _export(
     try:
         for name, skeleton in _skeletons(model, state).items():
             skeleton.save_pretrained(staging / name)
+            add_engine_keys(staging / name)
             with TokenizersErrors():
                 tokenizer.save_pretrained(staging / name)
         if value_head:

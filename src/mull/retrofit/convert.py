@@ -46,6 +46,9 @@ from mull.runtime.progress import Progress
 REPORT = "conversion.jsonl"
 """File of a converted checkpoint: what was converted, and a line for each weight file. It also says how far a conversion is."""
 
+HYBRID_TYPES = ("qwen3_5_text", "qwen3_5_moe_text")
+"""``model_type`` of hybrids."""
+
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -504,8 +507,20 @@ def _write_rest(plan: Plan, staged: Path, records: Sequence[Mapping[str, Any]]) 
             shutil.copytree(file, staged / file.name, dirs_exist_ok=True)
         else:
             shutil.copyfile(file, staged / file.name)
-    config = json.loads(plan.config.to_json_string())
-    # transformers has these in rope_parameters. Some engines look for them here, and would rotate a quarter of each head.
-    config |= {name: config["rope_parameters"][name] for name in ("partial_rotary_factor", "rope_theta")}
-    text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
-    (staged / "config.json").write_text(text, encoding="utf-8")
+    (staged / "config.json").write_text(plan.config.to_json_string(), encoding="utf-8")
+    add_engine_keys(staged)
+
+
+def add_engine_keys(folder: Path) -> None:
+    """Add to a hybrid's ``config.json`` what some engines look for in other places than transformers does.
+
+    transformers has the rotary embedding in ``rope_parameters``, and drops these keys when it saves a model. An engine that does
+    not find them rotates a quarter of each head. Other architectures than that of hybrids are left alone.
+    """
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config["model_type"] not in HYBRID_TYPES:
+        return
+    rotary = config.get("rope_parameters") or {}
+    config |= {name: rotary[name] for name in ("partial_rotary_factor", "rope_theta") if name in rotary}
+    file.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")

@@ -716,6 +716,9 @@ def test_a_hybrid_is_healed_in_three_stages_and_its_trunk_is_one_of_transformers
     assert tuned[-1]["tokens"] == 2 * 64
     trained = AutoModelForCausalLM.from_pretrained(hybrid / "first" / "trunk")
     assert type(trained).__name__ == "Qwen3_5ForCausalLM"
+    written = json.loads((hybrid / "first" / "trunk" / "config.json").read_text())
+    for name in ("partial_rotary_factor", "rope_theta"):  # engines look for them at the top
+        assert written[name] == written["rope_parameters"][name]
 
 
 def recorded(hybrid: Path) -> Path:
