@@ -1,18 +1,11 @@
-"""Variants of decoding against each other, in turns in one process, with the same weights and prompts.
+"""What benchmarks of decoding print and keep: tables of `mull.evaluation.speed`, and where texts first differ."""
 
-A variant continues a batch of prompts. Each round runs all of them on every prompt, and each prompt begins with another one, so
-that a drifting machine affects all alike. The time of a call includes the prompt. The first round warms up; what mull compiles
-after that is left out.
-"""
-
-import copy
 import platform
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,129 +15,11 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import mull
-from mull.evaluation.acceptance import acceptance_by_position
 from mull.evaluation.lossless import Difference, differences
+from mull.evaluation.speed import Outcome, Timing
 
 PAD = 0
 PLAIN, STOCK, COMPILED = "mull plain", "transformers", ", compiled"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one call returned."""
-
-    rows: list[list[int]]
-    """The new tokens of each row."""
-
-    stats: mull.GenerationStats | None = None
-    """`mull.generate`'s account of the call."""
-
-
-Variant = Callable[[Tensor, Tensor], Outcome]
-"""Continues ``input_ids [B, T]`` under ``attention_mask [B, T]``."""
-
-
-@dataclass
-class Timing:
-    """All calls of one variant."""
-
-    seconds: list[float] = field(default_factory=list)
-    """Of each round over all prompts, without the first, which warms up."""
-
-    tokens: int = 0
-    """New tokens of a round."""
-
-    outcomes: list[list[Outcome]] = field(default_factory=list)
-    """By round, the first included, and prompt."""
-
-    @property
-    def per_second(self) -> list[float]:
-        """Tokens per second of each round."""
-        return [self.tokens / value for value in self.seconds]
-
-    @property
-    def stats(self) -> list[mull.GenerationStats]:
-        """Of the timed calls; none where the variant gives no account."""
-        outcomes = [outcome for of_round in self.outcomes[1:] for outcome in of_round]
-        return [outcome.stats for outcome in outcomes if outcome.stats is not None]
-
-    @property
-    def tokens_per_pass(self) -> float | None:
-        """Tokens per row and forward pass after the prompt; None if the variant does not report it."""
-        n_passes = sum(one.row_rounds for one in self.stats)
-        return 1 + sum(sum(one.accepted) for one in self.stats) / n_passes if n_passes else None
-
-    @property
-    def acceptance(self) -> list[float]:
-        """Share of accepted drafts by position, of those whose predecessors were accepted."""
-        return [position.conditional for position in acceptance_by_position(self.stats)]
-
-
-def mull_variant(model: Any, tokens: int, temperature: float, options: Mapping[str, Any]) -> Variant:
-    # What mull learns of a model and prepares for it belongs to the object: with one per variant, none evicts another's.
-    own = copy.copy(model)
-
-    def run(ids: Tensor, mask: Tensor) -> Outcome:
-        out = mull.generate(
-            own,
-            ids,
-            mask,
-            max_new_tokens=tokens,
-            temperature=temperature,
-            seed=0,
-            eos_token_id=(),
-            pad_token_id=PAD,
-            **options,
-        )
-        return Outcome(out.sequences[:, ids.shape[1] :].tolist(), out.stats)
-
-    return run
-
-
-def stock_variant(model: Any, tokens: int, temperature: float, options: Mapping[str, Any]) -> Variant:
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-
-    def run(ids: Tensor, mask: Tensor) -> Outcome:
-        out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=PAD, **sampling, **options
-        )  # fmt: skip
-        return Outcome(out[:, ids.shape[1] :].tolist())
-
-    return run
-
-
-def measure(
-    variants: Mapping[str, Variant], prompts: Sequence[tuple[Tensor, Tensor]], rounds: int, label: str
-) -> dict[str, Timing]:
-    """Run all variants in turns on each prompt: a round to warm up, then `rounds`. Each prompt begins with another variant."""
-    timings = {name: Timing() for name in variants}
-    names = list(variants)
-    for number in range(rounds + 1):
-        begin = time.perf_counter()
-        spent = dict.fromkeys(names, 0.0)
-        for timing in timings.values():
-            timing.outcomes.append([])
-        for place, (ids, mask) in enumerate(prompts):
-            first = place % len(names)
-            for name in names[first:] + names[:first]:
-                synchronize(ids)
-                started = time.perf_counter()
-                outcome = variants[name](ids, mask)
-                synchronize(ids)
-                spent[name] += time.perf_counter() - started - getattr(outcome.stats, "warm_up_seconds", 0.0)
-                timings[name].outcomes[-1].append(outcome)
-        for name, timing in timings.items():
-            timing.tokens = sum(len(row) for outcome in timing.outcomes[-1] for row in outcome.rows)
-            timing.seconds += [spent[name]] if number else []
-        done = "warmed up" if number == 0 else f"round {number} of {rounds}"
-        print(f"  {label}: {done}, {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
-    return timings
-
-
-def synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
 
 
 class Judge:

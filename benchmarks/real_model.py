@@ -30,23 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from race import (
-    COMPILED,
-    PLAIN,
-    STOCK,
-    Judge,
-    Outcome,
-    Variant,
-    distinct_share,
-    header,
-    machine,
-    measure,
-    mull_variant,
-    rows_of,
-    show,
-    stock_variant,
-    table_rows,
-)
+from race import COMPILED, PLAIN, STOCK, Judge, distinct_share, header, machine, rows_of, show, table_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.generation import CompileConfig
@@ -58,6 +42,7 @@ from mull.data.packing import PackedDataset, TokenizedExample, pack_tokenized_ex
 from mull.data.sampler import ShuffledBatches
 from mull.data.sources import read_records
 from mull.evaluation.held_out import held_out_losses
+from mull.evaluation.speed import Outcome, Variant, measure_in_turns, mull_variant, stock_variant
 from mull.runtime.progress import Progress
 from mull.training.loop import TrainConfig, train
 from mull.training.objectives.resources import Resources
@@ -249,9 +234,9 @@ def variants_of(model: Any, stock: Any, llama: Mapping[str, Path], arguments: ar
     compiled._compile_all_devices = True
     static = {"cache_implementation": "static", "compile_config": compiled}
     variants = {
-        STOCK: stock_variant(stock, tokens, 0.0, {}),
-        f"{STOCK}, prompt lookup of 3": stock_variant(stock, tokens, 0.0, {"prompt_lookup_num_tokens": 3}),
-        f"{STOCK}, static cache, compiled": stock_variant(copy.copy(stock), tokens, 0.0, static),
+        STOCK: stock_variant(stock, tokens, {}),
+        f"{STOCK}, prompt lookup of 3": stock_variant(stock, tokens, {"prompt_lookup_num_tokens": 3}),
+        f"{STOCK}, static cache, compiled": stock_variant(copy.copy(stock), tokens, static),
     }
     drafts: dict[str, dict[str, Any]] = {PLAIN: {}}
     drafts |= {f"mull, {k} draft{'s' * (k > 1)}": {"draft": "mtp", "draft_length": k} for k in range(1, 1 + N_HEADS)}
@@ -262,7 +247,7 @@ def variants_of(model: Any, stock: Any, llama: Mapping[str, Path], arguments: ar
         for name, drafting in drafts.items():
             if (suffix and name == "mull, adaptive") or (suffix == MAX_TUNED and name == LONGEST):
                 continue
-            variants[name + suffix] = mull_variant(model, tokens, 0.0, {**drafting, **options})
+            variants[name + suffix] = mull_variant(model, tokens, {**drafting, **options})
     for kind, file in llama.items():
         variants[f"llama.cpp {kind}"] = llama_variant(file, tokens, arguments.threads)
     return variants
@@ -286,7 +271,7 @@ def race(folder: Path, stock: Path, asked: Sequence[Question], file: Path, argum
     prompts = [torch.tensor(question.ids) for question in sorted(asked, key=lambda question: -len(question.ids))]
     batches = [(prompt[None], torch.ones_like(prompt[None])) for prompt in prompts]
     llama = requantised(file, arguments.out) if arguments.llama else {}
-    timings = measure(variants_of(model, theirs, llama, arguments), batches, arguments.rounds, "SmolLM2, bf16")
+    timings = measure_in_turns(variants_of(model, theirs, llama, arguments), batches, arguments.rounds, "SmolLM2, bf16")
     compared = {name: timing for name, timing in timings.items() if not name.startswith("llama.cpp")}
     judge = Judge(own, exact)
     rows = table_rows(timings, plain_of, prompts, None, {})

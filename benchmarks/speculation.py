@@ -39,33 +39,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from race import (
-    COMPILED,
-    PAD,
-    PLAIN,
-    STOCK,
-    Judge,
-    Outcome,
-    Timing,
-    Variant,
-    distinct_share,
-    header,
-    machine,
-    measure,
-    mull_variant,
-    rows_of,
-    show,
-    stock_variant,
-    table_rows,
-)
+from race import COMPILED, PAD, PLAIN, STOCK, Judge, distinct_share, header, machine, rows_of, show, table_rows
 from speculation_models import (
     DTYPES,
     N_HEADS,
     SPECS,
     Subject,
     draw_prompts,
-    heads_loaded_once,
-    load_stock,
     load_subject,
     trained,
 )
@@ -76,6 +56,8 @@ from transformers.utils import logging as transformers_logging
 
 from mull.evaluation.cost.count import STREAMED_BYTES, Machine, measure_machine
 from mull.evaluation.cost.decoding import predicted_speedup
+from mull.evaluation.speed import Outcome, Timing, Variant, measure_in_turns, mull_variant, stock_variant
+from mull.evaluation.stock import heads_loaded_once, load_stock
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = {1: "mull, 1 draft", **{k: f"mull, {k} drafts" for k in range(2, 1 + N_HEADS)}}
@@ -128,7 +110,7 @@ def passes_of_stock(subject: Subject, prompts: Sequence[tuple[Tensor, Tensor]], 
         calls[0] += 1
 
     handle = subject.stock.register_forward_hook(count)
-    run = stock_variant(subject.stock, tokens, 0.0, {"use_mtp": True})
+    run = stock_variant(subject.stock, tokens, {"use_mtp": True})
     gained = sum(len(run(ids, mask).rows[0]) - 1 for ids, mask in prompts)
     handle.remove()
     return gained / (calls[0] - len(prompts))
@@ -166,7 +148,7 @@ def predictions(
 ) -> dict[str, float]:
     """Speed-up over plain decoding with fixed draft lengths if all passes took the least time, by variant."""
     peak = own_machine(subject, device)
-    n_new = next(iter(timings.values())).tokens / len(prompts)
+    n_new = sum(next(iter(timings.values())).tokens) / len(prompts)
     context = round(sum(map(len, prompts)) / len(prompts) + n_new / 2)
     found = {}
     for k, name in LENGTHS.items():
@@ -185,7 +167,7 @@ def compare(
     label = f"{subject.name}, {subject.precision}, batch {batch}"
     torch.compiler.reset()  # dynamo refuses the ninth version of a function, whichever model it was for
     batches = batches_of(prompts, batch, arguments.device)
-    timings = measure(variants_of(subject, arguments, batch), batches, arguments.rounds, label)
+    timings = measure_in_turns(variants_of(subject, arguments, batch), batches, arguments.rounds, label)
     greedy = arguments.temperature == 0
     per_pass = passes_of_stock(subject, batches, arguments.tokens) if batch == 1 and greedy else None
     more: dict[str, dict[str, Any]] = {name: {"tokens_per_pass": per_pass} for name in timings if "use_mtp" in name}

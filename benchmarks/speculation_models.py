@@ -3,15 +3,11 @@
 The text is the standard library's sources. Trunk and heads are trained together by mull's trainer, with Muon and AdamW.
 """
 
-import copy
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -22,9 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen3ForCausalLM,
 )
-from transformers.modeling_layers import MtpModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mull import MTPConfig, MullForCausalLM, from_pretrained, wrap_transformer_with_etd
@@ -33,6 +27,7 @@ from mull.data.packing import pack_texts
 from mull.data.sampler import ShuffledBatches
 from mull.data.tokenizer import train_tokenizer
 from mull.evaluation.held_out import held_out_losses
+from mull.evaluation.stock import write_stock
 from mull.training.loop import TrainConfig, train
 from mull.training.objectives.resources import Resources
 from mull.training.objectives.table import make_objective
@@ -42,9 +37,6 @@ LENGTH = 256
 BYTES, BPE = 257, 4096
 RECORD = "training.json"
 """Written last into a model's folder: what is there without it is not complete."""
-
-HEAD_PARTS = {"embedding_norm": "enorm", "hidden_norm": "hnorm", "proj": "eh_proj", "norm": "shared_head.norm"}
-"""Parts of mull's sequential head, and their names in DeepSeek's checkpoints, which transformers reads."""
 
 PROMPT_LENGTHS = (128, 96, 64)
 """In turns. Few, and the longest first: what is compiled for it serves the others, or else dynamo's limit of eight is near."""
@@ -178,63 +170,6 @@ def _train(name: str, spec: Spec, folder: Path, seed: int, device: str) -> dict[
         "precision": run.precision,
         "held_out": losses,
     }
-
-
-def write_stock(model: MullForCausalLM, folder: Path) -> None:
-    """Write a checkpoint of transformers' own classes, with the heads of a dense model under the names of DeepSeek's."""
-    config = copy.deepcopy(model.config.get_text_config())
-    heads = {}
-    if "linear_attention" not in (getattr(config, "layer_types", None) or []):
-        heads = stock_heads(model.mtp_heads, config.num_hidden_layers)
-        config.num_mtp_layers = N_HEADS
-        config.mtp_layer_types = ["full_attention"] * N_HEADS
-    with torch.device("meta"):
-        stock = AutoModelForCausalLM.from_config(config)
-    stock.model, stock.lm_head = model.model, model.lm_head
-    stock.save_pretrained(folder, state_dict={**stock.state_dict(), **heads})
-
-
-def stock_heads(heads: Any, n_layers: int) -> dict[str, Tensor]:
-    """Tensors of sequential heads under the names of decoder layers after the last."""
-    tensors = {}
-    for number, head in enumerate(heads.heads, start=n_layers):
-        for name, tensor in head.state_dict().items():
-            part, _, rest = name.partition(".")
-            tensors[f"model.layers.{number}.{rest if part == 'block' else f'{HEAD_PARTS[part]}.{rest}'}"] = tensor
-    return tensors
-
-
-def load_stock(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """Load what `write_stock` wrote, for ``generate(use_mtp=True)`` where there are heads.
-
-    transformers finds the tensors of the heads by a pattern that a model's class has, and Qwen3's has none: a subclass gets it.
-    """
-    config = json.loads((folder / "config.json").read_text())
-    n_layers, n_heads = config["num_hidden_layers"], config.get("num_mtp_layers", 0)
-    cls: Any = AutoModelForCausalLM
-    if n_heads:
-        patterns = [rf"model\.layers\.{number}\..*" for number in range(n_layers, n_layers + n_heads)]
-        cls = type("Qwen3WithMtpForCausalLM", (Qwen3ForCausalLM,), {"_keys_to_ignore_on_load_unexpected": patterns})
-    model: PreTrainedModel = cls.from_pretrained(folder, dtype=dtype)
-    return model.to(device).eval()
-
-
-@contextmanager
-def heads_loaded_once(kept: dict[int, MtpModel]) -> Iterator[None]:
-    """Let ``generate(use_mtp=True)`` load the heads of a model once; it loads them from disk at each call.
-
-    Args:
-        kept: Where they are kept, by ``id`` of their model.
-    """
-    load = MtpModel.from_pretrained
-
-    def once(main_model: PreTrainedModel, **options: Any) -> MtpModel:
-        if id(main_model) not in kept:
-            kept[id(main_model)] = load(main_model, **options)
-        return kept[id(main_model)]
-
-    with mock.patch.object(MtpModel, "from_pretrained", once):
-        yield
 
 
 @dataclass(frozen=True)

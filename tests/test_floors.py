@@ -42,7 +42,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
         "base iterations teacher_cache resources next_token step_supervision exits recursions evidence distill align "
         "weight_statistics weightings weighted_mtp critic routing grpo table",
     ),
-    "evaluation": (7, "held_out lossless acceptance rewards depth_trace divergence cost search"),
+    "evaluation": (7, "held_out lossless acceptance rewards depth_trace divergence stock speed cost search"),
     "evaluation.cost": (7, "count disk training decoding"),
     "evaluation.search": (7, "loop_probe split calibration layer_choice route_tree route_scores routes route_report"),
     "app": (8, "yaml_text architecture recipe prepare build run report demo commands cli"),
@@ -64,12 +64,12 @@ BUDGETS = {
     "decoding": 1160,
     "retrofit": 2010,
     "training": 3277,
-    "evaluation": 2290,
+    "evaluation": 2420,
     "app": 3050,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 18660
+MAX_CODE_LINES = 18790
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
