@@ -148,7 +148,7 @@ def trained_teacher(bench: Bench, steps: int) -> tuple[PreTrainedModel, Text]:
         wrapped = wrap_transformer_with_etd(teacher, None)
         objective = NextToken(IterationSampling(kind="fixed", maximum=1))
         # Adam, as Muon's large updates would wipe out what was written into the weights.
-        rates: dict[str, Any] = {"optimizer": "adamw", "peak_lr": 2e-3, "precision": "fp32"}
+        rates: dict[str, Any] = {"optimizer": "adamw", "peak_lr": 4e-4, "precision": "fp32"}
         config = TrainConfig(steps=steps, warmup_steps=50, seed=bench.seed, log_every=1, **rates)
         train(wrapped, objective, mixed(text, bench.seed), config, bench.out / "training")
         teacher.save_pretrained(folder)
