@@ -24,7 +24,15 @@ from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import HaltingConfig
 from mull.model.routing import Routed
 from mull.ops.sampling import Sampling
-from mull.runtime.arguments import require, require_callable, require_count, require_ids, require_seed, require_tensors, shown
+from mull.runtime.arguments import (
+    require,
+    require_callable,
+    require_count,
+    require_ids,
+    require_seed,
+    require_tensors,
+    shown,
+)
 
 UNSTEADY_ROPES = {"dynamic", "longrope"}
 """Rotary embeddings of transformers that depend on the largest position of a call."""

@@ -157,7 +157,11 @@ def code_in_prose(text: str, entry_point: str) -> str:
 
 
 def _begins_code(line: str, has_entry_point: bool) -> bool:
-    kinds = r"(?:async\s+def|def|class|import|from|@\w)" if has_entry_point else r"(?:def|class|import|from|for|while|if|\w+\s*=|\w[\w, ]*=|print\()"
+    kinds = (
+        r"(?:async\s+def|def|class|import|from|@\w)"
+        if has_entry_point
+        else r"(?:def|class|import|from|for|while|if|\w+\s*=|\w[\w, ]*=|print\()"
+    )
     return bool(re.match(kinds + r"(?:\b|\s|$)", line)) or (not has_entry_point and line.startswith("print("))
 
 
@@ -171,7 +175,11 @@ def defines(code: str, name: str) -> bool:
     """Whether code, Python or not, defines a function, a class or a variable of this name in column 0; an empty name always."""
     escaped = re.escape(name)
     return not name or bool(
-        re.search(rf"^(?:(?:async\s+)?def\s+{escaped}\s*[(\[]|class\s+{escaped}\b|{escaped}\s*(?::[^=\n]+)?=[^=])", code, re.MULTILINE)
+        re.search(
+            rf"^(?:(?:async\s+)?def\s+{escaped}\s*[(\[]|class\s+{escaped}\b|{escaped}\s*(?::[^=\n]+)?=[^=])",
+            code,
+            re.MULTILINE,
+        )
     )
 
 
@@ -181,7 +189,13 @@ def parses(code: str) -> bool:
         warnings.simplefilter("ignore")  # about invalid escape sequences
         try:
             compile(code, "program", "exec", dont_inherit=True)  # ast.parse accepts a return outside of a function
-        except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):  # also thousands of nested brackets
+        except (
+            SyntaxError,
+            ValueError,
+            OverflowError,
+            RecursionError,
+            MemoryError,
+        ):  # also thousands of nested brackets
             return False
     return True
 

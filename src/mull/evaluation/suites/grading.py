@@ -62,7 +62,10 @@ def grade(
     protocol = PROTOCOLS[problems.suite]
     programs = [protocol.program(by_name[record["problem"]], record["text"], chat) for record in records]
     if problems.suite == "gsm8k":
-        return [_number_verdict(record, by_name[record["problem"]], text) for record, text in zip(records, programs, strict=True)]
+        return [
+            _number_verdict(record, by_name[record["problem"]], text)
+            for record, text in zip(records, programs, strict=True)
+        ]
     file = folder / VERDICTS
     repair(file)
     known: dict[tuple[Key, str], dict[str, Any]] = {
@@ -101,7 +104,13 @@ def tests_of(problems: Sequence[Problem], workers: int) -> dict[str, Tests]:
     """The tests of each problem, as the sandbox takes them. Reference solutions run in it, too."""
     with ThreadPoolExecutor(max_workers=workers) as threads:  # each waits for a process of its own
         made = threads.map(_tests, problems)
-        return dict(zip((problem.name for problem in problems), tracked(made, "problem", "preparing tests", len(problems)), strict=True))
+        return dict(
+            zip(
+                (problem.name for problem in problems),
+                tracked(made, "problem", "preparing tests", len(problems)),
+                strict=True,
+            )
+        )
 
 
 def _tests(problem: Problem) -> Tests:
@@ -127,7 +136,7 @@ def is_floats(value: Any) -> bool:
     return isinstance(value, float)
 
 
-HEAD = '''import math
+HEAD = """import math
 inf, nan = float("inf"), float("nan")
 def _value(coefficients, x):
     return sum(c * math.pow(x, i) for i, c in enumerate(coefficients))
@@ -142,7 +151,7 @@ def _found(out, wanted):
     return out == wanted if isinstance(out, bool) else wanted == (out is not None)
 def _close(out, *wanted):
     return any(out == x or abs(out - x) <= 1e-6 + 1e-7 * abs(x) for x in wanted)
-'''
+"""
 """Names that the lines of special oracles use. The polynomial is HumanEval/32's; the other two are readings of the tasks Mbpp/581
 and Mbpp/558 that EvalPlus accepts beside those of the reference solutions."""
 

@@ -34,7 +34,9 @@ def import_lm_eval() -> Any:
     try:
         import lm_eval  # here, because it is an extra, and takes seconds
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"Tasks of lm-eval need a package that is missing ({error.name}): pip install 'mull[eval]'.") from None
+        raise RuntimeError(
+            f"Tasks of lm-eval need a package that is missing ({error.name}): pip install 'mull[eval]'."
+        ) from None
     return lm_eval
 
 
@@ -88,7 +90,6 @@ def mull_lm() -> type:
 
 
 def _logits(model: Any, inputs: Any, route: Route) -> Any:
-
 
     with torch.no_grad():
         return model(inputs, use_cache=False, **route.options()).logits
@@ -181,5 +182,3 @@ def _are_numbers(sums: Mapping[str, Any]) -> bool:
 
 def _is_mean(sums: Mapping[str, Any], value: float) -> bool:
     return abs(sum(map(float, sums.values())) / len(sums) - value) < 1e-9
-
-

@@ -118,9 +118,9 @@ def _count(
             best[..., k][place] = top.indices[:, 0]
             chosen = -log_p.gather(-1, wanted[:, None])[:, 0]
             hits = top.indices == wanted[:, None]
-            facts[..., k, :][tuple(index.cpu() for index in place)] = torch.stack(
-                [hits[:, 0], hits.any(-1), chosen, top.values[:, 0].exp()], -1
-            ).double().cpu()
+            facts[..., k, :][tuple(index.cpu() for index in place)] = (
+                torch.stack([hits[:, 0], hits.any(-1), chosen, top.values[:, 0].exp()], -1).double().cpu()
+            )
     _add(tallies, targets.cpu(), best.cpu(), facts, positions.cpu(), numbers)
 
 
@@ -149,7 +149,9 @@ def _add(
         values = torch.stack([confidence[valid], right[valid], torch.ones_like(right[valid])], -1)
         tally.confidence.index_add_(0, bins, values)
         ranges = (positions[compared] * RANGES // length).clamp(max=RANGES - 1)
-        tally.agreement.index_add_(0, ranges, torch.stack([same[compared], torch.ones_like(same[compared])], -1).double())
+        tally.agreement.index_add_(
+            0, ranges, torch.stack([same[compared], torch.ones_like(same[compared])], -1).double()
+        )
 
 
 def _summed(parts: Sequence[Sequence[HeadTally]]) -> list[HeadTally]:
@@ -173,9 +175,7 @@ class _States:
         return rows if self.unembed is None else self.unembed(rows)
 
 
-def head_states(
-    model: Any, ids: Tensor, positions: Tensor, route: Route, n_extra: int
-) -> Iterator[_States]:
+def head_states(model: Any, ids: Tensor, positions: Tensor, route: Route, n_extra: int) -> Iterator[_States]:
     """States ``[B, T, D]`` of the main head and the extra ones, each when it is asked for."""
     if not isinstance(model, MullForCausalLM):
         # Some architectures scale or cap their logits, which only they know.

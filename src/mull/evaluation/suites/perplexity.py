@@ -98,7 +98,9 @@ def text_losses(
     """
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
-        raise ValueError("The tokenizer has neither bos_token nor eos_token, one of which stands before a text: set one.")
+        raise ValueError(
+            "The tokenizer has neither bos_token nor eos_token, one of which stands before a text: set one."
+        )
     encoded = [tokenizer.encode(document.text) for document in documents]
     cuts = [(text, window) for text, tokens in enumerate(encoded) for window in windows(tokens, begin, length)]
     jobs = [(place, text, window) for place, (text, window) in enumerate(cuts)]
@@ -114,16 +116,16 @@ def text_losses(
     for place, text, window in jobs:
         of_text[text].append((nats[place], float(window.n_predicted)))
     return [
-        TextLoss(
-            document.name, tuple(sums), len(re.split(r"\s+", document.text)), len(document.text.encode("utf-8"))
-        )
+        TextLoss(document.name, tuple(sums), len(re.split(r"\s+", document.text)), len(document.text.encode("utf-8")))
         for document, sums in zip(documents, of_text, strict=True)
     ]
 
 
 def _losses(logits: Logits, batch: Sequence[Window], device: torch.device) -> list[float]:
     width = max(len(window.tokens) - 1 for window in batch)
-    rows = [window.tokens[:-1] + [0] * (width - len(window.tokens) + 1) for window in batch]  # padded behind what counts
+    rows = [
+        window.tokens[:-1] + [0] * (width - len(window.tokens) + 1) for window in batch
+    ]  # padded behind what counts
     found = logits(torch.tensor(rows, device=device))
     losses = []
     for row, window in zip(found, batch, strict=True):
@@ -134,7 +136,9 @@ def _losses(logits: Logits, batch: Sequence[Window], device: torch.device) -> li
     return losses
 
 
-def perplexity_scores(losses: Sequence[TextLoss], *, seed: int = 0) -> tuple[dict[str, Score], dict[str, dict[str, Sums]]]:
+def perplexity_scores(
+    losses: Sequence[TextLoss], *, seed: int = 0
+) -> tuple[dict[str, Score], dict[str, dict[str, Sums]]]:
     """lm-eval's ``word_perplexity``, ``byte_perplexity`` and ``bits_per_byte``, and the perplexity per token.
 
     Intervals are the bootstrap over texts; if there are fewer than `FEW`, over windows, whose words and bytes are then counted in

@@ -144,7 +144,9 @@ def _gsm8k_shots(place: str | None, shots: str | Path | None) -> list[Problem]:
 
 
 def _humaneval(record: Record) -> Problem:
-    name, prompt, entry, test = (unix(string_field(record, key)) for key in ("task_id", "prompt", "entry_point", "test"))
+    name, prompt, entry, test = (
+        unix(string_field(record, key)) for key in ("task_id", "prompt", "entry_point", "test")
+    )
     return Problem(name, prompt, entry, asserts=f"{test}\ncheck({entry})\n")
 
 
@@ -176,7 +178,9 @@ def _mbpp_plus(record: Record) -> Problem:
             unix(string_field(record, key)) for key in ("task_id", "prompt", "entry_point", "canonical_solution")
         )
         number = int(name.rpartition("/")[2])
-        return Problem(name, prompt, entry, inputs=_inputs(record, solution, lambda values: with_tuples(number, values)))
+        return Problem(
+            name, prompt, entry, inputs=_inputs(record, solution, lambda values: with_tuples(number, values))
+        )
     problem = _mbpp(record)  # the form on the hub
     test = "\n".join([*(record.fields.get("test_imports") or []), unix(string_field(record, "test"))])
     question = f'"""\n{problem.question}\n{problem.tests[0]}\n"""\n'
@@ -236,7 +240,9 @@ def tested_function(code: str, tests: Sequence[str]) -> str:
     return next((name for name in reversed(defined) if name in called), defined[-1] if defined else "")
 
 
-TUPLES = frozenset({2, 116, 132, 143, 222, 261, 273, 394, 399, 421, 424, 429, 470, 560, 579, 596, 616, 630, 726, 740, 744, 809})
+TUPLES = frozenset(
+    {2, 116, 132, 143, 222, 261, 273, 394, 399, 421, 424, 429, 470, 560, 579, 596, 616, 630, 726, 740, 744, 809}
+)
 LISTS_OF_TUPLES = frozenset({63, 64, 70, 94, 120, 237, 272, 299, 400, 409, 417, 438, 473, 614, 780})
 FIRST_HAS_TUPLES = frozenset({75, 413, 444, 753})
 SECOND_IS_TUPLE = frozenset({106, 750})

@@ -16,7 +16,9 @@ RESULTS = "results.json"
 ORACLE = "oracle over temperatures"
 """Label of a maximum over temperatures: it was chosen on the test problems, so no deployed model has it."""
 
-COMPARED_APART = frozenset({"model", "weights", "engine", "dtype", "think_iterations", "adaptive", "path", "draft_length", "batch_size"})
+COMPARED_APART = frozenset(
+    {"model", "weights", "engine", "dtype", "think_iterations", "adaptive", "path", "draft_length", "batch_size"}
+)
 """Settings in which two compared results may differ: the model, and how it runs."""
 
 

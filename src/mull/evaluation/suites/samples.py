@@ -147,7 +147,9 @@ class SampleFolder:
         """
         found = self.read()
         if missing := [key for key in keys if key not in found]:
-            raise RuntimeError(f"{self.folder} lacks {len(missing)} samples, such as {missing[0]}: run the evaluation again.")
+            raise RuntimeError(
+                f"{self.folder} lacks {len(missing)} samples, such as {missing[0]}: run the evaluation again."
+            )
         records = [found[key] for key in keys]
         storage.write_text_atomic(str(self.folder / JOINED), "".join(map(line, records)))
         for file in self.folder.glob(PARTS):

@@ -64,7 +64,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     """
     require_count("k", k, 1)
     if k > n:
-        raise ValueError(f"pass@{k} cannot be estimated from {n} samples per problem: draw at least {k}, or leave k={k} out.")
+        raise ValueError(
+            f"pass@{k} cannot be estimated from {n} samples per problem: draw at least {k}, or leave k={k} out."
+        )
     require_count("c", c, 0, n)
     if n - c < k:
         return 1.0

@@ -232,7 +232,9 @@ class AnswerReader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
         if chat and not tokenizer.chat_template:
-            raise ValueError("The tokenizer has no chat template: leave chat out, and the prompts are completed as text.")
+            raise ValueError(
+                "The tokenizer has no chat template: leave chat out, and the prompts are completed as text."
+            )
         self.tokenizer, self.chat = tokenizer, chat
         self.encoder = TextEncoder(tokenizer)
 

@@ -12,9 +12,15 @@ try:
     from mull.evaluation.sandbox import Asserts, Calls, Verdict
 except ModuleNotFoundError:
     import dataclasses, sys, types
+
     m = types.ModuleType("mull.evaluation.sandbox")
     F = dataclasses.field
-    for name, fields in {"Asserts": ["source", "entry_points"], "Calls": ["entry_point", "inputs", "expected", ("atol", float, F(default=0.0))], "Stdio": ["inputs", "outputs"], "Verdict": ["passed", "reason", "detail", "seconds", "n_passed", "n_tests"]}.items():
+    for name, fields in {
+        "Asserts": ["source", "entry_points"],
+        "Calls": ["entry_point", "inputs", "expected", ("atol", float, F(default=0.0))],
+        "Stdio": ["inputs", "outputs"],
+        "Verdict": ["passed", "reason", "detail", "seconds", "n_passed", "n_tests"],
+    }.items():
         setattr(m, name, dataclasses.make_dataclass(name, fields, frozen=True))
     m.Pool = m.expected_values = None
     sys.modules["mull.evaluation.sandbox"] = m

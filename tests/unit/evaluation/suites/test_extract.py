@@ -73,7 +73,7 @@ ANSWERS = {
     "py": f"```py\n{GOOD}```",
     "Python, capital": f"```Python\n{GOOD}```",
     "python3": f"```python3\n{GOOD}```",
-    "attributes": f"```python title=\"a.py\"\n{GOOD}```",
+    "attributes": f'```python title="a.py"\n{GOOD}```',
     "space before the name": f"``` python\n{GOOD}```",
     "no name": f"```\n{GOOD}```",
     "tildes": f"~~~python\n{GOOD}~~~",

@@ -45,7 +45,7 @@ def test_humaneval_is_asked_by_its_prompt_alone(data: Path) -> None:
     assert PROTOCOLS["humaneval"].prompts(load_problems("humaneval", data / "HumanEval.jsonl.gz")) == published
 
 
-MBPP_PROMPT_11 = '''You are an expert Python programmer, and here is your task: Write a function to find the similar elements from the given two tuple lists. Your code should pass these tests:
+MBPP_PROMPT_11 = """You are an expert Python programmer, and here is your task: Write a function to find the similar elements from the given two tuple lists. Your code should pass these tests:
 
 assert similar_elements((3, 4, 5, 6),(5, 7, 4, 10)) == (4, 5)
 assert similar_elements((1, 2, 3, 4),(5, 4, 3, 7)) == (3, 4)
@@ -59,7 +59,7 @@ def similar_elements(test_tup1, test_tup2):
 You are an expert Python programmer, and here is your task: Write a python function to identify non-prime numbers. Your code should pass these tests:
 
 assert is_not_prime(2) == False
-'''
+"""
 
 
 def test_mbpp_shows_the_problems_2_3_and_4(data: Path) -> None:
@@ -141,7 +141,9 @@ def test_two_problems_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_keys_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"h.jsonl:1 has the keys task_id: each record must have a string under 'prompt'"):
+    with pytest.raises(
+        ValueError, match=r"h.jsonl:1 has the keys task_id: each record must have a string under 'prompt'"
+    ):
         load_problems("humaneval", write(tmp_path / "h.jsonl", [{"task_id": "a"}]))
     with pytest.raises(ValueError, match="There are no problems of humaneval in"):
         load_problems("humaneval", write(tmp_path / "h.jsonl", []))
@@ -198,7 +200,11 @@ def test_published_solutions_pass_and_others_fail(suite: Any, data: Path, tmp_pa
     wrong = grade(records(lambda p: "    pass\n"), found, tmp_path, chat=False, workers=2)
     assert not any(verdict["passed"] for verdict in wrong)
     fenced = grade(
-        records(lambda p: f"Sure:\n```python\n{p.question if suite == 'humaneval' else ''}{solution(p).split('[DONE]')[0]}```\nOk?"),
+        records(
+            lambda p: (
+                f"Sure:\n```python\n{p.question if suite == 'humaneval' else ''}{solution(p).split('[DONE]')[0]}```\nOk?"
+            )
+        ),
         found,
         tmp_path,
         chat=True,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import tiny
 from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +26,13 @@ from mull.ops.sampling import Sampling
 
 SPLIT = ETDConfig(n_encoder_layers=1, n_think_layers=2, n_decoder_layers=1)
 TEXT = "def add(a, b):\n    return a + b\n\nclass A:\n    pass\n# comment\nprint(add(1, 2))\n" * 9
-QUESTIONS = ["def add(a, b):\n", "def twice(x):\n    '''2 x'''\n", "import re\ndef f():\n", "def g(x, y):\n    '''a'''\n", "def h():\n"]
+QUESTIONS = [
+    "def add(a, b):\n",
+    "def twice(x):\n    '''2 x'''\n",
+    "import re\ndef f():\n",
+    "def g(x, y):\n    '''a'''\n",
+    "def h():\n",
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,9 @@ class FakeWriter:
     def __init__(self, together: bool = False, fail_after: int | None = None) -> None:
         self.together, self.fail_after, self.rows = together, fail_after, 0
 
-    def write(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, max_new_tokens: int, stop: Any) -> list[list[int]]:
+    def write(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, max_new_tokens: int, stop: Any
+    ) -> list[list[int]]:
         if self.fail_after is not None and self.rows >= self.fail_after:
             raise KeyboardInterrupt
         self.rows += len(prompts)
@@ -125,7 +134,9 @@ def test_real_samples_depend_on_neither_batch_nor_engine(tmp_path: Path, tokeniz
     ends = [tokenizer.eos_token_id]
     options = {"max_new_tokens": 16, "top_p": 0.9, "repetition_penalty": 1.3, "n_samples": 2}
     files = {
-        (kind.__name__, size): run(tmp_path / f"{kind.__name__}{size}", tokenizer, kind(model, ends), batch_size=size, **options)
+        (kind.__name__, size): run(
+            tmp_path / f"{kind.__name__}{size}", tokenizer, kind(model, ends), batch_size=size, **options
+        )
         for kind in (MullWriter, PlainWriter)
         for size in (1, 3, 8)
     }
@@ -191,7 +202,9 @@ def test_a_prompt_without_room_is_a_wrong_answer(tmp_path: Path, tokenizer: PreT
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     SampleFolder(tmp_path, {"suite": "mbpp", "temperatures": (0.2,), "seed": 0}).open()
     SampleFolder(tmp_path, {"suite": "mbpp", "temperatures": (0.2,), "seed": 0}).open()
-    with pytest.raises(ValueError, match=r"has samples with temperatures=\[0.2\], and now it is \[0.3\]: give the same"):
+    with pytest.raises(
+        ValueError, match=r"has samples with temperatures=\[0.2\], and now it is \[0.3\]: give the same"
+    ):
         SampleFolder(tmp_path, {"suite": "mbpp", "temperatures": (0.3,), "seed": 0}).open()
     with pytest.raises(ValueError, match="seed=0, and now it is null"):
         SampleFolder(tmp_path, {"suite": "mbpp", "temperatures": (0.2,)}).open()

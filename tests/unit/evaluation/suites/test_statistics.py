@@ -27,11 +27,14 @@ def test_pass_at_k_does_not_overflow() -> None:
     assert pass_at_k(200, 101, 100) == 1
 
 
-@pytest.mark.parametrize(("n", "c", "k", "message"), [
-    (5, 0, 10, "pass@10 cannot be estimated from 5 samples per problem: draw at least 10, or leave k=10 out"),
-    (5, 0, 0, "k=0 must be at least 1"),
-    (5, 6, 1, "c=6 must be at least 0 and at most 5"),
-])
+@pytest.mark.parametrize(
+    ("n", "c", "k", "message"),
+    [
+        (5, 0, 10, "pass@10 cannot be estimated from 5 samples per problem: draw at least 10, or leave k=10 out"),
+        (5, 0, 0, "k=0 must be at least 1"),
+        (5, 6, 1, "c=6 must be at least 0 and at most 5"),
+    ],
+)
 def test_pass_at_k_refuses(n: int, c: int, k: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pass_at_k(n, c, k)
@@ -41,7 +44,9 @@ def named(values: np.ndarray) -> dict[str, tuple[float, float]]:
     return {f"p{index:04}": (float(value), 1.0) for index, value in enumerate(values)}
 
 
-@pytest.mark.parametrize(("n", "mean", "samples"), [(164, 0.3, 1), (164, 0.02, 1), (164, 0.3, 8), (50, 0.95, 1), (30, 0.5, 4)])
+@pytest.mark.parametrize(
+    ("n", "mean", "samples"), [(164, 0.3, 1), (164, 0.02, 1), (164, 0.3, 8), (50, 0.95, 1), (30, 0.5, 4)]
+)
 def test_intervals_cover_the_truth_as_often_as_they_state(
     n: int, mean: float, samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,14 @@ def test_perplexity_equals_that_of_lm_eval(length: int, tokenizer: PreTrainedTok
     assert ours["token_perplexity"].value == pytest.approx(exp(ours["nats per token"].value))
     assert len(values["nats per token"]) == len(TEXTS)
     other, _ = perplexity_scores(
-        text_losses(lambda ids: model(ids, think_iterations=1).logits, tokenizer, documents(), length=length, batch_size=4, device=torch.device("cpu"))
+        text_losses(
+            lambda ids: model(ids, think_iterations=1).logits,
+            tokenizer,
+            documents(),
+            length=length,
+            batch_size=4,
+            device=torch.device("cpu"),
+        )
     )
     assert other["bits_per_byte"].value != ours["bits_per_byte"].value, "iterations reach the model"
 
@@ -95,7 +102,12 @@ def test_one_text_has_an_interval_over_its_windows(tokenizer: PreTrainedTokenize
     model = looped(tokenizer)
     text = "".join(TEXTS)
     losses = text_losses(
-        lambda ids: model(ids).logits, tokenizer, [Document("all", text)], length=16, batch_size=4, device=torch.device("cpu")
+        lambda ids: model(ids).logits,
+        tokenizer,
+        [Document("all", text)],
+        length=16,
+        batch_size=4,
+        device=torch.device("cpu"),
     )
     scores, values = perplexity_scores(losses)
     whole = losses[0].nats / len(text.encode())
@@ -120,7 +132,10 @@ def test_losses_of_heads_are_the_held_out_ones(kind: str, tokenizer: PreTrainedT
     tallies = head_tallies(model, dataset, Route(think_iterations=2), batch_size=3)
     scores, values = head_scores(tallies)
     expected = held_out_losses(model, dataset, 2)
-    found = {"loss" if k == 0 else f"head{k}_loss": scores[f"nats per token, {'head ' + str(k) if k else 'main head'}"].value for k in range(len(tallies))}
+    found = {
+        "loss" if k == 0 else f"head{k}_loss": scores[f"nats per token, {'head ' + str(k) if k else 'main head'}"].value
+        for k in range(len(tallies))
+    }
     assert found == pytest.approx(expected, rel=1e-5)
     assert len(values["top-1, head 1"]) == len(dataset)
 
@@ -161,9 +176,16 @@ def test_agreement_on_its_own_text_is_the_acceptance_of_drafts(tokenizer: PreTra
     model = looped(tokenizer, HEADS["sequential"], initializer_range=0.5)
     prompts = [tokenizer.encode(text)[:6] for text in TEXTS[:4]]
     found = draft_acceptance(model, prompts, max_new_tokens=20)
-    calls = [generate(model, torch.tensor([prompt]), max_new_tokens=20, draft="mtp", draft_length=3, eos_token_id=()).stats for prompt in prompts]
-    assert [each.accepted for each in found] == [sum(column) for column in zip(*(call.accepted for call in calls), strict=True)]
-    assert [each.drafted for each in found] == [sum(column) for column in zip(*(call.drafted for call in calls), strict=True)]
+    calls = [
+        generate(model, torch.tensor([prompt]), max_new_tokens=20, draft="mtp", draft_length=3, eos_token_id=()).stats
+        for prompt in prompts
+    ]
+    assert [each.accepted for each in found] == [
+        sum(column) for column in zip(*(call.accepted for call in calls), strict=True)
+    ]
+    assert [each.drafted for each in found] == [
+        sum(column) for column in zip(*(call.drafted for call in calls), strict=True)
+    ]
 
 
 def test_a_plain_model_has_a_main_head_only(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -236,7 +258,9 @@ def test_lm_eval_knows_the_class_by_name(tokenizer: PreTrainedTokenizerBase, tmp
 
     toy(tmp_path)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    found = lm_eval.simple_evaluate(model="mull", model_args=arguments, tasks=["toy"], task_manager=manager, bootstrap_iters=0)
+    found = lm_eval.simple_evaluate(
+        model="mull", model_args=arguments, tasks=["toy"], task_manager=manager, bootstrap_iters=0
+    )
     assert 0 <= found["results"]["toy"]["acc,none"] <= 1
 
 
