@@ -174,4 +174,3 @@ def main(line: int) -> None:
         channel.send(error_message("failed", error))
         os._exit(1)
     program.serve()
-

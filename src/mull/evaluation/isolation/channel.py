@@ -31,7 +31,9 @@ class Channel:
         """
         content = encode(value, keep)
         if len(content) > MAX_MESSAGE_BYTES:
-            raise ValueError(f"it takes {len(content):,} bytes, more than the {MAX_MESSAGE_BYTES:,} that a message may have")
+            raise ValueError(
+                f"it takes {len(content):,} bytes, more than the {MAX_MESSAGE_BYTES:,} that a message may have"
+            )
         rest = memoryview(len(content).to_bytes(4, "big") + content)
         try:
             while rest:

@@ -48,9 +48,7 @@ LAYERS = {
 }
 """Layers of the sandbox, and what each is."""
 
-OF_BUBBLEWRAP = (
-    "user network mount pid ipc uts read-only tmpfs capabilities session parent-death seccomp".split()
-)
+OF_BUBBLEWRAP = "user network mount pid ipc uts read-only tmpfs capabilities session parent-death seccomp".split()
 """Those that bubblewrap provides; without it they are missing together."""
 
 _LIMITS = {
@@ -109,7 +107,9 @@ class Limits:
         smallest = {"memory": 64 << 20, "disk": 1 << 16, "processes": 1, "threads": 1, "open_files": 8, "output": 1}
         for name, least in smallest.items():
             if getattr(self, name) < least:
-                raise ValueError(f"Limits.{name}={getattr(self, name)} is less than {least}, with which no program runs.")
+                raise ValueError(
+                    f"Limits.{name}={getattr(self, name)} is less than {least}, with which no program runs."
+                )
         if self.threads < self.processes:
             raise ValueError(f"Limits.threads={self.threads} is less than processes={self.processes}: each has one.")
 

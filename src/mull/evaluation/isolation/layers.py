@@ -11,7 +11,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from mull.evaluation.isolation.container import CANDIDATE, LAYERS, OF_BUBBLEWRAP, Container, Limits, SandboxError, find_bubblewrap
+from mull.evaluation.isolation.container import (
+    CANDIDATE,
+    LAYERS,
+    OF_BUBBLEWRAP,
+    Container,
+    Limits,
+    SandboxError,
+    find_bubblewrap,
+)
 from mull.evaluation.isolation.session import Question, Session
 
 PROBE_LIMITS = Limits(memory=256 << 20, disk=1 << 20, processes=1, threads=6, open_files=32, output=1 << 16)
@@ -162,9 +170,14 @@ def _outside(off: set[str]) -> Seen:
         seen["capabilities"] = (not kept and not gains, f"{kept or 'none'}, {'can' if gains else 'cannot'} gain any")
         same = os.getsid(container.pid) == os.getsid(0)
         seen["session"] = (not same, "it is the host's session" if same else "its own")
-        names = sorted({entry.partition(b"=")[0].decode() for entry in (other / "environ").read_bytes().split(b"\0") if entry})
+        names = sorted(
+            {entry.partition(b"=")[0].decode() for entry in (other / "environ").read_bytes().split(b"\0") if entry}
+        )
         extra = sorted(set(names) - {"LC_CTYPE", "LD_LIBRARY_PATH", "PWD"})
-        seen["environment"] = (not extra, f"{len(extra)} of the host's variables" if extra else ", ".join(names) or "empty")
+        seen["environment"] = (
+            not extra,
+            f"{len(extra)} of the host's variables" if extra else ", ".join(names) or "empty",
+        )
         n_open = len(os.listdir(other / "fd"))
         seen["descriptors"] = (n_open <= 4, f"{n_open} are open")
         limit = next(line for line in (other / "limits").read_text().splitlines() if line.startswith("Max processes"))
@@ -198,7 +211,9 @@ def _inside(off: set[str]) -> Seen:
     seen = answer["values"][0]
 
     def refused(name: str, *errors: str) -> tuple[bool, str]:
-        return seen[name] in errors, f"more is refused ({seen[name]})" if seen[name] else "more than the limit was granted"
+        return seen[name] in errors, f"more is refused ({seen[name]})" if seen[
+            name
+        ] else "more than the limit was granted"
 
     hidden = not {"root", "home", "etc", "proc"} & set(seen["root"])
     result = {
@@ -207,7 +222,10 @@ def _inside(off: set[str]) -> Seen:
         "memory": refused("memory", "MemoryError"),
         "file-size": refused("file-size", "OSError"),
         "open-files": refused("open-files", "OSError"),
-        "seccomp": (seen["socket"] == seen["fork"] == "PermissionError", f"socket: {seen['socket'] or 'allowed'}, fork: {seen['fork']}"),
+        "seccomp": (
+            seen["socket"] == seen["fork"] == "PermissionError",
+            f"socket: {seen['socket'] or 'allowed'}, fork: {seen['fork']}",
+        ),
         "processes": refused("processes", "RuntimeError"),
     }
     if not hidden:

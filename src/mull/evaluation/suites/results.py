@@ -29,7 +29,7 @@ class Bin(NamedTuple):
     """Mean probability of the predicted token; 0 without predictions."""
 
     accuracy: float
-    count: int
+    n: int
 
 
 class Result(Frozen):

@@ -128,7 +128,8 @@ def _graded(
     folder: SampleFolder, plan: SamplePlan, asked: _Protocol, request: Request, chat: bool, settings: Mapping[str, Any]
 ) -> Result:
     records = folder.join(plan.keys())
-    verdicts = grade(records, plan.problems, folder.folder, chat=chat, workers=request.workers)
+    options: dict[str, Any] = {"chat": chat, "workers": request.workers, "allow_weak": request.allow_weak}
+    verdicts = grade(records, plan.problems, folder.folder, **options)
     scores, values = code_scores(records, verdicts, asked.ks, seed=request.seed)
     if plan.problems.suite == "gsm8k":
         for name in ("strict_match", "flexible_extract"):
