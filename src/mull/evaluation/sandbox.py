@@ -101,9 +101,7 @@ class Calls:
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.expected):
-            raise ValueError(
-                f"There are {len(self.inputs)} inputs and {len(self.expected)} expected values: give one for each."
-            )
+            raise ValueError(f"There are {len(self.inputs)} inputs and {len(self.expected)} expected values: give one for each.")
         if not self.inputs:
             raise ValueError("Calls without inputs test nothing: give at least one.")
         if self.oracle not in ORACLES:
@@ -129,9 +127,7 @@ class Stdio:
 
     def __post_init__(self) -> None:
         if not self.inputs or len(self.inputs) != len(self.outputs):
-            raise ValueError(
-                f"There are {len(self.inputs)} inputs and {len(self.outputs)} outputs: give one for each, at least one."
-            )
+            raise ValueError(f"There are {len(self.inputs)} inputs and {len(self.outputs)} outputs: give one for each, at least one.")
 
     @functools.cached_property
     def question(self) -> Question:

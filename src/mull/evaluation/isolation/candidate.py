@@ -153,7 +153,7 @@ def leave(_: Any = None) -> NoReturn:
 def main(line: int) -> None:
     """Serve one program."""
     channel = Channel(line)
-    restrict(channel.receive())
+    restrict(channel.receive(), line)
     channel.send("ready")
     vars(builtins).update(exit=leave, quit=leave)
     program = Program(channel)
@@ -174,3 +174,4 @@ def main(line: int) -> None:
         channel.send(error_message("failed", error))
         os._exit(1)
     program.serve()
+

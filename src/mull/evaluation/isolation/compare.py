@@ -94,9 +94,7 @@ ORACLES: dict[str, Oracle] = {
 
 EVALPLUS_ORACLES = {
     "HumanEval/32": "root_of_polynomial",
-    **dict.fromkeys(
-        ("Mbpp/2", "Mbpp/7", "Mbpp/111", "Mbpp/140", "Mbpp/232", "Mbpp/249", "Mbpp/579", "Mbpp/769"), "equal_sets"
-    ),
+    **dict.fromkeys(("Mbpp/2", "Mbpp/7", "Mbpp/111", "Mbpp/140", "Mbpp/232", "Mbpp/249", "Mbpp/579", "Mbpp/769"), "equal_sets"),
     **dict.fromkeys(("Mbpp/737", "Mbpp/787", "Mbpp/794"), "equally_none"),
     "Mbpp/558": "digit_distance",
     "Mbpp/581": "pyramid_surface",

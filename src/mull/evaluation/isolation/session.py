@@ -76,11 +76,7 @@ class Grader:
             answer = Channel(self._container.line.fileno()).receive()
         except (Ended, ValueError):
             self.close()
-            return {
-                "passed": False,
-                "reason": "error",
-                "detail": "the tests ended the grader, or took all of its memory",
-            }
+            return {"passed": False, "reason": "error", "detail": "the tests ended the grader, or took all of its memory"}
         return dict(answer)
 
     def close(self) -> None:
