@@ -24,7 +24,6 @@ def score_figure(scores: Mapping[str, Score], title: str = "") -> Figure:
         axes.hlines(place, score.low, score.high, color=GREY)
         axes.plot(score.value, place, color=PALETTE[0], marker=MARKERS[0])
     axes.set(yticks=range(len(scores)), yticklabels=[*scores][::-1], title=title, ylim=(-0.6, len(scores) - 0.4))
-    figure.tight_layout()
     return figure
 
 
@@ -42,7 +41,6 @@ def reliability_figure(bins: Mapping[str, Sequence[Bin]]) -> Figure:
         axis.set_major_formatter(PercentFormatter(1))
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     axes.legend()
-    figure.tight_layout()
     return figure
 
 
@@ -60,7 +58,6 @@ def acceptance_ranges_figure(acceptance: Mapping[str, Sequence[float]]) -> Figur
         axes.set(xlabel="position of the draft" if of_draft else "part of the text", ylim=(0, 1.02))
         axes.legend()
     parts[0].set(ylabel="accepted")
-    figure.tight_layout()
     return figure
 
 
@@ -82,7 +79,6 @@ def temperature_figure(scores: Mapping[str, Score]) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set(xlabel="temperature", ylabel="problems solved")
     axes.legend()
-    figure.tight_layout()
     return figure
 
 
