@@ -157,7 +157,9 @@ def test_transformers_writes_the_same_samples(folder: Path) -> None:
 def test_an_architecture_that_mull_lacks_is_evaluated_by_transformers(
     folder: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    config = CONFIG_MAPPING["gpt2"](vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2, eos_token_id=0)
+    config = CONFIG_MAPPING["gpt2"](
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2, eos_token_id=0
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "gpt2")
     tokenizer.save_pretrained(folder / "gpt2")
     asked = request(folder, samples=2, temperatures=(1.0,))
@@ -180,7 +182,9 @@ def test_two_models_are_compared_on_the_same_problems(folder: Path, capsys: pyte
     assert "McNemar p" in shown
     assert "A is" in shown
     loss = next(each for name, each in found.items() if "perplexity" in name)["nats per token"]
-    results = [read_result(folder / f"out-{name}" / "perplexity").scores["nats per token"].value for name in ("one", "two")]
+    results = [
+        read_result(folder / f"out-{name}" / "perplexity").scores["nats per token"].value for name in ("one", "two")
+    ]
     assert loss.difference.value == pytest.approx(results[1] - results[0])
     single = compare(folder / "out-one" / "humaneval", folder / "out-two" / "humaneval")
     assert [*single] == ["published-humaneval"]
@@ -190,7 +194,9 @@ def test_results_that_cannot_be_compared_are_refused(folder: Path) -> None:
     run_evaluation(str(folder / "one"), ["humaneval"], folder / "a", request(folder))
     run_evaluation(str(folder / "one"), ["humaneval"], folder / "b", request(folder, max_new_tokens=9))
     run_evaluation(str(folder / "one"), ["perplexity"], folder / "c", request(folder))
-    with pytest.raises(ValueError, match="The results have max_new_tokens=12 and max_new_tokens=9: evaluate both models"):
+    with pytest.raises(
+        ValueError, match="The results have max_new_tokens=12 and max_new_tokens=9: evaluate both models"
+    ):
         compare(folder / "a", folder / "b")
     with pytest.raises(ValueError, match="evaluate both models on the same suite"):
         compare(folder / "a", folder / "c")
@@ -207,7 +213,11 @@ def test_results_that_cannot_be_compared_are_refused(folder: Path) -> None:
 REFUSED = {
     "suite": ({}, ["humanevil"], "There is no suite humanevil. Did you mean humaneval?"),
     "no suite": ({}, [], "No suite was given: choose from humaneval, "),
-    "k above n": ({"samples": 5, "temperatures": (1.0,), "k": (10,)}, ["humaneval"], "pass@10 cannot be estimated from 5 samples"),
+    "k above n": (
+        {"samples": 5, "temperatures": (1.0,), "k": (10,)},
+        ["humaneval"],
+        "pass@10 cannot be estimated from 5 samples",
+    ),
     "greedy": ({"samples": 5}, ["humaneval"], "would write one answer 5 times"),
     "chat": ({"chat": True}, ["humaneval"], "The tokenizer has no chat template"),
     "routes": ({"layers": (0, 1), "think_iterations": 2}, ["humaneval"], "layers says which layers run"),
@@ -228,7 +238,12 @@ def test_what_cannot_be_done_is_told_before_anything_is_drawn(case: str, folder:
 
 def test_meta_mtp_is_the_published_protocol(folder: Path) -> None:
     """Appendix F of arXiv:2404.19737: five temperatures, pass@1, 10 and 100 of 200 samples, and their maximum as an oracle."""
-    found = run_evaluation(str(folder / "one"), ["meta-mtp:humaneval"], folder / "out", request(folder, limit=1, max_new_tokens=2, batch_size=100))
+    found = run_evaluation(
+        str(folder / "one"),
+        ["meta-mtp:humaneval"],
+        folder / "out",
+        request(folder, limit=1, max_new_tokens=2, batch_size=100),
+    )
     result = found["meta-mtp:humaneval"]
     assert result.settings["temperatures"] == [0.5, 0.6, 0.7, 0.8, 0.9]
     assert (result.settings["samples"], result.settings["top_p"]) == (200, 0.95)

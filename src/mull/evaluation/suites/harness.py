@@ -6,7 +6,6 @@ lm-eval is an extra, so its class is made when it is asked for.
 import functools
 import re
 from collections.abc import Mapping, Sequence
-
 from typing import Any
 
 import torch

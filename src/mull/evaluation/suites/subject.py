@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from mull.evaluation.suites.writers import AnswerReader, MullWriter, PlainWriter, Route, Writer
+from mull.evaluation.suites.writers import OWN_ROUTE, AnswerReader, MullWriter, PlainWriter, Route, Writer
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configuration import MullConfig
 from mull.model.families import require_supported
@@ -65,8 +65,8 @@ class Request(Frozen):
     """Precision; default: the checkpoint's."""
 
     data: dict[str, str] = {}
-    """Source of each suite's problems; ``gsm8k-train`` for the examples of GSM8K's prompt, ``text`` for the suites that read text.
-    Default: the suite's dataset on the hub, and for text, Python's library."""
+    """Source of each suite's problems; ``gsm8k-train`` for the examples of GSM8K's prompt, ``text`` for the suites that read
+    text. Default: the suite's dataset on the hub, and for text, Python's library."""
 
     workers: int = Field(default=4, ge=1)
     """Programs that are run at a time."""
@@ -99,7 +99,7 @@ class Subject:
     """Of mull, or of transformers."""
 
     tokenizer: PreTrainedTokenizerBase
-    route: Route = Route()
+    route: Route = OWN_ROUTE
 
     @property
     def is_mull(self) -> bool:

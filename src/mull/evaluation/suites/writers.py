@@ -43,6 +43,10 @@ class Route:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+OWN_ROUTE = Route()
+"""The model's own."""
+
+
 class Writer(Protocol):
     """Continues prompts."""
 
@@ -67,7 +71,7 @@ class MullWriter:
 
     model: MullForCausalLM
     end_tokens: Sequence[int]
-    route: Route = Route()
+    route: Route = OWN_ROUTE
     draft_length: int = 0
     """Drafts per round. It is fixed, because one that follows measured times would write other samples in each run."""
 
@@ -110,7 +114,7 @@ class PlainWriter:
 
     model: PreTrainedModel
     end_tokens: Sequence[int]
-    route: Route = Route()
+    route: Route = OWN_ROUTE
 
     def __post_init__(self) -> None:
         self.positions: int = self.model.config.get_text_config().max_position_embeddings
