@@ -1,4 +1,4 @@
-"""How each suite asks, where an answer ends, and which program it is. Prompts are the published ones, to the character.
+"""How each suite asks, where an answer ends, and which program it is. Prompts are the published ones, exactly.
 
 A *completion* continues the text of the prompt, as base models are evaluated. A *chat* puts the task into one message of the user,
 and the program is looked for in the answer. EvalPlus' own sentence asks for it there, because HumanEval and MBPP published none.
@@ -148,5 +148,5 @@ PROTOCOLS: dict[Suite, Protocol] = {
     ),
 }
 """HumanEval: zero-shot completion. MBPP: three shots. HumanEval+ and MBPP+: as EvalPlus 0.3.1 asks base models. CodeContests: the
-words of APPS, as `mull.data.tasks` trains on it. GSM8K: the five shots of lm-eval's task ``gsm8k``, not the eight of Wei et al. 2022
+words of APPS, as `mull.data.tasks` trains on it. GSM8K: the five shots of lm-eval's ``gsm8k``, not the eight of Wei et al. 2022
 (arXiv:2201.11903), so that numbers can be compared with lm-eval's."""
