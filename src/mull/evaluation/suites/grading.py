@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mull.evaluation.sandbox import EVALPLUS_ORACLES, Asserts, Calls, Pool, Stdio, Tests, expected_values
+from mull.evaluation.sandbox import EVALPLUS_ORACLES, Asserts, Calls, Limits, Pool, Stdio, Tests, expected_values
 from mull.evaluation.suites.extract import final_number
 from mull.evaluation.suites.problems import Problem, Problems
 from mull.evaluation.suites.prompts import PROTOCOLS
@@ -22,6 +22,9 @@ from mull.runtime.progress import Progress, tracked
 VERDICTS = "verdicts.jsonl"
 SECONDS = 3.0
 """For a program and its asserts, as in HumanEval's harness; and for each input of a contest that states no limit."""
+
+LIMITS = Limits(memory=4 << 30)
+"""The memory that EvalPlus gives; some of MBPP+'s reference solutions need more than the sandbox's usual one."""
 
 LEAST, FACTOR, MOST = 4.0, 4.0, 60.0
 """Seconds for all inputs of HumanEval+ and MBPP+: so many times what the reference solution takes, between these limits. EvalPlus
@@ -82,7 +85,7 @@ def grade(
             jobs.setdefault((key.problem, mark), _Job(key.problem, program, mark, [])).keys.append(key)
     asked = [by_name[name] for name in dict.fromkeys(job.problem for job in jobs.values())]
     tests = prepared(asked, workers, allow_weak) if asked else {}
-    with file.open("a", encoding="utf-8") as stream, Pool(workers, allow_weak=allow_weak) as pool:
+    with file.open("a", encoding="utf-8") as stream, Pool(workers, limits=LIMITS, allow_weak=allow_weak) as pool:
         for new in _verdicts(list(jobs.values()), tests, pool, problems.suite):
             stream.write("".join(map(line, new)))
             stream.flush()
@@ -134,7 +137,7 @@ def _expected(
 ) -> tuple[Any, ...]:
     """Results of a reference solution; half by half where all together are more than the sandbox gives back at once."""
     try:
-        return expected_values(reference, name, inputs, allow_weak=allow_weak)
+        return expected_values(reference, name, inputs, limits=LIMITS, allow_weak=allow_weak)
     except ValueError:
         if len(inputs) == 1:
             raise
