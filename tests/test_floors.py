@@ -43,7 +43,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
         "weight_statistics weightings weighted_mtp critic routing grpo table",
     ),
     "evaluation": (7, "held_out lossless acceptance rewards depth_trace divergence cost search isolation sandbox suites"),
-    "evaluation.isolation": (7, "compare channel values seccomp container grader candidate session layers"),
+    "evaluation.isolation": (7, "compare values channel seccomp container grader candidate session layers"),
     "evaluation.suites": (
         7,
         "statistics extract problems prompts writers samples grading results heads perplexity harness subject table",
@@ -68,12 +68,12 @@ BUDGETS = {
     "decoding": 1160,
     "retrofit": 2010,
     "training": 3277,
-    "evaluation": 2290,
-    "app": 2986,
+    "evaluation": 6000,
+    "app": 3200,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 18580
+MAX_CODE_LINES = 22400
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
