@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,9 @@ def run_evaluation(
     request, folder = request or Request(), storage.local_path(out)
     chosen = find_suites(suites)
     results: dict[str, Result] = {}
-    with session(), side_group(PATIENCE) as group:
+    with session(), side_group(PATIENCE) as group, _kept(folder):
         subject = load_subject(model, request, device())
-        if rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+        on_first_rank(lambda: folder.mkdir(parents=True, exist_ok=True), group)
         for name, run in chosen.items():
             place = folder / safe(name)
             results[name] = run(subject, request, Place(place, group))
@@ -97,6 +97,11 @@ def compare(first: str | Path, second: str | Path, *, seed: int = 0) -> dict[str
         print(f"\n{name}: A is {ones[name].model}, B is {others[name].model}\n")
         print(comparison_table(compared))
     return found
+
+
+def _kept(folder: Path) -> AbstractContextManager[None]:
+    """Keep other runs out of the folder, on the first rank."""
+    return storage.exclusive(folder) if rank() == 0 else nullcontext()
 
 
 def _results_in(place: str | Path) -> dict[str, Result]:

@@ -18,6 +18,7 @@ from mull.evaluation.sandbox import Verdict
 from mull.evaluation.suites.results import code_scores, compare_results, read_result
 from mull.evaluation.suites.statistics import exact_interval
 from mull.evaluation.suites.subject import Request
+from mull.runtime import storage
 
 SPLIT = ETDConfig(n_encoder_layers=1, n_think_layers=2, n_decoder_layers=1)
 TEXTS = ["def add(a, b):\n    return a + b\n", "class A:\n    pass\n", "import os\n"] * 30
@@ -132,6 +133,12 @@ def test_a_run_that_was_interrupted_gives_the_same_result(folder: Path, monkeypa
         one, other = (folder / run / "humaneval" / name for run in ("whole", "killed"))
         assert one.read_bytes() == other.read_bytes()
     assert again == whole
+
+
+def test_a_second_process_is_kept_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "LOCK_PATIENCE_SECONDS", 0.1)
+    with storage.exclusive(folder / "out"), pytest.raises(RuntimeError, match="is in use by process"):
+        run_evaluation(str(folder / "one"), ["perplexity"], folder / "out", request(folder))
 
 
 def test_other_weights_under_the_same_name_are_refused(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

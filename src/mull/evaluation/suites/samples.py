@@ -1,10 +1,10 @@
 """Samples on disk, one JSON object per line as they come, and the plan that makes a resumed run equal to an uninterrupted one.
 
-The plan is a fixed list of chunks, each one call of the writer: which samples are in a chunk depends on the suite, the settings
-and the batch size, not on the ranks nor on what a killed run has left. A resumed run writes each incomplete chunk again as
-a whole and keeps what was missing. So on a CPU with the same software, the joined file is the same byte for byte after any number of
-kills and with any number of ranks. With another batch size, each sample still draws the same random numbers, and without drafts
-the same tokens up to rounding. On a GPU, kernels may round differently in another process.
+The plan is a fixed list of chunks, each one call of the writer. Which samples are in a chunk depends on the suite, the settings and
+the batch size, not on the ranks, nor on what a killed run has left. A resumed run writes each incomplete chunk again as a whole,
+and keeps what was missing. So on a CPU with the same software, the joined file is the same byte for byte after any number of
+kills and on any number of ranks. With another batch size, each sample still draws the same random numbers, and without drafts the
+same tokens up to rounding. On a GPU, kernels may round differently in another process.
 """
 
 import hashlib
@@ -200,12 +200,21 @@ def draw_samples(plan: SamplePlan, writer: Writer, reader: AnswerReader, folder:
     """Write the samples that are missing: on each rank, every so many-th chunk.
 
     Every rank must call this, with the same files before it. When all have returned, rank 0 calls `SampleFolder.join`.
+
+    Raises:
+        ValueError: a sample that is there answers another prompt, because the source of the problems has changed.
     """
     have = folder.read()
     chunks = [chunk for chunk in plan.chunks() if not all(key in have for key in chunk)]
     chunks = chunks[rank() :: world_size()]
     prompts = dict(zip((problem.name for problem in plan.problems.problems), plan.prompts, strict=True))
     tokens = dict(zip(prompts, reader.prompts(list(prompts.values())), strict=True))
+    for key, record in have.items():
+        if key.problem in prompts and record.get("prompt") != prompt_digest(prompts[key.problem]):
+            raise ValueError(
+                f"{folder.folder} has answers to another prompt of {key.problem}: the problems have changed since. Choose "
+                "another folder."
+            )
     file = folder.folder / PART.format(rank())
     repair(file)
     label = f"{plan.problems.suite}: drawing"
@@ -263,10 +272,15 @@ def _record(
     return {
         **key._asdict(),
         "finish": finish,
-        "prompt": hashlib.sha256(prompts[key.problem].encode("utf-8", "surrogatepass")).hexdigest()[:16],
+        "prompt": prompt_digest(prompts[key.problem]),
         "seed": plan.seed_of(key),
         "text": text,
     }
+
+
+def prompt_digest(prompt: str) -> str:
+    """A hash of the text of a prompt, which its samples carry."""
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _short(value: Any) -> str:

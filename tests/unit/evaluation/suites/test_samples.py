@@ -1,6 +1,7 @@
 """However often a run is killed, wherever a line was torn, and on however many ranks, the samples are those of one whole run."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -207,6 +208,15 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         SampleFolder(tmp_path, {"suite": "mbpp", "temperatures": (0.3,), "seed": 0}).open()
     with pytest.raises(ValueError, match="seed=0, and now it is null"):
         SampleFolder(tmp_path, {"suite": "mbpp", "temperatures": (0.2,)}).open()
+
+
+def test_answers_to_other_prompts_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    run(tmp_path, tokenizer, FakeWriter())
+    changed = plan()
+    changed = dataclasses.replace(changed, prompts=(*changed.prompts[:-1], "another"))
+    place = SampleFolder(tmp_path, {"suite": "humaneval"})
+    with pytest.raises(ValueError, match="has answers to another prompt of P/4: the problems have changed since"):
+        draw_samples(changed, FakeWriter(), AnswerReader(tokenizer, chat=False), place)
 
 
 def test_a_damaged_line_inside_is_told(tmp_path: Path) -> None:
