@@ -1,7 +1,8 @@
 """How each suite asks, where an answer ends, and which program it is. Prompts are the published ones, exactly.
 
 A *completion* continues the text of the prompt, as base models are evaluated. A *chat* puts the task into one message of the
-user, and the program is looked for in the answer. EvalPlus' own sentence asks for it there, because HumanEval and MBPP published none.
+user, and the program is looked for in the answer. EvalPlus' own sentence asks for it there, because HumanEval and MBPP
+published none.
 """
 
 from collections.abc import Callable
