@@ -1,10 +1,10 @@
 """Samples on disk, one JSON object per line as they come, and the plan that makes a resumed run equal to an uninterrupted one.
 
-The plan is a fixed list of chunks, each one call of the writer. Which samples are in a chunk depends on the suite, the settings
-and the batch size, not on the ranks, nor on what a killed run has left. A resumed run writes each incomplete chunk again as a whole,
-and keeps what was missing. So on a CPU with the same software, the joined file is the same byte for byte after any number of
-kills and on any number of ranks. With another batch size, each sample still draws the same random numbers, and without drafts the
-same tokens up to rounding. On a GPU, kernels may round differently in another process.
+The plan is a fixed list of chunks, each one call of the writer. Which samples are in a chunk depends on the suite, the
+settings and the batch size, not on the ranks, nor on what a killed run has left. A resumed run writes each incomplete chunk
+again as a whole, and keeps what was missing. So on a CPU with the same software, the joined file is the same byte for byte
+after any number of kills and on any number of ranks. With another batch size, each sample still draws the same random
+numbers, and without drafts the same tokens up to rounding. On a GPU, kernels may round differently in another process.
 """
 
 import hashlib
