@@ -42,7 +42,10 @@ LAYOUT: dict[str, tuple[int, str]] = {
         "base iterations teacher_cache resources next_token step_supervision exits recursions evidence distill align "
         "weight_statistics weightings weighted_mtp critic routing grpo table",
     ),
-    "evaluation": (7, "held_out lossless acceptance rewards depth_trace divergence cost search isolation sandbox suites"),
+    "evaluation": (
+        7,
+        "held_out lossless acceptance rewards depth_trace divergence cost search isolation sandbox suites",
+    ),
     "evaluation.isolation": (7, "compare values channel seccomp container grader candidate session layers"),
     "evaluation.suites": (
         7,
