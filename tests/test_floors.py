@@ -42,12 +42,21 @@ LAYOUT: dict[str, tuple[int, str]] = {
         "base iterations teacher_cache resources next_token step_supervision exits recursions evidence distill align "
         "weight_statistics weightings weighted_mtp critic routing grpo table",
     ),
-    "evaluation": (7, "held_out lossless acceptance rewards depth_trace divergence stock speed cost search"),
+    "evaluation": (
+        7,
+        "held_out lossless acceptance rewards depth_trace divergence stock speed cost search isolation sandbox suites",
+    ),
+    "evaluation.isolation": (7, "compare values channel seccomp container grader candidate session layers"),
+    "evaluation.suites": (
+        7,
+        "statistics extract problems prompts writers samples grading results heads perplexity harness subject "
+        "inference_speed table",
+    ),
     "evaluation.cost": (7, "count disk training decoding"),
     "evaluation.search": (7, "loop_probe split calibration layer_choice route_tree route_scores routes route_report"),
-    "app": (8, "yaml_text architecture recipe prepare build run report demo commands cli"),
-    "app.commands": (8, "shared train depth routes hybrid generate"),
-    "app.report": (8, "figures page inspect_page"),
+    "app": (8, "yaml_text architecture recipe prepare build run report demo sandbox evaluate commands cli"),
+    "app.commands": (8, "shared train depth routes hybrid generate evaluate"),
+    "app.report": (8, "figures page inspect_page evaluation_page"),
     "app.demo": (8, "chapter loops weights speculation chain depth hybrid demo"),
 }
 """Each folder's floor, and its files in the order in which they build on each other. Two folders on one floor do not know each
@@ -64,12 +73,12 @@ BUDGETS = {
     "decoding": 1160,
     "retrofit": 2010,
     "training": 3277,
-    "evaluation": 2420,
-    "app": 3050,
+    "evaluation": 6000,
+    "app": 3200,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 18790
+MAX_CODE_LINES = 22400
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

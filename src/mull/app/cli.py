@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from typer import Option
 
 from mull.app.commands.depth import calibrate_depth, inspect_depth, split
+from mull.app.commands.evaluate import doctor, evaluate
 from mull.app.commands.generate import continue_prompt
 from mull.app.commands.hybrid import choose_softmax_layers, convert
 from mull.app.commands.routes import routes
@@ -59,11 +60,16 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "layers": choose_softmax_layers,
     "generate": continue_prompt,
     "inspect": inspect_depth,
+    "eval": evaluate,
 }
 """Verb to what it runs; an option or an argument is a parameter."""
 
 for verb, command in COMMANDS.items():
     app.command(verb)(command)
+
+sandbox = typer.Typer(no_args_is_help=True, help="The sandbox in which mull eval runs generated programs.")
+sandbox.command("doctor")(doctor)
+app.add_typer(sandbox, name="sandbox")
 
 
 def main() -> None:
