@@ -174,7 +174,7 @@ def _python() -> tuple[str, tuple[str, ...]]:
 
 
 @functools.cache
-def _packages(names: tuple[str, ...]) -> tuple[str, ...]:
+def packages_options(names: tuple[str, ...]) -> tuple[str, ...]:
     """Options that make packages visible.
 
     Raises:
@@ -194,7 +194,7 @@ def _packages(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _mounts(limits: Limits, off: Collection[str]) -> list[str]:
     _, options = _python()
-    mounts = [*options, *_packages(limits.packages)]
+    mounts = [*options, *packages_options(limits.packages)]
     if "read-only" in off:
         mounts = ["--bind" if option == "--ro-bind" else option for option in mounts]
     size = [] if "tmpfs" in off else ["--size", str(limits.disk)]
@@ -276,8 +276,7 @@ class Container:
         try:
             self._process = self._start(far_line.fileno(), far_output)
         except OSError as error:
-            self.line.close()
-            os.close(self.output)
+            self.drop_lines()
             raise SandboxError(f"The sandbox's command could not be started: {error}.") from None
         finally:
             far_line.close()

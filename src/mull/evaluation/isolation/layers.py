@@ -199,7 +199,7 @@ def _user(seen: tuple[bool, str], status: dict[str, str]) -> tuple[bool, str]:
 
 def _inside(off: set[str]) -> Seen:
     """What a program sees of its limits."""
-    question = Question.of("collect", inputs=[()], entry_points=["observe"])
+    question = Question.of("collect", oracle="equal", inputs=[()], entry_points=["observe"])
     with Session(PROBE_LIMITS, off) as session:
         answer = session.judge(_INSIDE, question, {}, 20.0)
     if not answer["passed"]:
@@ -225,7 +225,7 @@ def _inside(off: set[str]) -> Seen:
 
 
 def _wall_clock(off: set[str]) -> Seen:
-    question = Question.of("collect", inputs=[()], entry_points=["wait"])
+    question = Question.of("collect", oracle="equal", inputs=[()], entry_points=["wait"])
     started = time.monotonic()
     with Session(PROBE_LIMITS, off) as session:
         answer = session.judge("import time\ndef wait():\n    time.sleep(1.5)\n", question, {}, 0.3)
@@ -243,7 +243,7 @@ def _output(off: set[str]) -> Seen:
 
 
 def _processor_time(off: set[str]) -> Seen:
-    question = Question.of("collect", inputs=[()], entry_points=["spin"])
+    question = Question.of("collect", oracle="equal", inputs=[()], entry_points=["spin"])
     request = {"cpu_seconds": 1} if "cpu" not in off else {}
     with Session(PROBE_LIMITS, off - {"wall-clock"}) as session:
         answer = session.judge("def spin():\n    while True:\n        pass\n", question, request, 10.0 if request else 2.0)
