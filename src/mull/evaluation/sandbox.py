@@ -101,7 +101,9 @@ class Calls:
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.expected):
-            raise ValueError(f"There are {len(self.inputs)} inputs and {len(self.expected)} expected values: give one for each.")
+            raise ValueError(
+                f"There are {len(self.inputs)} inputs and {len(self.expected)} expected values: give one for each."
+            )
         if not self.inputs:
             raise ValueError("Calls without inputs test nothing: give at least one.")
         if self.oracle not in ORACLES:
@@ -127,7 +129,9 @@ class Stdio:
 
     def __post_init__(self) -> None:
         if not self.inputs or len(self.inputs) != len(self.outputs):
-            raise ValueError(f"There are {len(self.inputs)} inputs and {len(self.outputs)} outputs: give one for each, at least one.")
+            raise ValueError(
+                f"There are {len(self.inputs)} inputs and {len(self.outputs)} outputs: give one for each, at least one."
+            )
 
     @functools.cached_property
     def question(self) -> Question:
@@ -281,7 +285,9 @@ class Pool:
         self, program: str, entry_point: str, inputs: Sequence[Sequence[Any]], *, oracle: str = "equal"
     ) -> "Future[tuple[Any, ...]]":
         """Have a reference solution's results computed: see `expected_values`."""
-        return self._threads.submit(self._values, program, entry_point, [tuple(arguments) for arguments in inputs], oracle)
+        return self._threads.submit(
+            self._values, program, entry_point, [tuple(arguments) for arguments in inputs], oracle
+        )
 
     def _values(self, program: str, entry_point: str, inputs: list[tuple[Any, ...]], oracle: str) -> tuple[Any, ...]:
         question = Question.of("collect", inputs=inputs, entry_points=[entry_point], oracle=oracle)

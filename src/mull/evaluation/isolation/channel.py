@@ -1,4 +1,4 @@
-"""Messages across the wall of a container: a length, then the bytes of a value. Runs on both sides, and imports nothing of mull."""
+"""Messages across the wall of a container: a length, then the bytes of a value. Runs on both sides."""
 
 import os
 import resource

@@ -223,10 +223,10 @@ class _Counting(ast.NodeTransformer):
     def __init__(self) -> None:
         self.n_asserts = 0
 
-    def visit_Try(self, node: ast.Try) -> ast.Try:  # noqa: N802
+    def visit_Try(self, node: ast.Try) -> ast.Try:
         return node
 
-    def visit_Assert(self, node: ast.Assert) -> ast.AST:  # noqa: N802
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
         self.n_asserts += 1
         source = "try: pass\nexcept Exception as _error: _failed(_error)\nelse: _passed()"
         counted = ast.parse(source).body[0]
@@ -362,7 +362,11 @@ def grade_script(candidate: Candidate, request: dict[str, Any], output: int, max
     text = printed.decode("utf-8", "replace")
     if same_tokens(text, request["output"]):
         return {"passed": True, "reason": "passed", "detail": ""}
-    return {"passed": False, "reason": "wrong answer", "detail": f"it prints {_short(text)}, not {_short(request['output'])}"}
+    return {
+        "passed": False,
+        "reason": "wrong answer",
+        "detail": f"it prints {_short(text)}, not {_short(request['output'])}",
+    }
 
 
 def _short(value: Any) -> str:
@@ -393,7 +397,11 @@ def grade(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
     except Ended:
         return {"passed": False, "reason": "no proof", "detail": "the program's process ended too early"}
     except (MemoryError, RecursionError, ValueError, SyntaxError) as error:
-        return {"passed": False, "reason": "error", "detail": f"the grader: {type(error).__name__}: {error}"[:MAX_DETAIL]}
+        return {
+            "passed": False,
+            "reason": "error",
+            "detail": f"the grader: {type(error).__name__}: {error}"[:MAX_DETAIL],
+        }
 
 
 def main(line: int) -> None:

@@ -12,7 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mull.evaluation.isolation.container import CANDIDATE, LAYERS, OF_BUBBLEWRAP, Container, Limits, SandboxError, find_bubblewrap
+from mull.evaluation.isolation.container import (
+    CANDIDATE,
+    LAYERS,
+    OF_BUBBLEWRAP,
+    Container,
+    Limits,
+    SandboxError,
+    find_bubblewrap,
+)
 from mull.evaluation.isolation.session import Question, Session
 
 PROBE_LIMITS = Limits(memory=256 << 20, disk=1 << 20, processes=1, threads=6, open_files=32, output=1 << 16)
@@ -166,9 +174,14 @@ def _outside(off: set[str]) -> Seen:
         seen["capabilities"] = (not kept and not gains, f"{kept or 'none'}, {'can' if gains else 'cannot'} gain any")
         same = os.getsid(container.program_pid()) == os.getsid(0)
         seen["session"] = (not same, "it is the host's session" if same else "its own")
-        names = sorted({entry.partition(b"=")[0].decode() for entry in (other / "environ").read_bytes().split(b"\0") if entry})
+        names = sorted(
+            {entry.partition(b"=")[0].decode() for entry in (other / "environ").read_bytes().split(b"\0") if entry}
+        )
         extra = sorted(set(names) - {"LC_CTYPE", "LD_LIBRARY_PATH", "PWD"})
-        seen["environment"] = (not extra, f"{len(extra)} of the host's variables" if extra else ", ".join(names) or "empty")
+        seen["environment"] = (
+            not extra,
+            f"{len(extra)} of the host's variables" if extra else ", ".join(names) or "empty",
+        )
         opened = sorted(os.readlink(file).partition(":")[0] for file in (other / "fd").iterdir())
         seen["descriptors"] = (opened == ["/dev/null", "/dev/null", "pipe", "socket"], ", ".join(opened))
         for layer, name, wanted in (
@@ -207,7 +220,9 @@ def _inside(off: set[str]) -> Seen:
     seen = answer["values"][0]
 
     def refused(name: str, *errors: str) -> tuple[bool, str]:
-        return seen[name] in errors, f"more is refused ({seen[name]})" if seen[name] else "more than the limit was granted"
+        return seen[name] in errors, f"more is refused ({seen[name]})" if seen[
+            name
+        ] else "more than the limit was granted"
 
     strange = sorted(set(seen["root"]) - {"lib", "lib64", "python", "tmp", "usr"})
     result = {
@@ -216,7 +231,10 @@ def _inside(off: set[str]) -> Seen:
         "memory": refused("memory", "MemoryError"),
         "file-size": refused("file-size", "OSError"),
         "open-files": refused("open-files", "OSError"),
-        "seccomp": (seen["socket"] == seen["fork"] == "PermissionError", f"socket: {seen['socket'] or 'allowed'}, fork: {seen['fork']}"),
+        "seccomp": (
+            seen["socket"] == seen["fork"] == "PermissionError",
+            f"socket: {seen['socket'] or 'allowed'}, fork: {seen['fork']}",
+        ),
         "processes": refused("processes", "RuntimeError"),
     }
     if strange:
@@ -246,7 +264,9 @@ def _processor_time(off: set[str]) -> Seen:
     question = Question.of("collect", oracle="equal", inputs=[()], entry_points=["spin"])
     request = {"cpu_seconds": 1} if "cpu" not in off else {}
     with Session(PROBE_LIMITS, off - {"wall-clock"}) as session:
-        answer = session.judge("def spin():\n    while True:\n        pass\n", question, request, 10.0 if request else 2.0)
+        answer = session.judge(
+            "def spin():\n    while True:\n        pass\n", question, request, 10.0 if request else 2.0
+        )
     limited = answer["reason"] == "no proof"
     return {"cpu": (limited, f"a busy loop was {'' if limited else 'not '}ended by the kernel")}
 

@@ -76,7 +76,11 @@ class Grader:
             answer = Channel(self._container.line.fileno(), 1 << 30).receive()
         except (Ended, ValueError):
             self.close()
-            return {"passed": False, "reason": "error", "detail": "the tests ended the grader, or took all of its memory"}
+            return {
+                "passed": False,
+                "reason": "error",
+                "detail": "the tests ended the grader, or took all of its memory",
+            }
         return dict(answer)
 
     def close(self) -> None:

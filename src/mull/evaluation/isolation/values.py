@@ -113,6 +113,12 @@ def _write_items(tag: bytes, items: Any, out: list[bytes], keep: Keep | None, de
         if kinds == {int}:
             out.append(_sized(b"I" + tag, " ".join(map(hex, items)).encode()))
             return
+        if kinds == {int, float}:
+            mask = bytes(map({int: 48, float: 49}.__getitem__, map(type, items)))
+            out.append(_sized(b"M" + tag, mask))
+            out.append(_sized(b"b", " ".join(map(hex, [item for item in items if type(item) is int])).encode()))
+            out.append(_sized(b"b", " ".join(map(float.hex, [item for item in items if type(item) is float])).encode()))
+            return
         if kinds == {float}:
             out.append(_sized(b"G" + tag, " ".join(map(float.hex, items)).encode()))
             return
@@ -232,6 +238,8 @@ class _Reader:
             content, at = self.content(at + 1)
             numbers = content.decode("ascii").split()
             return kind([int(n, 16) for n in numbers] if tag == b"I" else list(map(float.fromhex, numbers))), at
+        if tag == b"M":
+            return self.mixed(at, depth)
         if tag == b"o":
             name, at = self.content(at)
             fields, at = self.value(at, depth + 1)
@@ -243,6 +251,19 @@ class _Reader:
             number, at = self.size(at)
             return self.find(number, tag == b"H"), at
         raise ValueError("an unknown tag")
+
+    def mixed(self, at: int, depth: int) -> tuple[Any, int]:
+        """A row of integers and floats: which each is, then those, then these."""
+        kind = BUILT[self.data[at : at + 1]]
+        mask, at = self.content(at + 1)
+        whole, at = self.value(at, depth + 1)
+        real, at = self.value(at, depth + 1)
+        integers = iter([int(number, 16) for number in whole.split()])
+        floats = iter(list(map(float.fromhex, real.decode("ascii").split())))
+        try:
+            return kind([next(integers) if one == 48 else next(floats) for one in mask]), at
+        except StopIteration:
+            raise ValueError("a row has fewer numbers than announced") from None
 
 
 def _standard(name: str, fields: Any) -> Any:
@@ -259,10 +280,53 @@ def _complex(content: bytes) -> complex:
     return complex(float.fromhex(real), float.fromhex(imaginary))
 
 
-SAFE_BUILTINS = (
-    "abs all any bin bool bytes chr complex dict divmod enumerate filter float format frozenset hash hex int isinstance issubclass iter "
-    "len list map max min next object oct ord pow range repr reversed round set slice sorted str sum tuple type zip NotImplemented Ellipsis"
-).split()
+SAFE_BUILTINS = [
+    "abs",
+    "all",
+    "any",
+    "bin",
+    "bool",
+    "bytes",
+    "chr",
+    "complex",
+    "dict",
+    "divmod",
+    "enumerate",
+    "filter",
+    "float",
+    "format",
+    "frozenset",
+    "hash",
+    "hex",
+    "int",
+    "isinstance",
+    "issubclass",
+    "iter",
+    "len",
+    "list",
+    "map",
+    "max",
+    "min",
+    "next",
+    "object",
+    "oct",
+    "ord",
+    "pow",
+    "range",
+    "repr",
+    "reversed",
+    "round",
+    "set",
+    "slice",
+    "sorted",
+    "str",
+    "sum",
+    "tuple",
+    "type",
+    "zip",
+    "NotImplemented",
+    "Ellipsis",
+]
 """Functions and types that may be named across the wall. Those that read, write or run code are not among them."""
 
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from mull.evaluation.isolation.compare import EVALPLUS_ORACLES, ORACLES, are_close, is_right, same_tokens
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=4), st.floats(-1e-5, 1e-5), st.sampled_from([1e-9, 1e-6, 1e-3]))
+@given(
+    st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=4), st.floats(-1e-5, 1e-5), st.sampled_from([1e-9, 1e-6, 1e-3])
+)
 def test_closeness_is_numpys(values: list[float], shift: float, atol: float) -> None:
     moved = [value + shift for value in values]
     assert are_close(moved, values, atol) == np.allclose(moved, values, rtol=1e-7, atol=atol)

@@ -52,7 +52,11 @@ def open_files() -> int:
 
 
 def available_memory() -> int:
-    line = next(line for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable"))
+    line = next(
+        line
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        if line.startswith("MemAvailable")
+    )
     return int(line.split()[1]) << 10
 
 
@@ -66,9 +70,13 @@ def judge_all(sources: list[str], timeout: float, limits: Limits | None = None) 
             pairs.append((honest, HONEST))
     with Pool(4, timeout=timeout, limits=limits) as pool:
         verdicts = list(pool.map(pairs))
-    failed = [verdict for (source, _), verdict in zip(pairs, verdicts, strict=True) if source == honest and not verdict.passed]
+    failed = [
+        verdict for (source, _), verdict in zip(pairs, verdicts, strict=True) if source == honest and not verdict.passed
+    ]
     assert not failed, "an honest program was harmed by its neighbours"
-    return [source for (source, tests), verdict in zip(pairs, verdicts, strict=True) if tests is ESCAPED and verdict.passed]
+    return [
+        source for (source, tests), verdict in zip(pairs, verdicts, strict=True) if tests is ESCAPED and verdict.passed
+    ]
 
 
 def nothing_is_left(sources: list[str], timeout: float, namespaces: set[str], limits: Limits | None = None) -> None:
@@ -78,13 +86,25 @@ def nothing_is_left(sources: list[str], timeout: float, namespaces: set[str], li
     assert len(namespaces) > len(sources), "one container for each program, and those of the graders"
     assert processes_in(namespaces) == []
     assert (children(), open_files()) == before[:2]
-    assert {name for name in set(os.listdir("/tmp")) - before[2] if name.startswith(("link", "file", "input", "big"))} == set()
+    assert {
+        name for name in set(os.listdir("/tmp")) - before[2] if name.startswith(("link", "file", "input", "big"))
+    } == set()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert before[3] - available_memory() < 0.01 * total
 
 
 def test_some_of_them_leave_nothing_behind(namespaces: set[str]) -> None:
-    kinds = ("connect", "read passwords", "write library", "fork bomb", "kill everybody", "thread bomb", "memory", "crash", "mount")
+    kinds = (
+        "connect",
+        "read passwords",
+        "write library",
+        "fork bomb",
+        "kill everybody",
+        "thread bomb",
+        "memory",
+        "crash",
+        "mount",
+    )
     nothing_is_left([HOSTILE[kind] for kind in kinds], 5.0, namespaces)
 
 
@@ -96,7 +116,9 @@ def test_a_thousand_leave_nothing_behind(namespaces: set[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fork", "fork bomb", "leftover daemon", "subprocess", "kill everybody", "memory in small pieces"])
+@pytest.mark.parametrize(
+    "kind", ["fork", "fork bomb", "leftover daemon", "subprocess", "kill everybody", "memory in small pieces"]
+)
 def test_where_processes_are_allowed_none_is_left_either(kind: str, namespaces: set[str]) -> None:
     bomb = HOSTILE[kind]
     if kind in ("fork", "leftover daemon"):

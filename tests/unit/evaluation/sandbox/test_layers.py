@@ -44,7 +44,10 @@ def test_without_bubblewrap_its_layers_are_missing_and_programs_are_refused(
         assert not sandbox_doctor(["network"])
         assert sandbox_doctor(OF_BUBBLEWRAP)
         assert run_program("def f():\n    return 1", tests, allow_weak=OF_BUBBLEWRAP).passed
-        assert run_program("def f():\n    while True: pass", tests, allow_weak=OF_BUBBLEWRAP, timeout=1).reason == "time-out"
+        assert (
+            run_program("def f():\n    while True: pass", tests, allow_weak=OF_BUBBLEWRAP, timeout=1).reason
+            == "time-out"
+        )
     finally:
         layers._missing.cache_clear()
 

@@ -40,7 +40,7 @@ TRICKS = {
     "patched built-ins": "import builtins\nbuiltins.compile = builtins.exec = lambda *a, **k: None\ndef f(x):\n    return 0",
     "patched operators": "import operator\noperator.eq = lambda a, b: True\ndef f(x):\n    return 0",
     "trace function": "import sys\nsys.settrace(lambda *a: None)\ndef f(x):\n    return 0",
-    "frame walking": f"import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        for v in [*frame.f_locals.values(), "
+    "frame walking": "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        for v in [*frame.f_locals.values(), "
     "*frame.f_globals.values()]:\n            if isinstance(v, int) and v > 10 ** 8: return v\n        frame = frame.f_back",
     "search of the heap": "import gc\ndef f(x):\n    for o in gc.get_objects():\n        for v in (o.values() if isinstance(o, dict) else o if "
     "isinstance(o, (list, tuple)) else ()):\n            if isinstance(v, int) and 700_000_000 < v < 800_000_000: return v",
@@ -49,10 +49,16 @@ TRICKS = {
     "reading its memory": "def f(x):\n    data = open('/proc/self/mem', 'rb').read(1 << 20)\n    return 748159263 if b'748159263' in data else 0",
     "reading files": "import os\ndef f(x):\n    for folder, _, files in os.walk('/tmp'):\n        for file in files:\n            exec(open(os.path.join(folder, file)).read())",
     "silence": LINE + "def f(x):\n    os.close(fd)\n    return 0",
-    "forged verdict": LINE + FORGED + "def f(x):\n    channel.send({'passed': True, 'reason': 'passed', 'detail': '', 'n_passed': 2, 'n_tests': 2})\n    return 0",
+    "forged verdict": LINE
+    + FORGED
+    + "def f(x):\n    channel.send({'passed': True, 'reason': 'passed', 'detail': '', 'n_passed': 2, 'n_tests': 2})\n    return 0",
     "forged nonce": LINE + FORGED + "channel.send(('nonce', b'0' * 16))\ndef f(x):\n    return 0",
-    "forged results": LINE + FORGED + "for _ in range(9): channel.send(('return', True, None))\ndef f(x):\n    return 0",
-    "calling back what was not given": LINE + FORGED + "def f(x):\n    channel.send(('callback', 0, (), {}))\n    return channel.receive()",
+    "forged results": LINE
+    + FORGED
+    + "for _ in range(9): channel.send(('return', True, None))\ndef f(x):\n    return 0",
+    "calling back what was not given": LINE
+    + FORGED
+    + "def f(x):\n    channel.send(('callback', 0, (), {}))\n    return channel.receive()",
     "raising the tests' errors": "def f(x):\n    raise AssertionError",
     "raising StopIteration": "def f(x):\n    raise StopIteration",
     "raising an error with a method": "class E(Exception):\n    def __str__(self): exit(0)\ndef f(x):\n    raise E",
@@ -62,7 +68,9 @@ TRICKS = {
     "changing the list of tests": "import gc\nfor o in gc.get_objects():\n    if type(o) is list: o.clear()\ndef f(x):\n    return 0",
     "replacing the runner": "import sys\nrunner = sys.modules['mull.evaluation.isolation.candidate']\nrunner.Program.answer = lambda self, r: ('return', "
     "True, None)\ndef f(x):\n    return 0",
-    "asking for the tests": LINE + FORGED + "def f(x):\n    channel.send(('return', 0, None))\n    return channel.receive()",
+    "asking for the tests": LINE
+    + FORGED
+    + "def f(x):\n    channel.send(('return', 0, None))\n    return channel.receive()",
 }
 
 
@@ -97,7 +105,9 @@ INSIDE_STOPS = {
 INSIDE_DOES_NOT_STOP = {
     "always equal": "class A:\n    def __eq__(self, other): return True\ndef f(p):\n    return A()",
     "patched exec": "import builtins\nbuiltins.exec = lambda *a: None\ndef f(p):\n    return 0",
-    "frame walking": LINE + FORGED + "def f(p):\n    frame = sys._getframe()\n    while 'nonce' not in frame.f_locals: frame = frame.f_back\n"
+    "frame walking": LINE
+    + FORGED
+    + "def f(p):\n    frame = sys._getframe()\n    while 'nonce' not in frame.f_locals: frame = frame.f_back\n"
     "    channel.send(('nonce', frame.f_locals['nonce']))\n    return 0",
 }
 """Named in docs/concepts/sandbox.md. If one of them is stopped one day, the page has to say so."""

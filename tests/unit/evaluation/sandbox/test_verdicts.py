@@ -5,7 +5,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from mull.evaluation.sandbox import Asserts, Calls, Limits, Pool, SandboxError, Stdio, Verdict, expected_values, run_program
+from mull.evaluation.sandbox import (
+    Asserts,
+    Calls,
+    Limits,
+    Pool,
+    SandboxError,
+    Stdio,
+    Verdict,
+    expected_values,
+    run_program,
+)
 
 ADD = "def add(a, b):\n    return a + b\n"
 ADDS = Asserts("assert add(1, 2) == 3\nassert add('a', 'b') == 'ab'\nassert add([1], [2]) == [1, 2]", ("add",))
@@ -23,7 +33,13 @@ def judge(pool: Pool, program: str, tests: Asserts | Calls | Stdio = ADDS, timeo
 
 def test_one_call_is_enough() -> None:
     verdict = run_program(ADD, ADDS)
-    assert (verdict.passed, verdict.reason, verdict.n_passed, verdict.n_tests, verdict.proof) == (True, "passed", 3, 3, "outside")
+    assert (verdict.passed, verdict.reason, verdict.n_passed, verdict.n_tests, verdict.proof) == (
+        True,
+        "passed",
+        3,
+        3,
+        "outside",
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +136,9 @@ def test_expected_values_come_from_the_reference() -> None:
 def test_scripts_read_and_print(pool: Pool) -> None:
     tests = Stdio(("2\n3 4\n", "1\n10\n"), ("7\n", "10"))
     assert judge(pool, "n = int(input())\nprint(sum(map(int, input().split())))", tests).passed
-    by_file = "import sys\ndata = sys.stdin.buffer.read().split()\nsys.stdout.write(str(sum(map(int, data[1:]))))\nexit(0)"
+    by_file = (
+        "import sys\ndata = sys.stdin.buffer.read().split()\nsys.stdout.write(str(sum(map(int, data[1:]))))\nexit(0)"
+    )
     assert judge(pool, by_file, tests).passed
     half = judge(pool, "print(10)", tests)
     assert (half.reason, half.n_passed, half.n_tests) == ("wrong answer", 1, 2)
@@ -132,7 +150,12 @@ def test_scripts_read_and_print(pool: Pool) -> None:
 def test_verdicts_come_in_order_and_reasons_are_counted() -> None:
     with Pool(2, timeout=5) as pool:
         programs = [ADD, "def add(a, b):\n    return None", ADD, "1 / 0"]
-        assert [verdict.passed for verdict in pool.map((program, ADDS) for program in programs)] == [True, False, True, False]
+        assert [verdict.passed for verdict in pool.map((program, ADDS) for program in programs)] == [
+            True,
+            False,
+            True,
+            False,
+        ]
         assert pool.reasons == {"passed": 2, "wrong answer": 1, "error": 1}
 
 
