@@ -64,12 +64,12 @@ BUDGETS = {
     "decoding": 1160,
     "retrofit": 2010,
     "training": 3277,
-    "evaluation": 2290,
-    "app": 2986,
+    "evaluation": 4204,
+    "app": 2995,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 18580
+MAX_CODE_LINES = 20397
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

@@ -70,8 +70,10 @@ class Asserts:
     """Python source of asserts, such as HumanEval's ``check`` with its call, or MBPP's list joined.
 
     The source runs in the grader. `entry_points`, and every other name that it reads and does not define, are the program's, and
-    become stand-ins there: a helper that tests rely on should be in the source, not left to the program. Each ``assert`` outside of
-    ``try`` counts as a test. Tests that pass objects of a class of their own, or others that are no data, run inside the program's
+    become stand-ins there: a helper that tests rely on should be in the source, not left to the program. Each ``assert``
+    outside of
+    ``try`` counts as a test. Tests that pass objects of a class of their own, or others that are no data, run inside the
+    program's
     process instead; the arguments decide that, never what the program returns.
     """
 
@@ -88,8 +90,10 @@ class Asserts:
 class Calls:
     """Calls of one function, compared by the rules of EvalPlus.
 
-    `oracle` is a name in `ORACLES`; `EVALPLUS_ORACLES` has those of its problems. We differ from EvalPlus in one point: there, the
-    tolerance for floats stays on for the inputs that follow one with a float result, so that their integers may differ by one part
+    `oracle` is a name in `ORACLES`; `EVALPLUS_ORACLES` has those of its problems. We differ from EvalPlus in one point:
+    there, the
+    tolerance for floats stays on for the inputs that follow one with a float result, so that their integers may differ by
+    one part
     in 10 million.
     """
 
@@ -228,7 +232,8 @@ class Pool:
     """Runs many programs at once, each in a fresh container that was started while the one before it ran.
 
     Args:
-        workers: Programs that run at once. Up to twice the number of cores pays, because starting and ending a container is mostly
+        workers: Programs that run at once. Up to twice the number of cores pays, because starting and ending a container is
+        mostly
             waiting for the kernel.
         timeout: Seconds for each program; see `run_program`.
         limits: What each may use.

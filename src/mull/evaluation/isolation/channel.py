@@ -25,7 +25,7 @@ class Channel:
         """Write one message.
 
         Raises:
-            NotPlain: see `encode`.
+            NotPlainError: see `encode`.
             ValueError: it is longer than the limit.
             Ended: nobody reads any more.
         """

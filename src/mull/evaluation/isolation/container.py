@@ -171,7 +171,7 @@ def _python() -> tuple[str, tuple[str, ...]]:
     options = ["--perms", "0755", "--dir", "/usr"]  # bwrap's own choice for parents shuts out all but root
     for folder in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
         if Path(folder).is_symlink():
-            options += ["--symlink", os.readlink(folder), folder]
+            options += ["--symlink", str(Path(folder).readlink()), folder]
         elif Path(folder).is_dir():
             options += ["--ro-bind", folder, folder]
     inside = str(prefix) if str(prefix) == "/usr" else "/python"

@@ -165,7 +165,7 @@ def _outside(off: set[str]) -> Seen:
         kinds = {"user": "user", "network": "net", "mount": "mnt", "pid": "pid", "ipc": "ipc", "uts": "uts"}
         seen: Seen = {}
         for layer, kind in kinds.items():
-            names = [os.readlink(side / "ns" / kind) for side in (own, other)]
+            names = [str((side / "ns" / kind).readlink()) for side in (own, other)]
             seen[layer] = (names[0] != names[1], names[1] if names[0] != names[1] else "it is the host's namespace")
         status = _status(other)
         seen["user"] = _user(seen["user"], status)
@@ -182,7 +182,7 @@ def _outside(off: set[str]) -> Seen:
             not extra,
             f"{len(extra)} of the host's variables" if extra else ", ".join(names) or "empty",
         )
-        opened = sorted(os.readlink(file).partition(":")[0] for file in (other / "fd").iterdir())
+        opened = sorted(str(file.readlink()).partition(":")[0] for file in (other / "fd").iterdir())
         seen["descriptors"] = (opened == ["/dev/null", "/dev/null", "pipe", "socket"], ", ".join(opened))
         for layer, name, wanted in (
             ("processes", "Max processes", PROBE_LIMITS.threads + 1),

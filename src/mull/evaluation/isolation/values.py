@@ -18,7 +18,7 @@ MAX_ITEMS_OF_ITERATOR = 1_000_000
 """Most items that are taken from an iterator; one without an end has to fail some time."""
 
 
-class NotPlain(TypeError):
+class NotPlainError(TypeError):
     """A value that is no data, such as an object of a class of one's own."""
 
 
@@ -63,11 +63,12 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
 def encode(value: Any, keep: Keep | None = None) -> bytes:
     """The bytes of a value.
 
-    An iterator is read to its end and arrives as an iterator over the same items. An object of a subclass arrives as one of the base
+    An iterator is read to its end and arrives as an iterator over the same items. An object of a subclass arrives as one of
+    the base
     type. Numbers and arrays of numpy arrive as those of Python.
 
     Raises:
-        NotPlain: a part is no data, and `keep` does not take it.
+        NotPlainError: a part is no data, and `keep` does not take it.
         ValueError: it is nested too deeply, or an iterator does not end.
     """
     out: list[bytes] = []
@@ -151,7 +152,7 @@ def _write_other(value: Any, out: list[bytes], keep: Keep | None, depth: int) ->
             out.append(b"r")
             _write(_taken(value), out, keep, depth + 1)
         else:
-            raise NotPlain(f"an object of {name} is no plain data")
+            raise NotPlainError(f"an object of {name} is no plain data")
 
 
 def _plain(base: Any, value: Any) -> Any:

@@ -25,7 +25,7 @@ def namespaces(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     def noted(self: Container, deadline: float) -> int:
         pid = first_process(self, deadline)
-        seen.add(os.readlink(f"/proc/{pid}/ns/pid"))
+        seen.add(str(Path(f"/proc/{pid}/ns/pid").readlink()))
         return pid
 
     monkeypatch.setattr(Container, "_first_process", noted)
@@ -36,7 +36,7 @@ def processes_in(namespaces: set[str]) -> list[str]:
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and os.readlink(entry / "ns" / "pid") in namespaces:
+            if entry.name.isdigit() and str((entry / "ns" / "pid").readlink()) in namespaces:
                 found.append((entry / "stat").read_text(encoding="ascii", errors="replace"))
         except OSError:
             continue
@@ -48,7 +48,7 @@ def children() -> list[str]:
 
 
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def available_memory() -> int:
@@ -81,13 +81,15 @@ def judge_all(sources: list[str], timeout: float, limits: Limits | None = None) 
 
 def nothing_is_left(sources: list[str], timeout: float, namespaces: set[str], limits: Limits | None = None) -> None:
     run_program("def f():\n    return 1", HONEST)  # what is read and kept once
-    before = (children(), open_files(), set(os.listdir("/tmp")), available_memory())
+    before = (children(), open_files(), {file.name for file in Path("/tmp").iterdir()}, available_memory())
     assert judge_all(sources, timeout, limits) == []
     assert len(namespaces) > len(sources), "one container for each program, and those of the graders"
     assert processes_in(namespaces) == []
     assert (children(), open_files()) == before[:2]
     assert {
-        name for name in set(os.listdir("/tmp")) - before[2] if name.startswith(("link", "file", "input", "big"))
+        name
+        for name in {file.name for file in Path("/tmp").iterdir()} - before[2]
+        if name.startswith(("link", "file", "input", "big"))
     } == set()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert before[3] - available_memory() < 0.01 * total

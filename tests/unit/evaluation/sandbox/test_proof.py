@@ -1,5 +1,7 @@
 """Claim: a program cannot pass tests that it does not fulfil, whatever it does to its own process. One program per trick."""
 
+# ruff: noqa: E501 - programs in one line
+
 from collections.abc import Iterator
 
 import pytest

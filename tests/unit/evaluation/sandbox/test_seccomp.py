@@ -1,5 +1,7 @@
 """Claim: the filter has the right numbers, and the kernel obeys it."""
 
+# ruff: noqa: E501 - programs in one line
+
 import ctypes.util
 import platform
 

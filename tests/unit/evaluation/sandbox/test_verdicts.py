@@ -1,5 +1,7 @@
 """Claim: a right program passes, a wrong one does not, and the verdict says why."""
 
+# ruff: noqa: E501 - programs in one line
+
 import time
 from collections.abc import Iterator
 
@@ -161,7 +163,7 @@ def test_verdicts_come_in_order_and_reasons_are_counted() -> None:
 
 def test_leaving_a_pool_ends_what_still_runs() -> None:
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), Pool(2, timeout=60) as pool:
+    with pytest.raises(KeyboardInterrupt), Pool(2, timeout=60) as pool:  # noqa: PT012 - as a user would
         waiting = [pool.submit("import time\ntime.sleep(60)", ADDS) for _ in range(4)]
         while not waiting[0].running():
             time.sleep(0.01)
