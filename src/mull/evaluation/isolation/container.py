@@ -446,6 +446,10 @@ class Container:
         """End every process in it, wait until they are gone, and close what the host holds."""
         self.kill()
         self._process.wait()
+        if self._pidfd >= 0:
+            # bwrap's outer process ends as soon as the program has; the namespace's first process ends when all in it have.
+            with contextlib.suppress(TimeoutError):
+                _wait(self._pidfd, time.monotonic() + START_SECONDS)
         self.drop_lines()
         for descriptor in (self._pidfd, self._info, self._block):
             if descriptor >= 0:
