@@ -130,7 +130,6 @@ class Session:
             if self._is_stopped:
                 raise SandboxError("The sandbox was closed while programs waited for it.")
             self._hand_over(container, question, request)
-            container.drop_lines()
             if self._ahead:
                 self._next = _started(CANDIDATE, self._limits, self._off)
             answer = self._await(container, started + timeout if "wall-clock" not in self._off else math.inf)

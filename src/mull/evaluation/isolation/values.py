@@ -9,7 +9,7 @@ tuples, sets, bytes or exact numbers.
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 MAX_DEPTH = 150
 """Most levels of lists in lists. Python's own recursion limit would allow about twice as many here."""
@@ -22,10 +22,10 @@ class NotPlainError(TypeError):
     """A value that is no data, such as an object of a class of one's own."""
 
 
-Keep = Callable[[Any], int | None]
+Keep: TypeAlias = Callable[[Any], int | None]
 """Gives the number of an object that stays on this side of the wall, or None where it may not."""
 
-Find = Callable[[int, bool], Any]
+Find: TypeAlias = Callable[[int, bool], Any]
 """Gives what a number stands for; True for an object of the reader's own side, False for one of the other side."""
 
 SHORT = {None: b"N", True: b"T", False: b"F"}
