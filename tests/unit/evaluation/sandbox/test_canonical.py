@@ -12,7 +12,7 @@ import pytest
 
 from mull.evaluation.sandbox import Asserts, Pool
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:invalid escape sequence")]
 
 CUTS = {
     "raise": "raise RuntimeError",
