@@ -144,17 +144,17 @@ def find_bubblewrap() -> str | None:
 class _WithoutTypes(ast.NodeTransformer):
     """Take annotations away. To import ``typing`` for them would take a third of the time in which Python starts."""
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:  # noqa: N802
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:
         return None if node.module in ("typing", "collections.abc") else node
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:  # noqa: N802
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
         if node.value is None:
             return None
         is_alias = ast.unparse(node.annotation) == "TypeAlias"
         value = ast.Constant(None) if is_alias else node.value
         return ast.fix_missing_locations(ast.copy_location(ast.Assign([node.target], value), node))
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:  # noqa: N802
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         node.returns = None
         return self.generic_visit(node)
 
