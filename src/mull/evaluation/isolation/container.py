@@ -1,5 +1,6 @@
 """Containers: bubblewrap's command line, what is sent into a container, and its end."""
 
+import ast
 import contextlib
 import functools
 import importlib.util
@@ -140,6 +141,28 @@ def find_bubblewrap() -> str | None:
     return str(packaged) if os.access(packaged, os.X_OK) else None
 
 
+class _WithoutTypes(ast.NodeTransformer):
+    """Take annotations away. To import ``typing`` for them would take a third of the time in which Python starts."""
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:
+        return None if node.module in ("typing", "collections.abc") else node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+        if node.value is None:
+            return None
+        is_alias = ast.unparse(node.annotation) == "TypeAlias"
+        value = ast.Constant(None) if is_alias else node.value
+        return ast.fix_missing_locations(ast.copy_location(ast.Assign([node.target], value), node))
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        node.annotation = None
+        return node
+
+
 @functools.cache
 def _code(*names: str) -> bytes:
     """Compiled modules, in the order in which they import each other, framed for the bootstrap."""
@@ -147,7 +170,8 @@ def _code(*names: str) -> bytes:
     modules = []
     for name in names:
         source = (folder / f"{name}.py").read_text(encoding="utf-8")
-        modules.append((_PREFIX + name, compile(source, f"<{name}>", "exec", dont_inherit=True)))
+        tree = _WithoutTypes().visit(ast.parse(source)) if name in CANDIDATE else ast.parse(source)
+        modules.append((_PREFIX + name, compile(tree, f"<{name}>", "exec", dont_inherit=True)))
     content = marshal.dumps(modules)
     return len(content).to_bytes(4, "big") + content
 
@@ -171,7 +195,7 @@ def _python() -> tuple[str, tuple[str, ...]]:
     options = ["--perms", "0755", "--dir", "/usr"]  # bwrap's own choice for parents shuts out all but root
     for folder in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
         if Path(folder).is_symlink():
-            options += ["--symlink", os.readlink(folder), folder]
+            options += ["--symlink", str(Path(folder).readlink()), folder]
         elif Path(folder).is_dir():
             options += ["--ro-bind", folder, folder]
     inside = str(prefix) if str(prefix) == "/usr" else "/python"
@@ -187,7 +211,7 @@ def _python() -> tuple[str, tuple[str, ...]]:
 
 
 @functools.cache
-def _packages(names: tuple[str, ...]) -> tuple[str, ...]:
+def packages_options(names: tuple[str, ...]) -> tuple[str, ...]:
     """Options that make packages visible.
 
     Raises:
@@ -207,7 +231,7 @@ def _packages(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _mounts(limits: Limits, off: Collection[str]) -> list[str]:
     _, options = _python()
-    mounts = [*options, *_packages(limits.packages)]
+    mounts = [*options, *packages_options(limits.packages)]
     if "read-only" in off:
         mounts = ["--bind" if option == "--ro-bind" else option for option in mounts]
     size = [] if "tmpfs" in off else ["--size", str(limits.disk)]
@@ -289,8 +313,7 @@ class Container:
         try:
             self._process = self._start(far_line.fileno(), far_output)
         except OSError as error:
-            self.line.close()
-            os.close(self.output)
+            self.drop_lines()
             raise SandboxError(f"The sandbox's command could not be started: {error}.") from None
         finally:
             far_line.close()
@@ -422,11 +445,15 @@ class Container:
         return 128 - status if status > 128 else status
 
     def hand_on(self) -> list[int]:
-        """Descriptors for the grader: the line, and the output. The host closes its own with `drop_lines`."""
+        """Descriptors for the grader: the line, and the output.
+
+        The host keeps its own open until it has killed the container: a program that sees the end of its line ends by itself, and
+        then bwrap's outer process does not wait for the inner one.
+        """
         return [self.line.fileno(), self.output]
 
     def drop_lines(self) -> None:
-        """Close the host's ends, so that the grader sees the end of the other side."""
+        """Close the host's ends."""
         self.line.close()
         if self.output >= 0:
             os.close(self.output)
@@ -447,6 +474,13 @@ class Container:
         """End every process in it, wait until they are gone, and close what the host holds."""
         self.kill()
         self._process.wait()
+        if self._pidfd >= 0:
+            # bwrap's outer process ends as soon as the program has; the namespace's first process ends when all in it have.
+            with contextlib.suppress(TimeoutError):
+                _wait(self._pidfd, time.monotonic() + START_SECONDS)
+            with contextlib.suppress(ChildProcessError):
+                # The first process passes to the host's init where the outer one ended before it: here, if mull is that init.
+                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
         self.drop_lines()
         for descriptor in (self._pidfd, self._info, self._block):
             if descriptor >= 0:

@@ -73,7 +73,7 @@ class Grader:
         if not waiting.poll(max(0.0, deadline - time.monotonic()) * 1000):
             return None
         try:
-            answer = Channel(self._container.line.fileno()).receive()
+            answer = Channel(self._container.line.fileno(), 1 << 30).receive()
         except (Ended, ValueError):
             self.close()
             return {
@@ -105,6 +105,7 @@ class Session:
         self._next: Container | None = None
         self._dying: list[Container] = []
         self._current: Container | None = None
+        self._is_stopped = False
 
     def judge(self, program: str, question: Question, request: dict[str, Any], timeout: float) -> dict[str, Any]:
         """Run one program against its tests.
@@ -126,8 +127,9 @@ class Session:
         request = {"program": program, "kind": question.kind, "cpu_seconds": cpu_seconds, **request}
         started = time.monotonic()
         try:
+            if self._is_stopped:
+                raise SandboxError("The sandbox was closed while programs waited for it.")
             self._hand_over(container, question, request)
-            container.drop_lines()
             if self._ahead:
                 self._next = _started(CANDIDATE, self._limits, self._off)
             answer = self._await(container, started + timeout if "wall-clock" not in self._off else math.inf)
@@ -182,7 +184,8 @@ class Session:
             self._dying.pop(0).close()
 
     def interrupt(self) -> None:
-        """End the running program, from another thread."""
+        """End the running program, from another thread, and run no other."""
+        self._is_stopped = True
         if (current := self._current) is not None:
             current.kill()
 

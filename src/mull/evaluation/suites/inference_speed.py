@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import CompileConfig
+from transformers.generation.configuration_utils import CompileConfig
 from transformers.modeling_layers import MtpModel
 
 from mull.evaluation.cost.count import STREAMED_BYTES, Machine, measure_machine
@@ -68,7 +68,7 @@ def _compile_config(subject: Subject) -> CompileConfig:
     config = CompileConfig(
         fullgraph=False, mode="reduce-overhead" if subject.model.device.type == "cuda" else "default"
     )
-    config._compile_all_devices = True  # transformers compiles on GPUs only
+    config._compile_all_devices = True  # type: ignore[assignment]  # transformers compiles on GPUs only
     return config
 
 
