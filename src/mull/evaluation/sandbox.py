@@ -3,6 +3,7 @@
 The concept page *Sandbox* has the threat model, what each layer stops, and what nothing stops.
 """
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -281,10 +282,14 @@ class Pool:
         """Verdicts of ``(program, tests)``, in order. Pairs are read as they are needed."""
         iterator = iter(pairs)
         waiting = [self.submit(*pair) for pair in itertools.islice(iterator, self._window)]
-        while waiting:
-            verdict = waiting.pop(0).result()
-            waiting += [self.submit(*pair) for pair in itertools.islice(iterator, 1)]
-            yield verdict
+        try:
+            while waiting:
+                verdict = waiting.pop(0).result()
+                waiting += [self.submit(*pair) for pair in itertools.islice(iterator, 1)]
+                yield verdict
+        finally:
+            for unread in waiting:
+                unread.cancel()
 
     def submit_reference(
         self, program: str, entry_point: str, inputs: Sequence[Sequence[Any]], *, oracle: str = "equal"
@@ -325,8 +330,9 @@ class Pool:
             for session in self._sessions:
                 session.interrupt()
         self._threads.shutdown(wait=True)
-        for session in self._sessions:
-            session.close()
+        with contextlib.ExitStack() as ends:
+            for session in self._sessions:
+                ends.callback(session.close)
 
     def __enter__(self) -> Self:
         return self

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -305,41 +306,42 @@ class Container:
         """
         self.limits, self.off = limits, frozenset(off)
         self.is_bubblewrapped = not self.off.issuperset(OF_BUBBLEWRAP)
-        self.pid = 0
-        self._pidfd, self._is_ready = -1, False
-        self.line, far_line = socket.socketpair()
-        self.output, far_output = os.pipe()
-        started = time.monotonic()
+        self.pid, self._is_ready = 0, False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pidfd = self._info = self._block = self.output = -1
+        self._kills = threading.Lock()  # `kill` may come from another thread while `close` gives the descriptor back
         try:
-            self._process = self._start(far_line.fileno(), far_output)
+            self.line, far_line = socket.socketpair()
         except OSError as error:
-            self.drop_lines()
             raise SandboxError(f"The sandbox's command could not be started: {error}.") from None
-        finally:
-            far_line.close()
-            os.close(far_output)
         try:
-            self.pid = self._first_process(started + START_SECONDS)
-            self._pidfd = os.pidfd_open(self.pid)
-            self.line.sendall(_code(*modules))
-            Channel(self.line.fileno()).send(self._setup())
-        except (OSError, Ended, ValueError) as error:
-            self.close()
+            with far_line:
+                self._start(far_line.fileno())
+            self._send_setup(modules, time.monotonic() + START_SECONDS)
+        except BaseException as error:
+            self.close()  # nobody else has it yet
+            if not isinstance(error, OSError | Ended | ValueError):
+                raise
+            if self._process is None:
+                raise SandboxError(f"The sandbox's command could not be started: {error}.") from None
             raise SandboxError(f"The sandbox could not be set up ({error}): {self.complaint()}") from None
 
-    def _start(self, far_line: int, far_output: int) -> "subprocess.Popen[bytes]":
+    def _start(self, far_line: int) -> None:
         own: list[int] = []
-        self._info = self._block = -1
         try:
+            self.output, far_output = os.pipe()
+            own.append(far_output)
             command = self.command(far_line, own)
+            passed = [descriptor for descriptor in own if descriptor != far_output]
             if "descriptors" in self.off:
-                own.append(os.dup(self.line.fileno()))
-            return subprocess.Popen(
+                passed.append(os.dup(self.line.fileno()))
+                own.append(passed[-1])
+            self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=far_output,
                 stderr=subprocess.DEVNULL,
-                pass_fds=[*own, far_line],
+                pass_fds=[*passed, far_line],
                 env=dict(os.environ) if "environment" in self.off else {},
                 cwd=HOME,  # where nothing else changes it
                 process_group=0,  # Ctrl-C reaches mull alone, which then ends its containers
@@ -347,6 +349,12 @@ class Container:
         finally:
             for descriptor in own:
                 os.close(descriptor)
+
+    def _send_setup(self, modules: tuple[str, ...], deadline: float) -> None:
+        self.pid = self._first_process(deadline)
+        self._pidfd = os.pidfd_open(self.pid)
+        self.line.sendall(_code(*modules))
+        Channel(self.line.fileno()).send(self._setup())
 
     def command(self, line: int, own: list[int]) -> list[str]:
         """The command, and in `own` the descriptors that were opened for it."""
@@ -361,9 +369,10 @@ class Container:
             descriptors["block"], self._block = os.pipe()
             own.append(descriptors["block"])
         if "seccomp" not in self.off:
+            content = _filter(self.limits.processes > 1)  # may raise: before there is a pipe
             descriptors["seccomp"], write = os.pipe()
             own.append(descriptors["seccomp"])
-            os.write(write, _filter(self.limits.processes > 1))
+            os.write(write, content)
             os.close(write)
         bubblewrap = find_bubblewrap()
         if bubblewrap is None:
@@ -375,7 +384,7 @@ class Container:
 
     def _first_process(self, deadline: float) -> int:
         if not self.is_bubblewrapped:
-            return self._process.pid
+            return self._started().pid
         text = b""
         while b"}" not in text:
             _wait(self._info, deadline)
@@ -420,8 +429,10 @@ class Container:
         try:
             _wait(self.line.fileno(), time.monotonic() + START_SECONDS)
             self._is_ready = Channel(self.line.fileno()).receive() == "ready"
-        except (OSError, Ended, ValueError):
+        except BaseException as error:
             self.close()
+            if not isinstance(error, OSError | Ended | ValueError):
+                raise
             raise SandboxError(f"The sandbox does not start: {self.complaint()}") from None
 
     def complaint(self) -> str:
@@ -439,7 +450,7 @@ class Container:
     def exit_status(self, patience: float) -> int | None:
         """How its first process ended, if it does within some seconds: a status, or minus the number of a signal."""
         try:
-            status = self._process.wait(patience)
+            status = self._started().wait(patience)
         except subprocess.TimeoutExpired:
             return None
         return 128 - status if status > 128 else status
@@ -452,40 +463,47 @@ class Container:
         """
         return [self.line.fileno(), self.output]
 
-    def drop_lines(self) -> None:
-        """Close the host's ends."""
-        self.line.close()
-        if self.output >= 0:
-            os.close(self.output)
-            self.output = -1
-
     def kill(self) -> None:
         """End every process in it, without waiting. The first one's end is the end of all in its namespace."""
-        if self._pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        else:
-            self._process.kill()
-        if not self.is_bubblewrapped:
-            with contextlib.suppress(ProcessLookupError):
+        with self._kills, contextlib.suppress(ProcessLookupError):
+            if self._process is None or self.line.fileno() < 0:
+                return  # it is over, and its numbers may be others' by now
+            if not self.is_bubblewrapped:
                 os.killpg(self._process.pid, signal.SIGKILL)
+            elif self._pidfd >= 0:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            else:
+                self._process.kill()
 
     def close(self) -> None:
-        """End every process in it, wait until they are gone, and close what the host holds."""
-        self.kill()
-        self._process.wait()
-        if self._pidfd >= 0:
-            # bwrap's outer process ends as soon as the program has; the namespace's first process ends when all in it have.
-            with contextlib.suppress(TimeoutError):
-                _wait(self._pidfd, time.monotonic() + START_SECONDS)
-            with contextlib.suppress(ChildProcessError):
-                # The first process passes to the host's init where the outer one ended before it: here, if mull is that init.
-                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
-        self.drop_lines()
-        for descriptor in (self._pidfd, self._info, self._block):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._pidfd = self._info = self._block = -1
+        """End every process in it, wait until they are gone, and close what the host holds. Twice does no harm."""
+        try:
+            self.kill()
+            if self._process is not None:
+                self._process.wait()
+            if self._pidfd >= 0:
+                # bwrap's outer process ends as soon as the program has; the namespace's first one ends when all in it have.
+                with contextlib.suppress(TimeoutError):
+                    _wait(self._pidfd, time.monotonic() + START_SECONDS)
+                with contextlib.suppress(ChildProcessError):
+                    # It passes to the host's init where the outer one ended before it: here, if mull is that init.
+                    os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        finally:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Close the host's ends."""
+        with self._kills:
+            self.line.close()
+            descriptors = (self.output, self._pidfd, self._info, self._block)
+            self.output = self._pidfd = self._info = self._block = -1
+            for descriptor in descriptors:
+                if descriptor >= 0:
+                    os.close(descriptor)
+
+    def _started(self) -> "subprocess.Popen[bytes]":
+        assert self._process is not None
+        return self._process
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """A grader and its candidates, one after the other, from the host's side: who is started, told, timed and killed."""
 
+import contextlib
 import hashlib
 import math
 import pickle
@@ -53,9 +54,9 @@ class Grader:
     def ask(self, descriptors: list[int], question: Question, request: dict[str, Any]) -> None:
         """Hand over a candidate and what to do with it."""
         if self._container is None:
-            self._container = _started(GRADER, GRADER_LIMITS, self._off)
-            self._container.wait_until_ready()
-            self._known = []
+            container = _started(GRADER, GRADER_LIMITS, self._off)
+            container.wait_until_ready()
+            self._container, self._known = container, []
         key = question.key
         message: dict[str, Any] = {"key": key, "request": request}
         if key not in self._known:
@@ -191,11 +192,13 @@ class Session:
 
     def close(self) -> None:
         """End everything, and wait until it has ended."""
-        if self._next is not None:
-            self._dying.append(self._next)
-            self._next = None
-        self._bury(leave=0)
-        self._grader.close()
+        with contextlib.ExitStack() as ends:  # each has its turn, also where another's end fails
+            ends.callback(self._grader.close)
+            if self._next is not None:
+                ends.callback(self._next.close)
+            for container in self._dying:
+                ends.callback(container.close)
+            self._next, self._dying = None, []
 
     def __enter__(self) -> Self:
         return self
