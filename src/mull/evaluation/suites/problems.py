@@ -146,7 +146,23 @@ def _humaneval(record: Record) -> Problem:
     name, prompt, entry, test = (
         unix(string_field(record, key)) for key in ("task_id", "prompt", "entry_point", "test")
     )
-    return Problem(name, prompt, entry, asserts=f"{test}\ncheck({entry})\n")
+    return Problem(name, prompt, entry, asserts=f"{_helpers(prompt, entry, test)}{test}\ncheck({entry})\n")
+
+
+def _helpers(prompt: str, entry: str, test: str) -> str:
+    """Functions of the prompt that the tests call, with the prompt's imports: else they would be whatever the program makes of them.
+
+    HumanEval/32, 38 and 50 have one each.
+    """
+    try:
+        tree, called = ast.parse(f"{prompt}    pass\n"), ast.parse(test)
+    except SyntaxError:  # told when the tests run; a prompt may end within a line
+        return ""
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name != entry]
+    if not {node.id for node in ast.walk(called) if isinstance(node, ast.Name)} & {node.name for node in functions}:
+        return ""
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return "".join(f"{ast.unparse(node)}\n\n" for node in [*imports, *functions])
 
 
 def _humaneval_plus(record: Record) -> Problem:

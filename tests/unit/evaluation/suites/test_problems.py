@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mull.evaluation.suites import problems as module
+from mull.evaluation.sandbox import Asserts, run_program
 from mull.evaluation.suites.grading import grade, lm_eval_matches
 from mull.evaluation.suites.problems import Problem, Problems, load_problems, with_tuples
 from mull.evaluation.suites.prompts import PROTOCOLS
@@ -180,6 +181,25 @@ def test_every_reference_solution_of_the_plus_sets_takes_the_inputs(data: Path) 
             exec(problem.inputs.reference, names)
             given = problem.inputs.inputs[0]
             names[problem.entry_point](*copy.deepcopy(given))
+
+
+CHEATS = {
+    "HumanEval/32": "def poly(xs, x):\n    return 0\n\ndef find_zero(xs):\n    return 7\n",
+    "HumanEval/38": "def encode_cyclic(s):\n    return s\n\ndef decode_cyclic(s):\n    return s\n",
+    "HumanEval/50": "def encode_shift(s):\n    return s\n\ndef decode_shift(s):\n    return s\n",
+}
+
+
+def test_functions_of_the_prompt_that_tests_call_are_not_the_programs(data: Path) -> None:
+    with gzip.open(data / "HumanEval.jsonl.gz", "rt") as lines:
+        rows = {row["task_id"]: row for row in map(json.loads, lines)}
+    problems = {problem.name: problem for problem in load_problems("humaneval", data / "HumanEval.jsonl.gz").problems}
+    for name, cheat in CHEATS.items():
+        tests = Asserts(problems[name].asserts, (problems[name].entry_point,))
+        assert run_program(cheat, tests).reason == "wrong answer"
+        assert run_program(rows[name]["prompt"] + rows[name]["canonical_solution"], tests).passed
+    others = [problem for name, problem in problems.items() if name not in CHEATS]
+    assert all(problem.asserts == f"{rows[problem.name]['test']}\ncheck({problem.entry_point})\n" for problem in others)
 
 
 @pytest.mark.parametrize("suite", ["humaneval", "mbpp"])
