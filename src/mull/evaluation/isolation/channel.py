@@ -8,7 +8,10 @@ from typing import Any
 from mull.evaluation.isolation.values import Find, Keep, decode, encode
 
 MAX_MESSAGE_BYTES = 64 << 20
-"""A longer message is refused unread. The largest result of a reference solution (HumanEval/130) takes 25 MB."""
+"""A longer message is refused unread. The largest result of a reference solution (HumanEval/130) takes 9 MB."""
+
+MAX_ANSWER_BYTES = 1 << 30
+"""The same for what the grader tells the host: a verdict, or all results of a reference solution."""
 
 
 class Ended(BaseException):

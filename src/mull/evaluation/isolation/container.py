@@ -164,9 +164,18 @@ class _WithoutTypes(ast.NodeTransformer):
         return node
 
 
-@functools.cache
+_compiling = threading.Lock()
+
+
 def _code(*names: str) -> bytes:
     """Compiled modules, in the order in which they import each other, framed for the bootstrap."""
+    # Python 3.11 counts the depth of ``ast.parse`` for all threads together, and raises SystemError where two disturb each other.
+    with _compiling:
+        return _compiled(names)
+
+
+@functools.cache
+def _compiled(names: tuple[str, ...]) -> bytes:
     folder = Path(__file__).parent
     modules = []
     for name in names:

@@ -16,7 +16,7 @@ from importlib import import_module
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
-from mull.evaluation.isolation.channel import Channel, Ended, restrict
+from mull.evaluation.isolation.channel import MAX_ANSWER_BYTES, Channel, Ended, restrict
 from mull.evaluation.isolation.compare import is_right, same_tokens
 from mull.evaluation.isolation.values import NotPlainError, encode
 
@@ -321,7 +321,9 @@ def collect_values(candidate: Candidate, request: dict[str, Any]) -> dict[str, A
         values = [function(*arguments) for arguments in request["inputs"]]
         if request["oracle"] == "equally_none":
             values = [value if isinstance(value, bool) else value is not None for value in values]
-        encode(values)  # refuses what is no data
+        if (size := len(encode(values))) > MAX_ANSWER_BYTES - MAX_DETAIL:  # and refuses what is no data
+            told = f"its results take {size:,} bytes, more than the {MAX_ANSWER_BYTES:,} that come back: give fewer inputs at once"
+            raise TestFailedError("error", told)
     except (Exception, Ended) as error:  # noqa: BLE001
         tally = Tally(1)
         tally.failed(error)
@@ -411,7 +413,7 @@ def grade(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
 
 def main(line: int) -> None:
     """Serve the host until it closes the line."""
-    channel = Channel(line, 1 << 30)
+    channel = Channel(line, MAX_ANSWER_BYTES)
     restrict(channel.receive(), line)
     channel.send("ready")
     host = socket.socket(fileno=line)

@@ -11,10 +11,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Self
 
-from mull.evaluation.isolation.channel import Channel, Ended
+from mull.evaluation.isolation.channel import MAX_ANSWER_BYTES, Channel, Ended
 from mull.evaluation.isolation.container import CANDIDATE, GRADER, Container, Limits, SandboxError
 
 GRADER_LIMITS = Limits(memory=4 << 30, disk=1 << 20, threads=8)
+
+MAX_TESTS_BYTES = 512 << 20
+"""Of tests with their inputs and expected values, pickled: the grader's memory holds them several times while it reads them."""
 
 GRACE_SECONDS = 5.0
 """How long the grader may take to notice that a candidate is gone."""
@@ -32,8 +35,18 @@ class Question:
 
     @classmethod
     def of(cls, kind: str, **content: Any) -> Self:
-        """Pack tests. The grader trusts the host, so a pickle will do; nothing is unpickled that comes back."""
-        return cls(kind, pickle.dumps(content, protocol=5))
+        """Pack tests. The grader trusts the host, so a pickle will do; nothing is unpickled that comes back.
+
+        Raises:
+            ValueError: they are larger than `MAX_TESTS_BYTES`.
+        """
+        packed = pickle.dumps(content, protocol=5)
+        if len(packed) > MAX_TESTS_BYTES:
+            raise ValueError(
+                f"The tests take {len(packed):,} bytes, more than the {MAX_TESTS_BYTES:,} that a grader takes: "
+                "divide their inputs among several."
+            )
+        return cls(kind, packed)
 
     @property
     def key(self) -> bytes:
@@ -74,7 +87,7 @@ class Grader:
         if not waiting.poll(max(0.0, deadline - time.monotonic()) * 1000):
             return None
         try:
-            answer = Channel(self._container.line.fileno(), 1 << 30).receive()
+            answer = Channel(self._container.line.fileno(), MAX_ANSWER_BYTES).receive()
         except (Ended, ValueError):
             self.close()
             return {

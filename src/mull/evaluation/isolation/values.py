@@ -8,6 +8,7 @@ tuples, sets, bytes or exact numbers.
 """
 
 import sys
+from array import array
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -109,23 +110,30 @@ def _write(value: Any, out: list[bytes], keep: Keep | None, depth: int) -> None:
 
 def _write_items(tag: bytes, items: Any, out: list[bytes], keep: Keep | None, depth: int) -> None:
     """Items one by one; long rows of numbers of one type at the speed of C."""
-    if len(items) > 8 and tag in b"lt":
-        kinds = set(map(type, items))
-        if kinds == {int}:
-            out.append(_sized(b"I" + tag, " ".join(map(hex, items)).encode()))
-            return
-        if kinds == {int, float}:
-            mask = bytes(map({int: 48, float: 49}.__getitem__, map(type, items)))
-            out.append(_sized(b"M" + tag, mask))
-            out.append(_sized(b"b", " ".join(map(hex, [item for item in items if type(item) is int])).encode()))
-            out.append(_sized(b"b", " ".join(map(float.hex, [item for item in items if type(item) is float])).encode()))
-            return
-        if kinds == {float}:
-            out.append(_sized(b"G" + tag, " ".join(map(float.hex, items)).encode()))
-            return
+    if len(items) > 8 and tag in b"lt" and (row := _row(tag, items)) is not None:
+        out.extend(row)
+        return
     out.append(b"%b%d:" % (tag, len(items)))
     for item in items:
         _write(item, out, keep, depth + 1)
+
+
+def _row(tag: bytes, items: Any) -> list[bytes] | None:
+    """A row of integers and floats as the processor has them: which each is, then those, then these. None if it is no such row."""
+    kinds = set(map(type, items))
+    if not kinds <= {int, float}:
+        return None
+    integers = items if kinds == {int} else [item for item in items if type(item) is int]
+    floats = items if kinds == {float} else [item for item in items if type(item) is float]
+    mask = b"" if len(kinds) == 1 else bytes(map({int: 0, float: 1}.__getitem__, map(type, items)))
+    try:
+        words = (b"q", array("q", integers).tobytes())
+    except OverflowError:
+        words = (b"x", " ".join(map(hex, integers)).encode())
+    return [
+        b"R" + tag + words[0],
+        *(b"%d:%b" % (len(part), part) for part in (mask, words[1], array("d", floats).tobytes())),
+    ]
 
 
 def _write_other(value: Any, out: list[bytes], keep: Keep | None, depth: int) -> None:
@@ -234,13 +242,8 @@ class _Reader:
         if tag == b"d":
             flat, at = self.items(at, depth, 2)
             return dict(zip(flat[::2], flat[1::2], strict=True)), at
-        if tag in (b"I", b"G"):
-            kind = BUILT[self.data[at : at + 1]]
-            content, at = self.content(at + 1)
-            numbers = content.decode("ascii").split()
-            return kind([int(n, 16) for n in numbers] if tag == b"I" else list(map(float.fromhex, numbers))), at
-        if tag == b"M":
-            return self.mixed(at, depth)
+        if tag == b"R":
+            return self.row(at)
         if tag == b"o":
             name, at = self.content(at)
             fields, at = self.value(at, depth + 1)
@@ -253,18 +256,23 @@ class _Reader:
             return self.find(number, tag == b"H"), at
         raise ValueError("an unknown tag")
 
-    def mixed(self, at: int, depth: int) -> tuple[Any, int]:
-        """A row of integers and floats: which each is, then those, then these."""
-        kind = BUILT[self.data[at : at + 1]]
-        mask, at = self.content(at + 1)
-        whole, at = self.value(at, depth + 1)
-        real, at = self.value(at, depth + 1)
-        integers = iter([int(number, 16) for number in whole.split()])
-        floats = iter(list(map(float.fromhex, real.decode("ascii").split())))
-        try:
-            return kind([next(integers) if one == 48 else next(floats) for one in mask]), at
-        except StopIteration:
-            raise ValueError("a row has fewer numbers than announced") from None
+    def row(self, at: int) -> tuple[Any, int]:
+        kind, form = BUILT[self.data[at : at + 1]], self.data[at + 1 : at + 2]
+        mask, at = self.content(at + 2)
+        words, at = self.content(at)
+        reals, at = self.content(at)
+        integers = (
+            memoryview(words).cast("q").tolist()
+            if form == b"q"
+            else [int(word, 16) for word in words.decode("ascii").split()]
+        )
+        floats = memoryview(reals).cast("d").tolist()
+        if not mask:
+            return kind(integers + floats), at
+        if mask.count(0) != len(integers) or mask.count(1) != len(floats) or len(integers) + len(floats) != len(mask):
+            raise ValueError("a row has other numbers than announced")
+        sources = (iter(integers), iter(floats))
+        return kind([next(sources[one]) for one in mask]), at
 
 
 def _standard(name: str, fields: Any) -> Any:

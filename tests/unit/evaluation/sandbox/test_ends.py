@@ -1,12 +1,15 @@
 """Claim: whatever fails, and wherever it is interrupted, no descriptor of the host stays open and no process stays behind."""
 
+import ast
 import gc
 import os
 import socket
 import subprocess
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,27 @@ def test_a_container_whose_start_fails_leaves_nothing(error: BaseException, monk
             with pytest.raises(SandboxError if isinstance(error, OSError) else KeyboardInterrupt):
                 Container(CANDIDATE, Limits())
         assert held() == before, (name, at)
+
+
+def test_one_thread_at_a_time_compiles_what_runs_in_containers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 fails where several threads parse at once; the probes of all layers start containers at once."""
+    inside, most = [0], [0]
+    parse = ast.parse
+
+    def counted(*args: Any, **kwargs: Any) -> ast.AST:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.02)
+        try:
+            return parse(*args, **kwargs)
+        finally:
+            inside[0] -= 1
+
+    monkeypatch.setattr(ast, "parse", counted)
+    containers._compiled.cache_clear()
+    with ThreadPoolExecutor(8) as threads:
+        found = set(threads.map(lambda _: containers._code(*containers.GRADER), range(8)))
+    assert (len(found), most[0]) == (1, 1)
 
 
 @pytest.mark.parametrize("error", [OSError("no"), RuntimeError("no"), KeyboardInterrupt()], ids=repr)

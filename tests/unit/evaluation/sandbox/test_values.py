@@ -58,7 +58,7 @@ def test_values_arrive_as_they_were_sent(value: Any) -> None:
     [
         Decimal("1.10"), Fraction(2, 6), date(2024, 2, 29), datetime(2024, 1, 1, 1, 2, 3, 4),
         time(1, 2, 3), timedelta(-1, 5, 6), Counter("abca"), OrderedDict(b=1, a=2), deque([1, 2], 5), range(3, 9, 2), bytearray(b"x"),
-        2**4000, -(2**64), "\udc80", [True] * 20, [1.5, -0.0, math.inf] * 9, (1, 2) * 9, int, len, ValueError, {1: {2: {3}}},
+        2**4000, -(2**64), "\udc80", [True] * 20, [1.5, -0.0, math.inf] * 9, (1, 2) * 9, [1, 2.5, -3] * 9, [2**63 - 1, -(2**63)] * 9, [2**63, 0.5] * 9, int, len, ValueError, {1: {2: {3}}},
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
@@ -108,7 +108,7 @@ def test_objects_are_refused_by_name_and_depth_is_bounded() -> None:
 HOSTILE = [
     b"", b"x", b"l", b"l5:", b"l99999999999999:", b"s5:ab", b"i3:zzz", b"d1:l0:N", b"e1:l0:", b"o7:os.walkt0:", b"o9:os.systemt1:s2:ls",
     b"B4:exec", b"B4:eval", b"B10:__import__", b"B4:open", b"h1:", b"H1:", b"r" * 5000 + b"l0:", b"t1:" * 5000, b"NN", b"f3:xyz", b"c1:1",
-    b"s1:\xff", b"o15:decimal.Decimalt1:s3:abc", b"l-1:", b"l1_0:", b"Il2:-", b"o14:builtins.ranget1:N", b"Ix3:0x1",
+    b"s1:\xff", b"o15:decimal.Decimalt1:s3:abc", b"l-1:", b"l1_0:", b"Rlq0:1:a0:", b"Rlq0:0:1:a", b"Rlq2:\0\x010:0:", b"Rlq9:" + b"\2" * 9 + b"0:0:", b"Rlx0:1:-0:", b"Rdq0:0:0:", b"o14:builtins.ranget1:N", b"Ix3:0x1",
 ]  # fmt: skip
 
 
@@ -120,7 +120,16 @@ def test_hostile_bytes_are_refused(data: bytes) -> None:
 
 def test_random_damage_gives_a_value_or_a_value_error() -> None:
     rng = random.Random(0)
-    good = encode({"a": [1, 2.5, (None, True)], "b": {1, 2}, "c": [*range(20)], "d": Decimal("1.5"), "e": iter([1])})
+    good = encode(
+        {
+            "a": [1, 2.5, (None, True)],
+            "b": {1, 2},
+            "c": [*range(20)],
+            "f": [1, 0.5] * 9,
+            "d": Decimal("1.5"),
+            "e": iter([1]),
+        }
+    )
     signal.alarm(60)
     for _ in range(20_000):
         data = bytearray(good)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from mull.evaluation.isolation import session
 from mull.evaluation.sandbox import (
     Asserts,
     Calls,
@@ -133,6 +134,27 @@ def test_expected_values_come_from_the_reference() -> None:
         expected_values(ADD, "add", [(1, "b")])
     with pytest.raises(ValueError, match="no plain data|fails"):
         expected_values("def f():\n    return object()", "f", [()])
+
+
+def test_large_results_are_computed_and_compared() -> None:
+    """More than a message holds, in all; one that holds more by itself is refused by a sentence."""
+    program = "def f(n):\n    return [n] * (1 << 20)"
+    inputs = [(number,) for number in range(12)]
+    values = expected_values(program, "f", inputs)
+    assert values == tuple([number] * (1 << 20) for number in range(12))
+    assert run_program(program, Calls("f", tuple(inputs), values), timeout=20).passed
+    with pytest.raises(
+        ValueError, match=r"fails: error, .*it takes [\d,]+ bytes, more than the 67,108,864 that a message"
+    ):
+        expected_values("def f():\n    return 'x' * (65 << 20)", "f", [()])
+
+
+def test_tests_that_are_too_large_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "MAX_TESTS_BYTES", 1 << 10)
+    with pytest.raises(
+        ValueError, match=r"The tests take [\d,]+ bytes, more than the 1,024 that a grader takes: divide"
+    ):
+        run_program("def f():\n    return ''", Calls("f", ((),), ("x" * 2000,)))
 
 
 def test_scripts_read_and_print(pool: Pool) -> None:

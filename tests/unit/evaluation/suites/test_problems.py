@@ -183,6 +183,16 @@ def test_every_reference_solution_of_the_plus_sets_takes_the_inputs(data: Path) 
             names[problem.entry_point](*copy.deepcopy(given))
 
 
+def test_only_one_input_of_the_plus_sets_is_left_out(data: Path) -> None:
+    for suite, file in (("humaneval+", "HumanEvalPlus.jsonl.gz"), ("mbpp+", "MbppPlus.jsonl.gz")):
+        with gzip.open(data / file, "rt") as lines:
+            published = {row["task_id"]: [*row["base_input"], *row["plus_input"]] for row in map(json.loads, lines)}
+        kept = {p.name: len(p.inputs.inputs) for p in load_problems(suite, data / file).problems if p.inputs}  # type: ignore[arg-type]
+        assert {name: len(published[name]) - n for name, n in kept.items() if len(published[name]) != n} == (
+            {"Mbpp/255": 1} if suite == "mbpp+" else {}
+        )
+
+
 CHEATS = {
     "HumanEval/32": "def poly(xs, x):\n    return 0\n\ndef find_zero(xs):\n    return 7\n",
     "HumanEval/38": "def encode_cyclic(s):\n    return s\n\ndef decode_cyclic(s):\n    return s\n",
