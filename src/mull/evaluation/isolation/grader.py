@@ -322,7 +322,9 @@ def collect_values(candidate: Candidate, request: dict[str, Any]) -> dict[str, A
         if request["oracle"] == "equally_none":
             values = [value if isinstance(value, bool) else value is not None for value in values]
         if (size := len(encode(values))) > MAX_ANSWER_BYTES - MAX_DETAIL:  # and refuses what is no data
-            told = f"its results take {size:,} bytes, more than the {MAX_ANSWER_BYTES:,} that come back: give fewer inputs at once"
+            told = (
+                f"its results take {size:,} bytes, more than the {MAX_ANSWER_BYTES:,} that come back: give fewer inputs"
+            )
             raise TestFailedError("error", told)
     except (Exception, Ended) as error:  # noqa: BLE001
         tally = Tally(1)

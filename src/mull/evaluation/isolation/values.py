@@ -119,7 +119,7 @@ def _write_items(tag: bytes, items: Any, out: list[bytes], keep: Keep | None, de
 
 
 def _row(tag: bytes, items: Any) -> list[bytes] | None:
-    """A row of integers and floats as the processor has them: which each is, then those, then these. None if it is no such row."""
+    """A row of integers and floats as the processor has them: which each is, then those, then these; else None."""
     kinds = set(map(type, items))
     if not kinds <= {int, float}:
         return None

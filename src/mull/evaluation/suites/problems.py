@@ -150,7 +150,7 @@ def _humaneval(record: Record) -> Problem:
 
 
 def _helpers(prompt: str, entry: str, test: str) -> str:
-    """Functions of the prompt that the tests call, with the prompt's imports: else they would be whatever the program makes of them.
+    """Functions and imports of the prompt where the tests call these: else they would be what the program makes of them.
 
     HumanEval/32, 38 and 50 have one each.
     """
@@ -207,7 +207,7 @@ def _mbpp_plus(record: Record) -> Problem:
 
 
 def _carried(number: int, inputs: list[Any]) -> list[Any]:
-    """Without the one input of Mbpp/255 whose result, 1.7 million tuples of 77 colors, takes more memory than a program may have."""
+    """Without the one input of Mbpp/255 whose result, 1.7 million tuples of 77 colors, takes more memory than there is."""
     return [given for given in inputs if number != 255 or (len(given[0]), given[1]) != (5, 77)]
 
 

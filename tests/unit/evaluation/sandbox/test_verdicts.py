@@ -138,10 +138,10 @@ def test_expected_values_come_from_the_reference() -> None:
 
 def test_large_results_are_computed_and_compared() -> None:
     """More than a message holds, in all; one that holds more by itself is refused by a sentence."""
-    program = "def f(n):\n    return [n] * (1 << 20)"
-    inputs = [(number,) for number in range(12)]
+    program = "def f(n):\n    return [str(n) * (6 << 20), n]"
+    inputs = [(number,) for number in range(10, 17)]
     values = expected_values(program, "f", inputs)
-    assert values == tuple([number] * (1 << 20) for number in range(12))
+    assert values == tuple([str(number) * (6 << 20), number] for (number,) in inputs)
     assert run_program(program, Calls("f", tuple(inputs), values), timeout=20).passed
     with pytest.raises(
         ValueError, match=r"fails: error, .*it takes [\d,]+ bytes, more than the 67,108,864 that a message"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mull.evaluation.suites import problems as module
 from mull.evaluation.sandbox import Asserts, run_program
+from mull.evaluation.suites import problems as module
 from mull.evaluation.suites.grading import grade, lm_eval_matches
 from mull.evaluation.suites.problems import Problem, Problems, load_problems, with_tuples
 from mull.evaluation.suites.prompts import PROTOCOLS
