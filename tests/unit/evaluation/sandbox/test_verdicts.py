@@ -136,8 +136,8 @@ def test_expected_values_come_from_the_reference() -> None:
         expected_values("def f():\n    return object()", "f", [()])
 
 
-def test_large_results_are_computed_and_compared() -> None:
-    """More than a message holds, in all; one that holds more by itself is refused by a sentence."""
+@pytest.mark.slow
+def test_results_that_are_larger_than_a_message_in_all_are_computed_and_compared() -> None:
     program = "def f(n):\n    return [str(n) * (6 << 20), n]"
     inputs = [(number,) for number in range(10, 17)]
     values = expected_values(program, "f", inputs)
