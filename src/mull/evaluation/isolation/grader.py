@@ -1,0 +1,427 @@
+"""What decides: runs the tests, in a container of its own, against a candidate in another one.
+
+The candidate's functions are stand-ins here. A call sends its arguments across as plain data and gets plain data back, so the
+comparisons of the tests see lists and numbers of this process, never an object with methods of the candidate's. One grader serves
+many programs, one after the other; each program has a fresh container.
+"""
+
+import ast
+import builtins
+import os
+import pickle
+import socket
+import sys
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
+
+from mull.evaluation.isolation.channel import Channel, Ended, restrict
+from mull.evaluation.isolation.compare import is_right, same_tokens
+from mull.evaluation.isolation.values import NotPlain
+
+MAX_DETAIL = 300
+
+
+class CandidateError(Exception):
+    """The program raised something that is no built-in ``Exception``, such as ``SystemExit``."""
+
+
+class Remote:
+    """An object of the candidate's. Operators ask its container; ``==`` does not, and compares identities here."""
+
+    def __init__(self, candidate: "Candidate", number: int) -> None:
+        self.__dict__.update(_candidate=candidate, _number=number)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._ask("call", args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._ask("attribute", (name,))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._ask("item", (key,))
+
+    def __len__(self) -> int:
+        return int(self._ask("length", ()))
+
+    def __iter__(self) -> Any:
+        return iter(self._ask("items", ()))
+
+    def __bool__(self) -> bool:
+        return bool(self._ask("truth", ()))
+
+    def __contains__(self, item: Any) -> bool:
+        return bool(self._ask("contains", (item,)))
+
+    def _ask(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        return self.__dict__["_candidate"].ask(operation, self, args, kwargs or {})
+
+
+class Candidate:
+    """The other container."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._functions: list[Any] = [None]
+        self._remotes: dict[int, Remote] = {}
+
+    def keep(self, value: Any) -> int | None:
+        """Functions of the tests stay here and are called back; objects of the candidate's go home by number."""
+        if type(value) is Remote:
+            return -int(value.__dict__["_number"])
+        if isinstance(value, FunctionType | MethodType | BuiltinFunctionType):
+            self._functions.append(value)
+            return len(self._functions) - 1
+        return None
+
+    def find(self, number: int, own: bool) -> Any:
+        """What a number in a message means; an object of the candidate's is the same stand-in each time."""
+        return self._functions[number] if own else self._remotes.setdefault(number, Remote(self, number))
+
+    def send(self, message: Any) -> None:
+        """Write."""
+        self._channel.send(message, self.keep)
+
+    def receive(self) -> Any:
+        """Read. What is no message counts as the candidate's end: an honest one sends none such."""
+        try:
+            message = self._channel.receive(self.find)
+        except ValueError:
+            raise Ended from None
+        if not isinstance(message, tuple) or not message:
+            raise Ended
+        return message
+
+    def ask(self, operation: str, target: Remote, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Have something done over there, with calls back in between, and raise what it raises."""
+        self.send((operation, target, args, kwargs, _shared([*args, *kwargs.values()])))
+        while True:
+            match self.receive():
+                case ("return", value, None):
+                    return value
+                case ("return", value, (tuple() as new_args, dict() as new_kwargs)):
+                    _update([*args, *kwargs.values()], [*new_args, *new_kwargs.values()])
+                    return value
+                case ("raise", str() as name, str() as known, str() as text):
+                    raise candidate_error(name, known, text)
+                case ("callback", int() as number, tuple() as back, dict() as options) if (
+                    0 < number < len(self._functions)
+                ):
+                    self.send(_call_back(self._functions[number], back, options))
+                case _:
+                    raise Ended
+
+
+def _shared(args: Iterable[Any]) -> bool:
+    """Whether a call can change what the tests hold."""
+    return any(not isinstance(arg, int | float | str | bytes | complex | None) for arg in args)
+
+
+def _call_back(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
+    try:
+        return ("return", function(*args, **kwargs))
+    except Exception as error:  # noqa: BLE001 - the candidate chose the arguments
+        return ("raise", f"{type(error).__name__}: {error}")
+
+
+def _update(held: list[Any], sent: list[Any]) -> None:
+    """Give the tests' own lists, dictionaries and sets the content that the call left in them."""
+    for mine, new in zip(held, sent, strict=False):
+        if type(mine) is not type(new) or mine == new:
+            continue
+        if isinstance(mine, list | bytearray):
+            mine[:] = new
+        elif isinstance(mine, dict | set):
+            mine.clear()
+            mine.update(new)
+
+
+def candidate_error(name: str, known: str, text: str) -> Exception:
+    """An error of the built-in class that the candidate's is or inherits from, marked as its own."""
+    kind = getattr(builtins, known, None)
+    error: Exception = CandidateError(f"{name}: {text}")
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        try:
+            error = kind(text)
+        except TypeError:  # UnicodeDecodeError and others want more arguments
+            error = CandidateError(f"{name}: {text}")
+    error.__dict__["from_candidate"] = f"{name}: {text}" if text else name
+    return error
+
+
+class Failure(Exception):
+    """Why a program fails: ``(reason, detail)``."""
+
+
+class Tally:
+    """Tests that have passed and failed, and the first failure."""
+
+    def __init__(self, expected: int) -> None:
+        self.n_passed, self.n_failed, self._expected = 0, 0, expected
+        self.reason, self.detail = "", ""
+
+    def passed(self) -> None:
+        """One test has passed."""
+        self.n_passed += 1
+
+    def failed(self, error: BaseException) -> None:
+        """One has not."""
+        self.n_failed += 1
+        if self.reason:
+            return
+        if isinstance(error, Failure):
+            self.reason, self.detail = error.args
+        elif isinstance(error, Ended):
+            self.reason, self.detail = "no proof", "the program's process ended before the last test"
+        elif (origin := getattr(error, "from_candidate", None)) is not None:
+            self.reason, self.detail = "memory" if isinstance(error, MemoryError) else "error", origin
+        else:
+            is_wrong = isinstance(error, AssertionError)
+            self.reason = "wrong answer" if is_wrong else "error"
+            self.detail = str(error) if is_wrong else f"{type(error).__name__}: {error}"
+
+    def result(self, *, complete: bool) -> dict[str, Any]:
+        """What the host is told."""
+        n_tests = max(self._expected, self.n_passed + self.n_failed, 1)
+        passed = complete and not self.n_failed and self.n_passed == n_tests
+        reason = "passed" if passed else self.reason or "no proof"
+        detail = self.detail.encode("utf-8", "replace").decode().replace("\n", " ")[:MAX_DETAIL]
+        return {"passed": passed, "reason": reason, "detail": detail, "n_passed": self.n_passed, "n_tests": n_tests}
+
+
+def load(candidate: Candidate, request: dict[str, Any], names: Iterable[str], kind: str = "module") -> dict[str, Any]:
+    """Have the program loaded, and describe these names of it.
+
+    Raises:
+        Failure: it raises, or lacks an entry point.
+    """
+    candidate.send((kind, request["program"], request["cpu_seconds"], [*names]))
+    match candidate.receive():
+        case ("loaded", dict() as found):
+            pass
+        case ("failed", str() as name, str() as known, str() as text):
+            if name in ("SystemExit", "KeyboardInterrupt"):
+                raise Failure("no proof", f"the program ends itself while it is loaded ({name})")
+            raise Failure("memory" if known == "MemoryError" else "error", f"{name}: {text}")
+        case _:
+            raise Ended
+    for name in request["entry_points"]:
+        if found.get(name, ("missing",))[0] != "value":
+            raise Failure("error", f"the program defines no {name}")
+    return found
+
+
+class _Counting(ast.NodeTransformer):
+    """Count asserts instead of stopping at the first that fails. Inside ``try`` they are left alone: their errors may be wanted."""
+
+    def __init__(self) -> None:
+        self.n_asserts = 0
+
+    def visit_Try(self, node: ast.Try) -> ast.Try:  # noqa: N802
+        return node
+
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:  # noqa: N802
+        self.n_asserts += 1
+        source = "try: pass\nexcept Exception as _error: _failed(_error)\nelse: _passed()"
+        counted = ast.parse(source).body[0]
+        assert isinstance(counted, ast.Try)
+        counted.body = [node]
+        return ast.fix_missing_locations(ast.copy_location(counted, node))
+
+
+def unbound_names(tree: ast.AST) -> list[str]:
+    """Names that the tests read and define nowhere: they are the program's."""
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.alias):
+            bound.add(node.asname or node.name.partition(".")[0])
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            bound.add(node.name)
+    return sorted(read - bound - set(dir(builtins)))
+
+
+def grade_asserts(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]:
+    """Run asserts here, with stand-ins for the functions of the program."""
+    tree = ast.parse(request["source"])
+    names = {*unbound_names(tree), *request["entry_points"]}
+    counting = _Counting()
+    tree = counting.visit(tree)
+    tally = Tally(counting.n_asserts)
+    try:
+        found = load(candidate, request, names)
+        namespace = {name: _bound(*what) for name, what in found.items() if what[0] != "missing"}
+        namespace |= {"__name__": "tests", "_passed": tally.passed, "_failed": _raiser(tally)}
+        exec(compile(tree, "<tests>", "exec", dont_inherit=True), namespace)
+    except NotPlain:
+        raise
+    except (Exception, Ended) as error:  # noqa: BLE001 - tests and candidates raise anything
+        tally.failed(error)
+        return tally.result(complete=False)
+    if not counting.n_asserts:
+        tally.passed()  # tests without an assert pass by reaching their end
+    return tally.result(complete=True)
+
+
+def _raiser(tally: Tally) -> Callable[[Exception], None]:
+    def failed(error: Exception) -> None:
+        if isinstance(error, NotPlain):
+            raise error
+        tally.failed(error)
+
+    return failed
+
+
+def _bound(kind: str, value: Any) -> Any:
+    """What a name of the program is for the tests: a module of Python itself, plain data, or a stand-in."""
+    if kind != "module":
+        return value
+    return import_module(value) if value in sys.stdlib_module_names else None
+
+
+def grade_calls(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]:
+    """Call one function with each input and compare the results here."""
+    inputs, expected = request["inputs"], request["expected"]
+    tally = Tally(len(inputs))
+    try:
+        function = load(candidate, request, request["entry_points"])[request["entry_points"][0]][1]
+        for arguments, wanted in zip(inputs, expected, strict=True):
+            try:
+                result = function(*arguments)
+                if not is_right(request["oracle"], arguments, result, wanted, request["atol"]):
+                    raise Failure("wrong answer", f"{_short(result)} for {_short(arguments)}, not {_short(wanted)}")
+                tally.passed()
+            except Exception as error:  # noqa: BLE001 - the candidate's errors are of all kinds
+                tally.failed(error)
+    except (Failure, Ended) as error:
+        tally.failed(error)
+        return tally.result(complete=False)
+    return tally.result(complete=True)
+
+
+def collect_values(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]:
+    """What the function returns for each input. The first error ends it."""
+    try:
+        function = load(candidate, request, request["entry_points"])[request["entry_points"][0]][1]
+        values = [function(*arguments) for arguments in request["inputs"]]
+    except (Exception, Ended) as error:  # noqa: BLE001
+        tally = Tally(1)
+        tally.failed(error)
+        return tally.result(complete=False)
+    return {"passed": True, "values": values}
+
+
+def grade_inside(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]:
+    """The weaker proof: the tests run beside the program, and it gets a nonce to return only after it has been loaded."""
+    tally = Tally(1)
+    nonce = os.urandom(16)
+    try:
+        load(candidate, request, request["entry_points"], "inside")
+        candidate.send((request["source"], nonce))
+        match candidate.receive():
+            case ("nonce", bytes() as returned) if returned == nonce:
+                tally.passed()
+            case ("failed", str() as name, _, str() as text):
+                raise Failure("wrong answer" if name == "AssertionError" else "error", f"{name}: {text}")
+            case _:
+                raise Ended
+    except (Failure, Ended) as error:
+        tally.failed(error)
+        return tally.result(complete=False)
+    return tally.result(complete=True)
+
+
+def grade_script(candidate: Candidate, request: dict[str, Any], output: int, max_output: int) -> dict[str, Any]:
+    """Give a program its input and compare what it prints."""
+    candidate.send(("script", request["program"], request["cpu_seconds"], request["input"]))
+    printed = bytearray()
+    while part := os.read(output, 1 << 16):
+        printed += part
+        if len(printed) > max_output:
+            return {"passed": False, "reason": "output", "detail": f"it prints more than {max_output:,} bytes"}
+    try:
+        end = candidate.receive()
+    except Ended:
+        end = ("ended",)
+    if end[0] == "failed":
+        kind = "memory" if end[2] == "MemoryError" else "error"
+        return {"passed": False, "reason": kind, "detail": f"{end[1]}: {end[3]}"[:MAX_DETAIL]}
+    text = printed.decode("utf-8", "replace")
+    if same_tokens(text, request["output"]):
+        return {"passed": True, "reason": "passed", "detail": ""}
+    return {"passed": False, "reason": "wrong answer", "detail": f"it prints {_short(text)}, not {_short(request['output'])}"}
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return "a value too large to show"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+GRADES: dict[str, Callable[[Candidate, dict[str, Any]], dict[str, Any]]] = {
+    "asserts": grade_asserts,
+    "calls": grade_calls,
+    "collect": collect_values,
+    "inside": grade_inside,
+}
+
+
+def grade(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
+    """Judge one program; a ``"not plain"`` reason asks for the weaker proof."""
+    candidate = Candidate(Channel(descriptors[0]))
+    try:
+        if request["kind"] == "script":
+            return grade_script(candidate, request, descriptors[1], request["max_output"])
+        return GRADES[request["kind"]](candidate, request)
+    except NotPlain as error:
+        return {"passed": False, "reason": "not plain", "detail": str(error)[:MAX_DETAIL]}
+    except Ended:
+        return {"passed": False, "reason": "no proof", "detail": "the program's process ended too early"}
+    except (MemoryError, RecursionError, ValueError, SyntaxError) as error:
+        return {"passed": False, "reason": "error", "detail": f"the grader: {type(error).__name__}: {error}"[:MAX_DETAIL]}
+
+
+def main(line: int) -> None:
+    """Serve the host until it closes the line."""
+    channel = Channel(line)
+    restrict(channel.receive())
+    channel.send("ready")
+    host = socket.socket(fileno=line)
+    tests: dict[bytes, dict[str, Any]] = {}
+    while True:
+        header, descriptors, _, _ = socket.recv_fds(host, 12, 2)
+        if len(header) < 12:
+            os._exit(0)
+        message = pickle.loads(_exactly(host, int.from_bytes(header, "big")))
+        if "tests" in message:
+            tests = dict([*tests.items()][-7:])  # the newest eight stay
+            tests[message["key"]] = pickle.loads(message["tests"])
+        try:
+            answer = grade(tests[message["key"]] | message["request"], descriptors)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        channel.send(answer)
+
+
+def _exactly(line: socket.socket, size: int) -> bytes:
+    parts = []
+    while size:
+        part = line.recv(min(size, 1 << 20))
+        if not part:
+            os._exit(0)
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+__all__ = ["grade", "main"]

@@ -1,0 +1,288 @@
+"""Values that cross the wall of a container, as bytes.
+
+This module runs in the grader and in the candidate's container, so it imports nothing of mull. The reader trusts nothing that it
+reads: it builds data of known types only, never calls what the bytes name, and is bounded in depth. It is no pickle.
+
+A value is a tag of one byte and its content. ``marshal`` would be faster, but its reader is unsafe on hostile bytes; JSON has no
+tuples, sets, bytes or exact numbers.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+MAX_DEPTH = 150
+"""Most levels of lists in lists. Python's own recursion limit would allow about twice as many here."""
+
+MAX_ITEMS_OF_ITERATOR = 1_000_000
+"""Most items that are taken from an iterator; one without an end has to fail some time."""
+
+
+class NotPlain(TypeError):
+    """A value that is no data, such as an object of a class of one's own."""
+
+
+Keep = Callable[[Any], int | None]
+"""Gives the number of an object that stays on this side of the wall, or None where it may not."""
+
+Find = Callable[[int, bool], Any]
+"""Gives what a number stands for; True for an object of the reader's own side, False for one of the other side."""
+
+SHORT = {None: b"N", True: b"T", False: b"F"}
+EXACT: dict[type, bytes] = {list: b"l", tuple: b"t", set: b"e", frozenset: b"z"}
+
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "decimal.Decimal": lambda v: (str(v),),
+    "fractions.Fraction": lambda v: (v.numerator, v.denominator),
+    "datetime.datetime": lambda v: (v.year, v.month, v.day, v.hour, v.minute, v.second, v.microsecond),
+    "datetime.date": lambda v: (v.year, v.month, v.day),
+    "datetime.time": lambda v: (v.hour, v.minute, v.second, v.microsecond),
+    "datetime.timedelta": lambda v: (v.days, v.seconds, v.microseconds),
+    "collections.Counter": lambda v: (dict(v),),
+    "collections.OrderedDict": lambda v: (list(v.items()),),
+    "collections.deque": lambda v: (list(v), v.maxlen),
+    "builtins.range": lambda v: (v.start, v.stop, v.step),
+    "builtins.slice": lambda v: (v.start, v.stop, v.step),
+    "builtins.bytearray": lambda v: (bytes(v),),
+    "collections.defaultdict": lambda v: (dict(v),),
+    "builtins.dict_keys": lambda v: (list(v),),
+    "builtins.dict_values": lambda v: (list(v),),
+    "builtins.dict_items": lambda v: (list(v),),
+}
+"""Types of the standard library, by name, and what they are written as. Time zones are dropped."""
+
+_SPECIAL: dict[str, Callable[..., Any]] = {
+    "collections.defaultdict": lambda items: __import__("collections").defaultdict(None, items),
+    "builtins.dict_keys": lambda keys: dict.fromkeys(keys).keys(),
+    "builtins.dict_values": lambda values: dict(enumerate(values)).values(),
+    "builtins.dict_items": lambda items: dict(items).items(),
+}
+"""How those are read that their own class does not build from these fields."""
+
+
+def encode(value: Any, keep: Keep | None = None) -> bytes:
+    """The bytes of a value.
+
+    An iterator is read to its end and arrives as an iterator over the same items. An object of a subclass arrives as one of the base
+    type. Numbers and arrays of numpy arrive as those of Python.
+
+    Raises:
+        NotPlain: a part is no data, and `keep` does not take it.
+        ValueError: it is nested too deeply, or an iterator does not end.
+    """
+    out: list[bytes] = []
+    _write(value, out, keep, 0)
+    return b"".join(out)
+
+
+def _sized(tag: bytes, content: bytes) -> bytes:
+    return b"%b%d:%b" % (tag, len(content), content)
+
+
+def _write(value: Any, out: list[bytes], keep: Keep | None, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+    kind = type(value)
+    if value is None or kind is bool:
+        out.append(SHORT[value])
+    elif kind is int:
+        out.append(_sized(b"i", hex(value).encode()))
+    elif kind is str:
+        out.append(_sized(b"s", value.encode("utf-8", "surrogatepass")))
+    elif kind is float:
+        out.append(_sized(b"f", float.hex(value).encode()))
+    elif kind in EXACT:
+        _write_items(EXACT[kind], value, out, keep, depth)
+    elif kind is dict:
+        out.append(b"d%d:" % len(value))
+        for key, item in value.items():
+            _write(key, out, keep, depth + 1)
+            _write(item, out, keep, depth + 1)
+    elif kind is bytes:
+        out.append(_sized(b"b", value))
+    elif kind is complex:
+        out.append(_sized(b"c", f"{float.hex(value.real)} {float.hex(value.imag)}".encode()))
+    else:
+        _write_other(value, out, keep, depth)
+
+
+def _write_items(tag: bytes, items: Any, out: list[bytes], keep: Keep | None, depth: int) -> None:
+    """Items one by one; long rows of numbers of one type at the speed of C."""
+    if len(items) > 8 and tag in b"lt":
+        kinds = set(map(type, items))
+        if kinds == {int}:
+            out.append(_sized(b"I" + tag, " ".join(map(hex, items)).encode()))
+            return
+        if kinds == {float}:
+            out.append(_sized(b"G" + tag, " ".join(map(float.hex, items)).encode()))
+            return
+    out.append(b"%b%d:" % (tag, len(items)))
+    for item in items:
+        _write(item, out, keep, depth + 1)
+
+
+def _write_other(value: Any, out: list[bytes], keep: Keep | None, depth: int) -> None:
+    kind = type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if name in _FIELDS:
+        out.append(_sized(b"o", name.encode()))
+        _write(_FIELDS[name](value), out, keep, depth + 1)
+    elif kind.__module__.partition(".")[0] == "numpy" and hasattr(kind, "tolist"):
+        _write(value.tolist(), out, keep, depth + 1)
+    elif value is NotImplemented or value is Ellipsis:
+        out.append(_sized(b"B", b"NotImplemented" if value is NotImplemented else b"Ellipsis"))
+    elif getattr(value, "__module__", "") == "builtins" and isinstance(value, type | type(len)):
+        out.append(_sized(b"B", value.__name__.encode()))
+    else:
+        for base in (int, str, float, *EXACT, dict, bytes, complex):
+            if isinstance(value, base) and kind is not bool:
+                _write(_plain(base, value), out, keep, depth)
+                return
+        number = None if keep is None else keep(value)
+        if number is not None:
+            out.append(b"%b%d:" % (b"h" if number >= 0 else b"H", abs(number)))
+        elif hasattr(kind, "__next__"):
+            out.append(b"r")
+            _write(_taken(value), out, keep, depth + 1)
+        else:
+            raise NotPlain(f"an object of {name} is no plain data")
+
+
+def _plain(base: Any, value: Any) -> Any:
+    """What a subclass's object holds, without asking the subclass."""
+    if base in (int, float, complex):
+        return base.__add__(value, base(0)) if base is not int else int.__add__(value, 0)
+    if base in (str, bytes):
+        return base.__getitem__(value, slice(None)) if base is bytes else str.__str__(value)
+    return dict(dict.items(value)) if base is dict else base(base.__iter__(value))
+
+
+def _taken(iterator: Iterator[Any]) -> list[Any]:
+    taken = []
+    for item in iterator:
+        taken.append(item)
+        if len(taken) > MAX_ITEMS_OF_ITERATOR:
+            raise ValueError(f"an iterator gives more than {MAX_ITEMS_OF_ITERATOR:,} items")
+    return taken
+
+
+def decode(data: bytes, find: Find | None = None) -> Any:
+    """The value of these bytes.
+
+    Raises:
+        ValueError: they are no value, whatever they are.
+    """
+    try:
+        value, end = _Reader(data, find).value(0, 0)
+    except (ArithmeticError, LookupError, TypeError, AttributeError, UnicodeError, RecursionError) as error:
+        raise ValueError(f"these bytes are no value: {type(error).__name__}") from None
+    if end != len(data):
+        raise ValueError("something follows the value")
+    return value
+
+
+class _Reader:
+    def __init__(self, data: bytes, find: Find | None) -> None:
+        self.data, self.find = data, find
+
+    def size(self, at: int) -> tuple[int, int]:
+        colon = self.data.index(b":", at, at + 20)
+        digits = self.data[at:colon]
+        if not digits.isdigit():
+            raise ValueError("a length is no number")
+        return int(digits), colon + 1
+
+    def content(self, at: int) -> tuple[bytes, int]:
+        size, start = self.size(at)
+        if start + size > len(self.data):
+            raise ValueError("the bytes end too early")
+        return self.data[start : start + size], start + size
+
+    def value(self, at: int, depth: int) -> tuple[Any, int]:
+        if depth > MAX_DEPTH + 2:
+            raise ValueError("it is nested too deeply")
+        tag = self.data[at : at + 1]
+        at += 1
+        if tag in SIMPLE:
+            return SIMPLE[tag], at
+        if tag in SCALARS:
+            content, at = self.content(at)
+            return SCALARS[tag](content), at
+        if tag in BUILT:
+            items, at = self.items(at, depth)
+            return BUILT[tag](items), at
+        return self.other(tag, at, depth)
+
+    def items(self, at: int, depth: int, per_item: int = 1) -> tuple[list[Any], int]:
+        n_items, at = self.size(at)
+        if n_items > len(self.data):
+            raise ValueError("there are fewer items than announced")
+        items = []
+        for _ in range(n_items * per_item):
+            item, at = self.value(at, depth + 1)
+            items.append(item)
+        return items, at
+
+    def other(self, tag: bytes, at: int, depth: int) -> tuple[Any, int]:
+        if tag == b"d":
+            flat, at = self.items(at, depth, 2)
+            return dict(zip(flat[::2], flat[1::2], strict=True)), at
+        if tag in (b"I", b"G"):
+            kind = BUILT[self.data[at : at + 1]]
+            content, at = self.content(at + 1)
+            numbers = content.decode("ascii").split()
+            return kind([int(n, 16) for n in numbers] if tag == b"I" else list(map(float.fromhex, numbers))), at
+        if tag == b"o":
+            name, at = self.content(at)
+            fields, at = self.value(at, depth + 1)
+            return _standard(name.decode("ascii"), fields), at
+        if tag == b"r":
+            items, at = self.value(at, depth + 1)
+            return iter(items), at
+        if tag in (b"h", b"H") and self.find is not None:
+            number, at = self.size(at)
+            return self.find(number, tag == b"H"), at
+        raise ValueError("an unknown tag")
+
+
+def _standard(name: str, fields: Any) -> Any:
+    if name not in _FIELDS:
+        raise ValueError("a type that is not among the known ones")
+    if name in _SPECIAL:
+        return _SPECIAL[name](*fields)
+    module, _, kind = name.rpartition(".")
+    return getattr(__import__(module), kind)(*fields)
+
+
+def _complex(content: bytes) -> complex:
+    real, imaginary = content.decode("ascii").split()
+    return complex(float.fromhex(real), float.fromhex(imaginary))
+
+
+SAFE_BUILTINS = (
+    "abs all any bin bool bytes chr complex dict divmod enumerate filter float format frozenset hash hex int isinstance issubclass iter "
+    "len list map max min next object oct ord pow range repr reversed round set slice sorted str sum tuple type zip NotImplemented Ellipsis"
+).split()
+"""Functions and types that may be named across the wall. Those that read, write or run code are not among them."""
+
+
+def _builtin(content: bytes) -> Any:
+    name = content.decode("ascii")
+    builtins: Any = sys.modules["builtins"]
+    found = getattr(builtins, name, None)
+    is_error = isinstance(found, type) and issubclass(found, BaseException)
+    if name not in SAFE_BUILTINS and not is_error:
+        raise ValueError(f"{name} may not be named")
+    return found
+
+
+SIMPLE = {tag: value for value, tag in SHORT.items()}
+SCALARS: dict[bytes, Callable[[bytes], Any]] = {
+    b"i": lambda content: int(content, 16),
+    b"f": lambda content: float.fromhex(content.decode("ascii")),
+    b"s": lambda content: content.decode("utf-8", "surrogatepass"),
+    b"b": lambda content: content,
+    b"c": _complex,
+    b"B": _builtin,
+}
+BUILT: dict[bytes, Callable[[list[Any]], Any]] = {b"l": list, b"t": tuple, b"e": set, b"z": frozenset}
