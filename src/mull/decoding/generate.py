@@ -7,7 +7,7 @@ Drafts change how long it takes, not what comes out.
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
@@ -19,12 +19,20 @@ from torch import Tensor
 from mull.decoding.decoder_cache import DecoderCache, DecoderKey
 from mull.decoding.draft_length import DraftLength
 from mull.decoding.drafting import Drafter
-from mull.decoding.rounds import Compilation, Decoder
+from mull.decoding.rounds import Compilation, Decoder, Source
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import HaltingConfig
 from mull.model.routing import Routed
 from mull.ops.sampling import Sampling
-from mull.runtime.arguments import require, require_count, require_ids, require_seed, require_tensors, shown
+from mull.runtime.arguments import (
+    require,
+    require_callable,
+    require_count,
+    require_ids,
+    require_seed,
+    require_tensors,
+    shown,
+)
 
 UNSTEADY_ROPES = {"dynamic", "longrope"}
 """Rotary embeddings of transformers that depend on the largest position of a call."""
@@ -182,13 +190,14 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     think_iterations: int | None = None,
     path: Sequence[Sequence[int]] | None = None,
     adaptive: bool | HaltingConfig | None = None,
     streamer: Streamer | None = None,
+    stop: Callable[[Sequence[int]], bool] | None = None,
     compile: bool | Compilation = False,  # noqa: A002
 ) -> GenerateOutput:
     """Continue prompts.
@@ -206,13 +215,16 @@ def generate(
         top_p: Probability mass to sample from.
         min_p: Least probability, relative to that of the most probable token.
         repetition_penalty: Divides the logits of tokens that occurred, except padding.
-        seed: Seed of the sampling; None draws one from torch's global generator.
+        seed: Seed of the sampling; None draws one from torch's global generator. A sequence has one for each row. Without drafts,
+            the draws of such a row do not depend on the other rows.
         eos_token_id: Tokens that end a row; None uses the model's own, an empty sequence lets every row reach the limit.
         pad_token_id: Fills rows that ended early; None uses the model's own.
         think_iterations: Passes through the think block; default as in `ETDConfig`.
         path: Explicit visits ``(layer, occurrence)`` instead.
         adaptive: Whether tokens may stop before the last iteration, as in the model's `forward`.
         streamer: Receives tokens as they come; a single row only.
+        stop: Given the new tokens of a row, whether the row ends here; asked after each round that added some. A round may add
+            several, so the text can go on for some tokens after what made it stop.
         compile: Compile a round, once per size and draft length: seconds to minutes in the first call, less time per token
             later. ``"default"`` (or True) or ``"max"``: on a CPU, each compiled round keeps a copy of the weights, packed for
             kernels that were chosen by time; it takes minutes, and torch's cache on disk keeps the choice. On a GPU, ``"max"``
@@ -250,14 +262,16 @@ def generate(
     key = DecoderKey(visits, len(prompts), n_drafts, model.dtype, compiled, halting, routed)
     kept = DecoderCache.of(model)
     policy = kept.policy(key) if draft_length is None else DraftLength(key.max_drafts, fixed=draft_length)
+    if stop is not None:
+        require_callable("stop", stop, "a function of a row's new tokens, or leave it out")
     stats = GenerationStats(
         prompt_tokens=sum(map(len, prompts)),
         think_iterations=None if path is not None else model.iterations(think_iterations),
     )
-    rows = _Rows(len(prompts), max_new_tokens, _end_tokens(model, eos_token_id))
+    rows = _Rows(len(prompts), max_new_tokens, _end_tokens(model, eos_token_id), stop)
     with _plain_mode(model):
         decoder = kept.decoder(model, key, sampling, max(map(len, prompts)) + max_new_tokens)
-        _run(decoder, policy, prompts, rows, _generator(sampling, seed), streamer, stats)
+        _run(decoder, policy, prompts, rows, _source(sampling, seed, len(prompts)), streamer, stats)
     stats.new_tokens = sum(map(len, rows.tokens))
     return GenerateOutput(_joined(input_ids, rows.tokens, padding), stats)
 
@@ -275,7 +289,7 @@ def _run(
     policy: DraftLength,
     prompts: list[list[int]],
     rows: "_Rows",
-    generator: torch.Generator | None,
+    generator: Source,
     streamer: Streamer | None,
     stats: GenerationStats,
 ) -> None:
@@ -321,11 +335,18 @@ def _run(
 class _Rows:
     """The new tokens of each row, cut at its end."""
 
-    def __init__(self, n_rows: int, max_new_tokens: int, end_tokens: frozenset[int]) -> None:
+    def __init__(
+        self,
+        n_rows: int,
+        max_new_tokens: int,
+        end_tokens: frozenset[int],
+        stop: Callable[[Sequence[int]], bool] | None = None,
+    ) -> None:
         self.tokens: list[list[int]] = [[] for _ in range(n_rows)]
         self.running = [True] * n_rows
         self.max_new_tokens = max_new_tokens
         self.end_tokens = end_tokens
+        self.stop = stop
 
     @property
     def left(self) -> dict[int, int]:
@@ -341,6 +362,8 @@ class _Rows:
             kept = kept[: ends[0] + 1] if ends else kept
             self.tokens[row] += kept
             self.running[row] = self.running[row] and not ends and len(self.tokens[row]) < self.max_new_tokens
+            if self.stop is not None and self.running[row] and kept:
+                self.running[row] = not self.stop(self.tokens[row])
             counts.append(len(kept))
         return counts
 
@@ -466,13 +489,20 @@ def _padding(model: MullForCausalLM, pad_token_id: int | None, n_rows: int) -> i
     return 0
 
 
-def _generator(sampling: Sampling, seed: int | None) -> torch.Generator | None:
-    """A generator on the CPU, so that a seed gives the same draws on every device; None for greedy decoding."""
+def _source(sampling: Sampling, seed: int | Sequence[int] | None, n_rows: int) -> Source:
+    """Generators on the CPU, so that a seed gives the same draws on every device; None for greedy decoding."""
+    if isinstance(seed, list | tuple):
+        if len(seed) != n_rows:
+            raise ValueError(f"seed has {len(seed)} numbers for {n_rows} rows: give one for each row, or a single one.")
+        for number in seed:
+            require_seed("seed", number)
+        return None if sampling.greedy else [torch.Generator().manual_seed(number) for number in seed]
     if seed is not None:
         require_seed("seed", seed)
     if sampling.greedy:
         return None
-    return torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+    chosen = seed if isinstance(seed, int) else int(torch.randint(2**62, ()))
+    return torch.Generator().manual_seed(chosen)
 
 
 def _joined(input_ids: Tensor, new: list[list[int]], padding: int) -> Tensor:

@@ -65,6 +65,10 @@ SECONDS_PER_VISIT: dict[Compilation, float] = {"default": 2.0, "max": 7.0}
 """Time to compile one visit of a layer, without torch's cache on disk: SmolLM2-135M in bf16 on two CPU cores."""
 
 
+Source = torch.Generator | Sequence[torch.Generator] | None
+"""Where a call's random numbers come from."""
+
+
 @dataclass(frozen=True)
 class Preparation:
     """What is done to a round before it first runs with a draft length. False if rounds run as they are.
@@ -165,12 +169,12 @@ class Decoder:
         """Whether the next round with this draft length runs at once, and need not be prepared."""
         return not self.preparation or length in self._prepared
 
-    def start(self, prompts: Sequence[Sequence[int]], generator: torch.Generator | None) -> list[int]:
+    def start(self, prompts: Sequence[Sequence[int]], generator: Source) -> list[int]:
         """Read the prompts, and choose the first token of each row.
 
         Args:
             prompts: Tokens of each row, at least one.
-            generator: Source of random numbers; None for greedy decoding.
+            generator: Source of random numbers, one of all rows or one for each; None for greedy decoding.
         """
         self._load(prompts)
         device = self.text.tokens.device
@@ -220,12 +224,12 @@ class Decoder:
             self._running = list(running)
             self.text.running.copy_(torch.tensor(self._running))
 
-    def round(self, length: int, generator: torch.Generator | None) -> list[list[int]]:
+    def round(self, length: int, generator: Source) -> list[list[int]]:
         """Draft and verify once.
 
         Args:
             length: K, from 0 to the `max_drafts` of the decoder's size.
-            generator: Source of random numbers; None for greedy decoding.
+            generator: Source of random numbers, one of all rows or one for each; None for greedy decoding.
 
         Returns:
             The tokens that each row gained: 1 to K + 1, accepted drafts first; none for rows that were stopped.
@@ -295,9 +299,12 @@ class Decoder:
         kept = [text.n_known, *self.cache.recurrent_buffers()]
         return kept if text.seen is None else [*kept, text.seen]
 
-    def _draw_uniform(self, generator: torch.Generator | None) -> None:
-        if generator is not None:
-            self.uniform.copy_(torch.rand(self.uniform.shape, dtype=self.uniform.dtype, generator=generator))
+    def _draw_uniform(self, source: Source) -> None:
+        if isinstance(source, torch.Generator):
+            self.uniform.copy_(torch.rand(self.uniform.shape, dtype=self.uniform.dtype, generator=source))
+        elif source is not None:
+            width, dtype = self.uniform.shape[1], self.uniform.dtype
+            self.uniform.copy_(torch.stack([torch.rand(width, dtype=dtype, generator=each) for each in source]))
 
     def _round(self, length: int, window: int, n_keys: int) -> Tensor:
         """One round. ``[B, K + 1]``: the tokens gained, then `NO_TOKEN`."""

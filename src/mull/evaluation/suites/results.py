@@ -1,0 +1,131 @@
+"""What a suite found, as it is kept on disk, and the comparison of two such files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from mull.evaluation.suites.statistics import Comparison, Score, Sums, best_score, compare, pass_at_k, score
+from mull.runtime import storage
+from mull.runtime.arguments import Frozen
+
+RESULTS = "results.json"
+"""File of a suite's result, in its folder."""
+
+ORACLE = "oracle over temperatures"
+"""Label of a maximum over temperatures: it was chosen on the test problems, so no deployed model has it."""
+
+COMPARED_APART = frozenset(
+    {"model", "weights", "engine", "dtype", "think_iterations", "adaptive", "path", "draft_length", "batch_size"}
+)
+"""Settings in which two compared results may differ: the model, and how it runs."""
+
+
+class Bin(NamedTuple):
+    """Predictions of one range of confidence."""
+
+    confidence: float
+    """Mean probability of the predicted token; 0 without predictions."""
+
+    accuracy: float
+    count: int
+
+
+class Result(Frozen):
+    """Result of one suite."""
+
+    suite: str
+    model: str
+    settings: dict[str, Any]
+    scores: dict[str, Score]
+    """Each with its interval."""
+
+    values: dict[str, dict[str, Sums]]
+    """What each problem adds to the sums of a score, for the paired comparison."""
+
+    notes: tuple[str, ...] = ()
+    reliability: dict[str, tuple[Bin, ...]] = {}
+    """Calibration of each head."""
+
+    acceptance: dict[str, tuple[float, ...]] = {}
+    """Acceptance by head, in ranges of the position in the text or of the draft."""
+
+    def write(self, folder: Path) -> Path:
+        """Write ``results.json`` into a folder."""
+        file = folder / RESULTS
+        storage.write_text_atomic(str(file), self.model_dump_json(indent=1) + "\n")
+        return file
+
+
+def read_result(place: str | Path) -> Result:
+    """Read a result: the file itself, or the folder that has it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is something else.
+    """
+    path = storage.local_path(place)
+    file = path / RESULTS if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{place} has no {RESULTS}: give the folder of one suite that mull eval has written.")
+    try:
+        return Result.model_validate_json(file.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError):
+        raise ValueError(f"{file} is no result of mull eval: give the folder of one of its suites.") from None
+
+
+def code_scores(
+    records: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]], ks: Sequence[int], *, seed: int = 0
+) -> tuple[dict[str, Score], dict[str, dict[str, Sums]]]:
+    """Pass@k of each temperature and, where there are several, their maximum, which is an oracle's.
+
+    Args:
+        records: Samples.
+        verdicts: Of these samples, in the same order.
+        ks: For each, every problem must have at least k samples.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: a problem has fewer than k samples.
+    """
+    counts: dict[float, dict[str, list[bool]]] = {}
+    for record, verdict in zip(records, verdicts, strict=True):
+        of_temperature = counts.setdefault(float(record["temperature"]), {})
+        of_temperature.setdefault(str(record["problem"]), []).append(bool(verdict["passed"]))
+    several = len(counts) > 1
+    values: dict[str, dict[str, Sums]] = {}
+    scores: dict[str, Score] = {}
+    for k in ks:
+        series = []
+        for temperature, problems in counts.items():
+            rates = {name: (pass_at_k(len(passed), sum(passed), k), 1.0) for name, passed in problems.items()}
+            name = f"pass@{k} at T={temperature:g}" if several else f"pass@{k}"
+            values[name], scores[name] = rates, score(rates, seed=seed)
+            series.append(rates)
+        if several:
+            scores[f"pass@{k}, {ORACLE}"] = best_score(series, seed=seed)
+    first = next(iter(counts.values()))
+    values["first sample"] = {name: (float(passed[0]), 1.0) for name, passed in first.items()}
+    return scores, values
+
+
+def compare_results(first: Result, second: Result, *, seed: int = 0) -> dict[str, Comparison]:
+    """Compare two results of one suite, score by score, on the problems that both have.
+
+    Raises:
+        ValueError: other suites, or settings other than those of the model that differ; names them.
+    """
+    if first.suite != second.suite:
+        raise ValueError(f"The results are of {first.suite} and of {second.suite}: compare two of the same suite.")
+    names = sorted({*first.settings, *second.settings} - COMPARED_APART)
+    different = [name for name in names if first.settings.get(name) != second.settings.get(name)]
+    if different:
+        name = different[0]
+        others = f" ({', '.join(different[1:])} differ, too)" if different[1:] else ""
+        raise ValueError(
+            f"The results have {name}={first.settings.get(name)!r} and {name}={second.settings.get(name)!r}{others}: evaluate both "
+            "models with the same settings, or the difference is not the models'."
+        )
+    shared = [name for name in first.values if name in second.values]
+    return {name: compare(first.values[name], second.values[name], seed=seed) for name in shared}

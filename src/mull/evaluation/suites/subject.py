@@ -1,0 +1,195 @@
+"""What is evaluated, and what is asked of it."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+
+from mull.evaluation.suites.writers import AnswerReader, MullWriter, PlainWriter, Route, Writer
+from mull.model.causal_lm import MullForCausalLM
+from mull.model.configuration import MullConfig
+from mull.model.families import require_supported
+from mull.model.path import from_layers
+from mull.retrofit.reading import NO_CODE, explained
+from mull.retrofit.source import find_source, load_config, load_tokenizer
+from mull.retrofit.wrap import from_pretrained
+from mull.runtime.arguments import Frozen
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+MAX_SEED = 2**31 - 1
+
+
+class Request(Frozen):
+    """Settings of an evaluation. What is None is as published with the suite."""
+
+    samples: int | None = Field(None, ge=1)
+    """Answers per problem; 1, and for ``meta-mtp`` 200 (CodeContests: 1000)."""
+
+    temperatures: tuple[float, ...] | None = None
+    """0, greedy decoding, and for ``meta-mtp`` 0.5 to 0.9. Of several, the maximum is reported, too, as an oracle's."""
+
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    k: tuple[int, ...] | None = None
+    """Of pass@k; those of 1, 10 and 100 that the samples allow."""
+
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    max_new_tokens: int | None = Field(None, ge=1)
+    batch_size: int = Field(8, ge=1)
+    """Rows at a time."""
+
+    limit: int | None = Field(None, ge=1)
+    """Only the first so many problems, rows or documents."""
+
+    chat: bool | None = None
+    """Put prompts into the tokenizer's chat template; default: if it has one."""
+
+    draft_length: int | None = Field(None, ge=0)
+    """Drafts per round; default: 1 if the model has extra heads, the fastest on a CPU. 0 drafts nothing."""
+
+    think_iterations: int | None = Field(None, ge=1)
+    adaptive: bool | None = None
+    layers: tuple[int, ...] | None = None
+    """Layers to run, in order, instead of the model's own path."""
+
+    engine: Literal["mull", "transformers"] | None = None
+    """What writes; default: mull, and transformers for architectures that mull does not have."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Precision; default: the checkpoint's."""
+
+    data: dict[str, str] = {}
+    """Source of each suite's problems; ``gsm8k-train`` for the examples of GSM8K's prompt, ``text`` for the suites that read text.
+    Default: the suite's dataset on the hub, and for text, Python's library."""
+
+    workers: int = Field(4, ge=1)
+    """Programs that are run at a time."""
+
+    length: int | None = Field(None, ge=2)
+    """Tokens of a row of text; default: 512, and for perplexity the model's positions, as in lm-eval."""
+
+    def route(self) -> Route:
+        """Which layers run.
+
+        Raises:
+            ValueError: layers beside think iterations or adaptive depth.
+        """
+        if self.layers is None:
+            return Route(self.think_iterations, self.adaptive)
+        if self.think_iterations is not None or self.adaptive:
+            raise ValueError("layers says which layers run, and so do think_iterations and adaptive: give one of them.")
+        return Route(path=tuple((visit.layer, visit.occurrence) for visit in from_layers(self.layers)))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is evaluated."""
+
+    name: str
+    model: Any
+    """Of mull, or of transformers."""
+
+    tokenizer: PreTrainedTokenizerBase
+    route: Route = Route()
+
+    @property
+    def is_mull(self) -> bool:
+        """Whether it is a model of mull."""
+        return isinstance(self.model, MullForCausalLM)
+
+    @property
+    def n_heads(self) -> int:
+        """Extra heads."""
+        return 0 if not self.is_mull or self.model.mtp_config is None else int(self.model.mtp_config.num_predict_tokens)
+
+    @property
+    def positions(self) -> int:
+        """Longest text that it reads."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    def reader(self, request: Request, chat: bool | None = None) -> AnswerReader:
+        """Texts to tokens and back; `chat` decides over the request's."""
+        wanted = request.chat if chat is None else chat
+        return AnswerReader(self.tokenizer, bool(self.tokenizer.chat_template) if wanted is None else wanted)
+
+    def writer(self, request: Request, reader: AnswerReader) -> Writer:
+        """What continues prompts."""
+        stated = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ends = reader.encoder.ends(stated)
+        if not self.is_mull or request.engine == "transformers":
+            if request.engine == "mull":
+                raise ValueError(f"mull has no models like {self.name}: leave engine out, and transformers writes.")
+            return PlainWriter(self.model, ends, self.route)
+        return MullWriter(self.model, ends, self.route, self.drafts(request))
+
+    def drafts(self, request: Request) -> int:
+        """Drafts per round."""
+        if not self.is_mull or request.engine == "transformers":
+            return 0
+        return min(1, self.n_heads) if request.draft_length is None else request.draft_length
+
+    def facts(self, request: Request) -> dict[str, Any]:
+        """What results depend on besides the suite's own settings."""
+        own = self.is_mull and request.engine != "transformers"
+        return {
+            "model": self.name,
+            "weights": weights_digest(self.model),
+            "engine": "mull" if own else "transformers",
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "think_iterations": request.think_iterations,
+            "adaptive": request.adaptive,
+            "path": None if request.layers is None else list(request.layers),
+            "draft_length": self.drafts(request),
+        }
+
+
+def load_subject(name: str, request: Request, device: torch.device) -> Subject:
+    """Load a model and its tokenizer: by mull, or by transformers where mull does not have the architecture.
+
+    Raises:
+        OSError: no checkpoint there.
+        ValueError: routes for a model that is not mull's, or as in `mull.retrofit.wrap.from_pretrained`.
+    """
+    source = find_source(name)
+    config = load_config(source, {})
+    options: dict[str, Any] = {} if request.dtype is None else {"dtype": DTYPES[request.dtype]}
+    route = request.route()
+    if _has_family(config):
+        model: Any = from_pretrained(name, allow_missing=False, **options)
+    elif route.options():
+        raise ValueError(
+            f"{', '.join(route.options())} is for models of mull, and it has none like {name}: leave it out."
+        )
+    else:
+        with explained(name, weights=True):
+            model = AutoModelForCausalLM.from_pretrained(source.name, **NO_CODE, **source.options, **options).eval()
+    tokenizer = load_tokenizer(name)
+    known = model.get_output_embeddings().weight.shape[0]
+    if len(tokenizer) > known:
+        raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, the model {known}: it belongs to another model.")
+    return Subject(name, model.to(device).eval(), tokenizer, route)
+
+
+def _has_family(config: PreTrainedConfig) -> bool:
+    if isinstance(config, MullConfig):
+        return True
+    try:
+        require_supported(config.get_text_config())
+    except ValueError:
+        return False
+    return True
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """A hash of all parameters, so that a resumed run does not go on with another model under the same name."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        value = torch.hash_tensor(parameter.detach().contiguous().view(torch.uint8)).item()
+        digest.update(f"{name} {tuple(parameter.shape)} {value}\n".encode())
+    return digest.hexdigest()[:16]
