@@ -153,7 +153,7 @@ def leave(_: Any = None) -> NoReturn:
 def main(line: int) -> None:
     """Serve one program."""
     channel = Channel(line)
-    restrict(channel.receive())
+    restrict(channel.receive(), line)
     channel.send("ready")
     vars(builtins).update(exit=leave, quit=leave)
     program = Program(channel)

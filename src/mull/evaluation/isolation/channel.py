@@ -65,8 +65,11 @@ class Channel:
         return b"".join(parts)
 
 
-def restrict(setup: dict[str, Any]) -> None:
-    """Take the limits on, then the uid: what follows is no longer ours."""
+def restrict(setup: dict[str, Any], line: int) -> None:
+    """Close what is open besides the line, take the limits on, then the uid: what follows is no longer ours."""
+    if setup["closes"]:
+        os.closerange(3, line)
+        os.closerange(line + 1, 1 << 16)
     for number, value in setup["limits"]:
         resource.setrlimit(number, (value, value))
     if setup["uid"] is not None:

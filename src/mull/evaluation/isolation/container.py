@@ -164,6 +164,8 @@ def _python() -> tuple[str, tuple[str, ...]]:
         elif Path(folder).is_dir():
             options += ["--ro-bind", folder, folder]
     inside = str(prefix) if str(prefix) == "/usr" else "/python"
+    for folder in (inside, f"{inside}/bin"):
+        options += ["--perms", "0755", "--dir", folder]  # bwrap's own choice shuts out all but root
     options += ["--ro-bind", str(program.resolve()), f"{inside}/bin/{version}"]
     if inside != "/usr":
         options += ["--ro-bind", str(prefix / "lib"), f"{inside}/lib"]
@@ -180,7 +182,7 @@ def _packages(names: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
         ValueError: one is not installed.
     """
-    options: list[str] = []
+    options = ["--perms", "0755", "--dir", PACKAGES] if names else []
     for name in names:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
@@ -193,15 +195,14 @@ def _packages(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _mounts(limits: Limits, off: Collection[str]) -> list[str]:
-    if "mount" in off:
-        return ["--bind" if "read-only" in off else "--ro-bind", "/", "/"]
     _, options = _python()
     mounts = [*options, *_packages(limits.packages)]
     if "read-only" in off:
         mounts = ["--bind" if option == "--ro-bind" else option for option in mounts]
     size = [] if "tmpfs" in off else ["--size", str(limits.disk)]
+    host = ["--ro-bind", "/", "/host"] if "mount" in off else []
     closed = [] if "read-only" in off else ["--remount-ro", "/"]
-    return [*mounts, "--perms", "0777", *size, "--tmpfs", HOME, *closed, "--chdir", HOME]
+    return [*mounts, *host, "--perms", "0777", *size, "--tmpfs", HOME, *closed, "--chdir", HOME]
 
 
 def bubblewrap_options(limits: Limits, off: Collection[str], descriptors: Mapping[str, int]) -> list[str]:
@@ -212,7 +213,9 @@ def bubblewrap_options(limits: Limits, off: Collection[str], descriptors: Mappin
         off: Layers to leave out.
         descriptors: ``seccomp``, ``info`` and, where root maps the users, ``block``.
     """
-    options = ["--as-pid-1"] if "pid" not in off else []
+    # Not --as-pid-1: the kernel forgets to kill a process with its parent (PR_SET_PDEATHSIG) when its user changes. bwrap's own
+    # first process stays root's, dies with mull, and takes the namespace with it.
+    options: list[str] = []
     namespaces = {"user": "user", "network": "net", "pid": "pid", "ipc": "ipc", "uts": "uts"}
     options += [f"--unshare-{option}" for layer, option in namespaces.items() if layer not in off]
     options += ["--unshare-cgroup-try"] * ("user" not in off)
@@ -327,11 +330,10 @@ class Container:
             own.append(descriptors["seccomp"])
             os.write(write, _filter(self.limits.processes > 1))
             os.close(write)
-        python = sys.executable if "mount" in self.off else _python()[0]
         bubblewrap = find_bubblewrap()
         if bubblewrap is None:
             raise FileNotFoundError("there is no bwrap: install bubblewrap, or mull's extra eval")
-        return [bubblewrap, *bubblewrap_options(self.limits, self.off, descriptors), python, *flags]
+        return [bubblewrap, *bubblewrap_options(self.limits, self.off, descriptors), _python()[0], *flags]
 
     def _is_mapped_by_root(self) -> bool:
         return os.geteuid() == 0 and "user" not in self.off
@@ -359,9 +361,16 @@ class Container:
         drops = self._is_mapped_by_root() and self.is_bubblewrapped and "capabilities" not in self.off
         return {
             "limits": _resource_limits(self.limits, self.off),
+            "closes": "descriptors" not in self.off,
             "uid": NOBODY if drops else None,
             "packages": PACKAGES if self.limits.packages else "",
         }
+
+    def program_pid(self) -> int:
+        """Number of the process that runs the program: the child of bwrap's first one, where that is not itself."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        numbers = children.read_text(encoding="ascii").split() if self.is_bubblewrapped and "pid" not in self.off else []
+        return int(numbers[0]) if numbers else self.pid
 
     def wait_until_ready(self) -> None:
         """Wait for its first word, which it sends before it knows a program.

@@ -18,7 +18,7 @@ from typing import Any
 
 from mull.evaluation.isolation.channel import Channel, Ended, restrict
 from mull.evaluation.isolation.compare import is_right, same_tokens
-from mull.evaluation.isolation.values import NotPlain
+from mull.evaluation.isolation.values import NotPlain, encode
 
 MAX_DETAIL = 300
 
@@ -311,11 +311,12 @@ def collect_values(candidate: Candidate, request: dict[str, Any]) -> dict[str, A
     try:
         function = load(candidate, request, request["entry_points"])[request["entry_points"][0]][1]
         values = [function(*arguments) for arguments in request["inputs"]]
+        encode(values)  # refuses what is no data
     except (Exception, Ended) as error:  # noqa: BLE001
         tally = Tally(1)
         tally.failed(error)
         return tally.result(complete=False)
-    return {"passed": True, "values": values}
+    return {"passed": True, "reason": "passed", "detail": "", "values": values}
 
 
 def grade_inside(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]:
@@ -393,7 +394,7 @@ def grade(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
 def main(line: int) -> None:
     """Serve the host until it closes the line."""
     channel = Channel(line)
-    restrict(channel.receive())
+    restrict(channel.receive(), line)
     channel.send("ready")
     host = socket.socket(fileno=line)
     tests: dict[bytes, dict[str, Any]] = {}

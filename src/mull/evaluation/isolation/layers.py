@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,13 @@ def start_threads():
             thread.join()
 
 def open_many():
-    files = [os.dup(1) for _ in range({PROBE_LIMITS.open_files} + 4)]
+    opened = []
+    try:
+        for _ in range({PROBE_LIMITS.open_files} + 4):
+            opened.append(os.dup(2))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 def observe():
     seen = {{
@@ -110,34 +117,31 @@ def examine(off: Collection[str] = ()) -> list[Layer]:
     Args:
         off: Layers to switch off, to see that this is noticed.
     """
-    off = set(off)
-    try:
-        found = _outside(off) | _inside(off) | _in_time(off)
-    except SandboxError as error:
-        return _without(off, str(error))
-    return [Layer(name, *found[name]) for name in LAYERS]
-
-
-def _without(off: set[str], reason: str) -> list[Layer]:
-    """Which single layers keep bubblewrap from starting, or all of them."""
-    if find_bubblewrap() is None:
-        reason = "there is no bwrap: install bubblewrap, or mull's extra eval"
+    chosen = set(off)
+    if reason := _refusal(chosen):
+        blocking = [name for name in ("network", "ipc", "uts", "pid") if not _refusal(chosen | {name})]
+        missing = set(blocking[:1]) or set(OF_BUBBLEWRAP)
     else:
-        for name in ("network", "ipc", "uts", "pid"):
-            if name in off:
-                continue
-            try:
-                layers = examine(off | {name})
-            except SandboxError:
-                continue
-            if not {layer.name for layer in layers if not layer.active}.issuperset(OF_BUBBLEWRAP):
-                return [Layer(name, False, reason) if layer.name == name else layer for layer in layers]
-    if off.issuperset(OF_BUBBLEWRAP):
-        return [Layer(name, False, reason) for name in LAYERS]
-    return [
-        Layer(layer.name, False, reason) if layer.name in OF_BUBBLEWRAP else layer
-        for layer in examine(off | set(OF_BUBBLEWRAP))
-    ]
+        missing = set()
+    probes = (_outside, _inside, _wall_clock, _output, _processor_time, _parent_death)
+    found: Seen = {}
+    with ThreadPoolExecutor(len(probes)) as threads:  # most of it is waiting
+        for seen in threads.map(lambda probe: probe(chosen | missing), probes):
+            found |= {name: result for name, result in seen.items() if found.get(name, (True, ""))[0]}
+    return [Layer(name, *((False, reason) if name in missing else found[name])) for name in LAYERS]
+
+
+def _refusal(off: Collection[str]) -> str:
+    """Why no container starts without these layers; empty if one does."""
+    if find_bubblewrap() is None and not set(OF_BUBBLEWRAP).issubset(off):
+        return "there is no bwrap: install bubblewrap, or mull's extra eval"
+    try:
+        container = Container(CANDIDATE, PROBE_LIMITS, off)
+        container.wait_until_ready()
+    except SandboxError as error:
+        return str(error)
+    container.close()
+    return ""
 
 
 Seen = dict[str, tuple[bool, str]]
@@ -149,7 +153,7 @@ def _outside(off: set[str]) -> Seen:
     container = Container(CANDIDATE, PROBE_LIMITS, off)
     try:
         container.wait_until_ready()
-        own, other = Path("/proc/self"), Path(f"/proc/{container.pid}")
+        own, other = Path("/proc/self"), Path(f"/proc/{container.program_pid()}")
         kinds = {"user": "user", "network": "net", "mount": "mnt", "pid": "pid", "ipc": "ipc", "uts": "uts"}
         seen: Seen = {}
         for layer, kind in kinds.items():
@@ -160,15 +164,20 @@ def _outside(off: set[str]) -> Seen:
         kept = {name: status[name] for name in ("CapPrm", "CapEff", "CapAmb") if int(status[name], 16)}
         gains = status["NoNewPrivs"] != "1"
         seen["capabilities"] = (not kept and not gains, f"{kept or 'none'}, {'can' if gains else 'cannot'} gain any")
-        same = os.getsid(container.pid) == os.getsid(0)
+        same = os.getsid(container.program_pid()) == os.getsid(0)
         seen["session"] = (not same, "it is the host's session" if same else "its own")
         names = sorted({entry.partition(b"=")[0].decode() for entry in (other / "environ").read_bytes().split(b"\0") if entry})
         extra = sorted(set(names) - {"LC_CTYPE", "LD_LIBRARY_PATH", "PWD"})
         seen["environment"] = (not extra, f"{len(extra)} of the host's variables" if extra else ", ".join(names) or "empty")
-        n_open = len(os.listdir(other / "fd"))
-        seen["descriptors"] = (n_open <= 4, f"{n_open} are open")
-        limit = next(line for line in (other / "limits").read_text().splitlines() if line.startswith("Max processes"))
-        seen["processes"] = (limit.split()[2] == str(PROBE_LIMITS.threads), limit.split()[2])
+        opened = sorted(os.readlink(file).partition(":")[0] for file in (other / "fd").iterdir())
+        seen["descriptors"] = (opened == ["/dev/null", "/dev/null", "pipe", "socket"], ", ".join(opened))
+        for layer, name, wanted in (
+            ("processes", "Max processes", PROBE_LIMITS.threads),
+            ("file-size", "Max file size", PROBE_LIMITS.disk),
+        ):
+            lines = (other / "limits").read_text(encoding="ascii").splitlines()
+            limit = next(line.removeprefix(name).split()[1] for line in lines if line.startswith(name))
+            seen[layer] = (limit == str(wanted), f"the limit is {limit}")
         return seen
     except OSError as error:
         raise SandboxError(f"The kernel does not show the container's state: {error}.") from None
@@ -200,7 +209,7 @@ def _inside(off: set[str]) -> Seen:
     def refused(name: str, *errors: str) -> tuple[bool, str]:
         return seen[name] in errors, f"more is refused ({seen[name]})" if seen[name] else "more than the limit was granted"
 
-    hidden = not {"root", "home", "etc", "proc"} & set(seen["root"])
+    strange = sorted(set(seen["root"]) - {"lib", "lib64", "python", "tmp", "usr"})
     result = {
         "read-only": (bool(seen["read-only"]), "the root and Python's library"),
         "tmpfs": refused("tmpfs", "OSError"),
@@ -210,58 +219,64 @@ def _inside(off: set[str]) -> Seen:
         "seccomp": (seen["socket"] == seen["fork"] == "PermissionError", f"socket: {seen['socket'] or 'allowed'}, fork: {seen['fork']}"),
         "processes": refused("processes", "RuntimeError"),
     }
-    if not hidden:
-        result["mount"] = (False, f"it sees {', '.join(seen['root'])}")
+    if strange:
+        result["mount"] = (False, f"it sees {', '.join(strange)}")
     return result
 
 
-def _in_time(off: set[str]) -> Seen:
-    """Programs that do not end, print without end, or lose their parent."""
-    spin = Question.of("collect", inputs=[()], entry_points=["spin"])
+def _wall_clock(off: set[str]) -> Seen:
+    question = Question.of("collect", inputs=[()], entry_points=["wait"])
+    started = time.monotonic()
     with Session(PROBE_LIMITS, off) as session:
-        started = time.monotonic()
-        source = "import time\ndef spin():\n    time.sleep(1.5)\n"
-        killed = not session.judge(source, spin, {}, 0.3)["passed"] and time.monotonic() - started < 1.4
-        flood = f"print('x' * {4 * PROBE_LIMITS.output})"
-        limit = PROBE_LIMITS.output if "output" not in off else 1 << 40
-        request = {"input": "", "output": "", "max_output": limit}
-        capped = session.judge(flood, Question.of("script", entry_points=[]), request, 5.0)["reason"] == "output"
-        burn = "def spin():\n    while True:\n        pass\n"
-        request = {"cpu_seconds": 1} if "cpu" not in off else {}
-        limited = session.judge(burn, spin, request, 1.8)["reason"] == "no proof"
-    return {
-        "wall-clock": (killed, "a sleeping program was killed" if killed else "a program slept beyond its time"),
-        "output": (capped, "a flood was cut off" if capped else "a flood was read whole"),
-        "cpu": (limited, "a busy loop was ended by the kernel" if limited else "a busy loop went on"),
-        "parent-death": _dies_with_parent(off),
-    }
+        answer = session.judge("import time\ndef wait():\n    time.sleep(1.5)\n", question, {}, 0.3)
+        took = time.monotonic() - started
+    killed = not answer["passed"] and answer["seconds"] < 1.4
+    return {"wall-clock": (killed, f"a program that sleeps was {'killed' if killed else 'not killed'} ({took:.1f} s)")}
+
+
+def _output(off: set[str]) -> Seen:
+    program = f"print('x' * {4 * PROBE_LIMITS.output})"
+    request = {"input": "", "output": "", "max_output": PROBE_LIMITS.output if "output" not in off else 1 << 40}
+    with Session(PROBE_LIMITS, off) as session:
+        capped = session.judge(program, Question.of("script", entry_points=[]), request, 5.0)["reason"] == "output"
+    return {"output": (capped, "a flood was cut off" if capped else "a flood was read whole")}
+
+
+def _processor_time(off: set[str]) -> Seen:
+    question = Question.of("collect", inputs=[()], entry_points=["spin"])
+    request = {"cpu_seconds": 1} if "cpu" not in off else {}
+    with Session(PROBE_LIMITS, off - {"wall-clock"}) as session:
+        answer = session.judge("def spin():\n    while True:\n        pass\n", question, request, 10.0 if request else 2.0)
+    limited = answer["reason"] == "no proof"
+    return {"cpu": (limited, f"a busy loop was {'' if limited else 'not '}ended by the kernel")}
 
 
 _PARENT = """
 import sys, time
-from mull.evaluation.isolation.container import CANDIDATE, Container
-from mull.evaluation.isolation.layers import PROBE_LIMITS
-container = Container(CANDIDATE, PROBE_LIMITS, set(sys.argv[1].split(",")) - {""})
+from importlib.util import module_from_spec, spec_from_file_location
+for name in ("values", "channel", "seccomp", "container"):
+    spec = spec_from_file_location("mull.evaluation.isolation." + name, f"{sys.argv[1]}/{name}.py")
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+container = module.Container(module.CANDIDATE, module.Limits(), set(sys.argv[2].split(",")) - {""})
 container.wait_until_ready()
-print(container.pid, flush=True)
+print(container.program_pid(), flush=True)
 time.sleep(30)
 """
 
 
-def _dies_with_parent(off: set[str]) -> tuple[bool, str]:
-    """Kill a process that has started a container."""
-    folders = os.pathsep.join(path for path in sys.path if path)
+def _parent_death(off: set[str]) -> Seen:
+    """Kill a process that has started a container. It loads these modules alone, because the package takes seconds."""
     parent = subprocess.Popen(
-        [sys.executable, "-c", _PARENT, ",".join(sorted(off))],
+        [sys.executable, "-c", _PARENT, str(Path(__file__).parent), ",".join(sorted(off))],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": folders},
     )
     try:
         assert parent.stdout is not None
         line = parent.stdout.readline()
         if not line.strip():
-            return False, "the probe did not start"
+            return {"parent-death": (False, "the probe did not start")}
         pidfd = os.pidfd_open(int(line))
         # It waits for its program, and the end of its parent is the end of that line. A stopped process does not read.
         signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
@@ -274,6 +289,6 @@ def _dies_with_parent(off: set[str]) -> tuple[bool, str]:
         died = bool(waiting.poll(2000))
         if not died:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        return died, "it was gone with its parent" if died else "it outlived its parent"
+        return {"parent-death": (died, "it was gone with its parent" if died else "it outlived its parent")}
     finally:
         os.close(pidfd)
