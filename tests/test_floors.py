@@ -35,7 +35,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
         5,
         "reading source native_heads expert_adapters wrap hybrid weights convert calibrate presets qwen3_next full_hybrid",
     ),
-    "decoding": (5, "draft_length sample drafting rounds decoder_cache generate mtp_decoder"),
+    "decoding": (5, "draft_length drafting rounds decoder_cache generate rollouts mtp_decoder"),
     "training": (6, "optimization objectives trainable state content step loop"),
     "training.objectives": (
         6,
