@@ -166,7 +166,7 @@ class PromptBatches:
         self.prompts = prompts
         self.batch_size = batch_size
         self.seed = seed
-        self._pad_id, self._first = pad_id, first
+        self.pad_id, self._first = pad_id, first
 
     @property
     def longest(self) -> int:
@@ -193,7 +193,7 @@ class PromptBatches:
         chosen = [self.prompts[place] for place in places]
         width = max(map(len, chosen))
         return {
-            "input_ids": torch.tensor([[self._pad_id] * (width - len(ids)) + [*ids] for ids in chosen]),
+            "input_ids": torch.tensor([[self.pad_id] * (width - len(ids)) + [*ids] for ids in chosen]),
             "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in chosen]),
             "tasks": torch.tensor([self._first + place for place in places]),
         }

@@ -15,6 +15,7 @@ from mull.decoding.rollouts import rollouts
 from mull.evaluation.sandbox import Asserts, Pool, Verdict
 from mull.evaluation.suites.problems import Problem
 from mull.evaluation.suites.prompts import PROTOCOLS
+from mull.evaluation.suites.writers import AnswerReader
 from mull.model.causal_lm import MullForCausalLM
 from mull.runtime.distributed import on_first_rank
 from mull.training.objectives.base import Batch, mixed_seed
@@ -64,7 +65,8 @@ class ProgramReward:
         timeout: float = 3.0,
         allow_weak: Collection[str] = (),
     ) -> None:
-        self._tasks, self._tokenizer, self._end_ids, self._chat = tasks, tokenizer, frozenset(end_ids), chat
+        self._tasks, self._end_ids = tasks, frozenset(end_ids)
+        self._reader = AnswerReader(tokenizer, chat)
         self._tests = [Asserts("\n".join([task.setup, *task.tests]) + "\n", (task.entry_point,)) for task in tasks]
         self._open = partial(Pool, workers or os.cpu_count() or 1, timeout=timeout, allow_weak=allow_weak)
         self._pool: Pool | None = None
@@ -94,9 +96,11 @@ class ProgramReward:
                 f"The reward 'programs' looks up the tests of tasks, and the batch has {', '.join(sorted(batch))}: use prompts of "
                 "data.format=programs."
             )
+        rows = zip(batch["input_ids"], batch["attention_mask"], completions, strict=True)
+        texts = [self._text(ids[mask == 1].tolist(), completion.tolist()) for ids, mask, completion in rows]
         numbers = batch["tasks"].tolist()
-        answers = zip(numbers, map(self._text, completions.tolist()), strict=True)
-        verdicts = self._verdicts([(number, self._program(number, text)) for number, text in answers])
+        jobs = [(number, self._program(number, text)) for number, text in zip(numbers, texts, strict=True)]
+        verdicts = self._verdicts(jobs)
         late = torch.tensor([verdict.reason == "time-out" for verdict in verdicts])
         solved = torch.tensor([verdict.passed for verdict in verdicts])
         wrong = torch.tensor([verdict.reason == "wrong answer" for verdict in verdicts])
@@ -104,13 +108,14 @@ class ProgramReward:
         flags = {"solved": solved, "timeouts": late, "errors": ~(solved | late | wrong)}
         return Graded(torch.where(late, 0.0, shares), flags)
 
-    def _text(self, tokens: list[int]) -> str:
+    def _text(self, prompt: list[int], tokens: list[int]) -> str:
+        """What an answer says, up to its end."""
         end = next((place for place, token in enumerate(tokens) if token in self._end_ids), len(tokens))
-        return str(self._tokenizer.decode(tokens[:end], skip_special_tokens=True))
+        return self._reader.text(prompt, tokens[:end])
 
     def _program(self, number: int, text: str) -> str:
         task = self._tasks[number]
-        return PROTOCOLS["mbpp"].program(Problem(task.name, task.text, task.entry_point), text, self._chat)
+        return PROTOCOLS["mbpp"].program(Problem(task.name, task.text, task.entry_point), text, self._reader.chat)
 
     def _verdicts(self, jobs: Sequence[tuple[int, str]]) -> list[Verdict]:
         if self._pool is None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mull.data.arithmetic import ArithmeticTask
 from mull.decoding.rollouts import rollouts
+from mull.evaluation.program_reward import ProgramReward
 from mull.model.causal_lm import MullForCausalLM
 from mull.training.objectives.base import Batch
 from mull.training.objectives.resources import Reward
@@ -25,8 +26,8 @@ def arithmetic_reward(task: ArithmeticTask) -> Reward:
     return reward
 
 
-REWARDS: dict[str, Callable[[ArithmeticTask], Reward]] = {"arithmetic": arithmetic_reward}
-"""Name of a reward in recipes to what makes it for a task."""
+REWARDS: dict[str, Callable[..., Reward]] = {"arithmetic": arithmetic_reward, "programs": ProgramReward}
+"""Name of a reward in recipes to what makes it. That of ``programs`` is opened with ``with``."""
 
 
 def right_answers(model: MullForCausalLM, task: ArithmeticTask, *, rows: int, iterations: int | None) -> float:
