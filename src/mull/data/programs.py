@@ -90,7 +90,7 @@ def _task(record: Record) -> ProgramTask:
     setup = _unix("\n".join([*imports, str(record.fields.get("test_setup_code") or "")])).strip()
     shown = tuple(map(_unix, tests))
     given, known = record.fields.get("entry_point"), record.fields.get("code")
-    entry = given if isinstance(given, str) else tested_function(shown, setup, known if isinstance(known, str) else "")
+    entry = given if isinstance(given, str) else called_function(shown, setup, known if isinstance(known, str) else "")
     if not entry:
         raise ValueError(f"{record.place} has tests that call no function of the program: give entry_point.")
     number = record.fields.get("task_id", record.place)
@@ -103,7 +103,7 @@ def _unix(text: str) -> str:
     return text.replace("\r\n", "\n")
 
 
-def tested_function(tests: Sequence[str], setup: str = "", code: str = "") -> str:
+def called_function(tests: Sequence[str], setup: str = "", code: str = "") -> str:
     """The function of a program that its tests call; empty if they call none.
 
     Args:
