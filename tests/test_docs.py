@@ -130,6 +130,22 @@ def routes(_: pytest.MonkeyPatch) -> Names:
     return {}
 
 
+def evaluated(patch: pytest.MonkeyPatch) -> Names:
+    patch.setenv("HF_DATASETS_CACHE", str(Path("cache").absolute()))
+    for name, seed in (("out/model", 0), ("out/other", 1)):
+        base = tiny("qwen3", seed=seed, vocab_size=len(tokenizer()), num_hidden_layers=6, eos_token_id=0)
+        wrap_transformer_with_etd(base, SPLIT).save_pretrained(name)
+        tokenizer().save_pretrained(name)
+    save_texts("my-texts", 3_000)
+    task = {"task": "toy", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice"}
+    files = {"data_files": {"test": str(Path("toy.jsonl").absolute())}}
+    asked = {"doc_to_text": "{{question}}", "doc_to_choice": ["one", "two"], "doc_to_target": "{{answer}}"}
+    Path("toy.jsonl").write_text('{"question": "n", "answer": 0}\n{"question": "m", "answer": 1}\n', encoding="utf-8")
+    text = yaml.safe_dump({**task, **asked, "dataset_kwargs": files, "metric_list": [{"metric": "acc"}]})
+    Path("toy.yaml").write_text(text, encoding="utf-8")
+    return {}
+
+
 def nothing(_: pytest.MonkeyPatch) -> Names:
     return {}
 
@@ -155,7 +171,7 @@ PAGES: dict[str, Callable[[pytest.MonkeyPatch], Names]] = {
     "docs/how-to/native-heads.md": native_heads,
     "docs/how-to/convert.md": convert,
     "docs/how-to/generate.md": generate,
-    "docs/how-to/evaluate.md": nothing,
+    "docs/how-to/evaluate.md": evaluated,
 }
 """Pages with programs, and what prepares the folder and the names that their first program finds."""
 

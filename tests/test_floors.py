@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 LAYOUT: dict[str, tuple[int, str]] = {
     "runtime": (1, "arguments storage distributed progress timing shards checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy divergence gated_delta"),
-    "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise retrieval route_labels"),
+    "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic programs noise retrieval route_labels"),
     "layers": (3, "heads recursive_heads value_head routers experts skipping output_gate"),
     "model": (
         4,
@@ -42,12 +42,17 @@ LAYOUT: dict[str, tuple[int, str]] = {
         "base iterations teacher_cache resources next_token step_supervision exits recursions evidence distill align "
         "weight_statistics weightings weighted_mtp critic routing grpo table",
     ),
-    "evaluation": (7, "held_out lossless acceptance rewards depth_trace divergence cost search"),
+    "evaluation": (7, "held_out lossless acceptance depth_trace divergence cost search isolation sandbox suites program_reward rewards"),
+    "evaluation.isolation": (7, "compare channel values seccomp container grader candidate session layers"),
+    "evaluation.suites": (
+        7,
+        "statistics extract problems prompts writers samples grading results heads perplexity harness subject table",
+    ),
     "evaluation.cost": (7, "count disk training decoding"),
     "evaluation.search": (7, "loop_probe split calibration layer_choice route_tree route_scores routes route_report"),
-    "app": (8, "yaml_text architecture recipe prepare build run report demo commands cli"),
+    "app": (8, "yaml_text architecture data_section recipe prepare build run report demo sandbox evaluate commands cli"),
     "app.commands": (8, "shared train depth routes hybrid generate"),
-    "app.report": (8, "figures page inspect_page"),
+    "app.report": (8, "figures page inspect_page evaluation_page"),
     "app.demo": (8, "chapter loops weights speculation chain depth hybrid demo"),
 }
 """Each folder's floor, and its files in the order in which they build on each other. Two folders on one floor do not know each

@@ -20,11 +20,10 @@ def score_figure(scores: Mapping[str, Score], title: str = "") -> Figure:
     """Scores as points with their intervals, one line each."""
     figure = Figure(figsize=(6.4, 1.2 + 0.38 * len(scores)))
     axes = figure.subplots()
-    for place, score in enumerate(reversed(scores.values())):
+    for place, score in enumerate(reversed([*scores.values()])):
         axes.hlines(place, score.low, score.high, color=GREY)
         axes.plot(score.value, place, color=PALETTE[0], marker=MARKERS[0])
-    axes.set(yticks=range(len(scores)), yticklabels=[*reversed(scores)], title=title, ylim=(-0.6, len(scores) - 0.4))
-    figure.tight_layout()
+    axes.set(yticks=range(len(scores)), yticklabels=[*scores][::-1], title=title, ylim=(-0.6, len(scores) - 0.4))
     return figure
 
 
@@ -35,14 +34,13 @@ def reliability_figure(bins: Mapping[str, Sequence[Bin]]) -> Figure:
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
     for colour, marker, (name, of_head) in zip(cycle(PALETTE), cycle(MARKERS), bins.items(), strict=False):
-        shown = [each for each in of_head if each.count]
+        shown = [each for each in of_head if each.n]
         points = [each.confidence for each in shown], [each.accuracy for each in shown]
         axes.plot(*points, color=colour, marker=marker, label=name)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1))
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     axes.legend()
-    figure.tight_layout()
     return figure
 
 
@@ -60,7 +58,6 @@ def acceptance_ranges_figure(acceptance: Mapping[str, Sequence[float]]) -> Figur
         axes.set(xlabel="position of the draft" if of_draft else "part of the text", ylim=(0, 1.02))
         axes.legend()
     parts[0].set(ylabel="accepted")
-    figure.tight_layout()
     return figure
 
 
@@ -82,7 +79,6 @@ def temperature_figure(scores: Mapping[str, Score]) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set(xlabel="temperature", ylabel="problems solved")
     axes.legend()
-    figure.tight_layout()
     return figure
 
 

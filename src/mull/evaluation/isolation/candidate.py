@@ -97,6 +97,7 @@ class Program:
 OPERATIONS: dict[str, Any] = {
     "call": lambda target, *args, **kwargs: target(*args, **kwargs),
     "attribute": getattr,
+    "set": setattr,
     "item": lambda target, key: target[key],
     "length": len,
     "items": list,

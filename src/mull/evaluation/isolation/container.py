@@ -93,10 +93,10 @@ class Limits:
     """Bytes of files, which lie in memory, too."""
 
     processes: int = 1
-    """With 1, the kernel refuses new processes."""
+    """With 1, the kernel refuses new processes. With more, so many processes and threads together."""
 
     threads: int = 32
-    """Threads of all processes together, the first of each process included."""
+    """Threads of the one process, where `processes` is 1."""
 
     open_files: int = 64
     output: int = 1 << 20
@@ -110,8 +110,6 @@ class Limits:
         for name, least in smallest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"Limits.{name}={getattr(self, name)} is less than {least}, with which no program runs.")
-        if self.threads < self.processes:
-            raise ValueError(f"Limits.threads={self.threads} is less than processes={self.processes}: each has one.")
 
 
 class SandboxError(RuntimeError):
@@ -157,7 +155,7 @@ def _python() -> tuple[str, tuple[str, ...]]:
     program = next((path for name in (version, "python3", "python") if (path := prefix / "bin" / name).exists()), None)
     if program is None:
         raise SandboxError(f"No Python was found in {prefix / 'bin'}.")
-    options = []
+    options = ["--perms", "0755", "--dir", "/usr"]  # bwrap's own choice for parents shuts out all but root
     for folder in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
         if Path(folder).is_symlink():
             options += ["--symlink", os.readlink(folder), folder]
@@ -165,7 +163,7 @@ def _python() -> tuple[str, tuple[str, ...]]:
             options += ["--ro-bind", folder, folder]
     inside = str(prefix) if str(prefix) == "/usr" else "/python"
     for folder in (inside, f"{inside}/bin"):
-        options += ["--perms", "0755", "--dir", folder]  # bwrap's own choice shuts out all but root
+        options += ["--perms", "0755", "--dir", folder]
     options += ["--ro-bind", str(program.resolve()), f"{inside}/bin/{version}"]
     if inside != "/usr":
         options += ["--ro-bind", str(prefix / "lib"), f"{inside}/lib"]
@@ -244,7 +242,8 @@ def bubblewrap_options(limits: Limits, off: Collection[str], descriptors: Mappin
 def _resource_limits(limits: Limits, off: Collection[str]) -> list[tuple[int, int]]:
     values = {
         "memory": limits.memory // limits.processes,
-        "processes": limits.threads,
+        # One more: bwrap's own first process is the same user's, unless root runs mull.
+        "processes": 1 + (limits.threads if limits.processes == 1 else limits.processes),
         "file-size": limits.disk,
         "open-files": limits.open_files,
     }

@@ -41,6 +41,9 @@ class Remote:
             raise AttributeError(name)
         return self._ask("attribute", (name,))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._ask("set", (name, value))
+
     def __getitem__(self, key: Any) -> Any:
         return self._ask("item", (key,))
 

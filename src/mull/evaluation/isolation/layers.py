@@ -172,7 +172,7 @@ def _outside(off: set[str]) -> Seen:
         opened = sorted(os.readlink(file).partition(":")[0] for file in (other / "fd").iterdir())
         seen["descriptors"] = (opened == ["/dev/null", "/dev/null", "pipe", "socket"], ", ".join(opened))
         for layer, name, wanted in (
-            ("processes", "Max processes", PROBE_LIMITS.threads),
+            ("processes", "Max processes", PROBE_LIMITS.threads + 1),
             ("file-size", "Max file size", PROBE_LIMITS.disk),
         ):
             lines = (other / "limits").read_text(encoding="ascii").splitlines()

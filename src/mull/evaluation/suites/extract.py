@@ -107,7 +107,9 @@ def fenced_blocks(text: str) -> list[FencedBlock]:
     A fence closes with at least as many of the same character. A block of a list item is moved to column 0, and blocks of no
     content are left out.
     """
-    blocks, lines, opened = [], [], None
+    blocks: list[FencedBlock] = []
+    lines: list[str] = []
+    opened: re.Match[str] | None = None
     for line in text.split("\n"):
         fence = _FENCE.match(line)
         if opened is None:

@@ -1,19 +1,18 @@
 """Decide which samples are right: programs by their tests in the sandbox, GSM8K's answers by their final number.
 
-HumanEval+ and MBPP+ follow EvalPlus 0.3.1: results are compared with those of the reference solution, floats within 1e-6 or the
-problem's own tolerance, and some problems have rules of their own. We compare all inputs of a problem with one tolerance; EvalPlus
-compares exactly up to the first input whose result is a float.
+HumanEval+ and MBPP+ compare with what the reference solution returns, by the rules of EvalPlus 0.3.1, see
+`mull.evaluation.sandbox.Calls`.
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mull.evaluation.sandbox import Asserts, Calls, Pool, Stdio, expected_values
+from mull.evaluation.sandbox import EVALPLUS_ORACLES, Asserts, Calls, Limits, Pool, Stdio, Tests, expected_values
 from mull.evaluation.suites.extract import final_number
 from mull.evaluation.suites.problems import Problem, Problems
 from mull.evaluation.suites.prompts import PROTOCOLS
@@ -21,30 +20,39 @@ from mull.evaluation.suites.samples import Key, key_of, line, read_lines, repair
 from mull.runtime.progress import Progress, tracked
 
 VERDICTS = "verdicts.jsonl"
-FLOAT_TOLERANCE = 1e-6
+SECONDS = 3.0
+"""For a program and its asserts, as in HumanEval's harness; and for each input of a contest that states no limit."""
 
-SET_EQUAL = frozenset(
-    {
-        "similar_elements",
-        "find_char_long",
-        "common_in_nested_lists",
-        "extract_singly",
-        "larg_nnum",
-        "intersection_array",
-        "find_dissimilar",
-        "Diff",
-    }
-)
-"""Functions of MBPP+ whose results are compared as sets."""
+LIMITS = Limits(memory=4 << 30)
+"""The memory that EvalPlus gives; some of MBPP+'s reference solutions need more than the sandbox's usual one."""
 
-NOT_NONE = frozenset({"check_str", "text_match_three", "text_starta_endb"})
-"""Functions of MBPP+ that may return a match or a truth value."""
+LEAST, FACTOR, MOST = 4.0, 4.0, 60.0
+"""Seconds for all inputs of HumanEval+ and MBPP+: so many times what the reference solution takes, between these limits. EvalPlus
+0.3.1 has this factor, at least 1 s for each input, and at most 60 s for all."""
 
-Tests = Asserts | Calls | Stdio
+WRAPPED = "\n\ndef _wrapped(*given):\n    return {}(*given) is not None\n"
+"""For references that return a match of a regular expression, which is no data; only whether there is one counts."""
+
+
+class _Job(NamedTuple):
+    """A program of one problem, and the samples that it answers."""
+
+    problem: str
+    program: str
+    mark: str
+    """Its hash."""
+
+    keys: list[Key]
 
 
 def grade(
-    records: Sequence[Mapping[str, Any]], problems: Problems, folder: Path, *, chat: bool, workers: int
+    records: Sequence[Mapping[str, Any]],
+    problems: Problems,
+    folder: Path,
+    *,
+    chat: bool,
+    workers: int,
+    allow_weak: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Grade samples, and keep the verdicts in the folder as they come, so that a killed run goes on from there.
 
@@ -54,6 +62,7 @@ def grade(
         folder: Where ``verdicts.jsonl`` is written.
         chat: Whether they are answers of a chat.
         workers: Programs at a time.
+        allow_weak: Layers of the sandbox that may be missing.
 
     Returns:
         A verdict for each sample: ``passed`` and ``reason``, beside what says which sample it is.
@@ -62,148 +71,78 @@ def grade(
     protocol = PROTOCOLS[problems.suite]
     programs = [protocol.program(by_name[record["problem"]], record["text"], chat) for record in records]
     if problems.suite == "gsm8k":
-        return [
-            _number_verdict(record, by_name[record["problem"]], text)
-            for record, text in zip(records, programs, strict=True)
-        ]
+        pairs = zip(records, programs, strict=True)
+        return [_number_verdict(record, by_name[record["problem"]], text) for record, text in pairs]
     file = folder / VERDICTS
     repair(file)
-    known: dict[tuple[Key, str], dict[str, Any]] = {
-        (key_of(verdict), verdict["program"]): verdict for verdict in read_lines(file)
-    }
+    known = {(key_of(verdict), str(verdict["program"])): verdict for verdict in read_lines(file)}
     marks = [hashlib.sha256(program.encode("utf-8", "surrogatepass")).hexdigest()[:16] for program in programs]
     keys = [key_of(record) for record in records]
-    missing = [index for index in range(len(records)) if (keys[index], marks[index]) not in known]
-    # Greedy samples, and short programs, are often equal: each program is run once.
-    first: dict[tuple[str, str], list[int]] = {}
-    for index in missing:
-        first.setdefault((keys[index].problem, marks[index]), []).append(index)
-    tests = tests_of([by_name[name] for name in dict.fromkeys(name for name, _ in first)], workers)
-    jobs = [(programs[indices[0]], tests[name]) for (name, _), indices in first.items()]
-    with file.open("a", encoding="utf-8") as stream, Pool(workers) as pool:
-        with Progress(len(missing), "program", label=f"{problems.suite}: grading") as progress:
-            for indices, verdict in zip(first.values(), pool.map(jobs), strict=True):
-                new = [
-                    {
-                        **keys[index]._asdict(),
-                        "program": marks[index],
-                        "passed": verdict.passed,
-                        "reason": verdict.reason,
-                        "detail": verdict.detail,
-                    }
-                    for index in indices
-                ]
-                stream.write("".join(map(line, new)))
-                stream.flush()
-                known |= {(key_of(each), each["program"]): each for each in new}
-                progress.advance(len(new))
+    jobs: dict[tuple[str, str], _Job] = {}
+    for key, mark, program in zip(keys, marks, programs, strict=True):
+        if (key, mark) not in known:
+            # Greedy and short programs are often equal: each is run once.
+            jobs.setdefault((key.problem, mark), _Job(key.problem, program, mark, [])).keys.append(key)
+    asked = [by_name[name] for name in dict.fromkeys(job.problem for job in jobs.values())]
+    tests = prepared(asked, workers, allow_weak) if asked else {}
+    with file.open("a", encoding="utf-8") as stream, Pool(workers, limits=LIMITS, allow_weak=allow_weak) as pool:
+        for new in _verdicts(list(jobs.values()), tests, pool, problems.suite):
+            stream.write("".join(map(line, new)))
+            stream.flush()
+            known |= {(key_of(verdict), str(verdict["program"])): verdict for verdict in new}
     return [known[key, mark] for key, mark in zip(keys, marks, strict=True)]
 
 
-def tests_of(problems: Sequence[Problem], workers: int) -> dict[str, Tests]:
-    """The tests of each problem, as the sandbox takes them. Reference solutions run in it, too."""
+def _verdicts(
+    jobs: Sequence[_Job], tests: Mapping[str, tuple[Tests, float]], pool: Pool, suite: str
+) -> Iterator[list[dict[str, Any]]]:
+    """The verdict of each job, once for each of its samples."""
+    running = [pool.submit(job.program, tests[job.problem][0], timeout=tests[job.problem][1]) for job in jobs]
+    with Progress(len(jobs), "program", label=f"{suite}: grading") as progress:
+        for job, future in zip(jobs, running, strict=True):
+            verdict = future.result()
+            found = {"passed": verdict.passed, "reason": verdict.reason, "detail": verdict.detail}
+            yield [{**key._asdict(), "program": job.mark, **found} for key in job.keys]
+            progress.advance()
+
+
+def prepared(
+    problems: Sequence[Problem], workers: int, allow_weak: Sequence[str] = ()
+) -> dict[str, tuple[Tests, float]]:
+    """The tests of each problem, and the seconds for them. Reference solutions run in the sandbox, too."""
     with ThreadPoolExecutor(max_workers=workers) as threads:  # each waits for a process of its own
-        made = threads.map(_tests, problems)
-        return dict(
-            zip(
-                (problem.name for problem in problems),
-                tracked(made, "problem", "preparing tests", len(problems)),
-                strict=True,
-            )
-        )
+        made = threads.map(lambda problem: _tests(problem, allow_weak), problems)
+        shown = tracked(made, "problem", "preparing tests", len(problems))
+        return dict(zip((problem.name for problem in problems), shown, strict=True))
 
 
-def _tests(problem: Problem) -> Tests:
+def _tests(problem: Problem, allow_weak: Sequence[str]) -> tuple[Tests, float]:
     if problem.stdin:
-        return Stdio(problem.stdin, problem.stdout)
+        return Stdio(problem.stdin, problem.stdout), problem.seconds or SECONDS
     if problem.inputs is None:
-        return Asserts(problem.asserts, (problem.entry_point,))
+        return Asserts(problem.asserts, (problem.entry_point,)), SECONDS
     entry, inputs, reference = problem.entry_point, problem.inputs.inputs, problem.inputs.reference
-    oracle = _oracle(problem)
-    if oracle is not None:
-        expected = oracle.expected(reference, entry, inputs)
-        lines = [HEAD, *(oracle.line(entry, given, want) for given, want in zip(inputs, expected, strict=True))]
-        return Asserts("\n".join(lines) + "\n", (entry,))
-    expected = tuple(expected_values(reference, entry, inputs))
-    atol = problem.inputs.atol or (FLOAT_TOLERANCE if any(map(is_floats, expected)) else 0.0)
-    return Calls(entry, inputs, expected, atol)
+    oracle = EVALPLUS_ORACLES.get(problem.name, "equal")
+    name = entry
+    if oracle == "equally_none":
+        reference, name = reference + WRAPPED.format(entry), "_wrapped"
+    begin = time.perf_counter()
+    expected = _expected(reference, name, inputs, allow_weak)
+    seconds = min(MOST, max(LEAST, FACTOR * (time.perf_counter() - begin)))
+    return Calls(entry, inputs, expected, problem.inputs.atol, oracle), seconds
 
 
-def is_floats(value: Any) -> bool:
-    """Whether a result is a float, or a list or tuple of floats only; EvalPlus compares such results within 1e-6."""
-    if isinstance(value, list | tuple):
-        return bool(value) and all(isinstance(item, float) for item in value)
-    return isinstance(value, float)
-
-
-HEAD = """import math
-inf, nan = float("inf"), float("nan")
-def _value(coefficients, x):
-    return sum(c * math.pow(x, i) for i, c in enumerate(coefficients))
-def _area(edge, height):
-    slant = math.sqrt((edge / 2) ** 2 + height**2)
-    return round(edge**2 + 4 * (edge * slant) / 2)
-def _distance(one, other):
-    one, other = str(one), str(other)
-    width = max(len(one), len(other))
-    return sum(abs(int(a) - int(b)) for a, b in zip(one.zfill(width), other.zfill(width)))
-def _found(out, wanted):
-    return out == wanted if isinstance(out, bool) else wanted == (out is not None)
-def _close(out, *wanted):
-    return any(out == x or abs(out - x) <= 1e-6 + 1e-7 * abs(x) for x in wanted)
-"""
-"""Names that the lines of special oracles use. The polynomial is HumanEval/32's; the other two are readings of the tasks Mbpp/581
-and Mbpp/558 that EvalPlus accepts beside those of the reference solutions."""
-
-
-@dataclass(frozen=True)
-class _Oracle:
-    """A problem whose results are not simply compared: a line of Python for each input."""
-
-    check: Callable[[str, str, str], str]
-    """Given the call, the expected value and the arguments as Python, what must be true."""
-
-    wrapped: str = ""
-    """Python that replaces the entry point of the reference solution by a function of plain results."""
-
-    needs_reference: bool = True
-
-    def expected(self, reference: str, entry: str, inputs: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
-        if not self.needs_reference:
-            return [None] * len(inputs)
-        if self.wrapped:
-            return tuple(expected_values(f"{reference}\n{self.wrapped.format(entry)}", "_wrapped", inputs))
-        return tuple(expected_values(reference, entry, inputs))
-
-    def line(self, entry: str, given: tuple[Any, ...], wanted: Any) -> str:
-        arguments = ", ".join(map(repr, given))
-        return f"assert {self.check(f'{entry}({arguments})', repr(wanted), arguments)}"
-
-
-def _oracle(problem: Problem) -> _Oracle | None:
-    assert problem.inputs is not None
-    entry, atol = problem.entry_point, problem.inputs.atol
-    if problem.name == "HumanEval/32":
-        # The reference's own root is one of several.
-        return _Oracle(lambda call, _, given: f"abs(_value({given}, {call})) <= {atol}", needs_reference=False)
-    if not problem.name.startswith("Mbpp/"):
-        return None
-    if entry in SET_EQUAL:
-        return _Oracle(lambda call, want, _: f"set({call}) == set({want})")
-    if entry in NOT_NONE:
-        wrapped = "def _wrapped(*given):\n    return {}(*given) is not None\n"
-        return _Oracle(lambda call, want, _: f"_found({call}, {want})", wrapped)
-    return SINGLE.get(entry)
-
-
-SINGLE = {
-    # Every answer counts, because the task does not say which is right; but the call must not fail.
-    "are_equivalent": _Oracle(lambda call, *_: f"({call}, True)[1]", needs_reference=False),
-    "sum_div": _Oracle(lambda call, want, _: f"{call} in ({want}, 0)"),
-    "surface_Area": _Oracle(lambda call, want, given: f"_close({call}, {want}, _area({given}))"),
-    "digit_distance_nums": _Oracle(lambda call, want, given: f"{call} in ({want}, _distance({given}))"),
-}
-"""Functions of MBPP+ with a rule of their own."""
+def _expected(
+    reference: str, name: str, inputs: Sequence[tuple[Any, ...]], allow_weak: Sequence[str]
+) -> tuple[Any, ...]:
+    """Results of a reference solution; half by half where all together are more than the sandbox gives back at once."""
+    try:
+        return expected_values(reference, name, inputs, limits=LIMITS, allow_weak=allow_weak)
+    except ValueError:
+        if len(inputs) == 1:
+            raise
+    half = len(inputs) // 2
+    return _expected(reference, name, inputs[:half], allow_weak) + _expected(reference, name, inputs[half:], allow_weak)
 
 
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")

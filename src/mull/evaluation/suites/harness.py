@@ -6,7 +6,6 @@ lm-eval is an extra, so its class is made when it is asked for.
 import functools
 import re
 from collections.abc import Mapping, Sequence
-
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ def mull_lm() -> type:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 
-    class MullLM(HFLM):
+    class MullLM(HFLM):  # type: ignore[misc]
         def __init__(
             self,
             pretrained: str | PreTrainedModel,
@@ -164,7 +163,7 @@ def _scores(
             sums = {f"{task}/{each['doc_id']}": each.get(metric) for each in of_kind}
             scores[label] = _score(float(value), metrics.get(f"{metric}_stderr,{kind}"), sums, seed)
             if _are_numbers(sums) and _is_mean(sums, float(value)):
-                values[label] = {name: (float(number), 1.0) for name, number in sums.items()}
+                values[label] = {name: (float(number), 1.0) for name, number in sums.items() if number is not None}
     return scores, values
 
 
@@ -181,4 +180,4 @@ def _are_numbers(sums: Mapping[str, Any]) -> bool:
 
 
 def _is_mean(sums: Mapping[str, Any], value: float) -> bool:
-    return abs(sum(map(float, sums.values())) / len(sums) - value) < 1e-9
+    return abs(sum(float(number) for number in sums.values()) / len(sums) - value) < 1e-9

@@ -15,7 +15,7 @@ from mull.decoding.generate import generate
 from mull.evaluation.acceptance import Acceptance, acceptance_by_position
 from mull.evaluation.suites.results import Bin
 from mull.evaluation.suites.statistics import Score, Sums, score
-from mull.evaluation.suites.writers import Route
+from mull.evaluation.suites.writers import OWN_ROUTE, Route
 from mull.layers.heads import shifted
 from mull.model.causal_lm import MullForCausalLM
 from mull.ops.cross_entropy import accurate
@@ -69,7 +69,7 @@ class HeadTally:
 
 @torch.no_grad()
 def head_tallies(
-    model: Any, dataset: PackedDataset, route: Route = Route(), *, batch_size: int = 8, n_heads: int | None = None
+    model: Any, dataset: PackedDataset, route: Route = OWN_ROUTE, *, batch_size: int = 8, n_heads: int | None = None
 ) -> list[HeadTally]:
     """Predictions of every head on texts, the main head first.
 
@@ -215,7 +215,7 @@ def head_scores(tallies: Sequence[HeadTally], *, seed: int = 0) -> tuple[dict[st
 
 
 def head_name(k: int) -> str:
-    """``main head``, ``head 1``, …"""
+    """Name of a head in scores and figures."""
     return f"head {k}" if k else "main head"
 
 
@@ -224,7 +224,7 @@ def draft_acceptance(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    route: Route = Route(),
+    route: Route = OWN_ROUTE,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[Acceptance]:

@@ -1,8 +1,8 @@
 """Perplexity of texts, in windows and with definitions of lm-eval's ``loglikelihood_rolling``, so that the numbers are equal.
 
-A text is cut into windows as long as the model reads. Each token is predicted once, from those before it in its window; the first
-window begins with the token that begins a text (``bos_token``, else ``eos_token``), and a later one with the last token of the one
-before. Only the last window looks further back, and scores only what is left.
+A text is cut into windows as long as the model reads. Each token is predicted once, from those before it in its window. The first
+window begins with the token that begins a text (``bos_token``, else ``eos_token``), a later one with the last token of the window
+before it. Only the last window looks further back, and scores only what is left.
 """
 
 import re

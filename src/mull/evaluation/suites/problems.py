@@ -46,7 +46,7 @@ class Inputs:
 
     inputs: tuple[tuple[Any, ...], ...]
     atol: float
-    """Tolerance of numbers. 0 is exact, except for floats, see `mull.evaluation.suites.grading`."""
+    """Tolerance of numbers; 0 is that of the sandbox's rule."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ class Problem:
     """Inputs of a program that reads standard input, and `stdout`, what it must print."""
 
     stdout: tuple[str, ...] = ()
+    seconds: float | None = None
+    """Time for each input, where the problem states one."""
+
     tests: tuple[str, ...] = ()
     """Asserts that the prompt shows."""
 
@@ -117,15 +120,12 @@ def load_problems(suite: Suite, source: str | Path | None = None, *, shots: str 
 
 
 def _records(suite: Suite, source: str | Path | None, split: str | None = None) -> tuple[str, list[Record]]:
-    if source is None:
-        name, config, usual = HUB[suite]
-        place = DATASET + name
-        records = read_records(place, split=split or usual, config=config)
+    name, config, usual = HUB[suite]
+    place = DATASET + name if source is None else str(source)
+    if place.startswith(DATASET):
+        records = read_records(place, split=split or usual, config=config if place == DATASET + name else None)
     else:
-        place = str(source)
-        usual = HUB[suite][2] if place.startswith(DATASET) else None
-        config = HUB[suite][1] if usual else None
-        records = read_records(place, split=split if split and usual else usual, config=config)
+        records = read_records(place)
     return place, list(tracked(records, "problem", f"reading {suite}"))
 
 
@@ -138,8 +138,7 @@ def _gsm8k_shots(place: str | None, shots: str | Path | None) -> list[Problem]:
                 f"GSM8K's prompt shows five training problems, and there are none beside {place}: give their source as "
                 "gsm8k-train."
             )
-    split = "train" if shots is None or str(shots).startswith(DATASET) else None
-    _, records = _records("gsm8k", place if shots is None else shots, split)
+    _, records = _records("gsm8k", place if shots is None else shots, "train")
     return [_gsm8k(record) for record in records]
 
 
@@ -209,7 +208,11 @@ def _code_contests(record: Record) -> Problem:
         stdout += wanted
     if not stdin:
         raise ValueError(f"{record.place} has no tests: whatever a program does, it would pass.")
-    return Problem(name, statement, stdin=tuple(stdin), stdout=tuple(stdout))
+    limit = record.fields.get("time_limit")
+    seconds = None
+    if isinstance(limit, dict):
+        seconds = float(limit.get("seconds") or 0) + float(limit.get("nanos") or 0) / 1e9
+    return Problem(name, statement, stdin=tuple(stdin), stdout=tuple(stdout), seconds=seconds or None)
 
 
 def _gsm8k(record: Record) -> Problem:

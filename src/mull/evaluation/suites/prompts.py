@@ -1,4 +1,4 @@
-"""How each suite asks, where an answer ends, and which program it is. Prompts are the published ones, character by character.
+"""How each suite asks, where an answer ends, and which program it is. Prompts are the published ones, exactly.
 
 A *completion* continues the text of the prompt, as base models are evaluated. A *chat* puts the task into one message of the user,
 and the program is looked for in the answer. EvalPlus' own sentence asks for it there, because HumanEval and MBPP published none.
@@ -143,10 +143,10 @@ PROTOCOLS: dict[Suite, Protocol] = {
         _gsm8k_prompts,
         _gsm8k_prompts,  # as lm-eval does with --apply_chat_template
         GSM8K_STOPS,
-        lambda problem, text, chat: without_thoughts(text) if chat else cut(text, GSM8K_STOPS),
+        lambda _, text, chat: without_thoughts(text) if chat else cut(text, GSM8K_STOPS),
         256,
     ),
 }
-"""HumanEval: zero-shot completion. MBPP: three shots. HumanEval+ and MBPP+: as EvalPlus 0.3.1 asks base models. CodeContests: APPS'
-words, as `mull.data.tasks` trains on it. GSM8K: the five shots of lm-eval's task ``gsm8k``, not the eight of Wei et al. 2022
+"""HumanEval: zero-shot completion. MBPP: three shots. HumanEval+ and MBPP+: as EvalPlus 0.3.1 asks base models. CodeContests: the
+words of APPS, as `mull.data.tasks` trains on it. GSM8K: the five shots of lm-eval's ``gsm8k``, not the eight of Wei et al. 2022
 (arXiv:2201.11903), so that numbers can be compared with lm-eval's."""

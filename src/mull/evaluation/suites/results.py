@@ -29,7 +29,7 @@ class Bin(NamedTuple):
     """Mean probability of the predicted token; 0 without predictions."""
 
     accuracy: float
-    count: int
+    n: int
 
 
 class Result(Frozen):
@@ -124,8 +124,8 @@ def compare_results(first: Result, second: Result, *, seed: int = 0) -> dict[str
         name = different[0]
         others = f" ({', '.join(different[1:])} differ, too)" if different[1:] else ""
         raise ValueError(
-            f"The results have {name}={first.settings.get(name)!r} and {name}={second.settings.get(name)!r}{others}: evaluate both "
-            "models with the same settings, or the difference is not the models'."
+            f"The results have {name}={first.settings.get(name)!r} and {name}={second.settings.get(name)!r}{others}: evaluate "
+            "both models with the same settings, or the difference is not the models'."
         )
     shared = [name for name in first.values if name in second.values]
     return {name: compare(first.values[name], second.values[name], seed=seed) for name in shared}

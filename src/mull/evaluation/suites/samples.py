@@ -1,8 +1,8 @@
 """Samples on disk, one JSON object per line as they come, and the plan that makes a resumed run equal to an uninterrupted one.
 
 The plan is a fixed list of chunks, each one call of the writer: which samples are in a chunk depends on the suite, the settings
-and the batch size, not on the ranks nor on what a killed run has left. A resumed run writes each incomplete chunk again as a whole
-and keeps what was missing. So on a CPU with the same software, the joined file is the same byte for byte after any number of
+and the batch size, not on the ranks nor on what a killed run has left. A resumed run writes each incomplete chunk again as
+a whole and keeps what was missing. So on a CPU with the same software, the joined file is the same byte for byte after any number of
 kills and with any number of ranks. With another batch size, each sample still draws the same random numbers, and without drafts
 the same tokens up to rounding. On a GPU, kernels may round differently in another process.
 """
@@ -61,8 +61,8 @@ class SamplePlan:
     def __post_init__(self) -> None:
         if 0.0 in self.temperatures and self.n_samples > 1:
             raise ValueError(
-                f"samples={self.n_samples} with temperature=0 would write one answer {self.n_samples} times: give a temperature, or "
-                "one sample."
+                f"samples={self.n_samples} with temperature=0 would write one answer {self.n_samples} times: give a "
+                "temperature, or one sample."
             )
 
     def keys(self) -> list[Key]:
@@ -127,8 +127,8 @@ class SampleFolder:
             before, now = stored.get(name), self.settings.get(name)
             if before != now:
                 raise ValueError(
-                    f"{self.folder} has samples with {name}={_short(before)}, and now it is {_short(now)}: give the same value to "
-                    "continue, or another folder to begin anew."
+                    f"{self.folder} has samples with {name}={_short(before)}, and now it is {_short(now)}: give the same value "
+                    "to continue, or another folder to begin anew."
                 )
 
     def read(self) -> dict[Key, dict[str, Any]]:

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from mull.evaluation.suites.writers import AnswerReader, MullWriter, PlainWriter, Route, Writer
+from mull.evaluation.suites.writers import OWN_ROUTE, AnswerReader, MullWriter, PlainWriter, Route, Writer
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configuration import MullConfig
 from mull.model.families import require_supported
@@ -26,34 +26,34 @@ MAX_SEED = 2**31 - 1
 class Request(Frozen):
     """Settings of an evaluation. What is None is as published with the suite."""
 
-    samples: int | None = Field(None, ge=1)
+    samples: int | None = Field(default=None, ge=1)
     """Answers per problem; 1, and for ``meta-mtp`` 200 (CodeContests: 1000)."""
 
     temperatures: tuple[float, ...] | None = None
     """0, greedy decoding, and for ``meta-mtp`` 0.5 to 0.9. Of several, the maximum is reported, too, as an oracle's."""
 
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
     k: tuple[int, ...] | None = None
     """Of pass@k; those of 1, 10 and 100 that the samples allow."""
 
-    seed: int = Field(0, ge=0, le=MAX_SEED)
-    max_new_tokens: int | None = Field(None, ge=1)
-    batch_size: int = Field(8, ge=1)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     """Rows at a time."""
 
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Only the first so many problems, rows or documents."""
 
     chat: bool | None = None
     """Put prompts into the tokenizer's chat template; default: if it has one."""
 
-    draft_length: int | None = Field(None, ge=0)
+    draft_length: int | None = Field(default=None, ge=0)
     """Drafts per round; default: 1 if the model has extra heads, the fastest on a CPU. 0 drafts nothing."""
 
-    think_iterations: int | None = Field(None, ge=1)
+    think_iterations: int | None = Field(default=None, ge=1)
     adaptive: bool | None = None
     layers: tuple[int, ...] | None = None
     """Layers to run, in order, instead of the model's own path."""
@@ -65,13 +65,16 @@ class Request(Frozen):
     """Precision; default: the checkpoint's."""
 
     data: dict[str, str] = {}
-    """Source of each suite's problems; ``gsm8k-train`` for the examples of GSM8K's prompt, ``text`` for the suites that read text.
-    Default: the suite's dataset on the hub, and for text, Python's library."""
+    """Source of each suite's problems; ``gsm8k-train`` for the examples of GSM8K's prompt, ``text`` for the suites that read
+    text. Default: the suite's dataset on the hub, and for text, Python's library."""
 
-    workers: int = Field(4, ge=1)
+    workers: int = Field(default=4, ge=1)
     """Programs that are run at a time."""
 
-    length: int | None = Field(None, ge=2)
+    allow_weak: tuple[str, ...] = ()
+    """Layers of the sandbox that may be missing, see `mull.evaluation.sandbox.LAYERS`."""
+
+    length: int | None = Field(default=None, ge=2)
     """Tokens of a row of text; default: 512, and for perplexity the model's positions, as in lm-eval."""
 
     def route(self) -> Route:
@@ -96,7 +99,7 @@ class Subject:
     """Of mull, or of transformers."""
 
     tokenizer: PreTrainedTokenizerBase
-    route: Route = Route()
+    route: Route = OWN_ROUTE
 
     @property
     def is_mull(self) -> bool:

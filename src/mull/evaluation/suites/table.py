@@ -128,7 +128,8 @@ def _graded(
     folder: SampleFolder, plan: SamplePlan, asked: _Protocol, request: Request, chat: bool, settings: Mapping[str, Any]
 ) -> Result:
     records = folder.join(plan.keys())
-    verdicts = grade(records, plan.problems, folder.folder, chat=chat, workers=request.workers)
+    options: dict[str, Any] = {"chat": chat, "workers": request.workers, "allow_weak": request.allow_weak}
+    verdicts = grade(records, plan.problems, folder.folder, **options)
     scores, values = code_scores(records, verdicts, asked.ks, seed=request.seed)
     if plan.problems.suite == "gsm8k":
         for name in ("strict_match", "flexible_extract"):
@@ -181,13 +182,13 @@ def _text_settings(subject: Subject, request: Request, length: int) -> dict[str,
     return {"text": request.data.get("text", "Python's library"), "limit": request.limit, "length": length, **facts}
 
 
-def token_accuracy(subject: Subject, request: Request, place: Place) -> Result:
+def token_accuracy(subject: Subject, request: Request, _place: Place) -> Result:
     """Accuracy and loss of every head on texts."""
     tallies, settings = _tallies(subject, request)
     return _head_result("token-accuracy", subject, settings, tallies, request)
 
 
-def per_head_analysis(subject: Subject, request: Request, place: Place) -> Result:
+def per_head_analysis(subject: Subject, request: Request, _place: Place) -> Result:
     """Accuracy, calibration and acceptance of every head, on texts and in decoding.
 
     Raises:
@@ -234,7 +235,7 @@ def _head_result(
     )
 
 
-def perplexity(subject: Subject, request: Request, place: Place) -> Result:
+def perplexity(subject: Subject, request: Request, _place: Place) -> Result:
     """Perplexity of texts, as lm-eval defines it."""
     length = min(request.length or subject.positions, subject.positions)
     losses = text_losses(

@@ -43,6 +43,10 @@ class Route:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+OWN_ROUTE = Route()
+"""The model's own."""
+
+
 class Writer(Protocol):
     """Continues prompts."""
 
@@ -67,7 +71,7 @@ class MullWriter:
 
     model: MullForCausalLM
     end_tokens: Sequence[int]
-    route: Route = Route()
+    route: Route = OWN_ROUTE
     draft_length: int = 0
     """Drafts per round. It is fixed, because one that follows measured times would write other samples in each run."""
 
@@ -110,7 +114,7 @@ class PlainWriter:
 
     model: PreTrainedModel
     end_tokens: Sequence[int]
-    route: Route = Route()
+    route: Route = OWN_ROUTE
 
     def __post_init__(self) -> None:
         self.positions: int = self.model.config.get_text_config().max_position_embeddings
@@ -135,8 +139,9 @@ class PlainWriter:
             pad_token_id=0,
         )
         criteria = [] if stop is None else [StopRows(stop, tokens.shape[1])]
-        with _own_settings(self.model):
-            sequences = self.model.generate(
+        with OwnSettings(self.model):
+            generate_tokens: Any = self.model.generate
+            sequences = generate_tokens(
                 tokens.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 generation_config=config,
@@ -181,13 +186,13 @@ class StopRows(StoppingCriteria):
     def __init__(self, stop: Stop, n_prompt: int) -> None:
         self.stop, self.n_prompt = stop, n_prompt
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         """Which rows end."""
         ends = [self.stop(row[self.n_prompt :]) for row in input_ids.tolist()]
         return torch.tensor(ends, device=input_ids.device)
 
 
-class _own_settings(AbstractContextManager[None]):  # noqa: N801
+class OwnSettings(AbstractContextManager[None]):
     """Hide the generation settings of a checkpoint, which transformers merges into those of a call."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -243,10 +248,9 @@ class AnswerReader:
         if not self.chat:
             return self.encoder.prompts(texts)
         conversations = [[{"role": "user", "content": text}] for text in texts]
-        return [
-            list(self.tokenizer.apply_chat_template(each, add_generation_prompt=True, tokenize=True, return_dict=False))
-            for each in conversations
-        ]
+        template: Any = self.tokenizer.apply_chat_template
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        return [list(template(each, **options)) for each in conversations]
 
     def text(self, prompt: Sequence[int], new: Sequence[int]) -> str:
         """The text that an answer adds to its prompt, without special tokens."""

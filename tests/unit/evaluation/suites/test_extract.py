@@ -16,6 +16,7 @@ from mull.evaluation.suites.extract import (
     without_thoughts,
 )
 
+# ruff: noqa: E501
 PROMPT = 'from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    """Sum of xs.\n    >>> total([1, 2])\n    3\n    """\n'
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 TWO = ("[1, 2]", 3)

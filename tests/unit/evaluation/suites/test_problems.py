@@ -45,6 +45,7 @@ def test_humaneval_is_asked_by_its_prompt_alone(data: Path) -> None:
     assert PROTOCOLS["humaneval"].prompts(load_problems("humaneval", data / "HumanEval.jsonl.gz")) == published
 
 
+# ruff: noqa: E501, W291
 MBPP_PROMPT_11 = """You are an expert Python programmer, and here is your task: Write a function to find the similar elements from the given two tuple lists. Your code should pass these tests:
 
 assert similar_elements((3, 4, 5, 6),(5, 7, 4, 10)) == (4, 5)
@@ -130,7 +131,7 @@ def test_code_contests_has_all_its_tests(tmp_path: Path) -> None:
     for bad in ({"public_tests": None}, {"private_tests": {"input": ["1"], "output": []}}):
         with pytest.raises(ValueError, match="with the lists input and output of one length"):
             load_problems("codecontests", write(tmp_path / "c.jsonl", [contest(**bad)]))
-    none = dict.fromkeys(("public_tests", "private_tests", "generated_tests"), {"input": [], "output": []})
+    none = {key: {"input": [], "output": []} for key in ("public_tests", "private_tests", "generated_tests")}
     with pytest.raises(ValueError, match="has no tests"):
         load_problems("codecontests", write(tmp_path / "c.jsonl", [contest(**none)]))
 

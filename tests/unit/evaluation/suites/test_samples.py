@@ -1,5 +1,6 @@
 """However often a run is killed, wherever a line was torn, and on however many ranks, the samples are those of one whole run."""
 
+import contextlib
 import json
 import os
 import random
@@ -82,10 +83,8 @@ def test_killed_and_torn_20_times_equals_uninterrupted(tmp_path: Path, tokenizer
     place, reader = SampleFolder(folder, {"suite": "humaneval"}), AnswerReader(tokenizer, chat=False)
     for _ in range(20):
         place.open()
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             draw_samples(plan(), FakeWriter(together=True, fail_after=chance.choice([0, 4, 8])), reader, place)
-        except KeyboardInterrupt:
-            pass
         file = folder / "samples-rank0.jsonl"
         content = file.read_bytes()
         file.write_bytes(content[: chance.randint(max(0, len(content) - 400), len(content))])
@@ -229,7 +228,7 @@ def test_several_greedy_samples_are_refused() -> None:
 
 def test_seeds_differ_between_problems_and_samples_and_not_between_temperatures() -> None:
     drawn = plan()
-    seeds = {key: drawn.seed_of(key) for key in drawn.keys()}
+    seeds = {key: drawn.seed_of(key) for key in list(drawn.keys())}
     assert len(set(seeds.values())) == 15
     assert all(0 <= seed < 2**63 for seed in seeds.values())
 
@@ -242,7 +241,8 @@ t = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(t)
 tokenizer = t.train_tokenizer([t.TEXT], 300)
 model = t.small(True, tokenizer)
-t.run(Path(sys.argv[1]), tokenizer, t.MullWriter(model, [tokenizer.eos_token_id], draft_length=2), n_samples=40, max_new_tokens=40)
+writer = t.MullWriter(model, [tokenizer.eos_token_id], draft_length=2)
+t.run(Path(sys.argv[1]), tokenizer, writer, n_samples=40, max_new_tokens=40)
 """
 
 

@@ -92,7 +92,8 @@ def test_a_paired_comparison_is_narrower_than_two_intervals_and_finds_a_real_dif
     assert found.difference.high - found.difference.low < apart / 1.5
     assert found.difference.low > 0
     assert (found.only_first, found.only_second) == (0, int((second - first).sum()))
-    assert found.p_value is not None and found.p_value < 0.001
+    assert found.p_value is not None
+    assert found.p_value < 0.001
     back = compare(named(second), named(first))
     assert back.difference.value == -found.difference.value
     assert back.p_value == found.p_value

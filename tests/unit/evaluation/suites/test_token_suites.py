@@ -150,8 +150,8 @@ def test_a_head_that_copies_the_main_one_agrees_and_calibration_counts_every_tok
     n = sum(sums["top-1"][1] for sums in main.rows.values())
     for tally in (main, *extra):
         total = sum(sums["top-1"][1] for sums in tally.rows.values())
-        assert sum(each.count for each in tally.bins) == total
-        assert sum(each.count * each.accuracy for each in tally.bins) == pytest.approx(
+        assert sum(each.n for each in tally.bins) == total
+        assert sum(each.n * each.accuracy for each in tally.bins) == pytest.approx(
             sum(sums["top-1"][0] for sums in tally.rows.values())
         )
         assert 0 <= tally.calibration_error <= 1

@@ -1,0 +1,279 @@
+"""`mull eval` in Python: suites on a tiny checkpoint, resumed, compared, reported, and refused with a reason."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from mull import ETDConfig, MTPConfig, wrap_transformer_with_etd
+from mull.app.evaluate import compare, run_evaluation
+from mull.app.report.evaluation_page import markdown_table
+from mull.data.tokenizer import train_tokenizer
+from mull.evaluation.sandbox import Verdict
+from mull.evaluation.suites.results import code_scores, compare_results, read_result
+from mull.evaluation.suites.statistics import exact_interval
+from mull.evaluation.suites.subject import Request
+
+SPLIT = ETDConfig(n_encoder_layers=1, n_think_layers=2, n_decoder_layers=1)
+TEXTS = ["def add(a, b):\n    return a + b\n", "class A:\n    pass\n", "import os\n"] * 30
+PROMPTS = ["def add(a, b):\n", "def one():\n", "def two(x):\n    '''2 x'''\n"]
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(TEXTS, 290)
+
+
+class FakePool:
+    """Programs of even length pass."""
+
+    def __init__(self, workers: int, **_: Any) -> None:
+        self.n = 0
+
+    def __enter__(self) -> "FakePool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, program: str, tests: Any, *, timeout: float) -> Any:
+        passed = len(program) % 2 == 0
+
+        class Done:
+            def result(self) -> Verdict:
+                return Verdict(passed, "passed" if passed else "wrong answer", "", 0.0, int(passed), 1)
+
+        return Done()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two checkpoints, and problems in the form of HumanEval."""
+    monkeypatch.setattr("mull.evaluation.suites.grading.Pool", FakePool)
+    for name, seed, mtp in (("one", 0, None), ("two", 1, MTPConfig(num_predict_tokens=2, mtp_head_type="mlp"))):
+        base = tiny("llama", seed=seed, vocab_size=len(tokenizer), num_hidden_layers=4, eos_token_id=0)
+        wrap_transformer_with_etd(base, SPLIT, mtp).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = [
+        {"task_id": f"HumanEval/{i}", "prompt": text, "entry_point": "f", "test": "def check(f): pass\n"}
+        for i, text in enumerate(PROMPTS)
+    ]
+    with gzip.open(tmp_path / "problems.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "text.txt").write_text("".join(TEXTS[:30]))
+    return tmp_path
+
+
+def request(folder: Path, **changes: Any) -> Request:
+    data = {"humaneval": str(folder / "problems.jsonl.gz"), "text": str(folder / "text.txt")}
+    return Request(**{"data": data, "max_new_tokens": 12, "batch_size": 4, "length": 32, **changes})
+
+
+def test_several_suites_leave_results_a_report_and_figures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suites = ["humaneval", "token-accuracy", "per-head-analysis", "perplexity"]
+    asked = request(folder, samples=4, temperatures=(0.6, 1.0), k=(1, 3))
+    found = run_evaluation(str(folder / "two"), suites, folder / "out", asked, command="mull eval two")
+    assert [*found] == suites
+    code = found["humaneval"]
+    assert [*code.scores] == [
+        "pass@1 at T=0.6",
+        "pass@1 at T=1",
+        "pass@1, oracle over temperatures",
+        "pass@3 at T=0.6",
+        "pass@3 at T=1",
+        "pass@3, oracle over temperatures",
+    ]
+    for k in (1, 3):
+        rates = [code.scores[f"pass@{k} at T={t}"].value for t in ("0.6", "1")]
+        assert code.scores[f"pass@{k}, oracle over temperatures"].value == max(rates)
+    assert code.settings["draft_length"] == 1, "a model with heads drafts"
+    assert code.settings["chat"] is False
+    for name in suites:
+        assert read_result(folder / "out" / name) == found[name]
+    report = (folder / "out" / "report.md").read_text()
+    assert "no model that is used has this score" in report
+    for figure in ("humaneval-temperatures", "per-head-analysis-reliability", "per-head-analysis-acceptance"):
+        assert f"({'figures'}/{figure}.svg)" in report
+        assert (folder / "out" / "figures" / f"{figure}.svg").read_text().startswith("<svg")
+    assert {"agreement, head 1", "agreement, head 2", "drafts"} <= found["per-head-analysis"].acceptance.keys()
+    assert "bits_per_byte" in capsys.readouterr().out
+
+
+def test_a_run_that_was_interrupted_gives_the_same_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = request(folder, samples=4, temperatures=(0.6,))
+    whole = run_evaluation(str(folder / "two"), ["humaneval"], folder / "whole", asked)
+    # The second verdict is never written, and neither are the last samples.
+    calls = 0
+
+    class Dies(FakePool):
+        def submit(self, program: str, tests: Any, *, timeout: float) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                raise KeyboardInterrupt
+            return super().submit(program, tests, timeout=timeout)
+
+    monkeypatch.setattr("mull.evaluation.suites.grading.Pool", Dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(str(folder / "two"), ["humaneval"], folder / "killed", asked)
+    samples = folder / "killed" / "humaneval" / "samples.jsonl"
+    content = samples.read_bytes()
+    samples.write_bytes(content[: len(content) // 2])
+    monkeypatch.setattr("mull.evaluation.suites.grading.Pool", FakePool)
+    again = run_evaluation(str(folder / "two"), ["humaneval"], folder / "killed", asked)
+    assert samples.read_bytes() == content
+    for name in ("results.json", "samples.jsonl", "settings.json"):
+        one, other = (folder / run / "humaneval" / name for run in ("whole", "killed"))
+        assert one.read_bytes() == other.read_bytes()
+    assert again == whole
+
+
+def test_other_weights_under_the_same_name_are_refused(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", request(folder))
+    base = tiny("llama", seed=7, vocab_size=len(tokenizer), num_hidden_layers=4, eos_token_id=0)
+    wrap_transformer_with_etd(base, SPLIT).save_pretrained(folder / "one")
+    with pytest.raises(ValueError, match="has samples with weights="):
+        run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", request(folder))
+
+
+def test_transformers_writes_the_same_samples(folder: Path) -> None:
+    asked = {"samples": 3, "temperatures": (0.8,), "draft_length": 0}
+    files = []
+    for engine in ("mull", "transformers"):
+        run_evaluation(str(folder / "two"), ["humaneval"], folder / engine, request(folder, engine=engine, **asked))
+        files.append((folder / engine / "humaneval" / "samples.jsonl").read_bytes())
+    assert files[0] == files[1]
+    compared = compare(folder / "mull", folder / "transformers")
+    [found] = compared.values()
+    assert found["pass@1"].difference.value == 0
+
+
+def test_an_architecture_that_mull_lacks_is_evaluated_by_transformers(
+    folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = CONFIG_MAPPING["gpt2"](
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2, eos_token_id=0
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "gpt2")
+    tokenizer.save_pretrained(folder / "gpt2")
+    asked = request(folder, samples=2, temperatures=(1.0,))
+    found = run_evaluation(str(folder / "gpt2"), ["humaneval", "token-accuracy", "perplexity"], folder / "out", asked)
+    assert found["humaneval"].settings["engine"] == "transformers"
+    assert found["perplexity"].scores["token_perplexity"].value > 1
+    with pytest.raises(ValueError, match="think_iterations is for models of mull, and it has none like"):
+        run_evaluation(str(folder / "gpt2"), ["humaneval"], folder / "x", request(folder, think_iterations=2))
+    with pytest.raises(ValueError, match="per-head-analysis needs extra heads, and .* has none: take token-accuracy"):
+        run_evaluation(str(folder / "gpt2"), ["per-head-analysis"], folder / "x", asked)
+
+
+def test_two_models_are_compared_on_the_same_problems(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        run_evaluation(str(folder / name), ["humaneval", "perplexity"], folder / f"out-{name}", request(folder))
+    capsys.readouterr()
+    found = compare(folder / "out-one", folder / "out-two")
+    assert len(found) == 2
+    shown = capsys.readouterr().out
+    assert "McNemar p" in shown
+    assert "A is" in shown
+    loss = next(each for name, each in found.items() if "perplexity" in name)["nats per token"]
+    results = [
+        read_result(folder / f"out-{name}" / "perplexity").scores["nats per token"].value for name in ("one", "two")
+    ]
+    assert loss.difference.value == pytest.approx(results[1] - results[0])
+    single = compare(folder / "out-one" / "humaneval", folder / "out-two" / "humaneval")
+    assert [*single] == ["published-humaneval"]
+
+
+def test_results_that_cannot_be_compared_are_refused(folder: Path) -> None:
+    run_evaluation(str(folder / "one"), ["humaneval"], folder / "a", request(folder))
+    run_evaluation(str(folder / "one"), ["humaneval"], folder / "b", request(folder, max_new_tokens=9))
+    run_evaluation(str(folder / "one"), ["perplexity"], folder / "c", request(folder))
+    with pytest.raises(
+        ValueError, match="The results have max_new_tokens=12 and max_new_tokens=9: evaluate both models"
+    ):
+        compare(folder / "a", folder / "b")
+    with pytest.raises(ValueError, match="evaluate both models on the same suite"):
+        compare(folder / "a", folder / "c")
+    with pytest.raises(FileNotFoundError, match=r"has no results\.json"):
+        compare(folder / "a", folder / "nothing")
+    (folder / "a" / "humaneval" / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no result of mull eval"):
+        compare(folder / "a", folder / "b")
+    one, other = (read_result(folder / run / suite) for run, suite in (("b", "humaneval"), ("c", "perplexity")))
+    with pytest.raises(ValueError, match="compare two of the same suite"):
+        compare_results(one, other)
+
+
+REFUSED = {
+    "suite": ({}, ["humanevil"], "There is no suite humanevil. Did you mean humaneval?"),
+    "no suite": ({}, [], "No suite was given: choose from humaneval, "),
+    "k above n": (
+        {"samples": 5, "temperatures": (1.0,), "k": (10,)},
+        ["humaneval"],
+        "pass@10 cannot be estimated from 5 samples",
+    ),
+    "greedy": ({"samples": 5}, ["humaneval"], "would write one answer 5 times"),
+    "chat": ({"chat": True}, ["humaneval"], "The tokenizer has no chat template"),
+    "routes": ({"layers": (0, 1), "think_iterations": 2}, ["humaneval"], "layers says which layers run"),
+    "task": ({}, ["lm_eval:no/such.yaml"], "no/such.yaml does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_told_before_anything_is_drawn(case: str, folder: Path) -> None:
+    changes, suites, message = REFUSED[case]
+    if case == "task":
+        pytest.importorskip("lm_eval", reason="needs the extra eval")
+    with pytest.raises((ValueError, FileNotFoundError)) as raised:
+        run_evaluation(str(folder / "one"), suites, folder / "out", request(folder, **changes))
+    assert message in str(raised.value)
+    assert not [*(folder / "out").glob("*/samples*")]
+
+
+def test_meta_mtp_is_the_published_protocol(folder: Path) -> None:
+    """Appendix F of arXiv:2404.19737: five temperatures, pass@1, 10 and 100 of 200 samples, and their maximum as an oracle."""
+    found = run_evaluation(
+        str(folder / "one"),
+        ["meta-mtp:humaneval"],
+        folder / "out",
+        request(folder, limit=1, max_new_tokens=2, batch_size=100),
+    )
+    result = found["meta-mtp:humaneval"]
+    assert result.settings["temperatures"] == [0.5, 0.6, 0.7, 0.8, 0.9]
+    assert (result.settings["samples"], result.settings["top_p"]) == (200, 0.95)
+    assert sum("oracle" in name for name in result.scores) == 3
+    assert (folder / "out" / "meta-mtp-humaneval" / "results.json").exists()
+
+
+def test_scores_go_to_mlflow(folder: Path) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")
+    run_evaluation(str(folder / "one"), ["perplexity"], folder / "out", request(folder), mlflow="")
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder / 'out' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("mull-eval")
+    [run] = client.search_runs([experiment.experiment_id])
+    result = read_result(folder / "out" / "perplexity")
+    assert run.data.metrics["perplexity/bits_per_byte"] == pytest.approx(result.scores["bits_per_byte"].value)
+    assert run.info.status == "FINISHED"
+
+
+def test_scores_of_all_wrong_and_all_right_answers() -> None:
+    records = [{"temperature": 0.5, "problem": f"p{i}", "sample": j} for i in range(20) for j in range(5)]
+    for passed in (False, True):
+        scores, values = code_scores(records, [{"passed": passed}] * 100, (1, 5))
+        assert scores["pass@1"].value == scores["pass@5"].value == float(passed)
+        assert scores["pass@1"][1:3] == exact_interval(20.0 * passed, 20)
+        assert len(values["first sample"]) == 20
+
+
+def test_a_table_is_aligned() -> None:
+    assert markdown_table(("a", "long head"), [("x|y", "1")]).splitlines() == [
+        "| a    | long head |",
+        "|------|-----------|",
+        "| x\\|y | 1         |",
+    ]
