@@ -3,6 +3,8 @@
 An attack that is refused may raise. ``HOSTILE`` maps a kind to its source; ``{n}`` is a number that makes a thousand of them differ.
 """
 
+# ruff: noqa: E501 - programs in one line
+
 LIBC = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\ndef call(*a):\n    return libc.syscall(*[ctypes.c_long(x) for x in a])\n"
 
 
@@ -32,7 +34,9 @@ HOSTILE: dict[str, str] = {
     "patch library": attempt("import os\nopen(os.__file__, 'a')"),
     "write root": attempt("open('/x{n}', 'w')"),
     "read mull": attempt("import mull"),
-    "list packages": attempt("import sys, os\nassert any(os.listdir(p) for p in sys.path if p.endswith('site-packages'))\nassert any(p.endswith('site-packages') for p in sys.path)"),
+    "list packages": attempt(
+        "import sys, os\nassert any(os.listdir(p) for p in sys.path if p.endswith('site-packages'))\nassert any(p.endswith('site-packages') for p in sys.path)"
+    ),
     "climb out": attempt("open('../' * 20 + 'etc/shadow').read()"),
     "symlink race": attempt("import os\nos.symlink('/etc/passwd', 'link{n}')\nopen('link{n}').read()"),
     "hard link": attempt("import os\nos.link('/usr/lib/os-release', 'link{n}')"),
@@ -42,14 +46,22 @@ HOSTILE: dict[str, str] = {
     "fork bomb": attempt("import os\nwhile True: os.fork()"),
     "vfork by spawn": attempt("import os, sys\nos.posix_spawn(sys.executable, [sys.executable, '-c', ''], {})"),
     "subprocess": attempt("import subprocess\nsubprocess.run(['/bin/sh', '-c', 'true'], check=True)"),
-    "leftover daemon": attempt("import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(600)\n    os._exit(0)"),
-    "thread bomb": attempt("import threading, time\nfor _ in range(1000): threading.Thread(target=time.sleep, args=(600,), daemon=True).start()"),
+    "leftover daemon": attempt(
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(600)\n    os._exit(0)"
+    ),
+    "thread bomb": attempt(
+        "import threading, time\nfor _ in range(1000): threading.Thread(target=time.sleep, args=(600,), daemon=True).start()"
+    ),
     "deadlocked threads": "import threading\nlock = threading.Lock()\nlock.acquire()\n"
     "[threading.Thread(target=lock.acquire).start() for _ in range(5)]\ndef f():\n    lock.acquire()\n",
     "kill everybody": attempt("import os, signal\nos.kill(-1, signal.SIGKILL)\nassert os.getppid() > 1"),
-    "kill parent": attempt("import os, signal, time\nfor _ in range(50):\n    os.kill(os.getppid(), signal.SIGKILL)\n    time.sleep(0.01)\nassert os.getppid() > 1"),
+    "kill parent": attempt(
+        "import os, signal, time\nfor _ in range(50):\n    os.kill(os.getppid(), signal.SIGKILL)\n    time.sleep(0.01)\nassert os.getppid() > 1"
+    ),
     "stop parent": attempt("import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)\nassert os.getppid() > 1"),
-    "kill a process of the host": attempt("import os, signal\nfor pid in range(3, 4000): \n    try: os.kill(pid, signal.SIGKILL); break\n    except ProcessLookupError: pass\nelse: assert False"),
+    "kill a process of the host": attempt(
+        "import os, signal\nfor pid in range(3, 4000): \n    try: os.kill(pid, signal.SIGKILL); break\n    except ProcessLookupError: pass\nelse: assert False"
+    ),
     "ignore signals": "import signal\nfor s in range(1, 32):\n    if s not in (9, 19): signal.signal(s, lambda *a: None)\ndef f():\n    while True:\n        try:\n            while True: pass\n        except BaseException: pass\n",
     "own death": "import os, signal\ndef f():\n    os.kill(os.getpid(), signal.SIGKILL)\n",
     # kernel
@@ -86,7 +98,9 @@ HOSTILE: dict[str, str] = {
     "terminal": attempt("open('/dev/tty', 'w').write('x')"),
     "type into the terminal": attempt("import fcntl\nfcntl.ioctl(0, 0x5412, b'x')"),
     "proc of others": attempt("open('/proc/1/environ').read()"),
-    "environment": attempt("import os\nassert any(name in os.environ for name in ('HOME', 'PATH', 'USER', 'MULL_SANDBOX_PROBE'))"),
+    "environment": attempt(
+        "import os\nassert any(name in os.environ for name in ('HOME', 'PATH', 'USER', 'MULL_SANDBOX_PROBE'))"
+    ),
     # amounts
     "memory": attempt("x = bytearray(8 << 30)"),
     "memory in small pieces": attempt("x = []\nwhile True: x.append(bytearray(1 << 20))"),
@@ -115,8 +129,10 @@ HOSTILE: dict[str, str] = {
 LINE = "import os\nfor fd in range(3, 64):\n    try: os.fstat(fd); break\n    except OSError: pass\n"
 HOSTILE |= {
     "garbage to the grader": LINE + "def f():\n    os.write(fd, os.urandom(1 << 16))\n    os._exit(0)\n",
-    "endless message": LINE + "def f():\n    os.write(fd, (1 << 24).to_bytes(4, 'big'))\n    while True: os.write(fd, b'l' * 65536)\n",
-    "list bomb": LINE + "def f():\n    data = b'l99999999:' + b'l0:' * 5000000\n    os.write(fd, len(data).to_bytes(4, 'big'))\n"
+    "endless message": LINE
+    + "def f():\n    os.write(fd, (1 << 24).to_bytes(4, 'big'))\n    while True: os.write(fd, b'l' * 65536)\n",
+    "list bomb": LINE
+    + "def f():\n    data = b'l99999999:' + b'l0:' * 5000000\n    os.write(fd, len(data).to_bytes(4, 'big'))\n"
     "    while data: data = data[os.write(fd, data):]\n    os._exit(0)\n",
     "close the line": LINE + "def f():\n    os.close(fd)\n    while True: pass\n",
 }

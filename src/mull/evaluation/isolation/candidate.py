@@ -24,6 +24,7 @@ class Callback:
         self._program, self._number = program, number
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Have it called there."""
         self._program.send(("callback", self._number, args, kwargs))
         answer = self._program.receive()
         if answer[0] == "raise":
@@ -119,14 +120,14 @@ def error_message(kind: str, error: BaseException) -> tuple[str, str, str, str]:
 def run_script(program: Program, source: str, text: str) -> None:
     """Run a program that reads its input and prints."""
     descriptor = os.open("input", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    os.unlink("input")
+    os.unlink("input")  # noqa: PTH108 - pathlib takes as long to import as Python to start
     rest = memoryview(text.encode("utf-8", "surrogatepass"))
     while rest:
         rest = rest[os.write(descriptor, rest) :]
     os.lseek(descriptor, 0, os.SEEK_SET)
     os.dup2(descriptor, 0)
     os.close(descriptor)
-    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
+    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115 - the program's
     status: Any = 0
     try:
         program.load(source, "__main__")
@@ -175,4 +176,3 @@ def main(line: int) -> None:
         channel.send(error_message("failed", error))
         os._exit(1)
     program.serve()
-

@@ -1,4 +1,4 @@
-"""Messages across the wall of a container: a length, then the bytes of a value. Runs on both sides, and imports nothing of mull."""
+"""Messages across the wall of a container: a length, then the bytes of a value. Runs on both sides."""
 
 import os
 import resource
@@ -7,8 +7,8 @@ from typing import Any
 
 from mull.evaluation.isolation.values import Find, Keep, decode, encode
 
-MAX_MESSAGE_BYTES = 16 << 20
-"""A longer message is refused unread."""
+MAX_MESSAGE_BYTES = 64 << 20
+"""A longer message is refused unread. The largest result of a reference solution (HumanEval/130) takes 25 MB."""
 
 
 class Ended(BaseException):
@@ -18,20 +18,20 @@ class Ended(BaseException):
 class Channel:
     """One end of a stream socket between two containers."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, descriptor: int, limit: int = MAX_MESSAGE_BYTES) -> None:
+        self._descriptor, self._limit = descriptor, limit
 
     def send(self, value: Any, keep: Keep | None = None) -> None:
         """Write one message.
 
         Raises:
-            NotPlain: see `encode`.
-            ValueError: it is longer than `MAX_MESSAGE_BYTES`.
+            NotPlainError: see `encode`.
+            ValueError: it is longer than the limit.
             Ended: nobody reads any more.
         """
         content = encode(value, keep)
-        if len(content) > MAX_MESSAGE_BYTES:
-            raise ValueError(f"it takes {len(content):,} bytes, more than the {MAX_MESSAGE_BYTES:,} that a message may have")
+        if len(content) > self._limit:
+            raise ValueError(f"it takes {len(content):,} bytes, more than the {self._limit:,} that a message may have")
         rest = memoryview(len(content).to_bytes(4, "big") + content)
         try:
             while rest:
@@ -47,7 +47,7 @@ class Channel:
             Ended: the other side is gone.
         """
         size = int.from_bytes(self._read(4), "big")
-        if size > MAX_MESSAGE_BYTES:
+        if size > self._limit:
             raise ValueError("a message is too long")
         return decode(self._read(size), find)
 

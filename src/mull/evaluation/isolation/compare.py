@@ -46,18 +46,18 @@ def equal(_: Sequence[Any], result: Any, expected: Any, atol: float) -> bool:
     return atol != 0 and type(result) is type(expected) and are_close(result, expected, atol)
 
 
-def equal_sets(_: Sequence[Any], result: Any, expected: Any, atol: float) -> bool:
+def equal_sets(_: Sequence[Any], result: Any, expected: Any, _atol: float) -> bool:
     """The same elements, in any order and number."""
     return set(result) == set(expected)
 
 
-def equally_none(_: Sequence[Any], result: Any, expected: Any, atol: float) -> bool:
+def equally_none(_: Sequence[Any], result: Any, expected: Any, _atol: float) -> bool:
     """Something where something is expected, nothing where nothing is; True and False stand for these."""
     found, wanted = (value if isinstance(value, bool) else value is not None for value in (result, expected))
     return found == wanted
 
 
-def root_of_polynomial(arguments: Sequence[Any], result: Any, expected: Any, atol: float) -> bool:
+def root_of_polynomial(arguments: Sequence[Any], result: Any, _expected: Any, atol: float) -> bool:
     """A zero of the polynomial with the coefficients that were given: HumanEval/32 has several."""
     (coefficients,) = arguments
     # EvalPlus takes the value without its sign here, which lets every negative one pass; we do not.
@@ -94,7 +94,9 @@ ORACLES: dict[str, Oracle] = {
 
 EVALPLUS_ORACLES = {
     "HumanEval/32": "root_of_polynomial",
-    **dict.fromkeys(("Mbpp/2", "Mbpp/7", "Mbpp/111", "Mbpp/140", "Mbpp/232", "Mbpp/249", "Mbpp/579", "Mbpp/769"), "equal_sets"),
+    **dict.fromkeys(
+        ("Mbpp/2", "Mbpp/7", "Mbpp/111", "Mbpp/140", "Mbpp/232", "Mbpp/249", "Mbpp/579", "Mbpp/769"), "equal_sets"
+    ),
     **dict.fromkeys(("Mbpp/737", "Mbpp/787", "Mbpp/794"), "equally_none"),
     "Mbpp/558": "digit_distance",
     "Mbpp/581": "pyramid_surface",

@@ -48,9 +48,20 @@ LAYERS = {
 }
 """Layers of the sandbox, and what each is."""
 
-OF_BUBBLEWRAP = (
-    "user network mount pid ipc uts read-only tmpfs capabilities session parent-death seccomp".split()
-)
+OF_BUBBLEWRAP = [
+    "user",
+    "network",
+    "mount",
+    "pid",
+    "ipc",
+    "uts",
+    "read-only",
+    "tmpfs",
+    "capabilities",
+    "session",
+    "parent-death",
+    "seccomp",
+]
 """Those that bubblewrap provides; without it they are missing together."""
 
 _LIMITS = {
@@ -62,7 +73,7 @@ _LIMITS = {
 
 NOBODY = 65534
 PACKAGES = "/packages"
-HOME = "/tmp"  # noqa: S108 - inside the container
+HOME = "/tmp"
 START_SECONDS = 20.0
 """Longest that a container may take to start, on a machine under heavy load."""
 
@@ -109,7 +120,9 @@ class Limits:
         smallest = {"memory": 64 << 20, "disk": 1 << 16, "processes": 1, "threads": 1, "open_files": 8, "output": 1}
         for name, least in smallest.items():
             if getattr(self, name) < least:
-                raise ValueError(f"Limits.{name}={getattr(self, name)} is less than {least}, with which no program runs.")
+                raise ValueError(
+                    f"Limits.{name}={getattr(self, name)} is less than {least}, with which no program runs."
+                )
 
 
 class SandboxError(RuntimeError):
@@ -158,7 +171,7 @@ def _python() -> tuple[str, tuple[str, ...]]:
     options = ["--perms", "0755", "--dir", "/usr"]  # bwrap's own choice for parents shuts out all but root
     for folder in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
         if Path(folder).is_symlink():
-            options += ["--symlink", os.readlink(folder), folder]
+            options += ["--symlink", str(Path(folder).readlink()), folder]
         elif Path(folder).is_dir():
             options += ["--ro-bind", folder, folder]
     inside = str(prefix) if str(prefix) == "/usr" else "/python"
@@ -174,7 +187,7 @@ def _python() -> tuple[str, tuple[str, ...]]:
 
 
 @functools.cache
-def _packages(names: tuple[str, ...]) -> tuple[str, ...]:
+def packages_options(names: tuple[str, ...]) -> tuple[str, ...]:
     """Options that make packages visible.
 
     Raises:
@@ -194,7 +207,7 @@ def _packages(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _mounts(limits: Limits, off: Collection[str]) -> list[str]:
     _, options = _python()
-    mounts = [*options, *_packages(limits.packages)]
+    mounts = [*options, *packages_options(limits.packages)]
     if "read-only" in off:
         mounts = ["--bind" if option == "--ro-bind" else option for option in mounts]
     size = [] if "tmpfs" in off else ["--size", str(limits.disk)]
@@ -276,8 +289,7 @@ class Container:
         try:
             self._process = self._start(far_line.fileno(), far_output)
         except OSError as error:
-            self.line.close()
-            os.close(self.output)
+            self.drop_lines()
             raise SandboxError(f"The sandbox's command could not be started: {error}.") from None
         finally:
             far_line.close()
@@ -368,7 +380,9 @@ class Container:
     def program_pid(self) -> int:
         """Number of the process that runs the program: the child of bwrap's first one, where that is not itself."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
-        numbers = children.read_text(encoding="ascii").split() if self.is_bubblewrapped and "pid" not in self.off else []
+        numbers = (
+            children.read_text(encoding="ascii").split() if self.is_bubblewrapped and "pid" not in self.off else []
+        )
         return int(numbers[0]) if numbers else self.pid
 
     def wait_until_ready(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from mull.evaluation.isolation.channel import Channel, Ended, restrict
 from mull.evaluation.isolation.compare import is_right, same_tokens
-from mull.evaluation.isolation.values import NotPlain, encode
+from mull.evaluation.isolation.values import NotPlainError, encode
 
 MAX_DETAIL = 300
 
@@ -155,7 +155,7 @@ def candidate_error(name: str, known: str, text: str) -> Exception:
     return error
 
 
-class Failure(Exception):
+class TestFailedError(Exception):
     """Why a program fails: ``(reason, detail)``."""
 
 
@@ -175,7 +175,7 @@ class Tally:
         self.n_failed += 1
         if self.reason:
             return
-        if isinstance(error, Failure):
+        if isinstance(error, TestFailedError):
             self.reason, self.detail = error.args
         elif isinstance(error, Ended):
             self.reason, self.detail = "no proof", "the program's process ended before the last test"
@@ -199,7 +199,7 @@ def load(candidate: Candidate, request: dict[str, Any], names: Iterable[str], ki
     """Have the program loaded, and describe these names of it.
 
     Raises:
-        Failure: it raises, or lacks an entry point.
+        TestFailedError: it raises, or lacks an entry point.
     """
     candidate.send((kind, request["program"], request["cpu_seconds"], [*names]))
     match candidate.receive():
@@ -207,26 +207,29 @@ def load(candidate: Candidate, request: dict[str, Any], names: Iterable[str], ki
             pass
         case ("failed", str() as name, str() as known, str() as text):
             if name in ("SystemExit", "KeyboardInterrupt"):
-                raise Failure("no proof", f"the program ends itself while it is loaded ({name})")
-            raise Failure("memory" if known == "MemoryError" else "error", f"{name}: {text}")
+                raise TestFailedError("no proof", f"the program ends itself while it is loaded ({name})")
+            raise TestFailedError("memory" if known == "MemoryError" else "error", f"{name}: {text}")
         case _:
             raise Ended
     for name in request["entry_points"]:
         if found.get(name, ("missing",))[0] != "value":
-            raise Failure("error", f"the program defines no {name}")
+            raise TestFailedError("error", f"the program defines no {name}")
     return found
 
 
 class _Counting(ast.NodeTransformer):
-    """Count asserts instead of stopping at the first that fails. Inside ``try`` they are left alone: their errors may be wanted."""
+    """Count asserts instead of stopping at the first that fails.
+
+    Inside ``try`` they are left alone: their errors may be wanted.
+    """
 
     def __init__(self) -> None:
         self.n_asserts = 0
 
-    def visit_Try(self, node: ast.Try) -> ast.Try:  # noqa: N802
+    def visit_Try(self, node: ast.Try) -> ast.Try:
         return node
 
-    def visit_Assert(self, node: ast.Assert) -> ast.AST:  # noqa: N802
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
         self.n_asserts += 1
         source = "try: pass\nexcept Exception as _error: _failed(_error)\nelse: _passed()"
         counted = ast.parse(source).body[0]
@@ -263,7 +266,7 @@ def grade_asserts(candidate: Candidate, request: dict[str, Any]) -> dict[str, An
         namespace = {name: _bound(*what) for name, what in found.items() if what[0] != "missing"}
         namespace |= {"__name__": "tests", "_passed": tally.passed, "_failed": _raiser(tally)}
         exec(compile(tree, "<tests>", "exec", dont_inherit=True), namespace)
-    except NotPlain:
+    except NotPlainError:
         raise
     except (Exception, Ended) as error:  # noqa: BLE001 - tests and candidates raise anything
         tally.failed(error)
@@ -275,7 +278,7 @@ def grade_asserts(candidate: Candidate, request: dict[str, Any]) -> dict[str, An
 
 def _raiser(tally: Tally) -> Callable[[Exception], None]:
     def failed(error: Exception) -> None:
-        if isinstance(error, NotPlain):
+        if isinstance(error, NotPlainError):
             raise error
         tally.failed(error)
 
@@ -299,11 +302,13 @@ def grade_calls(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]
             try:
                 result = function(*arguments)
                 if not is_right(request["oracle"], arguments, result, wanted, request["atol"]):
-                    raise Failure("wrong answer", f"{_short(result)} for {_short(arguments)}, not {_short(wanted)}")
+                    raise TestFailedError(
+                        "wrong answer", f"{_short(result)} for {_short(arguments)}, not {_short(wanted)}"
+                    )
                 tally.passed()
             except Exception as error:  # noqa: BLE001 - the candidate's errors are of all kinds
                 tally.failed(error)
-    except (Failure, Ended) as error:
+    except (TestFailedError, Ended) as error:
         tally.failed(error)
         return tally.result(complete=False)
     return tally.result(complete=True)
@@ -314,6 +319,8 @@ def collect_values(candidate: Candidate, request: dict[str, Any]) -> dict[str, A
     try:
         function = load(candidate, request, request["entry_points"])[request["entry_points"][0]][1]
         values = [function(*arguments) for arguments in request["inputs"]]
+        if request["oracle"] == "equally_none":
+            values = [value if isinstance(value, bool) else value is not None for value in values]
         encode(values)  # refuses what is no data
     except (Exception, Ended) as error:  # noqa: BLE001
         tally = Tally(1)
@@ -333,10 +340,10 @@ def grade_inside(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any
             case ("nonce", bytes() as returned) if returned == nonce:
                 tally.passed()
             case ("failed", str() as name, _, str() as text):
-                raise Failure("wrong answer" if name == "AssertionError" else "error", f"{name}: {text}")
+                raise TestFailedError("wrong answer" if name == "AssertionError" else "error", f"{name}: {text}")
             case _:
                 raise Ended
-    except (Failure, Ended) as error:
+    except (TestFailedError, Ended) as error:
         tally.failed(error)
         return tally.result(complete=False)
     return tally.result(complete=True)
@@ -360,7 +367,11 @@ def grade_script(candidate: Candidate, request: dict[str, Any], output: int, max
     text = printed.decode("utf-8", "replace")
     if same_tokens(text, request["output"]):
         return {"passed": True, "reason": "passed", "detail": ""}
-    return {"passed": False, "reason": "wrong answer", "detail": f"it prints {_short(text)}, not {_short(request['output'])}"}
+    return {
+        "passed": False,
+        "reason": "wrong answer",
+        "detail": f"it prints {_short(text)}, not {_short(request['output'])}",
+    }
 
 
 def _short(value: Any) -> str:
@@ -386,17 +397,21 @@ def grade(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
         if request["kind"] == "script":
             return grade_script(candidate, request, descriptors[1], request["max_output"])
         return GRADES[request["kind"]](candidate, request)
-    except NotPlain as error:
+    except NotPlainError as error:
         return {"passed": False, "reason": "not plain", "detail": str(error)[:MAX_DETAIL]}
     except Ended:
         return {"passed": False, "reason": "no proof", "detail": "the program's process ended too early"}
     except (MemoryError, RecursionError, ValueError, SyntaxError) as error:
-        return {"passed": False, "reason": "error", "detail": f"the grader: {type(error).__name__}: {error}"[:MAX_DETAIL]}
+        return {
+            "passed": False,
+            "reason": "error",
+            "detail": f"the grader: {type(error).__name__}: {error}"[:MAX_DETAIL],
+        }
 
 
 def main(line: int) -> None:
     """Serve the host until it closes the line."""
-    channel = Channel(line)
+    channel = Channel(line, 1 << 30)
     restrict(channel.receive(), line)
     channel.send("ready")
     host = socket.socket(fileno=line)

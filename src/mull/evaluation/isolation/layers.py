@@ -12,7 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mull.evaluation.isolation.container import CANDIDATE, LAYERS, OF_BUBBLEWRAP, Container, Limits, SandboxError, find_bubblewrap
+from mull.evaluation.isolation.container import (
+    CANDIDATE,
+    LAYERS,
+    OF_BUBBLEWRAP,
+    Container,
+    Limits,
+    SandboxError,
+    find_bubblewrap,
+)
 from mull.evaluation.isolation.session import Question, Session
 
 PROBE_LIMITS = Limits(memory=256 << 20, disk=1 << 20, processes=1, threads=6, open_files=32, output=1 << 16)
@@ -157,7 +165,7 @@ def _outside(off: set[str]) -> Seen:
         kinds = {"user": "user", "network": "net", "mount": "mnt", "pid": "pid", "ipc": "ipc", "uts": "uts"}
         seen: Seen = {}
         for layer, kind in kinds.items():
-            names = [os.readlink(side / "ns" / kind) for side in (own, other)]
+            names = [str((side / "ns" / kind).readlink()) for side in (own, other)]
             seen[layer] = (names[0] != names[1], names[1] if names[0] != names[1] else "it is the host's namespace")
         status = _status(other)
         seen["user"] = _user(seen["user"], status)
@@ -166,10 +174,15 @@ def _outside(off: set[str]) -> Seen:
         seen["capabilities"] = (not kept and not gains, f"{kept or 'none'}, {'can' if gains else 'cannot'} gain any")
         same = os.getsid(container.program_pid()) == os.getsid(0)
         seen["session"] = (not same, "it is the host's session" if same else "its own")
-        names = sorted({entry.partition(b"=")[0].decode() for entry in (other / "environ").read_bytes().split(b"\0") if entry})
+        names = sorted(
+            {entry.partition(b"=")[0].decode() for entry in (other / "environ").read_bytes().split(b"\0") if entry}
+        )
         extra = sorted(set(names) - {"LC_CTYPE", "LD_LIBRARY_PATH", "PWD"})
-        seen["environment"] = (not extra, f"{len(extra)} of the host's variables" if extra else ", ".join(names) or "empty")
-        opened = sorted(os.readlink(file).partition(":")[0] for file in (other / "fd").iterdir())
+        seen["environment"] = (
+            not extra,
+            f"{len(extra)} of the host's variables" if extra else ", ".join(names) or "empty",
+        )
+        opened = sorted(str(file.readlink()).partition(":")[0] for file in (other / "fd").iterdir())
         seen["descriptors"] = (opened == ["/dev/null", "/dev/null", "pipe", "socket"], ", ".join(opened))
         for layer, name, wanted in (
             ("processes", "Max processes", PROBE_LIMITS.threads + 1),
@@ -199,7 +212,7 @@ def _user(seen: tuple[bool, str], status: dict[str, str]) -> tuple[bool, str]:
 
 def _inside(off: set[str]) -> Seen:
     """What a program sees of its limits."""
-    question = Question.of("collect", inputs=[()], entry_points=["observe"])
+    question = Question.of("collect", oracle="equal", inputs=[()], entry_points=["observe"])
     with Session(PROBE_LIMITS, off) as session:
         answer = session.judge(_INSIDE, question, {}, 20.0)
     if not answer["passed"]:
@@ -207,7 +220,9 @@ def _inside(off: set[str]) -> Seen:
     seen = answer["values"][0]
 
     def refused(name: str, *errors: str) -> tuple[bool, str]:
-        return seen[name] in errors, f"more is refused ({seen[name]})" if seen[name] else "more than the limit was granted"
+        return seen[name] in errors, f"more is refused ({seen[name]})" if seen[
+            name
+        ] else "more than the limit was granted"
 
     strange = sorted(set(seen["root"]) - {"lib", "lib64", "python", "tmp", "usr"})
     result = {
@@ -216,7 +231,10 @@ def _inside(off: set[str]) -> Seen:
         "memory": refused("memory", "MemoryError"),
         "file-size": refused("file-size", "OSError"),
         "open-files": refused("open-files", "OSError"),
-        "seccomp": (seen["socket"] == seen["fork"] == "PermissionError", f"socket: {seen['socket'] or 'allowed'}, fork: {seen['fork']}"),
+        "seccomp": (
+            seen["socket"] == seen["fork"] == "PermissionError",
+            f"socket: {seen['socket'] or 'allowed'}, fork: {seen['fork']}",
+        ),
         "processes": refused("processes", "RuntimeError"),
     }
     if strange:
@@ -225,7 +243,7 @@ def _inside(off: set[str]) -> Seen:
 
 
 def _wall_clock(off: set[str]) -> Seen:
-    question = Question.of("collect", inputs=[()], entry_points=["wait"])
+    question = Question.of("collect", oracle="equal", inputs=[()], entry_points=["wait"])
     started = time.monotonic()
     with Session(PROBE_LIMITS, off) as session:
         answer = session.judge("import time\ndef wait():\n    time.sleep(1.5)\n", question, {}, 0.3)
@@ -243,10 +261,12 @@ def _output(off: set[str]) -> Seen:
 
 
 def _processor_time(off: set[str]) -> Seen:
-    question = Question.of("collect", inputs=[()], entry_points=["spin"])
+    question = Question.of("collect", oracle="equal", inputs=[()], entry_points=["spin"])
     request = {"cpu_seconds": 1} if "cpu" not in off else {}
     with Session(PROBE_LIMITS, off - {"wall-clock"}) as session:
-        answer = session.judge("def spin():\n    while True:\n        pass\n", question, request, 10.0 if request else 2.0)
+        answer = session.judge(
+            "def spin():\n    while True:\n        pass\n", question, request, 10.0 if request else 2.0
+        )
     limited = answer["reason"] == "no proof"
     return {"cpu": (limited, f"a busy loop was {'' if limited else 'not '}ended by the kernel")}
 

@@ -73,10 +73,14 @@ class Grader:
         if not waiting.poll(max(0.0, deadline - time.monotonic()) * 1000):
             return None
         try:
-            answer = Channel(self._container.line.fileno()).receive()
+            answer = Channel(self._container.line.fileno(), 1 << 30).receive()
         except (Ended, ValueError):
             self.close()
-            return {"passed": False, "reason": "error", "detail": "the tests ended the grader, or took all of its memory"}
+            return {
+                "passed": False,
+                "reason": "error",
+                "detail": "the tests ended the grader, or took all of its memory",
+            }
         return dict(answer)
 
     def close(self) -> None:
@@ -101,6 +105,7 @@ class Session:
         self._next: Container | None = None
         self._dying: list[Container] = []
         self._current: Container | None = None
+        self._is_stopped = False
 
     def judge(self, program: str, question: Question, request: dict[str, Any], timeout: float) -> dict[str, Any]:
         """Run one program against its tests.
@@ -122,6 +127,8 @@ class Session:
         request = {"program": program, "kind": question.kind, "cpu_seconds": cpu_seconds, **request}
         started = time.monotonic()
         try:
+            if self._is_stopped:
+                raise SandboxError("The sandbox was closed while programs waited for it.")
             self._hand_over(container, question, request)
             container.drop_lines()
             if self._ahead:
@@ -178,7 +185,8 @@ class Session:
             self._dying.pop(0).close()
 
     def interrupt(self) -> None:
-        """End the running program, from another thread."""
+        """End the running program, from another thread, and run no other."""
+        self._is_stopped = True
         if (current := self._current) is not None:
             current.kill()
 

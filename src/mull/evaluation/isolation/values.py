@@ -18,7 +18,7 @@ MAX_ITEMS_OF_ITERATOR = 1_000_000
 """Most items that are taken from an iterator; one without an end has to fail some time."""
 
 
-class NotPlain(TypeError):
+class NotPlainError(TypeError):
     """A value that is no data, such as an object of a class of one's own."""
 
 
@@ -63,11 +63,12 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
 def encode(value: Any, keep: Keep | None = None) -> bytes:
     """The bytes of a value.
 
-    An iterator is read to its end and arrives as an iterator over the same items. An object of a subclass arrives as one of the base
+    An iterator is read to its end and arrives as an iterator over the same items. An object of a subclass arrives as one of
+    the base
     type. Numbers and arrays of numpy arrive as those of Python.
 
     Raises:
-        NotPlain: a part is no data, and `keep` does not take it.
+        NotPlainError: a part is no data, and `keep` does not take it.
         ValueError: it is nested too deeply, or an iterator does not end.
     """
     out: list[bytes] = []
@@ -113,6 +114,12 @@ def _write_items(tag: bytes, items: Any, out: list[bytes], keep: Keep | None, de
         if kinds == {int}:
             out.append(_sized(b"I" + tag, " ".join(map(hex, items)).encode()))
             return
+        if kinds == {int, float}:
+            mask = bytes(map({int: 48, float: 49}.__getitem__, map(type, items)))
+            out.append(_sized(b"M" + tag, mask))
+            out.append(_sized(b"b", " ".join(map(hex, [item for item in items if type(item) is int])).encode()))
+            out.append(_sized(b"b", " ".join(map(float.hex, [item for item in items if type(item) is float])).encode()))
+            return
         if kinds == {float}:
             out.append(_sized(b"G" + tag, " ".join(map(float.hex, items)).encode()))
             return
@@ -145,7 +152,7 @@ def _write_other(value: Any, out: list[bytes], keep: Keep | None, depth: int) ->
             out.append(b"r")
             _write(_taken(value), out, keep, depth + 1)
         else:
-            raise NotPlain(f"an object of {name} is no plain data")
+            raise NotPlainError(f"an object of {name} is no plain data")
 
 
 def _plain(base: Any, value: Any) -> Any:
@@ -232,6 +239,8 @@ class _Reader:
             content, at = self.content(at + 1)
             numbers = content.decode("ascii").split()
             return kind([int(n, 16) for n in numbers] if tag == b"I" else list(map(float.fromhex, numbers))), at
+        if tag == b"M":
+            return self.mixed(at, depth)
         if tag == b"o":
             name, at = self.content(at)
             fields, at = self.value(at, depth + 1)
@@ -243,6 +252,19 @@ class _Reader:
             number, at = self.size(at)
             return self.find(number, tag == b"H"), at
         raise ValueError("an unknown tag")
+
+    def mixed(self, at: int, depth: int) -> tuple[Any, int]:
+        """A row of integers and floats: which each is, then those, then these."""
+        kind = BUILT[self.data[at : at + 1]]
+        mask, at = self.content(at + 1)
+        whole, at = self.value(at, depth + 1)
+        real, at = self.value(at, depth + 1)
+        integers = iter([int(number, 16) for number in whole.split()])
+        floats = iter(list(map(float.fromhex, real.decode("ascii").split())))
+        try:
+            return kind([next(integers) if one == 48 else next(floats) for one in mask]), at
+        except StopIteration:
+            raise ValueError("a row has fewer numbers than announced") from None
 
 
 def _standard(name: str, fields: Any) -> Any:
@@ -259,10 +281,53 @@ def _complex(content: bytes) -> complex:
     return complex(float.fromhex(real), float.fromhex(imaginary))
 
 
-SAFE_BUILTINS = (
-    "abs all any bin bool bytes chr complex dict divmod enumerate filter float format frozenset hash hex int isinstance issubclass iter "
-    "len list map max min next object oct ord pow range repr reversed round set slice sorted str sum tuple type zip NotImplemented Ellipsis"
-).split()
+SAFE_BUILTINS = [
+    "abs",
+    "all",
+    "any",
+    "bin",
+    "bool",
+    "bytes",
+    "chr",
+    "complex",
+    "dict",
+    "divmod",
+    "enumerate",
+    "filter",
+    "float",
+    "format",
+    "frozenset",
+    "hash",
+    "hex",
+    "int",
+    "isinstance",
+    "issubclass",
+    "iter",
+    "len",
+    "list",
+    "map",
+    "max",
+    "min",
+    "next",
+    "object",
+    "oct",
+    "ord",
+    "pow",
+    "range",
+    "repr",
+    "reversed",
+    "round",
+    "set",
+    "slice",
+    "sorted",
+    "str",
+    "sum",
+    "tuple",
+    "type",
+    "zip",
+    "NotImplemented",
+    "Ellipsis",
+]
 """Functions and types that may be named across the wall. Those that read, write or run code are not among them."""
 
 

@@ -1,0 +1,72 @@
+"""Claim: results are judged by the rules of the suites."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mull.evaluation.isolation.compare import EVALPLUS_ORACLES, ORACLES, are_close, is_right, same_tokens
+
+
+@given(
+    st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=4), st.floats(-1e-5, 1e-5), st.sampled_from([1e-9, 1e-6, 1e-3])
+)
+def test_closeness_is_numpys(values: list[float], shift: float, atol: float) -> None:
+    moved = [value + shift for value in values]
+    assert are_close(moved, values, atol) == np.allclose(moved, values, rtol=1e-7, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("rule", "arguments", "result", "expected", "atol", "right"),
+    [
+        ("equal", (), [1, 2], [1, 2], 0.0, True),
+        ("equal", (), [1, 2], (1, 2), 0.0, False),
+        ("equal", (), 1, True, 0.0, True),  # as in Python, and in EvalPlus
+        ("equal", (), 0.1 + 0.2, 0.3, 0.0, True),
+        ("equal", (), 0.3001, 0.3, 0.0, False),
+        ("equal", (), 0.3001, 0.3, 1e-3, True),
+        ("equal", (), 3, 3.0000001, 0.0, False),  # another type
+        ("equal", (), [0.3, "x"], [0.3, 0.2], 1e-3, False),
+        ("equal", (), math.nan, math.nan, 0.0, False),
+        ("equal", (), math.inf, math.inf, 0.0, True),
+        ("equal", (), 10**400, 1.5, 1e-3, False),
+        ("equal_sets", (), [3, 1, 1], (1, 3), 0.0, True),
+        ("equal_sets", (), [3], (1, 3), 0.0, False),
+        ("equal_sets", (), None, (1, 3), 0.0, False),
+        ("equally_none", (), 5, True, 0.0, True),
+        ("equally_none", (), None, True, 0.0, False),
+        ("equally_none", (), False, None, 0.0, True),
+        ("root_of_polynomial", ([1, 2],), -0.5, None, 1e-4, True),
+        ("root_of_polynomial", ([1, 2],), -5.0, None, 1e-4, False),  # a negative value is not small
+        ("root_of_polynomial", ([1, 2],), None, None, 1e-4, False),
+        ("digit_distance", (1, 256), 5, 1, 0.0, False),
+        ("digit_distance", (23, 256), 2 + 3 + 3, 1, 0.0, True),
+        ("pyramid_surface", (3, 4), 33, 33, 0.0, True),
+    ],
+)
+def test_rules(rule: str, arguments: Any, result: Any, expected: Any, atol: float, right: bool) -> None:
+    assert is_right(rule, arguments, result, expected, atol) is right
+
+
+def test_every_rule_of_a_problem_exists() -> None:
+    assert set(EVALPLUS_ORACLES.values()) <= ORACLES.keys()
+
+
+@pytest.mark.parametrize(
+    ("output", "expected", "same"),
+    [
+        ("1 2\n3", "1\n2 3\n", True),
+        ("YES", "yes", True),
+        ("0.333333", "0.333334", True),
+        ("0.3333", "0.3334", False),
+        ("1 2", "1 2 3", False),
+        ("", "1", False),
+        ("nan", "1", False),
+        ("inf", "inf", True),
+    ],
+)
+def test_outputs_are_compared_by_word(output: str, expected: str, same: bool) -> None:
+    assert same_tokens(output, expected) is same

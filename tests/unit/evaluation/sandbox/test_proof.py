@@ -1,0 +1,127 @@
+"""Claim: a program cannot pass tests that it does not fulfil, whatever it does to its own process. One program per trick."""
+
+# ruff: noqa: E501 - programs in one line
+
+from collections.abc import Iterator
+
+import pytest
+
+from mull.evaluation.sandbox import Asserts, Pool
+
+SECRET = 748_159_263
+TESTS = Asserts(f"assert f(1) == {SECRET}\nassert f(2) == {SECRET + 1}", ("f",))
+
+LINE = """
+import os
+for fd in range(3, 64):
+    try:
+        os.fstat(fd)
+        break
+    except OSError:
+        pass
+"""
+
+FORGED = """
+import sys
+channel = sys.modules['mull.evaluation.isolation.channel'].Channel(fd)
+"""
+
+TRICKS = {
+    "exit while loading": "exit(0)",
+    "sys.exit while loading": "import sys\nsys.exit()",
+    "os._exit while loading": "import os\nos._exit(0)",
+    "exit in the call": "def f(x):\n    exit(0)",
+    "os._exit in the call": "import os\ndef f(x):\n    os._exit(0)",
+    "raise SystemExit": "def f(x):\n    raise SystemExit(0)",
+    "exit at the end": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x):\n    return 0",
+    "always equal": "class A:\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\ndef f(x):\n    return A()",
+    "always equal number": "class A(int):\n    def __eq__(self, other): return True\ndef f(x):\n    return A(5)",
+    "always equal, by metaclass": "class M(type):\n    def __eq__(self, other): return True\n    __hash__ = None\n"
+    "class A(metaclass=M): pass\ndef f(x):\n    return A",
+    "patched AssertionError": "import builtins\nclass E(BaseException):\n    pass\nbuiltins.AssertionError = E\ndef f(x):\n    return 0",
+    "patched built-ins": "import builtins\nbuiltins.compile = builtins.exec = lambda *a, **k: None\ndef f(x):\n    return 0",
+    "patched operators": "import operator\noperator.eq = lambda a, b: True\ndef f(x):\n    return 0",
+    "trace function": "import sys\nsys.settrace(lambda *a: None)\ndef f(x):\n    return 0",
+    "frame walking": "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        for v in [*frame.f_locals.values(), "
+    "*frame.f_globals.values()]:\n            if isinstance(v, int) and v > 10 ** 8: return v\n        frame = frame.f_back",
+    "search of the heap": "import gc\ndef f(x):\n    for o in gc.get_objects():\n        for v in (o.values() if isinstance(o, dict) else o if "
+    "isinstance(o, (list, tuple)) else ()):\n            if isinstance(v, int) and 700_000_000 < v < 800_000_000: return v",
+    "search of code constants": "import gc, types\ndef f(x):\n    for o in gc.get_referrers(types.CodeType):\n        for v in getattr(o, "
+    "'co_consts', ()):\n            if v == 748159263: return v",
+    "reading its memory": "def f(x):\n    data = open('/proc/self/mem', 'rb').read(1 << 20)\n    return 748159263 if b'748159263' in data else 0",
+    "reading files": "import os\ndef f(x):\n    for folder, _, files in os.walk('/tmp'):\n        for file in files:\n            exec(open(os.path.join(folder, file)).read())",
+    "silence": LINE + "def f(x):\n    os.close(fd)\n    return 0",
+    "forged verdict": LINE
+    + FORGED
+    + "def f(x):\n    channel.send({'passed': True, 'reason': 'passed', 'detail': '', 'n_passed': 2, 'n_tests': 2})\n    return 0",
+    "forged nonce": LINE + FORGED + "channel.send(('nonce', b'0' * 16))\ndef f(x):\n    return 0",
+    "forged results": LINE
+    + FORGED
+    + "for _ in range(9): channel.send(('return', True, None))\ndef f(x):\n    return 0",
+    "calling back what was not given": LINE
+    + FORGED
+    + "def f(x):\n    channel.send(('callback', 0, (), {}))\n    return channel.receive()",
+    "raising the tests' errors": "def f(x):\n    raise AssertionError",
+    "raising StopIteration": "def f(x):\n    raise StopIteration",
+    "raising an error with a method": "class E(Exception):\n    def __str__(self): exit(0)\ndef f(x):\n    raise E",
+    "a generator instead of a result": "def f(x):\n    yield 748159263",
+    "endless text": "def f(x):\n    return 'x' * (40 << 20)",
+    "a nan": "def f(x):\n    return float('nan')",
+    "changing the list of tests": "import gc\nfor o in gc.get_objects():\n    if type(o) is list: o.clear()\ndef f(x):\n    return 0",
+    "replacing the runner": "import sys\nrunner = sys.modules['mull.evaluation.isolation.candidate']\nrunner.Program.answer = lambda self, r: ('return', "
+    "True, None)\ndef f(x):\n    return 0",
+    "asking for the tests": LINE
+    + FORGED
+    + "def f(x):\n    channel.send(('return', 0, None))\n    return channel.receive()",
+}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    with Pool(2, timeout=5) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_the_trick_fails(pool: Pool, trick: str) -> None:
+    verdict = pool.submit(TRICKS[trick], TESTS).result()
+    assert not verdict.passed, verdict
+    assert verdict.proof == "outside"
+
+
+def test_the_honest_program_passes(pool: Pool) -> None:
+    assert pool.submit(f"def f(x):\n    return {SECRET - 1} + x", TESTS).result().passed
+
+
+INSIDE = Asserts("class P:\n    x = 1\nassert f(P()) == 2", ("f",))
+"""Tests that need the weaker proof."""
+
+INSIDE_STOPS = {
+    "exit while loading": "exit(0)",
+    "exit in the call": "def f(p):\n    exit(0)",
+    "os._exit in the call": "import os\ndef f(p):\n    os._exit(0)",
+    "guessed nonce": LINE + FORGED + "channel.send(('nonce', b'0' * 16))\ndef f(p):\n    return 0",
+    "raise SystemExit": "def f(p):\n    raise SystemExit(0)",
+}
+
+INSIDE_DOES_NOT_STOP = {
+    "always equal": "class A:\n    def __eq__(self, other): return True\ndef f(p):\n    return A()",
+    "patched exec": "import builtins\nbuiltins.exec = lambda *a: None\ndef f(p):\n    return 0",
+    "frame walking": LINE
+    + FORGED
+    + "def f(p):\n    frame = sys._getframe()\n    while 'nonce' not in frame.f_locals: frame = frame.f_back\n"
+    "    channel.send(('nonce', frame.f_locals['nonce']))\n    return 0",
+}
+"""Named in docs/concepts/sandbox.md. If one of them is stopped one day, the page has to say so."""
+
+
+@pytest.mark.parametrize("trick", INSIDE_STOPS)
+def test_the_nonce_stops_what_the_page_says(pool: Pool, trick: str) -> None:
+    verdict = pool.submit(INSIDE_STOPS[trick], INSIDE).result()
+    assert not verdict.passed, verdict
+
+
+@pytest.mark.parametrize("trick", INSIDE_DOES_NOT_STOP)
+def test_the_nonce_does_not_stop_what_the_page_says(pool: Pool, trick: str) -> None:
+    verdict = pool.submit(INSIDE_DOES_NOT_STOP[trick], INSIDE).result()
+    assert (verdict.passed, verdict.proof) == (True, "inside")

@@ -1,0 +1,208 @@
+"""Claim: a right program passes, a wrong one does not, and the verdict says why."""
+
+# ruff: noqa: E501 - programs in one line
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from mull.evaluation.sandbox import (
+    Asserts,
+    Calls,
+    Limits,
+    Pool,
+    SandboxError,
+    Stdio,
+    Verdict,
+    expected_values,
+    run_program,
+)
+
+ADD = "def add(a, b):\n    return a + b\n"
+ADDS = Asserts("assert add(1, 2) == 3\nassert add('a', 'b') == 'ab'\nassert add([1], [2]) == [1, 2]", ("add",))
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    with Pool(2, timeout=10) as pool:
+        yield pool
+
+
+def judge(pool: Pool, program: str, tests: Asserts | Calls | Stdio = ADDS, timeout: float = 10) -> Verdict:
+    return pool.submit(program, tests, timeout=timeout).result()
+
+
+def test_one_call_is_enough() -> None:
+    verdict = run_program(ADD, ADDS)
+    assert (verdict.passed, verdict.reason, verdict.n_passed, verdict.n_tests, verdict.proof) == (
+        True,
+        "passed",
+        3,
+        3,
+        "outside",
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "reason", "detail"),
+    [
+        ("def add(a, b):\n    return a", "wrong answer", ""),
+        ("def add(a, b):\n    raise KeyError('x')", "error", "KeyError: 'x'"),
+        ("def add(a, b) return", "error", "SyntaxError"),
+        ("def sum(a, b):\n    return a + b", "error", "defines no add"),
+        ("add = 3", "error", "not callable"),
+        ("def add(a, b):\n    return bytearray(1 << 40)", "memory", "MemoryError"),
+        ("def add(a, b):\n    while True: pass", "time-out", "killed"),
+        ("import time\ntime.sleep(60)", "time-out", "killed"),
+        ("x = '\0'", "error", "null bytes"),
+        ("def add(a, b):\n    return '\\udc80'", "wrong answer", ""),
+    ],
+)
+def test_a_wrong_program_fails_for_its_reason(pool: Pool, program: str, reason: str, detail: str) -> None:
+    verdict = judge(pool, program, timeout=1.5)
+    assert not verdict.passed
+    assert verdict.reason == reason
+    assert detail in verdict.detail
+    assert "\n" not in verdict.detail
+
+
+def test_a_part_of_the_tests_counts_for_rewards(pool: Pool) -> None:
+    verdict = judge(pool, "def add(a, b):\n    return 3")
+    assert (verdict.passed, verdict.n_passed, verdict.n_tests) == (False, 1, 3)
+    late = judge(pool, "import time\ndef add(a, b):\n    if b == 'b': time.sleep(60)\n    return a + b", timeout=1)
+    assert (late.reason, late.n_passed, late.n_tests) == ("time-out", 1, 3)
+
+
+def test_tests_that_expect_an_error_see_it(pool: Pool) -> None:
+    source = "try:\n    root(-1)\n    assert False\nexcept ValueError:\n    pass\nassert root(4) == 2"
+    tests = Asserts(source, ("root",))
+    assert judge(pool, "import math\ndef root(x):\n    return math.sqrt(x)", tests).passed
+    assert not judge(pool, "def root(x):\n    return 2", tests).passed
+
+
+def test_what_the_program_does_to_its_arguments_reaches_the_tests(pool: Pool) -> None:
+    source = "a = [3, 1, 2]\nd = {}\nchange(a, d)\nassert a == [1, 2, 3]\nassert d == {'n': 3}"
+    program = "def change(a, d):\n    a.sort()\n    d['n'] = len(a)"
+    assert judge(pool, program, Asserts(source, ("change",))).passed
+    assert not judge(pool, "def change(a, d):\n    pass", Asserts(source, ("change",))).passed
+
+
+def test_functions_of_the_tests_are_called_back_and_those_of_the_program_too(pool: Pool) -> None:
+    source = "assert apply(lambda x: x + 1, 2) == 3\nassert adder(2)(3) == 5\nassert apply(len, 'abc') == 3"
+    program = "def apply(f, x):\n    return f(x)\ndef adder(n):\n    return lambda x: x + n"
+    verdict = judge(pool, program, Asserts(source, ("apply", "adder")))
+    assert (verdict.passed, verdict.proof) == (True, "outside")
+
+
+def test_objects_of_the_program_stay_there(pool: Pool) -> None:
+    """As in Mbpp/601 and Mbpp/367."""
+    source = "p = Pair(1, 2)\nassert total([p, Pair(3, 4)]) == 10\np.a = 5\nassert p.a == 5 and total([p]) == 7\nassert len(p) == 2"
+    program = (
+        "class Pair:\n    def __init__(self, a, b): self.a, self.b = a, b\n    def __len__(self): return 2\n"
+        "def total(pairs):\n    return sum(p.a + p.b for p in pairs)"
+    )
+    assert judge(pool, program, Asserts(source, ("total",))).passed
+
+
+def test_tests_with_objects_of_their_own_run_inside_and_the_verdict_says_so(pool: Pool) -> None:
+    source = "class P:\n    x = 4\nassert twice(P()) == 8"
+    right = judge(pool, "def twice(p):\n    return 2 * p.x", Asserts(source, ("twice",)))
+    assert (right.passed, right.proof) == (True, "inside")
+    wrong = judge(pool, "def twice(p):\n    return p.x", Asserts(source, ("twice",)))
+    assert (wrong.passed, wrong.reason, wrong.proof) == (False, "wrong answer", "inside")
+
+
+def test_a_result_that_is_no_data_does_not_choose_the_weaker_proof(pool: Pool) -> None:
+    program = "class A:\n    def __eq__(self, other): return True\ndef add(a, b):\n    return A()"
+    verdict = judge(pool, program)
+    assert (verdict.passed, verdict.proof) == (False, "outside")
+
+
+def test_calls_are_compared_by_value(pool: Pool) -> None:
+    inputs = ((1, 2), (0.1, 0.2), ([1], [2]))
+    calls = Calls("add", inputs, (3, 0.3, [1, 2]))
+    assert judge(pool, ADD, calls).passed  # 0.1 + 0.2 is 0.3 within EvalPlus' tolerance for floats
+    verdict = judge(pool, "def add(a, b):\n    return 3 if a == 1 else 1 / 0", calls)
+    assert (verdict.n_passed, verdict.n_tests, verdict.reason) == (1, 3, "error")
+
+
+def test_expected_values_come_from_the_reference() -> None:
+    assert expected_values(ADD, "add", [(1, 2), ("a", "b"), ((1,), (2,))]) == (3, "ab", (1, 2))
+    with pytest.raises(ValueError, match="The reference solution add fails: error, TypeError"):
+        expected_values(ADD, "add", [(1, "b")])
+    with pytest.raises(ValueError, match="no plain data|fails"):
+        expected_values("def f():\n    return object()", "f", [()])
+
+
+def test_scripts_read_and_print(pool: Pool) -> None:
+    tests = Stdio(("2\n3 4\n", "1\n10\n"), ("7\n", "10"))
+    assert judge(pool, "n = int(input())\nprint(sum(map(int, input().split())))", tests).passed
+    by_file = (
+        "import sys\ndata = sys.stdin.buffer.read().split()\nsys.stdout.write(str(sum(map(int, data[1:]))))\nexit(0)"
+    )
+    assert judge(pool, by_file, tests).passed
+    half = judge(pool, "print(10)", tests)
+    assert (half.reason, half.n_passed, half.n_tests) == ("wrong answer", 1, 2)
+    assert judge(pool, "print(open('/etc/passwd').read())", tests).reason == "error"
+    assert judge(pool, "while True: print('x' * 1000)", tests).reason == "output"
+    assert judge(pool, "import time\nprint(7, flush=True)\ntime.sleep(60)", tests, timeout=1).reason == "time-out"
+
+
+def test_verdicts_come_in_order_and_reasons_are_counted() -> None:
+    with Pool(2, timeout=5) as pool:
+        programs = [ADD, "def add(a, b):\n    return None", ADD, "1 / 0"]
+        assert [verdict.passed for verdict in pool.map((program, ADDS) for program in programs)] == [
+            True,
+            False,
+            True,
+            False,
+        ]
+        assert pool.reasons == {"passed": 2, "wrong answer": 1, "error": 1}
+
+
+def test_leaving_a_pool_ends_what_still_runs() -> None:
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Pool(2, timeout=60) as pool:  # noqa: PT012 - as a user would
+        waiting = [pool.submit("import time\ntime.sleep(60)", ADDS) for _ in range(4)]
+        while not waiting[0].running():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 10
+
+
+def test_packages_are_visible_only_when_asked_for() -> None:
+    tests = Asserts("assert f() == [2, 3]", ("f",))
+    program = "import numpy\ndef f():\n    return numpy.array([1, 2]) + 1"
+    assert run_program(program, tests).reason == "error"
+    limits = Limits(packages=("numpy",), memory=4 << 30, threads=64)
+    assert run_program(program, tests, limits=limits, timeout=20).passed
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: run_program(ADD, ADDS, timeout=0), r"timeout=0 must lie in \(0, 3600\] seconds."),
+        (lambda: run_program(ADD, ADDS, allow_weak=["netwrk"]), "netwrk is no layer of the sandbox; there are user, "),
+        (lambda: Pool(0), "workers=0 must be at least 1."),
+        (lambda: Calls("f", ((1,),), ()), "There are 1 inputs and 0 expected values"),
+        (lambda: Calls("f", (), ()), "Calls without inputs test nothing"),
+        (lambda: Calls("f", ((1,),), (1,), oracle="x"), "oracle='x' must be one of equal, "),
+        (lambda: Stdio((), ()), "give one for each, at least one"),
+        (lambda: Limits(memory=1), "Limits.memory=1 is less than 67108864, with which no program runs."),
+        (lambda: run_program(ADD, ADDS, limits=Limits(packages=("nosuch",))), "names nosuch, which is not installed"),
+    ],
+)
+def test_a_bad_argument_is_refused_with_a_sentence(call: object, message: str) -> None:
+    assert callable(call)
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_missing_layer_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mull.evaluation import sandbox
+
+    monkeypatch.setattr(sandbox, "missing_layers", lambda: {"network": "it is the host's namespace"})
+    with pytest.raises(SandboxError, match="lacks network on this machine.*--allow-weak-sandbox=network"):
+        run_program(ADD, ADDS)
+    assert run_program(ADD, ADDS, allow_weak=["network"]).passed
