@@ -1,8 +1,8 @@
 """Executed programs as reward: does grpo-wmtp learn from it what demonstrations leave open, and not from shuffled rewards?
 
-The task is generated (`mull.data.programs`): ``times 3 plus 1`` asks for ``def f(x): return x * 3 + 1``. Of the demonstrations,
-60 % have a second number that is one too high, so a model that imitates them perfectly passes the tests in 40 % of its answers, and
-its most likely answer is wrong. From there grpo-wmtp trains on the share of tests that a sampled program passes in the sandbox. The
+The task is generated (`mull.data.programs`): ``times 3 plus 7`` asks for ``def f(x): return x * 3 + 7``. Of the demonstrations,
+60 % have a second number that is one too high: a model that imitates them perfectly passes the tests in 40 % of its answers, and
+its most likely answer is wrong. From there grpo-wmtp trains on the share of tests that sampled programs pass in the sandbox. The
 control gets the same rewards in another order: shuffled over all answers of a step, so that mean and spread are those of true
 rewards. Tasks of the measurement were neither demonstrated nor rewarded.
 

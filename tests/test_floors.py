@@ -23,7 +23,10 @@ ROOT = Path(__file__).parents[1]
 LAYOUT: dict[str, tuple[int, str]] = {
     "runtime": (1, "arguments storage distributed progress timing shards checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy divergence gated_delta"),
-    "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic programs noise retrieval route_labels"),
+    "data": (
+        2,
+        "sources tokenizer corpus tasks packing sampler chain arithmetic programs noise retrieval route_labels",
+    ),
     "layers": (3, "heads recursive_heads value_head routers experts skipping output_gate"),
     "model": (
         4,
@@ -53,7 +56,10 @@ LAYOUT: dict[str, tuple[int, str]] = {
     ),
     "evaluation.cost": (7, "count disk training decoding"),
     "evaluation.search": (7, "loop_probe split calibration layer_choice route_tree route_scores routes route_report"),
-    "app": (8, "yaml_text architecture data_section recipe prepare build run report demo sandbox evaluate commands cli"),
+    "app": (
+        8,
+        "yaml_text architecture data_section recipe prepare build run report demo sandbox evaluate commands cli",
+    ),
     "app.commands": (8, "shared train depth routes hybrid generate"),
     "app.report": (8, "figures page inspect_page evaluation_page"),
     "app.demo": (8, "chapter loops weights speculation chain depth hybrid demo"),
@@ -67,17 +73,17 @@ BUDGETS = {
     "runtime": 1050,
     "ops": 700,
     "layers": 1006,
-    "data": 1205,
+    "data": 1375,
     "model": 3790,
     "decoding": 1160,
     "retrofit": 2010,
     "training": 3277,
-    "evaluation": 4204,
-    "app": 2995,
+    "evaluation": 6205,
+    "app": 3430,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 20397
+MAX_CODE_LINES = 23140
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

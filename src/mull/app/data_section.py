@@ -55,10 +55,12 @@ class DataSection(Section):
     """Files, folders, URLs (``s3://…``) and datasets (``hf:…``), see `mull.data.sources`; without them, the sources of the
     Python standard library."""
 
-    format: Literal["text", "mbpp", "humaneval", "code_contests", "examples", "arithmetic", "programs", "routes"] = "text"
+    format: Literal["text", "mbpp", "humaneval", "code_contests", "examples", "arithmetic", "programs", "routes"] = (
+        "text"
+    )
     """``text``; a schema of tasks with answers, see `mull.data.tasks`, of which only right answers are trained on, and prompts
-    are not; ``arithmetic``, which is generated and written in characters; ``programs``, tasks in MBPP's form whose answers are run,
-    or without `paths` generated ones; or ``routes``, files of ``mull routes``."""
+    are not; ``arithmetic``, which is generated and written in characters; ``programs``, tasks in MBPP's form whose answers are
+    run, or without `paths` generated ones; or ``routes``, files of ``mull routes``."""
 
     key: str = "text"
     """Where a record has its text; read with ``text``."""

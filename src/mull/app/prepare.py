@@ -176,7 +176,7 @@ def _program_data(
         texts = [_asked(task) if chat else task.prompt for task in (*train, *held_out)]
     prompts = AnswerReader(tokenizer, chat).prompts(texts)
     length = max(map(len, prompts)) + settings.max_new_tokens
-    check_length("The longest prompt with grpo.max_new_tokens", length, config)
+    check_length("The longest prompt + grpo.max_new_tokens", length, config)
     pad = TextEncoder(tokenizer).end if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
     n_train, rows = len(train), data.batch_size
     last = PromptBatches(prompts[n_train:], rows, pad, first=n_train) if held_out else None
@@ -261,13 +261,15 @@ def arithmetic_task(stage: Stage) -> ArithmeticTask:
 
 
 def _read(data: DataSection, paths: Sequence[str] | None, split: str | None) -> list[Document] | list[Example]:
-    if data.format in ("programs", "routes"):
+    if data.format == "programs":
         return []  # generated, or read with the tokenizer
     if paths is None:
         return load_stdlib().train
     if data.format == "text":
         return load_documents(paths, key=data.key, split=split, config=data.config)
     assert data.format != "arithmetic"
+    if data.format == "routes":
+        return []  # read with the tokenizer
     return [example for path in paths for example in load_examples(path, data.format, split=split, config=data.config)]
 
 

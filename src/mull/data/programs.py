@@ -1,7 +1,7 @@
 """Tasks whose answers are programs, graded by tests: read in MBPP's form, or generated from rules.
 
-Nothing is executed here. The generated task is small enough for a tiny model, and needs no download: ``times 3 plus 1`` asks for
-``def f(x): return x * 3 + 1``. Which rules are *held out* is decided by a hash of the rule.
+Nothing is executed here. The generated task is small enough for a tiny model, and needs no download: ``times 3 plus 7`` asks for
+``def f(x): return x * 3 + 7``. Which rules are *held out* is decided by a hash of the rule.
 
 Shapes: B prompts, P tokens of the longest prompt of a batch.
 
@@ -109,8 +109,8 @@ def called_function(tests: Sequence[str], setup: str = "", code: str = "") -> st
     Args:
         tests: Asserts.
         setup: What runs before them.
-        code: A solution, if known: its last function that they call is the one. Without it, it is the first one that neither Python
-            nor the setup defines.
+        code: A solution, if known: its last function that they call is the one. Without it, it is the first one that neither
+            Python nor the setup defines.
     """
     trees = [_parsed(text) for text in tests]
     called = [

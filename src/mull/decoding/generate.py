@@ -272,7 +272,9 @@ def generate(
     rows = _Rows(len(prompts), max_new_tokens, _end_tokens(model, eos_token_id), stop)
     together = shares_weights(model)
     if together and compiled:
-        raise ValueError("The ranks share this model's weights layer by layer, which compile cannot: leave compile out.")
+        raise ValueError(
+            "The ranks share this model's weights layer by layer, which compile cannot: leave compile out."
+        )
     longest = max(map(len, prompts))
     longest = max(gather_objects(longest)) if together else longest
     with _plain_mode(model):
@@ -303,8 +305,8 @@ def _run(
 ) -> None:
     """Continue `prompts` in `rows`, which are empty at first, until every row has ended.
 
-    `longest` is given where ranks share the weights. They must run equally many layers, so each reads as many columns of prompts as
-    the longest of all has, and goes on until the last row of any has ended.
+    `longest` is given where ranks share the weights. They must run equally many layers, so each reads as many columns of prompts
+    as the longest of all has, and goes on until the last row of any has ended.
     """
     begin = time.perf_counter()
     rows.append([[token] for token in decoder.start(prompts, generator, longest)])

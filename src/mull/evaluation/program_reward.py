@@ -28,7 +28,7 @@ KEPT_VERDICTS = 100_000
 class ProgramReward:
     """Share of its tests that an answer's program passes; 0 if it times out.
 
-    Equal programs for one task get the same reward, because verdicts are kept, except time-outs: those may be the machine's fault.
+    Equal programs for one task get the same reward, because verdicts are kept; except time-outs, which may be the machine's fault.
     A program that raises, or that the sandbox ends, has the share that passed before. The flags of an answer are
 
     * ``solved``: all tests passed;
@@ -93,8 +93,8 @@ class ProgramReward:
         """Grade completions ``[N, L]``."""
         if "tasks" not in batch:
             raise ValueError(
-                f"The reward 'programs' looks up the tests of tasks, and the batch has {', '.join(sorted(batch))}: use prompts of "
-                "data.format=programs."
+                f"The reward 'programs' looks up the tests of tasks, and the batch has {', '.join(sorted(batch))}: use prompts "
+                "of data.format=programs."
             )
         rows = zip(batch["input_ids"], batch["attention_mask"], completions, strict=True)
         texts = [self._text(ids[mask == 1].tolist(), completion.tolist()) for ids, mask, completion in rows]

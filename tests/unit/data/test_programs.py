@@ -1,4 +1,4 @@
-"""Claim: program tasks of MBPP's form are read as they are, and generated ones have tests that tell right programs from wrong ones."""
+"""Claim: tasks of MBPP's form are read as they are, and tests of generated ones tell right programs from wrong ones."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from mull.data.programs import (
     RULES,
     PromptBatches,
     Rule,
+    called_function,
     demonstrations,
     load_program_tasks,
     rule_tokenizer,
     rules,
-    called_function,
 )
 from mull.evaluation.suites.problems import load_problems
 

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from mull.data.programs import ProgramTask, PromptBatches, Rule, rule_tokenizer
 from mull.data.tokenizer import TextEncoder, train_tokenizer
-from mull.decoding.rollouts import rollouts
 from mull.evaluation import program_reward, sandbox
 from mull.evaluation.program_reward import ProgramReward, pass_rates
 from mull.evaluation.sandbox import Asserts, Pool, SandboxError, Verdict
 from mull.retrofit.wrap import wrap_transformer_with_etd
-from mull.training.objectives.base import mixed_seed
 
 ADD = ProgramTask(
     "add", "Add.", ("assert add(1, 2) == 3", "assert add(2, 2) == 4", f"assert add(0, 5) == {5}"), "add", "one = 1"
@@ -32,7 +30,11 @@ def graded(reward: ProgramReward, answers: Sequence[str], prompt: str = "Add.\n"
     width = max(map(len, rows)) + 1
     # Behind the end there may be anything.
     completions = torch.tensor([row + TOKENIZER("x")["input_ids"][:1] * (width - len(row)) for row in rows])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "tasks": torch.tensor(numbers or [0] * len(rows))}
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "tasks": torch.tensor(numbers or [0] * len(rows)),
+    }
     return reward(completions, batch)
 
 
@@ -89,7 +91,11 @@ def test_a_program_earns_the_share_of_tests_that_it_passes(real: ProgramReward) 
 
 def test_a_program_that_takes_too_long_earns_nothing_and_is_counted(real: ProgramReward) -> None:
     late = "def add(a, b):\n    while a == 0: pass\n    return a + b"
-    broken, raises, ends = "def add(a, b: return", "def add(a, b): return 3 if a == 1 else 1 // 0", "raise SystemExit(0)"
+    broken, raises, ends = (
+        "def add(a, b: return",
+        "def add(a, b): return 3 if a == 1 else 1 // 0",
+        "raise SystemExit(0)",
+    )
     before = real.reasons["time-out"]
     found = graded(real, [late, broken, raises, ends, ""])
     assert found.rewards.tolist() == pytest.approx([0.0, 0.0, 1 / 3, 0.0, 0.0])
@@ -156,7 +162,7 @@ def test_pass_at_1_is_that_of_the_models_samples(scripted: list[Scripted], monke
     tokenizer = rule_tokenizer()
     asked = [Rule(0, a, b) for a in (2, 3, 4) for b in (5, 6)]
     prompts = PromptBatches(TextEncoder(tokenizer).prompts([rule.words for rule in asked]), 4, 0, first=1)
-    model = wrap_transformer_with_etd(tiny(vocab_size=len(tokenizer), dtype=torch.float64), None).eval()
+    model = wrap_transformer_with_etd(tiny("qwen3", vocab_size=len(tokenizer), dtype=torch.float64), None).eval()
     end = int(tokenizer.eos_token_id)
     reward = ProgramReward([ADD, *(rule.task() for rule in asked)], tokenizer, [end])
     seen: list[Tensor] = []
@@ -165,7 +171,14 @@ def test_pass_at_1_is_that_of_the_models_samples(scripted: list[Scripted], monke
         seen.append(torch.tensor([number for number, _ in jobs]))
         # Whatever was written, two of the tasks count as solved and one times out.
         return [
-            Verdict(n in (1, 4), {2: "time-out"}.get(n, "passed" if n in (1, 4) else "wrong answer"), "", 0.0, 3 * (n in (1, 4)), 4)
+            Verdict(
+                n in (1, 4),
+                {2: "time-out"}.get(n, "passed" if n in (1, 4) else "wrong answer"),
+                "",
+                0.0,
+                3 * (n in (1, 4)),
+                4,
+            )
             for n, _ in jobs
         ]
 
@@ -174,8 +187,3 @@ def test_pass_at_1_is_that_of_the_models_samples(scripted: list[Scripted], monke
     rates = pass_rates(model, prompts, reward, rows=5, samples=2, seed=7, **options)
     assert torch.cat(seen).tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert rates == pytest.approx((2 / 5, 3 / 4 * 2 / 5, 1 / 5))
-    one = prompts.rows([1])
-    drawn = rollouts(
-        model, one["input_ids"], one["attention_mask"], seeds=[mixed_seed(7, 2) >> 1], **options
-    )
-    assert drawn.shape[0] == 1

@@ -157,9 +157,7 @@ class GroupRelative(Scorer):
         self._n_tokens = n_tokens
 
     @torch.no_grad()
-    def plan_step(
-        self, model: MullForCausalLM, batches: Sequence[Batch], iterations: int, seed: int
-    ) -> StepPlan:
+    def plan_step(self, model: MullForCausalLM, batches: Sequence[Batch], iterations: int, seed: int) -> StepPlan:
         """Sample answers, grade them, and make batches to train on.
 
         Returns:
@@ -306,7 +304,8 @@ def group_relative(config: GRPOConfig, resources: Resources) -> GroupRelative:
     possible = 0 if mtp is None else Drafter.max_drafts(mtp, config.draft_length)
     if config.draft_length > possible:
         raise ValueError(
-            f"grpo.draft_length={config.draft_length}: the model's heads draft {possible} tokens at most. Lower it, or leave it out."
+            f"grpo.draft_length={config.draft_length}: the model's heads draft {possible} tokens at most. Lower it, or leave it "
+            "out."
         )
     end_ids, pad_id, n_tokens = resources.end_ids, resources.pad_id, resources.n_tokens
     return GroupRelative(config, resources.reward, end_ids, pad_id, resources.reference, n_tokens)

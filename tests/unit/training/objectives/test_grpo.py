@@ -392,7 +392,9 @@ def test_drafts_for_which_the_model_has_no_heads_are_refused() -> None:
 
 def test_a_step_logs_what_the_reward_says_about_answers_and_its_times() -> None:
     def reward(completions: Tensor, _: Batch) -> Graded_:
-        return Graded_((completions[:, 0] % 2).float(), {"late": completions[:, 0] % 3 == 0, "always": completions[:, 0] >= 0})
+        return Graded_(
+            (completions[:, 0] % 2).float(), {"late": completions[:, 0] % 3 == 0, "always": completions[:, 0] >= 0}
+        )
 
     model, seen = make_model(), Graded()
     (batch,) = make_objective(seen).plan_step(model, [prompts()]).batches
