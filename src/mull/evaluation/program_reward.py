@@ -28,8 +28,9 @@ KEPT_VERDICTS = 100_000
 class ProgramReward:
     """Share of its tests that an answer's program passes; 0 if it times out.
 
-    Equal programs for one task get the same reward, because verdicts are kept; except time-outs, which may be the machine's fault.
-    A program that raises, or that the sandbox ends, has the share that passed before. The flags of an answer are
+    Equal programs for one task get the same reward, because verdicts are kept; not those of time-outs, which may be
+    the machine's fault. A program that raises, or that the sandbox ends, has the share that passed before. The flags of an answer
+    are
 
     * ``solved``: all tests passed;
     * ``timeouts``: the time was over;

@@ -30,8 +30,8 @@ class Graded(NamedTuple):
 
 Reward = Callable[[Tensor, Batch], Tensor | Graded]
 """``(completions [N, L], batch) -> rewards [N]``, or `Graded`. Completions include the end token and the padding after it. The
-batch is that of the data with every row repeated for its samples, so it can carry what grading needs: answers, or numbers of tasks
-that the callable looks up. A reward that reads text owns the tokenizer to decode with."""
+batch is that of the data with every row repeated for its samples, so it can carry what grading needs: answers, or numbers of
+tasks that the callable looks up. A reward that reads text owns the tokenizer to decode with."""
 
 
 class Settings(Frozen):

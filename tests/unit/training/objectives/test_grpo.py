@@ -15,6 +15,7 @@ from distributed_ranks import run_ranks
 from torch import Tensor
 
 from mull.data.arithmetic import ArithmeticTask
+from mull.decoding import rounds
 from mull.decoding.rollouts import rollouts
 from mull.evaluation.rewards import REWARDS
 from mull.model.causal_lm import MullForCausalLM
@@ -423,10 +424,29 @@ def ranks_of_training() -> dict[str, Any]:
     }
 
 
+def ranks_of_unequal_prompts() -> dict[str, Any]:
+    """The same with prompts of other lengths on every rank, which are read in several parts; and with drafts."""
+    rounds.PREFILL_TOKENS = 2  # in a process of its own
+    objective = make_objective(Graded(), draft_length=1)
+    config = TrainConfig(steps=2, accumulate=2, precision="fp32", peak_lr=1e-3, log_every=1, warmup_steps=0)
+    model = make_model(heads=1)
+    history = train(model, objective, lambda number: prompts(2, 3 + 4 * (number % 2), seed=number), config).history
+    clock = {"seconds", "tokens_per_second", "rollout_seconds", "grading_seconds"}
+    return {
+        "rank": rank(),
+        "history": [{name: value for name, value in r.items() if name not in clock} for r in history],
+        "weights": full_state_dict(model),
+    }
+
+
 @pytest.mark.slow
-def test_two_ranks_sample_and_train_as_one(tmp_path: Path) -> None:
-    alone = ranks_of_training()
-    first, second = run_ranks(ranks_of_training, folder=tmp_path)
+@pytest.mark.parametrize("training", [ranks_of_training, ranks_of_unequal_prompts])
+def test_two_ranks_sample_and_train_as_one(
+    tmp_path: Path, training: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "PREFILL_TOKENS", rounds.PREFILL_TOKENS)  # restored afterwards
+    alone = training()
+    first, second = run_ranks(training, folder=tmp_path)
     assert first["history"] == second["history"]
     for here, there in zip(alone["history"], first["history"], strict=True):
         assert there == pytest.approx(here, rel=1e-5)
