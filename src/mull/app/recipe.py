@@ -124,8 +124,7 @@ class TrainSection(TrainConfig):
 
 
 class EvalSection(Section):
-    """Evaluation during training: losses of all heads; of ``arithmetic`` right answers, of ``routes`` how routers decide, of
-    ``programs`` that are rewarded pass@1."""
+    """Evaluation during training: losses of all heads, right answers (``arithmetic``), decisions of ``routes``, pass@1."""
 
     every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two evaluations; without it, only after the last one."""

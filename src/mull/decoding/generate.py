@@ -250,15 +250,7 @@ def generate(
     visits = model.path(think_iterations, path)
     compiled = _compilation(compile)
     halting = _halting(model, adaptive, think_iterations, path)
-    etd = model.etd_config
-    # Gates of token skipping also scale what the layers of a given path do.
-    routed: Routed = "not" if etd is None or (etd.experts is None and etd.token_skip is None) else "experts"
-    if path is None and etd is not None and (etd.router is not None or etd.token_skip is not None):
-        routed = "routers"
-    if routed != "not" and compiled:
-        raise ValueError(
-            "Layer routers, token skipping and LoRA experts decide on the host, and compile cannot: leave compile out."
-        )
+    routed = _routed(model, path, compiled)
     n_drafts = _max_drafts(model, draft, draft_length)
     key = DecoderKey(visits, len(prompts), n_drafts, model.dtype, compiled, halting, routed)
     kept = DecoderCache.of(model)
@@ -270,19 +262,35 @@ def generate(
         think_iterations=None if path is not None else model.iterations(think_iterations),
     )
     rows = _Rows(len(prompts), max_new_tokens, _end_tokens(model, eos_token_id), stop)
-    together = shares_weights(model)
-    if together and compiled:
-        raise ValueError(
-            "The ranks share this model's weights layer by layer, which compile cannot: leave compile out."
-        )
-    longest = max(map(len, prompts))
-    longest = max(gather_objects(longest)) if together else longest
+    shared = _shared_columns(model, prompts, compiled)
     with _plain_mode(model):
-        decoder = kept.decoder(model, key, sampling, longest + max_new_tokens)
-        source = _source(sampling, seed, len(prompts))
-        _run(decoder, policy, prompts, rows, source, streamer, stats, longest if together else None)
+        decoder = kept.decoder(model, key, sampling, (shared or max(map(len, prompts))) + max_new_tokens)
+        _run(decoder, policy, prompts, rows, _source(sampling, seed, len(prompts)), streamer, stats, shared)
     stats.new_tokens = sum(map(len, rows.tokens))
     return GenerateOutput(_joined(input_ids, rows.tokens, padding), stats)
+
+
+def _routed(model: MullForCausalLM, path: Sequence[Sequence[int]] | None, compiled: Compilation | None) -> Routed:
+    """What decides about layers and experts."""
+    etd = model.etd_config
+    # Gates of token skipping also scale what the layers of a given path do.
+    routed: Routed = "not" if etd is None or (etd.experts is None and etd.token_skip is None) else "experts"
+    if path is None and etd is not None and (etd.router is not None or etd.token_skip is not None):
+        routed = "routers"
+    if routed != "not" and compiled:
+        raise ValueError(
+            "Layer routers, token skipping and LoRA experts decide on the host, and compile cannot: leave compile out."
+        )
+    return routed
+
+
+def _shared_columns(model: MullForCausalLM, prompts: list[list[int]], compiled: Compilation | None) -> int | None:
+    """Columns of the longest prompt on any rank that shares the model's weights; None if no rank does."""
+    if not shares_weights(model):
+        return None
+    if compiled:
+        raise ValueError("Ranks gather this model's weights layer by layer, and compile cannot: leave compile out.")
+    return max(gather_objects(max(map(len, prompts))))
 
 
 @contextmanager
@@ -301,21 +309,21 @@ def _run(
     generator: Source,
     streamer: Streamer | None,
     stats: GenerationStats,
-    longest: int | None,
+    shared: int | None,
 ) -> None:
     """Continue `prompts` in `rows`, which are empty at first, until every row has ended.
 
-    `longest` is given where ranks share the weights. They must run equally many layers, so each reads as many columns of prompts
+    `shared` is given where ranks share the weights. They must run equally many layers, so each reads as many columns of prompts
     as the longest of all has, and goes on until the last row of any has ended.
     """
     begin = time.perf_counter()
-    rows.append([[token] for token in decoder.start(prompts, generator, longest)])
+    rows.append([[token] for token in decoder.start(prompts, generator, shared)])
     stats.prefill_seconds = time.perf_counter() - begin
     if streamer is not None:
         streamer.put(torch.tensor(prompts[0]))
         streamer.put(torch.tensor(rows.tokens[0]))
     plain: list[float] = []
-    while _goes_on(rows, decoder.text.running.device if longest is not None else None):
+    while _goes_on(rows, decoder.text.running.device if shared else None):
         decoder.stop_all_but(rows.running)
         left = rows.left
         most = max(left.values(), default=0)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from conftest import EXACT, VOCAB, tiny
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from mull.data.arithmetic import ArithmeticTask
 from mull.decoding import rounds
+from mull.decoding.generate import generate
 from mull.decoding.rollouts import rollouts
 from mull.evaluation.rewards import REWARDS
 from mull.model.causal_lm import MullForCausalLM
-from mull.model.configs import ETDConfig, MTPConfig
+from mull.model.configs import ETDConfig, HaltingConfig, MTPConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.distributed import full_state_dict, rank, whole
 from mull.training.loop import TrainConfig, train
@@ -177,6 +179,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "Dr. GRPO": ("qwen3", 0, {"normalise_std": False}),
     "recurrent layers": ("qwen3_next-dense", 0, {}),
     "heads": ("qwen3", 2, {}),
+    "drafts": ("qwen3", 2, {"draft_length": 2, "temperature": 0.8}),
     "penalty": ("qwen3", 0, {"kl_coef": 0.3}),
     "temperature": ("qwen3", 0, {"temperature": 0.6}),
     "tied, temperature, heads, penalty": ("qwen3-tied", 1, {"temperature": 1.7, "kl_coef": 0.5}),
@@ -382,6 +385,48 @@ def test_an_answer_does_not_depend_on_the_rows_beside_it(draft_length: int) -> N
     assert drawn_in(2, draft_length) == everything
     assert drawn_in(4, draft_length) == everything
     assert drawn_in(1, 0, rows=2) == drawn_in(1, 0)[: 2 * GROUP]
+
+
+def test_tokens_think_as_long_as_they_do_in_training_also_where_the_model_would_stop_them() -> None:
+    model = make_model().eval()
+    options = {"seeds": range(3), "end_ids": ENDS, "pad_id": PAD, "max_new_tokens": LIMIT, "iterations": 4}
+    ids, mask = prompts()["input_ids"], prompts()["attention_mask"]
+    drawn = rollouts(model, ids, mask, **options)
+    stops = {"adaptive_depth": True, "halting": HaltingConfig(rule="state", threshold=0.01)}
+    eager = wrap_transformer_with_etd(
+        tiny("qwen3", seed=0, dtype=torch.float64, num_hidden_layers=4),
+        ETDConfig(n_encoder_layers=1, n_think_layers=2, n_decoder_layers=1, **stops),
+    ).eval()
+    eager.load_state_dict(model.state_dict())
+    assert torch.equal(rollouts(eager, ids, mask, **options), drawn)
+    stopped = generate(
+        eager,
+        ids,
+        mask,
+        seed=[0, 1, 2],
+        temperature=1.0,
+        max_new_tokens=LIMIT,
+        eos_token_id=(),
+        pad_token_id=PAD,
+        think_iterations=4,
+    )
+    assert stopped.stats.mean_think_iterations < 4, "else this shows nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft_length", [0, 1])
+def test_compiled_rounds_draw_the_same_answers_from_the_weights_of_each_step(
+    draft_length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its checks cannot be compiled
+    found = []
+    for compiled in (False, True):
+        model, reward = make_model(heads=1), Graded()
+        objective = make_objective(reward, compile_rounds=compiled, draft_length=draft_length)
+        config = TrainConfig(steps=3, precision="fp32", peak_lr=0.03, warmup_steps=0, log_every=1)
+        train(model, objective, lambda number: prompts(seed=number), config)
+        found.append([until_end(completion) for completions in reward.completions for completion in completions])
+    assert found[1] == found[0]
 
 
 def test_drafts_for_which_the_model_has_no_heads_are_refused() -> None:
