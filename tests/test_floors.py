@@ -80,12 +80,12 @@ BUDGETS = {
     "decoding": 1160,
     "retrofit": 2010,
     "training": 3277,
-    "evaluation": 6350,
-    "app": 3530,
+    "evaluation": 6600,
+    "app": 3560,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 23400
+MAX_CODE_LINES = 23650
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 
