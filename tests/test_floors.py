@@ -23,7 +23,10 @@ ROOT = Path(__file__).parents[1]
 LAYOUT: dict[str, tuple[int, str]] = {
     "runtime": (1, "arguments storage distributed progress timing shards checkpoint tracking"),
     "ops": (1, "targets token_weights sampling cross_entropy divergence gated_delta"),
-    "data": (2, "sources tokenizer corpus tasks packing sampler chain arithmetic noise retrieval route_labels"),
+    "data": (
+        2,
+        "sources tokenizer corpus tasks packing sampler chain arithmetic programs noise retrieval route_labels",
+    ),
     "layers": (3, "heads recursive_heads value_head routers experts skipping output_gate"),
     "model": (
         4,
@@ -35,7 +38,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
         5,
         "reading source native_heads expert_adapters wrap hybrid weights convert calibrate presets qwen3_next full_hybrid",
     ),
-    "decoding": (5, "draft_length sample drafting rounds decoder_cache generate mtp_decoder"),
+    "decoding": (5, "draft_length drafting rounds decoder_cache generate rollouts mtp_decoder"),
     "training": (6, "optimization objectives trainable state content step loop"),
     "training.objectives": (
         6,
@@ -44,7 +47,8 @@ LAYOUT: dict[str, tuple[int, str]] = {
     ),
     "evaluation": (
         7,
-        "held_out lossless acceptance rewards depth_trace divergence stock speed cost search isolation sandbox suites",
+        "held_out lossless acceptance depth_trace divergence stock speed cost search isolation sandbox suites "
+        "program_reward rewards",
     ),
     "evaluation.isolation": (7, "values channel compare candidate grader seccomp container session layers"),
     "evaluation.suites": (
@@ -54,7 +58,10 @@ LAYOUT: dict[str, tuple[int, str]] = {
     ),
     "evaluation.cost": (7, "count disk training decoding"),
     "evaluation.search": (7, "loop_probe split calibration layer_choice route_tree route_scores routes route_report"),
-    "app": (8, "yaml_text architecture recipe prepare build run report demo sandbox evaluate commands cli"),
+    "app": (
+        8,
+        "yaml_text architecture data_section recipe prepare build run report demo sandbox evaluate commands cli",
+    ),
     "app.commands": (8, "shared train depth routes hybrid generate evaluate"),
     "app.report": (8, "figures page inspect_page evaluation_page"),
     "app.demo": (8, "chapter loops weights speculation chain depth hybrid demo"),
@@ -68,17 +75,17 @@ BUDGETS = {
     "runtime": 1050,
     "ops": 700,
     "layers": 1006,
-    "data": 1205,
+    "data": 1375,
     "model": 3790,
     "decoding": 1160,
     "retrofit": 2010,
     "training": 3277,
-    "evaluation": 6000,
-    "app": 3200,
+    "evaluation": 6600,
+    "app": 3560,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 22400
+MAX_CODE_LINES = 23650
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

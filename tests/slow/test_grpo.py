@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from mull.data.arithmetic import ArithmeticTask
 from mull.data.packing import PackedDataset
 from mull.data.sampler import ShuffledBatches
-from mull.decoding.sample import sample
+from mull.decoding.rollouts import rollouts
 from mull.evaluation.rewards import REWARDS
 from mull.model.causal_lm import MullForCausalLM
 from mull.retrofit.wrap import wrap_transformer_with_etd
@@ -61,15 +61,15 @@ def mixed_demonstrations(seed: int) -> PackedDataset:
 def exact_answers(model: MullForCausalLM, temperature: float) -> float:
     """Share of right answers to 1,024 questions about held-out operands."""
     batch = TASK.prompts(0, 1024, train=False)
-    completions = sample(
+    completions = rollouts(
         model.eval(),
         batch["input_ids"],
         batch["attention_mask"],
-        end_ids=torch.tensor([TASK.eos_id]),
+        seeds=range(1024),
+        end_ids=[TASK.eos_id],
         pad_id=TASK.pad_id,
         max_new_tokens=TASK.answer_length,
         temperature=temperature,
-        generator=torch.Generator().manual_seed(0),
     )
     return float(TASK.reward(completions, batch).mean())
 

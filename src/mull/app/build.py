@@ -1,7 +1,7 @@
 """Build what a recipe names: models, with or without weights, and objectives."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from mull.app.prepare import Prepared, StageData, arithmetic_task, backbone_config
 from mull.app.recipe import ModelSection, Recipe, Stage
+from mull.data.programs import PromptBatches
 from mull.data.route_labels import RouteRows
 from mull.data.sampler import ShuffledBatches
-from mull.evaluation.rewards import REWARDS
+from mull.evaluation.program_reward import ProgramReward
+from mull.evaluation.rewards import arithmetic_reward
 from mull.layers.value_head import ValueHead
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configuration import MullConfig
@@ -27,7 +29,7 @@ from mull.training.objectives.base import Objective
 from mull.training.objectives.distill import DistillSection
 from mull.training.objectives.evidence import check_reference
 from mull.training.objectives.grpo import GRPOSection
-from mull.training.objectives.resources import Resources, TeacherSource
+from mull.training.objectives.resources import Resources, Reward, TeacherSource
 from mull.training.objectives.table import make_objective
 from mull.training.objectives.teacher_cache import CacheIdentity, TeacherCache
 from mull.training.objectives.weightings import ReturnConfig
@@ -91,8 +93,44 @@ def _check_weights(checkpoint: str | None) -> None:
         raise FileNotFoundError(f"{checkpoint} holds no weights (.safetensors): it is no finished checkpoint.")
 
 
-def build_objectives(recipe: Recipe, prepared: Prepared, model: MullForCausalLM, load: Loader) -> list[Objective]:
+def build_rewards(recipe: Recipe, prepared: Prepared, model: MullForCausalLM) -> list[Reward | None]:
+    """What grades sampled answers in each stage; None where none are sampled.
+
+    `mull.evaluation.program_reward.ProgramReward` still has to be opened.
+    """
+    rewards: list[Reward | None] = []
+    for stage, data in zip(recipe.schedule(), prepared.stages, strict=True):
+        settings = stage.settings
+        if not isinstance(settings, GRPOSection):
+            rewards.append(None)
+        elif data.programs is None:
+            rewards.append(arithmetic_reward(arithmetic_task(stage)))
+        else:
+            reward = ProgramReward(
+                data.programs.tasks,
+                prepared.tokenizer,
+                end_ids(model),
+                chat=data.programs.chat,
+                workers=settings.workers,
+                timeout=settings.timeout,
+                allow_weak=settings.allow_weak_sandbox,
+            )
+            rewards.append(reward)
+    return rewards
+
+
+def end_ids(model: MullForCausalLM) -> list[int]:
+    """The tokens that end a text of the model."""
+    ends = model.generation_config.eos_token_id
+    return [ends] if isinstance(ends, int) else list(ends or ())
+
+
+def build_objectives(
+    recipe: Recipe, prepared: Prepared, model: MullForCausalLM, load: Loader, rewards: Sequence[Reward | None]
+) -> list[Objective]:
     """The objectives of all stages, with the reference models and the value head that they need on the model's device.
+
+    `rewards` are those of `build_rewards`.
 
     All stages share one value head. Everything is built before the first stage, so that what cannot work is refused then, and
     a resumed run draws the same initial weights.
@@ -103,7 +141,7 @@ def build_objectives(recipe: Recipe, prepared: Prepared, model: MullForCausalLM,
     """
     value_head: ValueHead | None = None
     objectives = []
-    for stage, data in zip(recipe.schedule(), prepared.stages, strict=True):
+    for stage, data, reward in zip(recipe.schedule(), prepared.stages, rewards, strict=True):
         settings = stage.settings
         if isinstance(settings, ReturnConfig) and value_head is None:
             value_head = ValueHead(model.lm_head.in_features).to(model.device, model.dtype)
@@ -122,7 +160,8 @@ def build_objectives(recipe: Recipe, prepared: Prepared, model: MullForCausalLM,
             value_head=value_head,
             held_out=data.aligned,
             route_labels=data.rows.route_labels if isinstance(data.rows, RouteRows) else None,
-            **_grading(stage),
+            reward=reward,
+            **_ends(stage, data, model),
         )
         loss, train = stage.loss, stage.train
         built = make_objective(train.algo, resources, settings, heads=loss.heads, control=loss.control, seed=train.seed)
@@ -215,9 +254,11 @@ def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedToke
             )
 
 
-def _grading(stage: Stage) -> dict[str, Any]:
-    """How sampled answers are graded, if the objective samples any."""
+def _ends(stage: Stage, data: StageData, model: MullForCausalLM) -> dict[str, Any]:
+    """How sampled answers end, if the objective samples any."""
     if not isinstance(stage.settings, GRPOSection):
         return {}
+    if isinstance(data.batches, PromptBatches):
+        return {"end_ids": end_ids(model), "pad_id": data.batches.pad_id}
     task = arithmetic_task(stage)
-    return {"reward": REWARDS[stage.settings.reward](task), "end_ids": [task.eos_id], "pad_id": task.pad_id}
+    return {"end_ids": [task.eos_id], "pad_id": task.pad_id}

@@ -8,21 +8,33 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mull.app.architecture import make_config, try_config
-from mull.app.recipe import DataSection, ModelSection, Recipe, Stage
+from mull.app.data_section import DataSection, ProgramsSection
+from mull.app.recipe import ModelSection, Recipe, Stage
 from mull.data.arithmetic import CHARACTERS, ArithmeticTask, character_tokenizer
 from mull.data.corpus import load_stdlib, subsample
 from mull.data.packing import PackedDataset, pack_examples, pack_texts
+from mull.data.programs import (
+    ProgramTask,
+    PromptBatches,
+    demonstrations,
+    load_program_tasks,
+    rule_tokenizer,
+    rules,
+)
 from mull.data.route_labels import RouteRows, load_route_rows
 from mull.data.sampler import ShuffledBatches
 from mull.data.sources import Document, load_documents
 from mull.data.tasks import Example, load_examples, pairs
-from mull.data.tokenizer import train_tokenizer
+from mull.data.tokenizer import TextEncoder, train_tokenizer
+from mull.evaluation.suites.prompts import ASK
+from mull.evaluation.suites.writers import AnswerReader
 from mull.model.families import require_supported
 from mull.retrofit.source import find_source, load_config, load_tokenizer
 from mull.runtime.distributed import rank
 from mull.training.loop import Batches
 from mull.training.objectives.critic import ValueSection
 from mull.training.objectives.distill import DistillSection
+from mull.training.objectives.grpo import GRPOSection
 from mull.training.objectives.routing import RoutingSection
 from mull.training.objectives.table import find_entry
 from mull.training.objectives.weightings import GradientSection
@@ -48,6 +60,23 @@ class StageData:
 
     aligned: Batches | None = None
     """What gradients are compared with."""
+
+    programs: "ProgramStage | None" = None
+    """The tasks that `batches` ask."""
+
+
+@dataclass(frozen=True)
+class ProgramStage:
+    """Tasks whose answers are run."""
+
+    tasks: Sequence[ProgramTask]
+    """Those to train on, then those that are held out. Batches name each by its number here."""
+
+    held_out: PromptBatches | None
+    """Prompts of those that are held out, if there are any."""
+
+    chat: bool
+    """Whether prompts are messages of a chat."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +106,8 @@ def prepare(recipe: Recipe) -> Prepared:
     sources = {stage.data: (_read_train(stage.data), _read_held_out(stage.data)) for stage in stages}
     if recipe.model.checkpoint is not None:
         tokenizer = load_tokenizer(recipe.model.checkpoint)
+    elif stages[0].data.format == "programs":
+        tokenizer = rule_tokenizer()
     else:
         texts, _ = sources[stages[0].data]
         tokenizer = train_tokenizer(map(_text, texts), stages[0].data.vocab_size)
@@ -90,6 +121,10 @@ def _stage_data(
     data, settings, seed = stage.data, stage.settings, stage.train.seed
     if isinstance(settings, RoutingSection):
         return _route_data(stage, settings, tokenizer, config)
+    if isinstance(settings, GRPOSection):
+        return _program_data(stage, settings, tokenizer, config)
+    if data.format == "programs":
+        train, held_out = _rule_examples(data, seed)
 
     def pack(items: Items) -> PackedDataset:
         check_length("data.length", data.length, config)
@@ -124,6 +159,45 @@ def _route_data(
     rows, share = load(data.paths).split(settings.held_out_share, seed)
     held_out = load(data.held_out_paths) if data.held_out_paths else share if len(share) else None
     return StageData(ShuffledBatches(rows, data.batch_size, seed), rows, held_out)
+
+
+def _program_data(
+    stage: Stage, settings: GRPOSection, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> StageData:
+    data, chat = stage.data, False
+    if data.paths is None:
+        train, held_out = ([rule.task() for rule in rules(held_out=held_out)] for held_out in (False, True))
+        texts = [task.text for task in (*train, *held_out)]
+    else:
+        chat = data.programs is not None and data.programs.prompt == "chat"
+        train = _read_tasks(data, data.paths, data.split)
+        more = data.held_out_paths is not None or data.held_out_split is not None
+        held_out = _read_tasks(data, data.held_out_paths or data.paths, data.held_out_split) if more else []
+        texts = [_asked(task) if chat else task.prompt for task in (*train, *held_out)]
+    prompts = AnswerReader(tokenizer, chat).prompts(texts)
+    length = max(map(len, prompts)) + settings.max_new_tokens
+    check_length("The longest prompt + grpo.max_new_tokens", length, config)
+    pad = TextEncoder(tokenizer).end if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+    n_train, rows = len(train), data.batch_size
+    last = PromptBatches(prompts[n_train:], rows, pad, first=n_train) if held_out else None
+    batches = PromptBatches(prompts[:n_train], rows, pad, stage.train.seed)
+    return StageData(batches, programs=ProgramStage([*train, *held_out], last, chat))
+
+
+def _read_tasks(data: DataSection, paths: Sequence[str], split: str | None) -> list[ProgramTask]:
+    return [task for path in paths for task in load_program_tasks(path, split=split, config=data.config)]
+
+
+def _asked(task: ProgramTask) -> str:
+    """The message of a chat that asks for a program, in the words of EvalPlus."""
+    return ASK.format("\n".join([task.text, *task.tests]))
+
+
+def _rule_examples(data: DataSection, seed: int) -> tuple[list[Example], list[Example]]:
+    """Generated tasks with programs: what is shown, and right ones of the tasks that are held out."""
+    section = data.programs or ProgramsSection()
+    shown = demonstrations(section.demonstrations, wrong=section.wrong, seed=seed)
+    return shown, [Example(rule.words, rule.words, rule.program) for rule in rules(held_out=True)]
 
 
 def _prepare_arithmetic(model: ModelSection, stages: Sequence[Stage]) -> Prepared:
@@ -187,6 +261,8 @@ def arithmetic_task(stage: Stage) -> ArithmeticTask:
 
 
 def _read(data: DataSection, paths: Sequence[str] | None, split: str | None) -> list[Document] | list[Example]:
+    if data.format == "programs":
+        return []  # generated, or read with the tokenizer
     if paths is None:
         return load_stdlib().train
     if data.format == "text":
@@ -205,7 +281,7 @@ def _read_train(data: DataSection) -> list[Document] | list[Example]:
 def _read_held_out(data: DataSection) -> list[Document] | list[Example]:
     if data.held_out_paths is not None or data.held_out_split is not None:
         return _read(data, data.held_out_paths or data.paths, data.held_out_split)
-    return load_stdlib().held_out if data.paths is None else []
+    return load_stdlib().held_out if data.paths is None and not data.generated else []
 
 
 def _text(item: Document | Example) -> str:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model, field_validator, model_validator
 
 from mull.app.architecture import make_config
+from mull.app.data_section import DataSection, Section
 from mull.app.yaml_text import MAX_CHARACTERS, override, read_yaml
-from mull.data.arithmetic import MAX_DIGITS, OPERATIONS, ArithmeticTask
 from mull.evaluation.rewards import REWARDS
 from mull.model.configs import ETDConfig, GatedAttentionConfig, MTPConfig
 from mull.runtime import storage
-from mull.runtime.arguments import Frozen, nearest, require
+from mull.runtime.arguments import nearest, require
 from mull.runtime.checkpoint import CheckpointConfig
 from mull.training.loop import TrainConfig
 from mull.training.objectives.critic import ValueSection
@@ -38,11 +38,7 @@ SECTIONS = {entry.section[0]: name for name, entry in OBJECTIVES.items() if entr
 _SETTINGS = dict(entry.section for entry in OBJECTIVES.values() if entry.section is not None)
 
 
-class _Section(Frozen):
-    """A part of a recipe."""
-
-
-class RunSection(_Section):
+class RunSection(Section):
     """Where a run lives."""
 
     name: str = Field(min_length=1)
@@ -62,7 +58,7 @@ class RunSection(_Section):
         return name
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """Which model is trained: a checkpoint, or one with random weights."""
 
     checkpoint: str | None = None
@@ -94,97 +90,7 @@ class ModelSection(_Section):
         return self
 
 
-READ_FROM_FILES = ("paths", "key", "split", "config", "held_out_paths", "held_out_split", "max_bytes")
-"""Keys of the data that generated data does not read."""
-
-
-class ArithmeticSection(_Section):
-    """Generated questions such as ``12*34=`` and their answers, see `mull.data.arithmetic`."""
-
-    digits: int = Field(default=2, ge=1, le=MAX_DIGITS)
-    """Digits of the largest operand."""
-
-    operations: str = OPERATIONS
-    """Some of ``+``, ``-`` and ``*``."""
-
-    questions: int = Field(default=10_000, ge=1, le=1_000_000)
-    """Questions with answers to train on; ``grpo-wmtp`` asks new ones in every step."""
-
-    @field_validator("operations")
-    @classmethod
-    def _check_operations(cls, operations: str) -> str:
-        ArithmeticTask(operations=operations)
-        return operations
-
-
-class DataSection(_Section):
-    """What it is trained on."""
-
-    paths: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Files, folders, URLs (``s3://…``) and datasets (``hf:…``), see `mull.data.sources`; without them, the sources of the
-    Python standard library."""
-
-    format: Literal["text", "mbpp", "humaneval", "code_contests", "examples", "arithmetic", "routes"] = "text"
-    """``text``; a schema of tasks with answers, see `mull.data.tasks`, of which only right answers are trained on, and prompts
-    are not; ``arithmetic``, which is generated and written in characters; or ``routes``, files of ``mull routes``."""
-
-    key: str = "text"
-    """Where a record has its text; read with ``text``."""
-
-    split: str | None = None
-    """Split of the datasets among `paths`; for ``mbpp`` one of its own, such as ``train``."""
-
-    config: str | None = None
-    """Configuration of the datasets among `paths`."""
-
-    held_out_paths: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """The same as `paths` for evaluation. The standard library brings its own held-out files."""
-
-    held_out_split: str | None = None
-    """Split for evaluation, of `held_out_paths` or else of `paths`."""
-
-    arithmetic: ArithmeticSection | None = None
-    """Which questions ``arithmetic`` asks."""
-
-    max_bytes: int | None = Field(default=None, ge=1)
-    """Train on a random sample of the texts, at most this large."""
-
-    vocab_size: int = Field(default=2048, ge=257, le=1_000_000)
-    """Size of the byte-level BPE that is trained when the model starts from random weights."""
-
-    length: int = Field(default=256, ge=2)
-    """Tokens per row; documents are packed."""
-
-    batch_size: int = Field(default=8, ge=1, le=100_000)
-    """Rows per micro-batch."""
-
-    @model_validator(mode="after")
-    def _check_sources(self) -> Self:
-        if (self.format == "arithmetic") != (self.arithmetic is not None):
-            raise ValueError(
-                f"format={self.format} with arithmetic={self.arithmetic}: format arithmetic needs it, others do not"
-            )
-        given = {name for name in READ_FROM_FILES if name in self.model_fields_set}
-        if self.format == "arithmetic" and given:
-            raise ValueError(f"format=arithmetic is generated and reads no {', '.join(sorted(given))}: leave them out")
-        if self.format not in ("text", "arithmetic"):
-            if self.paths is None:
-                raise ValueError(f"format={self.format} needs paths: the standard library holds texts only")
-            if unread := sorted(given & {"key", "max_bytes"}):
-                raise ValueError(
-                    f"{' and '.join(unread)} are for texts, and format={self.format} reads tasks: leave them out"
-                )
-            if self.format == "routes" and (unread := sorted(given & {"split", "config", "held_out_split"})):
-                raise ValueError(f"{' and '.join(unread)} are for datasets, and routes are files: leave them out")
-        if self.held_out_split is not None and self.held_out_paths is None:
-            if self.paths is None:
-                raise ValueError("held_out_split needs paths or held_out_paths that have splits")
-            if self.held_out_split == self.split:
-                raise ValueError(f"held_out_split={self.held_out_split!r} is what is trained on: choose another split")
-        return self
-
-
-class LossSection(_Section):
+class LossSection(Section):
     """How the loss is computed, whatever the objective."""
 
     iterations: IterationSampling = IterationSampling(kind="fixed", maximum=1)
@@ -217,8 +123,8 @@ class TrainSection(TrainConfig):
         return algo
 
 
-class EvalSection(_Section):
-    """Evaluation during training: losses of all heads; of ``arithmetic`` right answers, of ``routes`` how routers decide."""
+class EvalSection(Section):
+    """Evaluation during training: losses of all heads, right answers (``arithmetic``), decisions of ``routes``, pass@1."""
 
     every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two evaluations; without it, only after the last one."""
@@ -227,7 +133,7 @@ class EvalSection(_Section):
     """Held-out rows or questions to evaluate, the first ones; all if there are fewer."""
 
 
-class TrackingSection(_Section):
+class TrackingSection(Section):
     """Where metrics go, besides ``metrics.jsonl`` in the run's folder."""
 
     mlflow: bool = False
@@ -246,7 +152,7 @@ class TrackingSection(_Section):
         return self
 
 
-class Stage(_Section):
+class Stage(Section):
     """One training of the run: its objective, data, trainable parts and length.
 
     An objective with settings has a section of its own (`SECTIONS`), such as ``rho1``.
@@ -299,7 +205,7 @@ class Stage(_Section):
             raise ValueError(f"train.algo={self.train.algo}, data.format={kind}: routing and routes need each other")
         if isinstance(settings, RoutingSection) and settings.held_out_share and self.data.held_out_paths is not None:
             raise ValueError("routing.held_out_share and data.held_out_paths both hold rows out: give one of them")
-        if isinstance(settings, CriticSection | ValueSection) and kind in ("text", "arithmetic"):
+        if isinstance(settings, CriticSection | ValueSection) and kind in ("text", "arithmetic", "programs"):
             raise ValueError(
                 f"train.algo={self.train.algo} needs tasks with right and wrong answers, and data.format={kind} has none"
             )
@@ -310,8 +216,16 @@ class Stage(_Section):
                 raise ValueError(
                     f"grpo.reward={settings.reward} grades answers to data.format={settings.reward}, not {kind}"
                 )
-        if isinstance(settings, GradientSection) and settings.paths is not None and kind == "arithmetic":
-            raise ValueError("gradient.paths is read as data.format says, and arithmetic is not read from files")
+            unread = sorted(settings.model_fields_set & {"workers", "timeout", "allow_weak_sandbox"})
+            if settings.reward != "programs" and unread:
+                raise ValueError(f"grpo.{unread[0]} is for grpo.reward=programs, and {settings.reward} runs nothing")
+        elif kind == "programs" and not self.data.generated:
+            raise ValueError(
+                f"data.format=programs with paths has tasks to answer, for train.algo=grpo-wmtp, not {self.train.algo}: "
+                "data.format=mbpp trains on the programs of such files"
+            )
+        if isinstance(settings, GradientSection) and settings.paths is not None and kind in ("arithmetic", "programs"):
+            raise ValueError(f"gradient.paths is read as data.format says, and {kind} is not read from files")
         return self
 
 
@@ -339,7 +253,7 @@ RESERVED = ("checkpoints", "model", "trunk")
 """What a run writes into its folder besides its stages."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run of ``mull train``."""
 
     run: RunSection
@@ -373,6 +287,14 @@ class Recipe(_Section):
             raise ValueError(
                 "stages share a tokenizer, and format=arithmetic has its own: use it in all stages or in none"
             )
+        if self.model.checkpoint is None:
+            if len({stage.data.format == "programs" and stage.data.generated for stage in self.stages}) > 1:
+                raise ValueError(
+                    "stages share a tokenizer, and generated programs have their own where a model starts from random weights: "
+                    "use them in all stages or in none, or start from model.checkpoint"
+                )
+            if self.stages[0].data.format == "programs" and not self.stages[0].data.generated:
+                raise ValueError("a model with random weights writes no programs: start from model.checkpoint")
         if self.model.checkpoint is None and self.stages[0].data.format == "routes":
             raise ValueError("data.format=routes has routes of a trained model: start from model.checkpoint")
         stages = self.schedule()
@@ -555,6 +477,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "mtp": ("{{num_predict_tokens: {}}}", 4),
     "data": ("{{paths: [{}]}}", "texts.jsonl"),
     "arithmetic": ("{{digits: {}}}", 2),
+    "programs": ("{{wrong: {}}}", 0.5),
     "loss": ("{{iterations: {{kind: fixed, maximum: {}}}}}", 2),
     "iterations": ("{{kind: fixed, maximum: {}}}", 2),
     "train": ("{{steps: {}}}", 100),

@@ -18,15 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from mull.app.build import build_objectives, load_model, meta_model
+from mull.app.build import build_objectives, build_rewards, end_ids, load_model, meta_model
 from mull.app.prepare import StageData, arithmetic_task, check_length, prepare
 from mull.app.recipe import Recipe, Stage
+from mull.data.programs import PromptBatches, tasks_digest
 from mull.data.route_labels import RouteRows
 from mull.data.sampler import ShuffledBatches
 from mull.data.tokenizer import TextEncoder
 from mull.evaluation.cost.disk import Saving, disk_rows, in_bytes
 from mull.evaluation.cost.training import Estimate, Schedule, estimate, training_flops_per_token
 from mull.evaluation.held_out import held_out_losses
+from mull.evaluation.program_reward import ProgramReward, pass_rates
 from mull.evaluation.rewards import right_answers
 from mull.evaluation.search.route_report import route_agreement
 from mull.model.causal_lm import MullForCausalLM
@@ -42,6 +44,7 @@ from mull.training.objectives.align import Align, AlignSection
 from mull.training.objectives.base import Objective
 from mull.training.objectives.distill import Distill
 from mull.training.objectives.grpo import GRPOSection
+from mull.training.objectives.resources import Reward
 from mull.training.objectives.table import MAIN_HEAD_ALONE, find_entry
 from mull.training.objectives.weighted_mtp import WeightedMTP
 from mull.training.optimization import peak_flops, resolve_precision
@@ -97,11 +100,17 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> TrainResult:
         on_first_rank(partial(_try_export, model, prepared.tokenizer))
         for stage in stages:
             _check_stage(stage, model)
-        objectives = build_objectives(recipe, prepared, model, load_model)
+        rewards = build_rewards(recipe, prepared, model)
+        for reward in rewards:
+            if isinstance(reward, ProgramReward):
+                stack.enter_context(reward)
+        objectives = build_objectives(recipe, prepared, model, load_model, rewards)
         flops = [_flops_per_token(stage, model) for stage in stages]  # before the first stage shards the model
-        for place, stage, data, objective, cost in zip(places, stages, prepared.stages, objectives, flops, strict=True):
+        parts = zip(places, stages, prepared.stages, objectives, rewards, flops, strict=True)
+        for place, stage, data, objective, reward, cost in parts:
             content = _content(stage, data, prepared.tokenizer)
-            result = _run_stage(recipe, stage, data, model, objective, place, resume, content, cost)
+            evaluation = _evaluation(stage, data, reward) if objective.trains != () else None
+            result = _run_stage(recipe, stage, data, model, objective, evaluation, place, resume, content, cost)
             if result.stopped != "finished":
                 return result
             if result.terminated and place:
@@ -154,6 +163,7 @@ def _run_stage(
     data: StageData,
     model: MullForCausalLM,
     objective: Objective,
+    evaluation: Evaluation | None,
     place: str,
     resume: bool,
     content: dict[str, Any],
@@ -170,7 +180,7 @@ def _run_stage(
             data.batches,
             train_config(stage),
             folder,
-            evaluation=_evaluation(stage, data) if objective.trains != () else None,
+            evaluation=evaluation,
             resume=resume,
             checkpoint=_checkpoints(recipe.checkpoint, place),
             distributed=recipe.distributed,
@@ -208,6 +218,9 @@ def _content(stage: Stage, data: StageData, tokenizer: PreTrainedTokenizerBase) 
     for name, batches in (("data", data.batches), ("aligned", data.aligned)):
         if isinstance(batches, ShuffledBatches):
             found[name] = batches_content(batches)
+        elif data.programs is not None and isinstance(batches, PromptBatches):
+            digest = tasks_digest(data.programs.tasks)
+            found[name] = {"batch_size": batches.batch_size, "tasks": digest, "chat": data.programs.chat}
         elif batches is not None:  # questions without end
             found[name] = {"batch_size": stage.data.batch_size, **({} if task is None else task.model_dump())}
     return found
@@ -231,19 +244,34 @@ def _warn(message: str, *details: object) -> None:
         logger.warning(message, *details)
 
 
-def _evaluation(stage: Stage, data: StageData) -> Evaluation | None:
+def _evaluation(stage: Stage, data: StageData, reward: Reward | None) -> Evaluation | None:
     rows, held_out = stage.eval.rows, data.held_out
+    prompts = None if data.programs is None else data.programs.held_out
 
     def measure(model: MullForCausalLM) -> dict[str, float]:
         depth = None if model.etd_config is None else stage.loss.iterations.maximum
         if isinstance(held_out, RouteRows):
             found = route_agreement(model, held_out.part(torch.arange(min(rows, len(held_out)))), stage.data.batch_size)
             return {name: getattr(found, name) for name in ("macro_f1", "accuracy", "visits", "label_visits")}
+        if prompts is not None:
+            assert isinstance(reward, ProgramReward)
+            return pass_rates(
+                model,
+                prompts,
+                reward,
+                rows=rows,
+                end_ids=end_ids(model),
+                pad_id=prompts.pad_id,
+                max_new_tokens=stage.settings.max_new_tokens,
+                temperature=stage.settings.temperature,
+                iterations=depth,
+                seed=stage.train.seed,
+            )._asdict()
         if held_out is None:
             return {"right_answers": right_answers(model, arithmetic_task(stage), rows=rows, iterations=depth)}
         return held_out_losses(model, held_out, depth, batch_size=stage.data.batch_size, max_rows=rows)
 
-    measurable = held_out is not None or stage.data.arithmetic is not None
+    measurable = held_out is not None or stage.data.arithmetic is not None or prompts is not None
     return Evaluation(measure, stage.eval.every) if measurable else None
 
 
@@ -369,8 +397,13 @@ def estimate_recipe(recipe: Recipe) -> str:
         on_first_rank(partial(_try_export, model, prepared.tokenizer))
         for stage in stages:
             _check_stage(stage, model)
+        rewards = build_rewards(recipe, prepared, model)
+        for reward in rewards:
+            if isinstance(reward, ProgramReward):
+                with reward:  # refused where the sandbox lacks a layer
+                    pass
         with torch.device("meta"):
-            objectives = build_objectives(recipe, prepared, model, meta_model)
+            objectives = build_objectives(recipe, prepared, model, meta_model, rewards)
         rows: list[tuple[str, str]] = []
         savings: list[Saving] = []
         for stage, data, objective in zip(stages, prepared.stages, objectives, strict=True):
@@ -389,7 +422,7 @@ def _estimate_stage(
     recipe: Recipe, stage: Stage, data: StageData, model: MullForCausalLM, objective: Objective
 ) -> tuple[Estimate, list[tuple[str, str]]]:
     precision = resolve_precision(stage.train.precision, device())
-    schedule = _schedule(stage, objective, precision)
+    schedule = _schedule(stage, data, objective, precision)
     check_length("A row", schedule.length, model.config.get_text_config())
     sharding, companion = recipe.distributed, objective.companion
     chosen = stage.train.trainable if objective.trains is None else objective.trains
@@ -408,11 +441,13 @@ def _estimate_stage(
     return found, rows
 
 
-def _schedule(stage: Stage, objective: Objective, precision: str) -> Schedule:
+def _schedule(stage: Stage, data: StageData, objective: Objective, precision: str) -> Schedule:
     rows, length, settings = stage.data.batch_size, stage.data.length, stage.settings
     samples = isinstance(settings, GRPOSection)
     if samples:
-        rows, length = rows * settings.group_size, arithmetic_task(stage).prompt_length + settings.max_new_tokens
+        batches = data.batches
+        prompt = batches.longest if isinstance(batches, PromptBatches) else arithmetic_task(stage).prompt_length
+        rows, length = rows * settings.group_size, prompt + settings.max_new_tokens
     sampling = stage.loss.iterations
     return Schedule(
         rows=rows,

@@ -19,7 +19,7 @@ from torch import Tensor
 from mull.decoding.decoder_cache import DecoderCache, DecoderKey
 from mull.decoding.draft_length import DraftLength
 from mull.decoding.drafting import Drafter
-from mull.decoding.rounds import Compilation, Decoder, Source
+from mull.decoding.rounds import Compilation, Decoder, RowDraws, Source
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import HaltingConfig
 from mull.model.routing import Routed
@@ -33,6 +33,7 @@ from mull.runtime.arguments import (
     require_tensors,
     shown,
 )
+from mull.runtime.distributed import gather_objects, global_sum, shares_weights
 
 UNSTEADY_ROPES = {"dynamic", "longrope"}
 """Rotary embeddings of transformers that depend on the largest position of a call."""
@@ -216,7 +217,7 @@ def generate(
         min_p: Least probability, relative to that of the most probable token.
         repetition_penalty: Divides the logits of tokens that occurred, except padding.
         seed: Seed of the sampling; None draws one from torch's global generator. A sequence has one for each row. Without drafts,
-            the draws of such a row do not depend on the other rows.
+            the draws of such a row do not depend on the other rows; nor with drafts of a given `draft_length`.
         eos_token_id: Tokens that end a row; None uses the model's own, an empty sequence lets every row reach the limit.
         pad_token_id: Fills rows that ended early; None uses the model's own.
         think_iterations: Passes through the think block; default as in `ETDConfig`.
@@ -249,15 +250,7 @@ def generate(
     visits = model.path(think_iterations, path)
     compiled = _compilation(compile)
     halting = _halting(model, adaptive, think_iterations, path)
-    etd = model.etd_config
-    # Gates of token skipping also scale what the layers of a given path do.
-    routed: Routed = "not" if etd is None or (etd.experts is None and etd.token_skip is None) else "experts"
-    if path is None and etd is not None and (etd.router is not None or etd.token_skip is not None):
-        routed = "routers"
-    if routed != "not" and compiled:
-        raise ValueError(
-            "Layer routers, token skipping and LoRA experts decide on the host, and compile cannot: leave compile out."
-        )
+    routed = _routed(model, path, compiled)
     n_drafts = _max_drafts(model, draft, draft_length)
     key = DecoderKey(visits, len(prompts), n_drafts, model.dtype, compiled, halting, routed)
     kept = DecoderCache.of(model)
@@ -269,11 +262,35 @@ def generate(
         think_iterations=None if path is not None else model.iterations(think_iterations),
     )
     rows = _Rows(len(prompts), max_new_tokens, _end_tokens(model, eos_token_id), stop)
+    shared = _shared_columns(model, prompts, compiled)
     with _plain_mode(model):
-        decoder = kept.decoder(model, key, sampling, max(map(len, prompts)) + max_new_tokens)
-        _run(decoder, policy, prompts, rows, _source(sampling, seed, len(prompts)), streamer, stats)
+        decoder = kept.decoder(model, key, sampling, (shared or max(map(len, prompts))) + max_new_tokens)
+        _run(decoder, policy, prompts, rows, _source(sampling, seed, len(prompts)), streamer, stats, shared)
     stats.new_tokens = sum(map(len, rows.tokens))
     return GenerateOutput(_joined(input_ids, rows.tokens, padding), stats)
+
+
+def _routed(model: MullForCausalLM, path: Sequence[Sequence[int]] | None, compiled: Compilation | None) -> Routed:
+    """What decides about layers and experts."""
+    etd = model.etd_config
+    # Gates of token skipping also scale what the layers of a given path do.
+    routed: Routed = "not" if etd is None or (etd.experts is None and etd.token_skip is None) else "experts"
+    if path is None and etd is not None and (etd.router is not None or etd.token_skip is not None):
+        routed = "routers"
+    if routed != "not" and compiled:
+        raise ValueError(
+            "Layer routers, token skipping and LoRA experts decide on the host, and compile cannot: leave compile out."
+        )
+    return routed
+
+
+def _shared_columns(model: MullForCausalLM, prompts: list[list[int]], compiled: Compilation | None) -> int | None:
+    """Columns of the longest prompt on any rank that shares the model's weights; None if no rank does."""
+    if not shares_weights(model):
+        return None
+    if compiled:
+        raise ValueError("Ranks gather this model's weights layer by layer, and compile cannot: leave compile out.")
+    return max(gather_objects(max(map(len, prompts))))
 
 
 @contextmanager
@@ -292,30 +309,38 @@ def _run(
     generator: Source,
     streamer: Streamer | None,
     stats: GenerationStats,
+    shared: int | None,
 ) -> None:
-    """Continue `prompts` in `rows`, which are empty at first, until every row has ended."""
+    """Continue `prompts` in `rows`, which are empty at first, until every row has ended.
+
+    `shared` is given where ranks share the weights. They must run equally many layers, so each reads as many columns of prompts
+    as the longest of all has, and goes on until the last row of any has ended.
+    """
     begin = time.perf_counter()
-    rows.append([[token] for token in decoder.start(prompts, generator)])
+    rows.append([[token] for token in decoder.start(prompts, generator, shared)])
     stats.prefill_seconds = time.perf_counter() - begin
     if streamer is not None:
         streamer.put(torch.tensor(prompts[0]))
         streamer.put(torch.tensor(rows.tokens[0]))
     plain: list[float] = []
-    while any(rows.running):
+    while _goes_on(rows, decoder.text.running.device if shared else None):
         decoder.stop_all_but(rows.running)
         left = rows.left
-        last = [row for row, n in left.items() if n == max(left.values())]
+        most = max(left.values(), default=0)
+        last = [row for row, n in left.items() if n == most]
         backlog = decoder.backlog()
-        chosen = policy.choose(list(left.values()), backlog)
-        # Prepared rounds keep their shapes; others need not draft more than the text can gain.
-        length = chosen if decoder.preparation else min(chosen, max(left.values()) - 1)
+        chosen = policy.choose(list(left.values()), backlog) if left else 0
+        # Prepared rounds keep their shapes, and rows with seeds of their own must not depend on how long others go on. All other
+        # rounds need not draft more than the text can gain.
+        fixed = bool(decoder.preparation) or isinstance(generator, RowDraws)
+        length = chosen if fixed or not left else min(chosen, most - 1)
         warm_up = not decoder.is_ready(length)
         begin = time.perf_counter()
         gained = decoder.round(length, generator)
         seconds = time.perf_counter() - begin
         kept = rows.append(gained)
         counts = [len(tokens) for tokens in gained]
-        if not warm_up:
+        if last and not warm_up:
             # Rows differ in how many drafts they accept, and the one with the most left decides when the call ends.
             policy.observe(length, [counts[row] - 1 for row in last], seconds, backlog[length])
         stats.record(length, counts, kept, seconds, warm_up)
@@ -325,11 +350,17 @@ def _run(
         stats.readouts += decoder.readouts
         if chosen == 0 and not warm_up:
             plain.append(seconds)
-        if streamer is not None:
+        if streamer is not None and kept[0]:
             streamer.put(torch.tensor(rows.tokens[0][-kept[0] :]))
     stats.plain_seconds = median(plain) if plain else policy.seconds.get(0)
     if streamer is not None:
         streamer.end()
+
+
+def _goes_on(rows: "_Rows", shared: torch.device | None) -> bool:
+    """Whether a row runs, here or on a rank that shares the weights; `shared` is the device of these."""
+    running = any(rows.running)
+    return running if shared is None else bool(global_sum(torch.tensor(int(running), device=shared)))
 
 
 class _Rows:
@@ -357,6 +388,9 @@ class _Rows:
         """Add the tokens of a round, up to an end token or the limit inside it; return how many each row kept."""
         counts = []
         for row, new in enumerate(gained):
+            if not new:
+                counts.append(0)
+                continue
             kept = list(new[: self.max_new_tokens - len(self.tokens[row])])
             ends = [place for place, token in enumerate(kept) if token in self.end_tokens]
             kept = kept[: ends[0] + 1] if ends else kept
@@ -496,7 +530,7 @@ def _source(sampling: Sampling, seed: int | Sequence[int] | None, n_rows: int) -
             raise ValueError(f"seed has {len(seed)} numbers for {n_rows} rows: give one for each row, or a single one.")
         for number in seed:
             require_seed("seed", number)
-        return None if sampling.greedy else [torch.Generator().manual_seed(number) for number in seed]
+        return None if sampling.greedy else RowDraws(seed)
     if seed is not None:
         require_seed("seed", seed)
     if sampling.greedy:

@@ -23,6 +23,7 @@ from mull.model.path import Path, Visit
 from mull.model.policy import GivenTokens
 from mull.model.routing import Routed
 from mull.ops.sampling import Sampling, Verdict, accept, accept_greedy, draw, penalize, seen_along, warp
+from mull.runtime.distributed import shares_weights
 from mull.runtime.progress import Progress
 
 PREFILL_TOKENS = 2048
@@ -65,7 +66,29 @@ SECONDS_PER_VISIT: dict[Compilation, float] = {"default": 2.0, "max": 7.0}
 """Time to compile one visit of a layer, without torch's cache on disk: SmolLM2-135M in bf16 on two CPU cores."""
 
 
-Source = torch.Generator | Sequence[torch.Generator] | None
+class RowDraws:
+    """Random numbers of rows that have seeds of their own.
+
+    Args:
+        seeds: One for each row.
+    """
+
+    BLOCK = 32
+    """Rounds that a row draws for at once: a call for each row and round would cost as much as a small model."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._rounds: list[Tensor] = []
+
+    def next(self, width: int, dtype: torch.dtype) -> Tensor:
+        """``[B, width]``: those of the next round."""
+        if not self._rounds:
+            drawn = [torch.rand(self.BLOCK, width, dtype=dtype, generator=each) for each in self._generators]
+            self._rounds = [*torch.stack(drawn, 1).flip(0).unbind(0)]
+        return self._rounds.pop()
+
+
+Source = torch.Generator | RowDraws | None
 """Where a call's random numbers come from."""
 
 
@@ -84,11 +107,11 @@ class Preparation:
         """On a GPU, rounds are captured as CUDA graphs.
 
         Not so for experts: those of transformers look up which of them were chosen, and wait for the host to know. Nor for
-        adaptive decoding, where the host decides which layers run.
+        adaptive decoding, where the host decides which layers run, nor for weights that ranks gather layer by layer.
         """
         on_gpu = model.lm_head.weight.device.type == "cuda"
         has_experts = bool(getattr(model.config.get_text_config(), "num_experts", 0))
-        return cls(compiled, captured=on_gpu and not has_experts and not adaptive)
+        return cls(compiled, captured=on_gpu and not has_experts and not adaptive and not shares_weights(model))
 
     def __bool__(self) -> bool:
         """Whether anything is done."""
@@ -169,18 +192,19 @@ class Decoder:
         """Whether the next round with this draft length runs at once, and need not be prepared."""
         return not self.preparation or length in self._prepared
 
-    def start(self, prompts: Sequence[Sequence[int]], generator: Source) -> list[int]:
+    def start(self, prompts: Sequence[Sequence[int]], generator: Source, longest: int | None = None) -> list[int]:
         """Read the prompts, and choose the first token of each row.
 
         Args:
             prompts: Tokens of each row, at least one.
             generator: Source of random numbers, one of all rows or one for each; None for greedy decoding.
+            longest: Columns to read, at least those of the longest prompt; None for these.
         """
         self._load(prompts)
         device = self.text.tokens.device
         lengths = self.text.n_known.clone()
         h_last = self.model.lm_head.weight.new_zeros(len(prompts), self.model.lm_head.weight.shape[1])
-        n_columns = max(map(len, prompts))
+        n_columns = longest or max(map(len, prompts))
         most = n_columns if self.routed != "not" else PREFILL_TOKENS  # routers decide on the whole prompt
         for first in range(0, n_columns, most):
             width = min(most, n_columns - first)
@@ -303,8 +327,7 @@ class Decoder:
         if isinstance(source, torch.Generator):
             self.uniform.copy_(torch.rand(self.uniform.shape, dtype=self.uniform.dtype, generator=source))
         elif source is not None:
-            width, dtype = self.uniform.shape[1], self.uniform.dtype
-            self.uniform.copy_(torch.stack([torch.rand(width, dtype=dtype, generator=each) for each in source]))
+            self.uniform.copy_(source.next(self.uniform.shape[1], self.uniform.dtype))
 
     def _round(self, length: int, window: int, n_keys: int) -> Tensor:
         """One round. ``[B, K + 1]``: the tokens gained, then `NO_TOKEN`."""

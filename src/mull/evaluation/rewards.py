@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from mull.data.arithmetic import ArithmeticTask
-from mull.decoding.sample import sample
+from mull.decoding.rollouts import rollouts
+from mull.evaluation.program_reward import ProgramReward
 from mull.model.causal_lm import MullForCausalLM
 from mull.training.objectives.base import Batch
 from mull.training.objectives.resources import Reward
@@ -26,8 +26,8 @@ def arithmetic_reward(task: ArithmeticTask) -> Reward:
     return reward
 
 
-REWARDS: dict[str, Callable[[ArithmeticTask], Reward]] = {"arithmetic": arithmetic_reward}
-"""Name of a reward in recipes to what makes it for a task."""
+REWARDS: dict[str, Callable[..., Reward]] = {"arithmetic": arithmetic_reward, "programs": ProgramReward}
+"""Name of a reward in recipes to what makes it. That of ``programs`` is opened with ``with``."""
 
 
 def right_answers(model: MullForCausalLM, task: ArithmeticTask, *, rows: int, iterations: int | None) -> float:
@@ -42,14 +42,14 @@ def right_answers(model: MullForCausalLM, task: ArithmeticTask, *, rows: int, it
         iterations: Think iterations; None for a model without a think block.
     """
     batch = {name: tensor.to(model.device) for name, tensor in task.prompts(0, rows, train=False).items()}
-    answers = sample(
+    answers = rollouts(
         model,
         batch["input_ids"],
         batch["attention_mask"],
-        end_ids=torch.tensor([task.eos_id], device=model.device),
+        seeds=[task.seed + row for row in range(rows)],
+        end_ids=[task.eos_id],
         pad_id=task.pad_id,
         max_new_tokens=task.answer_length,
         iterations=iterations,
-        generator=torch.Generator(model.device).manual_seed(task.seed),
     )
     return float(task.reward(answers, batch).mean())

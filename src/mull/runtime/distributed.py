@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,11 @@ def on_first_rank(call: Callable[[], T], group: dist.ProcessGroup | None = None)
 def same_everywhere(value: int) -> int:
     """The value of rank 0, on every rank."""
     return on_first_rank(lambda: value)
+
+
+def shares_weights(module: nn.Module) -> bool:
+    """Whether ranks hold parts of its weights (FSDP2) and gather them unit by unit, so that all must run equally many units."""
+    return any(isinstance(unit, FSDPModule) for unit in module.modules())
 
 
 def whole(tensor: Tensor) -> Tensor:

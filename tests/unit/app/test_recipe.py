@@ -19,7 +19,7 @@ GRPO = {"reward": "arithmetic"}
 @pytest.mark.parametrize("key", EXAMPLES)
 def test_the_examples_of_what_belongs_under_a_key_do_belong_there(key: str) -> None:
     template, value = EXAMPLES[key]
-    places = {"tags": "run", "arithmetic": "data", "iterations": "loss"} | dict.fromkeys(
+    places = {"tags": "run", "arithmetic": "data", "programs": "data", "iterations": "loss"} | dict.fromkeys(
         ("architecture", "etd", "mtp"), "model"
     )
     section = {key: yaml.safe_load(template.format(value))}

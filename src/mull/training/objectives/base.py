@@ -1,6 +1,7 @@
 """What an objective is: a loss, planned once per optimizer step."""
 
 import contextlib
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -184,3 +185,8 @@ def _prompt(batch: Batch) -> Tensor | None:
 
 def _given(model: MullForCausalLM, depths: Tensor | None) -> Policy | None:
     return None if depths is None else model.model.given_depths(depths.to(model.device))
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed that changes when any of the numbers does."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big")

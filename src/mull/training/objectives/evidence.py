@@ -158,13 +158,11 @@ class Scorer:
         """Name of the function, or of the class if an algorithm has its own."""
         return getattr(self.score, "__name__", "") if type(self) is Scorer else type(self).__name__
 
-    def plan_step(
-        self, model: MullForCausalLM, batches: Sequence[Batch], iterations: int, seeds: Sequence[int]
-    ) -> StepPlan:
+    def plan_step(self, model: MullForCausalLM, batches: Sequence[Batch], iterations: int, seed: int) -> StepPlan:
         """Decide what the scores of a step share; called without gradient, on every rank.
 
-        An algorithm that learns from its own samples draws them here and returns them as the plan's batches. There is a seed
-        per micro-batch of this rank, which depends on the micro-batch's place in the step and not on the rank.
+        An algorithm that learns from its own samples draws them here and returns them as the plan's batches. `seed` is that of
+        the step, the same on every rank.
         """
         return StepPlan(batches=batches, iterations=iterations)
 

@@ -13,7 +13,8 @@ Shapes: B prompts, G samples of each, N = B·G rows, P prompt tokens, L completi
 """
 
 import functools
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -21,14 +22,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mull.decoding.sample import sample
+from mull.decoding.drafting import Drafter
+from mull.decoding.rollouts import rollouts
 from mull.model.causal_lm import MullForCausalLM
 from mull.ops.targets import IGNORED
 from mull.ops.token_weights import MAX_EXPONENT, group_advantages
-from mull.runtime.distributed import global_sum
-from mull.training.objectives.base import Batch, StepPlan
+from mull.runtime.distributed import gather_objects, global_sum, rank, world_size
+from mull.runtime.timing import synchronize
+from mull.training.objectives.base import Batch, StepPlan, evaluating, mixed_seed
 from mull.training.objectives.evidence import Evidence, Scored, Scorer, check_reference
-from mull.training.objectives.resources import Resources, Reward, Settings
+from mull.training.objectives.resources import Graded, Resources, Reward, Settings
 
 
 class GRPOConfig(Settings):
@@ -50,14 +53,29 @@ class GRPOConfig(Settings):
     kl_coef: float = Field(default=0.0, ge=0)
     """β: weight of the penalty for leaving the reference, in reward per nat; 0 needs no reference."""
 
+    draft_length: int = Field(default=0, ge=0, le=64)
+    """Tokens that the model's extra heads draft per round of sampling. Answers keep their distribution, and may come faster."""
+
+    compile_rounds: bool = False
+    """Compile the rounds of sampling, see `mull.generate`."""
+
 
 class GRPOSection(GRPOConfig):
     """Reinforcement by the relative reward of sampled answers."""
 
-    sources = frozenset({"reward", "reference"})
+    sources = frozenset({"reward", "reference", "workers"})
 
     reward: str
-    """What grades an answer: ``arithmetic``."""
+    """What grades an answer: ``arithmetic``, or ``programs``, which runs it in the sandbox."""
+
+    workers: int | None = Field(default=None, ge=1, le=1024)
+    """Of ``programs``: programs that run at once, on each rank; without it, one per core of the machine."""
+
+    timeout: float = Field(default=3.0, gt=0, le=3600)
+    """Of ``programs``: seconds that a program and its tests have. One that takes longer earns nothing."""
+
+    allow_weak_sandbox: tuple[str, ...] = ()
+    """Of ``programs``: layers of the sandbox that this machine may lack. Only for programs of a model that you trust."""
 
     reference: str | None = None
     """Directory or hub name of the model that the penalty of ``kl_coef`` keeps close to."""
@@ -76,15 +94,22 @@ class RolloutPlan(StepPlan):
     """A step of `GroupRelative`; its batches hold sampled answers."""
 
     counts: Tensor
-    """``[6]`` fp64 over this rank's answers: groups of equal rewards, groups, sum of rewards, answers without an end, tokens,
-    answers."""
+    """``[6 + F]`` fp64 over this rank's answers: groups of equal rewards, groups, sum of rewards, answers without an end, tokens,
+    answers; then those with each of the flags."""
+
+    flags: tuple[str, ...] = ()
+    """Names of what the reward said about answers, in order."""
+
+    seconds: tuple[float, float] = (0.0, 0.0)
+    """Wall time of this rank's rollouts, and of their grading."""
 
 
 class GroupRelative(Scorer):
     """Scores the tokens of sampled answers by their advantage within the group.
 
     Batches hold prompts: ``input_ids [B, P]``, padded on the left, ``attention_mask [B, P]`` where there is padding, and what
-    the reward reads. Answers are drawn with the seeds of the step, hence alike on any number of ranks and after resuming.
+    the reward reads. The draws of an answer follow from the seed of the step and its number there, hence they are the same in
+    micro-batches of any size, on any number of ranks and after resuming. All batches must have equally many rows for that.
 
     Args:
         config: Sampling, normalisation, penalty.
@@ -132,9 +157,7 @@ class GroupRelative(Scorer):
         self._n_tokens = n_tokens
 
     @torch.no_grad()
-    def plan_step(
-        self, model: MullForCausalLM, batches: Sequence[Batch], iterations: int, seeds: Sequence[int]
-    ) -> StepPlan:
+    def plan_step(self, model: MullForCausalLM, batches: Sequence[Batch], iterations: int, seed: int) -> StepPlan:
         """Sample answers, grade them, and make batches to train on.
 
         Returns:
@@ -147,43 +170,62 @@ class GroupRelative(Scorer):
         """
         if self.reference is not None:
             check_reference(model, self.reference, self._n_tokens)
-        training = model.training
-        model.eval()
-        try:
-            answered = [
-                self._answered(model, batch, iterations, seed) for batch, seed in zip(batches, seeds, strict=True)
+        begin = time.perf_counter()
+        with evaluating(model):
+            drawn = [
+                self._drawn(model, batch, iterations, seed, (rank() + number * world_size()) * len(batch["input_ids"]))
+                for number, batch in enumerate(batches)
             ]
-        finally:
-            model.train(training)
-        counts = functools.reduce(torch.add, [count for _, count in answered])
-        return RolloutPlan(batches=[batch for batch, _ in answered], iterations=iterations, counts=counts)
+            synchronize(model.device)
+            middle = time.perf_counter()
+            answered = [self._graded(prompts, completions) for prompts, completions in drawn]
+            end = time.perf_counter()
+        return RolloutPlan(
+            batches=[batch for batch, _, _ in answered],
+            iterations=iterations,
+            counts=functools.reduce(torch.add, [count for _, count, _ in answered]),
+            flags=answered[0][2],
+            seconds=(middle - begin, end - middle),
+        )
 
-    def _answered(self, model: MullForCausalLM, batch: Batch, iterations: int, seed: int) -> tuple[Batch, Tensor]:
-        """A batch to train on, and what it counts for `RolloutPlan.counts`."""
+    def _drawn(
+        self, model: MullForCausalLM, batch: Batch, iterations: int, seed: int, first: int
+    ) -> tuple[Batch, Tensor]:
+        """Prompts, each repeated for its answers, and the answers; `first` is the number of the first prompt in the step."""
         config = self.config
         prompts = {name: entry.repeat_interleave(config.group_size, 0) for name, entry in batch.items()}
-        mask = prompts.get("attention_mask", torch.ones_like(prompts["input_ids"]))
-        self._check_prompts(model, mask)
-        completions = sample(
+        prompts.setdefault("attention_mask", torch.ones_like(prompts["input_ids"]))
+        self._check_prompts(model, prompts["attention_mask"])
+        numbers = range(first * config.group_size, first * config.group_size + len(prompts["input_ids"]))
+        completions = rollouts(
             model,
             prompts["input_ids"],
-            mask,
-            end_ids=self._end_ids.to(model.device),
+            prompts["attention_mask"],
+            seeds=[mixed_seed(seed, number) >> 1 for number in numbers],  # numpy and torch agree on 63 bits
+            end_ids=self._end_ids.tolist(),
             pad_id=self._pad_id,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
-            iterations=iterations,
-            generator=torch.Generator(model.device).manual_seed(seed),
+            iterations=None if model.etd_config is None else iterations,
+            draft_length=config.draft_length,
+            compiled=config.compile_rounds,
         )
-        rewards = self._graded(completions, prompts)
-        advantages = group_advantages(rewards, normalise_std=config.normalise_std).flatten()
-        ends = torch.isin(completions, self._end_ids.to(model.device))
+        return prompts, completions
+
+    def _graded(self, prompts: Batch, completions: Tensor) -> tuple[Batch, Tensor, tuple[str, ...]]:
+        """A batch to train on, what it counts for `RolloutPlan.counts`, and the names of the flags among that."""
+        rewards, flags = self._rewards(completions, prompts)
+        advantages = group_advantages(rewards, normalise_std=self.config.normalise_std).flatten()
+        ends = torch.isin(completions, self._end_ids.to(completions.device))
         written = ends.cumsum(1) - ends.long() == 0  # up to the first end, itself included
+        mask = prompts["attention_mask"]
         ids = torch.cat([prompts["input_ids"], completions], 1)
         labels = torch.cat([torch.full_like(mask, IGNORED), torch.where(written, completions, IGNORED)], 1)
         visible = torch.cat([mask, written.to(mask.dtype)], 1)
         trained = {"input_ids": ids, "labels": labels, "attention_mask": visible, "advantages": advantages}
-        return trained, _count(rewards, written, ends)
+        names = tuple(sorted(flags))
+        flagged = [flags[name].to(rewards.device).double().sum() for name in names]
+        return trained, torch.cat([_count(rewards, written, ends), *(each[None] for each in flagged)]), names
 
     def _check_prompts(self, model: MullForCausalLM, mask: Tensor) -> None:
         if bool((mask.diff(dim=1) < 0).any()) or not bool(mask[:, -1].all()):
@@ -198,14 +240,15 @@ class GroupRelative(Scorer):
                 f"the model has {limit} positions: shorten one of them."
             )
 
-    def _graded(self, completions: Tensor, prompts: Batch) -> Tensor:
-        """Rewards by prompt and sample, ``[B, G]``."""
-        rewards = self._reward(completions, prompts).detach()
+    def _rewards(self, completions: Tensor, prompts: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Rewards by prompt and sample, ``[B, G]``, and the flags of the answers."""
+        given = self._reward(completions, prompts)
+        rewards, flags = given if isinstance(given, Graded) else (given, {})
         if rewards.shape != completions.shape[:1] or not bool(rewards.isfinite().all()):
             raise ValueError(
                 f"The reward gave {rewards} for {len(completions)} answers: it must give one finite number for each."
             )
-        return rewards.to(completions.device, torch.float32).view(-1, self.config.group_size)
+        return rewards.detach().to(completions.device, torch.float32).view(-1, self.config.group_size), flags
 
     def evidence(self, model: MullForCausalLM, batch: Batch, hidden: Tensor, plan: StepPlan) -> Evidence:
         """Let the reference run the iterations of the step."""
@@ -230,12 +273,17 @@ class GroupRelative(Scorer):
         * ``equal_groups``: share of prompts whose answers all have the same reward, and hence teach nothing;
         * ``completion_length``: mean tokens of an answer, its end included;
         * ``truncated``: share of answers without an end;
+        * the flags of `Graded`: share of answers that have each;
+        * ``rollout_seconds``, ``grading_seconds``: wall time on the slowest rank;
         * ``kl``: mean k3 per token in nats, only with a penalty.
         """
         assert isinstance(plan, RolloutPlan)
-        equal, groups, reward, truncated, tokens, answers = global_sum(plan.counts).tolist()
+        equal, groups, reward, truncated, tokens, answers, *flagged = global_sum(plan.counts).tolist()
         metrics = {"reward": reward / answers, "equal_groups": equal / groups}
         metrics |= {"completion_length": tokens / answers, "truncated": truncated / answers}
+        metrics |= {name: count / answers for name, count in zip(plan.flags, flagged, strict=True)}
+        sampling, grading = zip(*gather_objects(plan.seconds), strict=True)
+        metrics |= {"rollout_seconds": max(sampling), "grading_seconds": max(grading)}
         if self.config.kl_coef > 0:
             divergence, targets = global_sum(functools.reduce(torch.add, seen)).tolist()
             metrics["kl"] = divergence / targets
@@ -252,5 +300,12 @@ def group_relative(config: GRPOConfig, resources: Resources) -> GroupRelative:
     """Build the scorer of ``grpo-wmtp``."""
     if resources.reward is None:
         raise ValueError("grpo-wmtp grades sampled answers with a reward, and none was given.")
+    mtp = resources.model.mtp_config
+    possible = 0 if mtp is None else Drafter.max_drafts(mtp, config.draft_length)
+    if config.draft_length > possible:
+        raise ValueError(
+            f"grpo.draft_length={config.draft_length}: the model's heads draft {possible} tokens at most. Lower it, or leave it "
+            "out."
+        )
     end_ids, pad_id, n_tokens = resources.end_ids, resources.pad_id, resources.n_tokens
     return GroupRelative(config, resources.reward, end_ids, pad_id, resources.reference, n_tokens)

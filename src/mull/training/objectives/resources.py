@@ -1,10 +1,10 @@
 """What objectives are built from."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import field_validator
 from torch import Tensor, nn
@@ -16,10 +16,22 @@ from mull.training.objectives.base import Batch
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.teacher_cache import TeacherCache
 
-Reward = Callable[[Tensor, Batch], Tensor]
-"""``(completions [N, L], batch) -> rewards [N]``. Completions include the end token and the padding after it. The batch is
-that of the data with every row repeated for its samples, so it can carry what grading needs: answers, or numbers of problems that
-the callable looks up. A reward that reads text owns the tokenizer to decode with."""
+
+class Graded(NamedTuple):
+    """What a reward found, if it says more than a number."""
+
+    rewards: Tensor
+    """``[N]``."""
+
+    flags: Mapping[str, Tensor]
+    """``[N]`` boolean by name, the same names in every call: what is true of an answer, such as that it timed out. A step logs
+    which share of its answers has each."""
+
+
+Reward = Callable[[Tensor, Batch], Tensor | Graded]
+"""``(completions [N, L], batch) -> rewards [N]``, or `Graded`. Completions include the end token and the padding after it. The
+batch is that of the data with every row repeated for its samples, so it can carry what grading needs: answers, or numbers of
+tasks that the callable looks up. A reward that reads text owns the tokenizer to decode with."""
 
 
 class Settings(Frozen):

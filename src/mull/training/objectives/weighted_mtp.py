@@ -9,7 +9,6 @@ rate. Signed scores, such as advantages, are not divided; see `Scorer.signed`.
 Shapes: B batch, T tokens, D model width, H active heads, main head included; M micro-batches of a rank, R ranks.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 from mull.model.causal_lm import MullForCausalLM
 from mull.ops.targets import IGNORED, align, label_positions, require_targets, targets_of
 from mull.runtime.distributed import gather, global_sum, rank, same_everywhere, world_size
-from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states, layout
+from mull.training.objectives.base import Batch, LossOutput, Objective, StepPlan, batch_states, layout, mixed_seed
 from mull.training.objectives.evidence import Evidence, Scored, Scorer
 from mull.training.objectives.iterations import IterationSampling
 from mull.training.objectives.resources import Settings
@@ -154,9 +153,7 @@ class WeightedMTP(Objective):
             ValueError: no label of the step is a target.
         """
         iterations = same_everywhere(self.iterations.sample())
-        places = range(rank(), len(batches) * world_size(), world_size())
-        seeds = [_mixed(self.seed, self._step, place) for place in places]
-        scoring = self._scorer.plan_step(model, batches, iterations, seeds)
+        scoring = self._scorer.plan_step(model, batches, iterations, mixed_seed(self.seed, self._step))
         n_targets = self._count(model, scoring.batches)
         require_targets(n_targets[0], scoring.batches[0]["labels"])
         scale = self._head_scale(model, n_targets)
@@ -325,7 +322,7 @@ class WeightedMTP(Objective):
         """Replace the weights by ones that do not depend on the tokens."""
         everything = _Step([one.weights for one in treated])
         targets = _Step([_valid(one, everything.everything.shape[-1]) for one in evidence])
-        generator = torch.Generator().manual_seed(_mixed(self.seed, self._step))
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self._step))
         function = shuffle if self.control == "shuffled" else matched_random
         own = everything.own(function(everything.everything, targets.everything, generator))
         return [replace(one, weights=weights, clipped=None) for one, weights in zip(treated, own, strict=True)]
@@ -362,8 +359,3 @@ class _Step:
         """This rank's part of a tensor like `everything`, by micro-batch."""
         parts = everything.unflatten(0, self._whole.shape[:3])[:, rank()]
         return [part[:, :length] for part, length in zip(parts, self._lengths, strict=True)]
-
-
-def _mixed(*numbers: int) -> int:
-    """A seed that changes when any of the numbers does."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big")

@@ -328,9 +328,7 @@ class GradientAlignment(_GradientScores):
         self._direction = torch.zeros(vocabulary)
         self._step = 0
 
-    def plan_step(
-        self, model: MullForCausalLM, batches: Sequence[Batch], iterations: int, seeds: Sequence[int]
-    ) -> StepPlan:
+    def plan_step(self, model: MullForCausalLM, batches: Sequence[Batch], iterations: int, seed: int) -> StepPlan:
         """Compute the held-out gradient to compare with; in evaluation mode, that of the last training step."""
         direction = self._direction.to(model.device)
         if model.training:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from conftest import EXACT, VOCAB, tiny
@@ -15,10 +16,12 @@ from distributed_ranks import run_ranks
 from torch import Tensor
 
 from mull.data.arithmetic import ArithmeticTask
-from mull.decoding.sample import sample
+from mull.decoding import rounds
+from mull.decoding.generate import generate
+from mull.decoding.rollouts import rollouts
 from mull.evaluation.rewards import REWARDS
 from mull.model.causal_lm import MullForCausalLM
-from mull.model.configs import ETDConfig, MTPConfig
+from mull.model.configs import ETDConfig, HaltingConfig, MTPConfig
 from mull.retrofit.wrap import wrap_transformer_with_etd
 from mull.runtime.distributed import full_state_dict, rank, whole
 from mull.training.loop import TrainConfig, train
@@ -26,6 +29,9 @@ from mull.training.objectives import grpo
 from mull.training.objectives.base import Batch, StepPlan
 from mull.training.objectives.grpo import GroupRelative, GRPOConfig, RolloutPlan
 from mull.training.objectives.iterations import IterationSampling
+from mull.training.objectives.resources import Graded as Graded_
+from mull.training.objectives.resources import Resources
+from mull.training.objectives.table import make_objective as make_objective_of_table
 from mull.training.objectives.weighted_mtp import HeadTraining, WeightedMTP
 from mull.training.step import DistributedConfig, accumulate, make_stage, normalise, total_weight
 
@@ -173,6 +179,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "Dr. GRPO": ("qwen3", 0, {"normalise_std": False}),
     "recurrent layers": ("qwen3_next-dense", 0, {}),
     "heads": ("qwen3", 2, {}),
+    "drafts": ("qwen3", 2, {"draft_length": 2, "temperature": 0.8}),
     "penalty": ("qwen3", 0, {"kl_coef": 0.3}),
     "temperature": ("qwen3", 0, {"temperature": 0.6}),
     "tied, temperature, heads, penalty": ("qwen3-tied", 1, {"temperature": 1.7, "kl_coef": 0.5}),
@@ -212,7 +219,7 @@ def test_the_penalty_of_the_reference_itself_is_nothing() -> None:
 class Given(GroupRelative):
     """Answers of an earlier rollout."""
 
-    def plan_step(self, _model: Any, batches: Sequence[Batch], iterations: int, _seeds: Any) -> StepPlan:
+    def plan_step(self, _model: Any, batches: Sequence[Batch], iterations: int, _seed: Any) -> StepPlan:
         return RolloutPlan(batches=batches, iterations=iterations, counts=torch.ones(6))
 
 
@@ -269,22 +276,25 @@ def test_what_follows_the_end_is_no_target_and_is_not_seen() -> None:
         assert (completion[n_kept:] == PAD).all()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_samples_follow_the_distribution_that_is_trained_whatever_the_generation_settings(temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "draft_length"), [(1.0, 0), (0.5, 0), (1.0, 2), (0.5, 1)])
+def test_samples_follow_the_distribution_that_is_trained_whatever_the_generation_settings(
+    temperature: float, draft_length: int
+) -> None:
     size, n = 8, 2500
-    model = make_model(vocab_size=size, initializer_range=0.2).eval()
+    model = make_model(heads=draft_length, vocab_size=size, initializer_range=0.2).eval()
     model.generation_config.update(top_k=1, repetition_penalty=5.0, temperature=0.1, min_new_tokens=2, do_sample=False)
     ids, mask = torch.tensor([[0, 0, 5, 3], [4, 6, 1, 7]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    drawn = sample(
+    drawn = rollouts(
         model,
         ids.repeat_interleave(n, 0),
         mask.repeat_interleave(n, 0),
-        end_ids=torch.tensor([2]),
+        seeds=range(2 * n),
+        end_ids=[2],
         pad_id=0,
         max_new_tokens=2,
         temperature=temperature,
         iterations=3,
-        generator=torch.Generator().manual_seed(1),
+        draft_length=draft_length,
     )
     for row, prompt in enumerate([[5, 3], [4, 6, 1, 7]]):
         expected = torch.zeros(size, size, dtype=torch.float64)
@@ -306,7 +316,9 @@ def test_samples_follow_the_distribution_that_is_trained_whatever_the_generation
 def test_samples_are_drawn_at_the_iterations_that_the_step_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(
-        grpo, "sample", lambda *args, iterations, **more: (drawn.append(iterations), sample(*args, **more))[1]
+        grpo,
+        "rollouts",
+        lambda *args, iterations, **more: (drawn.append(iterations), rollouts(*args, iterations=iterations, **more))[1],
     )
     model = make_model()
     objective = make_objective(Graded(), iterations=IterationSampling(kind="uniform", maximum=4))
@@ -358,13 +370,113 @@ def test_micro_batches_and_steps_draw_anew_and_a_resumed_run_draws_the_same() ->
     assert not torch.equal(sampled(make_objective(reward, seed=4), reward, model)[0], first)
 
 
+def drawn_in(parts: int, draft_length: int, rows: int = 4) -> list[list[int]]:
+    """Answers to the same prompts in micro-batches of several sizes."""
+    model, reward = make_model(heads=2), Graded()
+    everything = prompts(rows)
+    batches = [{name: t[i] for name, t in everything.items()} for i in torch.arange(rows).chunk(parts)]
+    make_objective(reward, draft_length=draft_length, seed=5).plan_step(model, batches)
+    return [until_end(completion) for completions in reward.completions for completion in completions]
+
+
+@pytest.mark.parametrize("draft_length", [0, 2])
+def test_an_answer_does_not_depend_on_the_rows_beside_it(draft_length: int) -> None:
+    everything = drawn_in(1, draft_length)
+    assert drawn_in(2, draft_length) == everything
+    assert drawn_in(4, draft_length) == everything
+    assert drawn_in(1, 0, rows=2) == drawn_in(1, 0)[: 2 * GROUP]
+
+
+def test_tokens_think_as_long_as_they_do_in_training_also_where_the_model_would_stop_them() -> None:
+    model = make_model().eval()
+    options = {"seeds": range(3), "end_ids": ENDS, "pad_id": PAD, "max_new_tokens": LIMIT, "iterations": 4}
+    ids, mask = prompts()["input_ids"], prompts()["attention_mask"]
+    drawn = rollouts(model, ids, mask, **options)
+    stops = {"adaptive_depth": True, "halting": HaltingConfig(rule="state", threshold=0.01)}
+    eager = wrap_transformer_with_etd(
+        tiny("qwen3", seed=0, dtype=torch.float64, num_hidden_layers=4),
+        ETDConfig(n_encoder_layers=1, n_think_layers=2, n_decoder_layers=1, **stops),
+    ).eval()
+    eager.load_state_dict(model.state_dict())
+    assert torch.equal(rollouts(eager, ids, mask, **options), drawn)
+    stopped = generate(
+        eager,
+        ids,
+        mask,
+        seed=[0, 1, 2],
+        temperature=1.0,
+        max_new_tokens=LIMIT,
+        eos_token_id=(),
+        pad_token_id=PAD,
+        think_iterations=4,
+    )
+    assert stopped.stats.mean_think_iterations < 4, "else this shows nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft_length", [0, 1])
+def test_compiled_rounds_draw_the_same_answers_from_the_weights_of_each_step(
+    draft_length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its checks cannot be compiled
+    found = []
+    for compiled in (False, True):
+        model, reward = make_model(heads=1), Graded()
+        objective = make_objective(reward, compile_rounds=compiled, draft_length=draft_length)
+        config = TrainConfig(steps=3, precision="fp32", peak_lr=0.03, warmup_steps=0, log_every=1)
+        train(model, objective, lambda number: prompts(seed=number), config)
+        found.append([until_end(completion) for completions in reward.completions for completion in completions])
+    assert found[1] == found[0]
+
+
+def test_drafts_for_which_the_model_has_no_heads_are_refused() -> None:
+    for heads, drafts in ((0, 1), (2, 3)):
+        resources = Resources(model=make_model(heads=heads), reward=Graded(), end_ids=ENDS, pad_id=PAD)
+        with pytest.raises(ValueError, match=f"heads draft {heads} tokens at most"):
+            make_objective_of_table("grpo-wmtp", resources, GRPOConfig(draft_length=drafts))
+
+
+def test_a_step_logs_what_the_reward_says_about_answers_and_its_times() -> None:
+    def reward(completions: Tensor, _: Batch) -> Graded_:
+        return Graded_(
+            (completions[:, 0] % 2).float(), {"late": completions[:, 0] % 3 == 0, "always": completions[:, 0] >= 0}
+        )
+
+    model, seen = make_model(), Graded()
+    (batch,) = make_objective(seen).plan_step(model, [prompts()]).batches
+    first = seen.completions[0][:, 0]
+    _, metrics = step(model, make_objective(reward), [prompts()])
+    assert metrics["late"] == pytest.approx(float((first % 3 == 0).double().mean()))
+    assert 0 < metrics["late"] < 1
+    assert metrics["always"] == 1
+    assert metrics["reward"] == pytest.approx(float((first % 2).double().mean()))
+    assert metrics["rollout_seconds"] > 0
+    assert metrics["grading_seconds"] > 0
+    assert batch["input_ids"].shape[0] == len(first)
+
+
 def ranks_of_training() -> dict[str, Any]:
     """Two steps of four micro-batches, on one process or on ranks."""
     model, reference = make_model(heads=1), make_model(seed=5).eval()
     objective = make_objective(Graded(), reference, kl_coef=0.1)
     config = TrainConfig(steps=2, accumulate=4, precision="fp32", peak_lr=1e-3, log_every=1, warmup_steps=0)
     history = train(model, objective, lambda number: prompts(2, seed=number), config).history
-    clock = {"seconds", "tokens_per_second"}
+    clock = {"seconds", "tokens_per_second", "rollout_seconds", "grading_seconds"}
+    return {
+        "rank": rank(),
+        "history": [{name: value for name, value in r.items() if name not in clock} for r in history],
+        "weights": full_state_dict(model),
+    }
+
+
+def ranks_of_unequal_prompts() -> dict[str, Any]:
+    """The same with prompts of other lengths on every rank, which are read in several parts; and with drafts."""
+    rounds.PREFILL_TOKENS = 2  # in a process of its own
+    objective = make_objective(Graded(), draft_length=1)
+    config = TrainConfig(steps=2, accumulate=2, precision="fp32", peak_lr=1e-3, log_every=1, warmup_steps=0)
+    model = make_model(heads=1)
+    history = train(model, objective, lambda number: prompts(2, 3 + 4 * (number % 2), seed=number), config).history
+    clock = {"seconds", "tokens_per_second", "rollout_seconds", "grading_seconds"}
     return {
         "rank": rank(),
         "history": [{name: value for name, value in r.items() if name not in clock} for r in history],
@@ -373,9 +485,13 @@ def ranks_of_training() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_ranks_sample_and_train_as_one(tmp_path: Path) -> None:
-    alone = ranks_of_training()
-    first, second = run_ranks(ranks_of_training, folder=tmp_path)
+@pytest.mark.parametrize("training", [ranks_of_training, ranks_of_unequal_prompts])
+def test_two_ranks_sample_and_train_as_one(
+    tmp_path: Path, training: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "PREFILL_TOKENS", rounds.PREFILL_TOKENS)  # restored afterwards
+    alone = training()
+    first, second = run_ranks(training, folder=tmp_path)
     assert first["history"] == second["history"]
     for here, there in zip(alone["history"], first["history"], strict=True):
         assert there == pytest.approx(here, rel=1e-5)
