@@ -60,7 +60,7 @@ def equally_none(_: Sequence[Any], result: Any, expected: Any, _atol: float) -> 
 def root_of_polynomial(arguments: Sequence[Any], result: Any, _expected: Any, atol: float) -> bool:
     """A zero of the polynomial with the coefficients that were given: HumanEval/32 has several."""
     (coefficients,) = arguments
-    # EvalPlus takes the value without its sign here, which lets every negative one pass; we do not.
+    # The rule of EvalPlus 0.3.1, whose loop forgets to count these inputs, so that there every program fails; here it passes.
     value = sum(coefficient * math.pow(result, power) for power, coefficient in enumerate(coefficients))
     return abs(value) <= (atol or 1e-4)
 

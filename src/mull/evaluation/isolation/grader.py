@@ -59,6 +59,9 @@ class Remote:
     def __contains__(self, item: Any) -> bool:
         return bool(self._ask("contains", (item,)))
 
+    def __repr__(self) -> str:
+        return "<an object of the program>"
+
     def _ask(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         return self.__dict__["_candidate"].ask(operation, self, args, kwargs or {})
 
