@@ -324,13 +324,13 @@ class Container:
         except OSError as error:
             raise SandboxError(f"The sandbox's command could not be started: {error}.") from None
         try:
-            with far_line:
+            with contextlib.ExitStack() as failed, far_line:
+                failed.callback(self.close)  # nobody else has it yet
                 self._start(far_line.fileno())
-            self._send_setup(modules, time.monotonic() + START_SECONDS)
-        except BaseException as error:
-            self.close()  # nobody else has it yet
-            if not isinstance(error, OSError | Ended | ValueError):
-                raise
+                far_line.close()
+                self._send_setup(modules, time.monotonic() + START_SECONDS)
+                failed.pop_all()
+        except (OSError, Ended, ValueError) as error:
             if self._process is None:
                 raise SandboxError(f"The sandbox's command could not be started: {error}.") from None
             raise SandboxError(f"The sandbox could not be set up ({error}): {self.complaint()}") from None
@@ -436,12 +436,12 @@ class Container:
         if self._is_ready:
             return
         try:
-            _wait(self.line.fileno(), time.monotonic() + START_SECONDS)
-            self._is_ready = Channel(self.line.fileno()).receive() == "ready"
-        except BaseException as error:
-            self.close()
-            if not isinstance(error, OSError | Ended | ValueError):
-                raise
+            with contextlib.ExitStack() as failed:
+                failed.callback(self.close)
+                _wait(self.line.fileno(), time.monotonic() + START_SECONDS)
+                self._is_ready = Channel(self.line.fileno()).receive() == "ready"
+                failed.pop_all()
+        except (OSError, Ended, ValueError):
             raise SandboxError(f"The sandbox does not start: {self.complaint()}") from None
 
     def complaint(self) -> str:
