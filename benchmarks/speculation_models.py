@@ -27,7 +27,7 @@ from mull.data.packing import pack_texts
 from mull.data.sampler import ShuffledBatches
 from mull.data.tokenizer import train_tokenizer
 from mull.evaluation.held_out import held_out_losses
-from mull.evaluation.stock import write_stock
+from mull.evaluation.stock import load_stock, write_stock
 from mull.training.loop import TrainConfig, train
 from mull.training.objectives.resources import Resources
 from mull.training.objectives.table import make_objective

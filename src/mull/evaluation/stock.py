@@ -15,6 +15,7 @@ from transformers.modeling_layers import MtpModel
 
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import layer_kinds
+from mull.retrofit.reading import NO_CODE
 
 HEAD_PARTS = {"embedding_norm": "enorm", "hidden_norm": "hnorm", "proj": "eh_proj", "norm": "shared_head.norm"}
 """Parts of mull's sequential head, and their names in DeepSeek's checkpoints, which transformers reads."""
@@ -76,7 +77,7 @@ def load_stock(folder: Path, dtype: torch.dtype, device: torch.device | str) -> 
     n_layers, n_heads = config["num_hidden_layers"], config.get("num_mtp_layers", 0)
     cls: Any = AutoModelForCausalLM
     if n_heads:
-        own: Any = AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder))]
+        own: Any = AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder, **NO_CODE))]
         patterns = [rf"model\.layers\.{number}\..*" for number in range(n_layers, n_layers + n_heads)]
         cls = type(f"{own.__name__}WithHeads", (own,), {"_keys_to_ignore_on_load_unexpected": patterns})
     model: PreTrainedModel = cls.from_pretrained(folder, dtype=dtype)

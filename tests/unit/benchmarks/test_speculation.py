@@ -22,6 +22,8 @@ from mull import MTPConfig, MullForCausalLM, wrap_transformer_with_etd
 from mull.data.corpus import Corpus
 from mull.data.sources import Document
 from mull.data.tokenizer import train_tokenizer
+from mull.evaluation.speed import Outcome, Timing
+from mull.evaluation.stock import heads_loaded_once, load_stock, write_stock
 from mull.ops.targets import targets_of
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -83,7 +85,7 @@ def write(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Calla
     def written(name: str) -> Any:
         model, folder = with_heads(models, name), tmp_path_factory.mktemp("written")
         model.save_pretrained(folder / "mull")
-        models.write_stock(model, folder / "stock")
+        write_stock(model, folder / "stock")
         return SimpleNamespace(name=name, model=model, folder=folder)
 
     return written
@@ -106,14 +108,14 @@ def text(rows: int, tokens: int) -> Tensor:
 
 @torch.no_grad()
 def test_the_stock_checkpoint_gives_the_same_logits(written: Any, models: ModuleType) -> None:
-    stock = models.load_stock(written.folder / "stock", torch.float32, "cpu")
+    stock = load_stock(written.folder / "stock", torch.float32, "cpu")
     ids = text(2, 20)
     assert torch.equal(stock(ids, use_cache=False).logits, written.model(ids, use_cache=False).logits)
 
 
 @torch.no_grad()
 def test_the_heads_of_transformers_predict_what_ours_predict(dense: Any, models: ModuleType) -> None:
-    stock = models.load_stock(dense.folder / "stock", torch.float64, "cpu")
+    stock = load_stock(dense.folder / "stock", torch.float64, "cpu")
     model = dense.model.to(torch.float64)
     theirs = MtpModel.from_pretrained(stock).double()
     ids = text(1, 30)
@@ -136,7 +138,7 @@ def test_the_heads_of_transformers_predict_what_ours_predict(dense: Any, models:
 
 @torch.no_grad()
 def test_transformers_speculates_without_changing_its_text(dense: Any, models: ModuleType) -> None:
-    stock = models.load_stock(dense.folder / "stock", torch.float32, "cpu")
+    stock = load_stock(dense.folder / "stock", torch.float32, "cpu")
     ids, options = text(1, 12), {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(stock.generate(ids, **options), stock.generate(ids, use_mtp=True, **options))
 
@@ -144,7 +146,7 @@ def test_transformers_speculates_without_changing_its_text(dense: Any, models: M
 def test_transformers_loads_the_heads_at_each_call_unless_they_are_kept(
     dense: Any, models: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stock = models.load_stock(dense.folder / "stock", torch.float32, "cpu")
+    stock = load_stock(dense.folder / "stock", torch.float32, "cpu")
     load, calls = MtpModel.from_pretrained, []
 
     def counted(*given: Any, **options: Any) -> MtpModel:
@@ -157,7 +159,7 @@ def test_transformers_loads_the_heads_at_each_call_unless_they_are_kept(
     assert len(calls) == 2
     heads: dict[int, MtpModel] = {}
     for _ in range(3):
-        with models.heads_loaded_once(heads):
+        with heads_loaded_once(heads):
             texts.append(stock.generate(ids, **options))
     assert len(calls) == 3
     assert MtpModel.from_pretrained is counted
@@ -232,69 +234,30 @@ def test_prompts_are_pieces_of_held_out_files(models: ModuleType, tmp_path: Path
     assert not all(torch.equal(a, b) for a, b in zip(prompts, others, strict=True))
 
 
-class Clock:
-    """Stands still but for what the variants take."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.calls: list[tuple[str, int]] = []
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def variant(self, race: ModuleType, name: str, *costs: float) -> Callable[[Tensor, Tensor], Any]:
-        """One that takes these seconds in turns."""
-        n_calls = 0
-
-        def run(ids: Tensor, _mask: Tensor) -> Any:
-            nonlocal n_calls
-            self.now += costs[n_calls % len(costs)]
-            n_calls += 1
-            self.calls.append((name, int(ids[0, 0])))
-            return race.Outcome([[1, 2, 3]])
-
-        return run
-
-
-def test_variants_run_in_turns_and_the_first_round_does_not_count(
-    race: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock()
-    monkeypatch.setattr(race, "time", clock)
-    variants = {"a": clock.variant(race, "a", 100, 100, 1, 2, 2, 4), "b": clock.variant(race, "b", 5)}
-    prompts = [(torch.tensor([[n]]), torch.ones(1, 1)) for n in range(2)]
-    timings = race.measure(variants, prompts, 2, "test")
-    assert clock.calls[:4] == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
-    assert timings["a"].seconds == [3, 6]
-    assert timings["a"].per_second == [2, 1]
-    assert timings["b"].seconds == [10, 10]
-    assert len(timings["a"].outcomes) == 3
-
-
-def test_acceptance_and_tokens_per_pass_are_those_of_the_timed_rounds(race: ModuleType) -> None:
+def test_acceptance_and_tokens_per_pass_are_those_of_the_timed_rounds() -> None:
     def outcome(accepted: list[int], verified: list[int], row_rounds: int) -> Any:
         stats = SimpleNamespace(accepted=accepted, verified=verified, drafted=verified, row_rounds=row_rounds)
-        return race.Outcome([[0]], stats)
+        return Outcome([[0]], stats)
 
     warm_up, timed = (
         [outcome([9, 9], [9, 9], 9)],
         [outcome([3, 1], [4, 3], 4), outcome([0], [2], 2), outcome([], [], 4)],
     )
-    timing = race.Timing(outcomes=[warm_up, timed])
+    timing = Timing([[0.0] * 3], [warm_up, timed])
     assert timing.acceptance == [3 / 6, 1 / 3]
     assert timing.tokens_per_pass == 1 + 4 / 10
-    assert race.Timing(outcomes=[[race.Outcome([[0]])]] * 2).tokens_per_pass is None
+    assert Timing([[0.0]], [[Outcome([[0]])]] * 2).tokens_per_pass is None
 
 
 def test_a_prediction_takes_the_acceptance_that_was_measured(
-    dense: Any, models: ModuleType, speculation: ModuleType, race: ModuleType, monkeypatch: pytest.MonkeyPatch
+    dense: Any, models: ModuleType, speculation: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speculation, "own_machine", lambda *_: speculation.Machine(flops=1e30, bandwidth=1.0))
     subject = models.load_subject(dense.name, dense.folder, "fp32", "cpu")
 
     def timing(*accepted: int) -> Any:
         stats = SimpleNamespace(accepted=accepted, verified=[10] * len(accepted), drafted=[10] * len(accepted))
-        return race.Timing(tokens=20, outcomes=[[], [race.Outcome([[0]], stats)]])
+        return Timing([[1.0]], [[], [Outcome([[0] * 20], stats)]])
 
     timings = {"mull plain": timing(), "mull, 1 draft": timing(10), "mull, 2 drafts": timing(), "other": timing(5)}
     found = speculation.predictions(subject, timings, [torch.zeros(8)] * 2, 1, "cpu")
