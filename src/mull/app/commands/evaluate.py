@@ -47,6 +47,7 @@ def evaluate(
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None, Option(help="Precision; default: the checkpoint's.")
     ] = None,
+    compiled: Annotated[bool, Option(help="Also measure compiled decoding in inference-speed: minutes.")] = True,
     data: Annotated[
         list[str] | None, Option(help="SUITE=SOURCE, or text=SOURCE: file, folder, s3://… or hf:….")
     ] = None,
@@ -85,6 +86,7 @@ def evaluate(
         "adaptive": adaptive,
         "layers": None if layers is None else _layers(layers),
         "engine": engine,
+        "compiled": compiled,
         "dtype": dtype,
         "data": dict(_assigned(entry) for entry in data or []),
         "length": length,

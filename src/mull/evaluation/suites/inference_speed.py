@@ -29,31 +29,33 @@ def drafting(k: int) -> str:
     return f"{PLAIN}, {k} draft{'s' * (k > 1)}"
 
 
-def decoding_variants(subject: Subject, prompt: Tensor, tokens: int, kept: ExitStack) -> dict[str, Variant]:
+def decoding_variants(
+    subject: Subject, prompt: Tensor, tokens: int, compiled: bool, kept: ExitStack
+) -> dict[str, Variant]:
     """All variants that can continue rows like `prompt` ``[B, T]``, by name.
 
     Args:
         subject: The model, and which layers run.
         prompt: Finds whether transformers' own class computes the same.
         tokens: New tokens of a row.
+        compiled: Compile, too.
         kept: Holds what variants need until they have run.
     """
     endless = {"eos_token_id": None}
     static = {"cache_implementation": "static", "compile_config": _compile_config(subject), **endless}
     if not subject.is_mull:
-        theirs = {STOCK: stock_variant(subject.model, tokens, endless)}
-        return theirs | {STOCK + COMPILED: stock_variant(copy.copy(subject.model), tokens, static)}
+        return _stock_variants(subject.model, tokens, static if compiled else None)
     options = subject.route.options()
     n_drafts = min(MAX_DRAFTS, subject.n_heads)
     drafts = {drafting(k): {"draft": "mtp", "draft_length": k} for k in range(1, n_drafts + 1)}
     own: dict[str, dict[str, Any]] = {PLAIN: {}, **drafts}
-    own |= {name + COMPILED: {"compile": True, **given} for name, given in own.items()}
+    if compiled:
+        own |= {name + COMPILED: {"compile": True, **given} for name, given in own.items()}
     variants = {name: mull_variant(subject.model, tokens, {**options, **given}) for name, given in own.items()}
     stock = _same_function(subject, prompt)
     if stock is None:
         return variants | {LOOP: stock_variant(subject.model, tokens, {**options, **endless})}
-    variants[STOCK] = stock_variant(stock, tokens, endless)
-    variants[STOCK + COMPILED] = stock_variant(copy.copy(stock), tokens, static)
+    variants |= _stock_variants(stock, tokens, static if compiled else None)
     if len(prompt) == 1 and can_use_mtp(subject.model):
         folder = Path(kept.enter_context(tempfile.TemporaryDirectory()))
         write_stock(subject.model, folder)
@@ -62,6 +64,12 @@ def decoding_variants(subject: Subject, prompt: Tensor, tokens: int, kept: ExitS
         kept.enter_context(heads_loaded_once(heads))  # or else each call would read them from the disk
         variants[f"{STOCK}, use_mtp"] = stock_variant(loaded, tokens, {"use_mtp": True, **endless})
     return variants
+
+
+def _stock_variants(model: Any, tokens: int, static: dict[str, Any] | None) -> dict[str, Variant]:
+    """Transformers' ``generate``, and with these options for a compiled static cache."""
+    found = {STOCK: stock_variant(model, tokens, {"eos_token_id": None})}
+    return found if static is None else found | {STOCK + COMPILED: stock_variant(copy.copy(model), tokens, static)}
 
 
 def _compile_config(subject: Subject) -> CompileConfig:
@@ -144,10 +152,10 @@ def _machine(subject: Subject) -> Machine:
     return measure_machine(subject.model.device, subject.model.dtype, min(size, STREAMED_BYTES))
 
 
-def measured_speed(subject: Subject, prompts: Sequence[Tensor], tokens: int) -> dict[str, Timing]:
-    """Run all variants in turns on prompts ``[B, T]``."""
+def measured_speed(subject: Subject, prompts: Sequence[Tensor], tokens: int, compiled: bool) -> dict[str, Timing]:
+    """Run all variants in turns on prompts ``[B, T]``, each for `tokens` tokens; compiled, too, or not."""
     device = subject.model.device
     batches = [(prompt.to(device), torch.ones_like(prompt, device=device)) for prompt in prompts]
     with ExitStack() as kept:
-        variants = decoding_variants(subject, batches[0][0], tokens, kept)
+        variants = decoding_variants(subject, batches[0][0], tokens, compiled, kept)
         return measure_in_turns(variants, batches, ROUNDS, "speed")

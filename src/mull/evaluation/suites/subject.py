@@ -61,6 +61,9 @@ class Request(Frozen):
     engine: Literal["mull", "transformers"] | None = None
     """What writes; default: mull, and transformers for architectures that mull does not have."""
 
+    compiled: bool = True
+    """Measure compiled decoding, too, in ``inference-speed``; it takes minutes to compile."""
+
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision; default: the checkpoint's."""
 

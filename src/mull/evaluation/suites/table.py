@@ -268,7 +268,7 @@ def inference_speed(subject: Subject, request: Request, place: Place) -> Result:
             raise ValueError(
                 f"The text has {len(rows)} whole rows, fewer than the {n_rows} of a batch: give more text."
             )
-        timings = measured_speed(subject, prompts, tokens)
+        timings = measured_speed(subject, prompts, tokens, request.compiled)
         scores, values = speed_scores(timings, request.seed)
         settings = {
             **_text_settings(subject, request, rows.shape[1]),
