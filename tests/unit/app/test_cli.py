@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -561,3 +562,58 @@ def test_convert_takes_patterns_and_layers(
         assert run(monkeypatch, "convert", checkpoint, "--out", tmp_path / "none", *arguments) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_eval_measures_and_compares(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"text={checkpoint / 'text.txt'}"
+    options = [
+        "--suite",
+        "token-accuracy",
+        "--suite",
+        "perplexity",
+        "--data",
+        text,
+        "--length",
+        32,
+        "--layers",
+        "0,1,1,2,3,4,5",
+    ]
+    for name in ("a", "b"):
+        assert run(monkeypatch, "eval", checkpoint, *options, "--out", tmp_path / name) == 0
+        assert f"report: {tmp_path / name / 'report.md'}" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "a" / "perplexity" / "results.json").read_text())["settings"]
+    assert settings["path"] == [0, 1, 1, 2, 3, 4, 5]
+    assert run(monkeypatch, "eval", "--compare", tmp_path / "a", tmp_path / "b") == 0
+    assert "nats per token, main head" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give MODEL and --suite to evaluate a model, or --compare A B for two results."),
+        (["model", "--compare", "a", "b"], "or --compare A B for two results."),
+        (["model", "--suite", "perplexity", "--data", "text.txt"], "--data text.txt must name a suite and a source"),
+        (["model", "--suite", "perplexity", "--layers", "0,²"], "--layers 0,² must be numbers of layers"),
+        (["model", "--suite", "perplexityy"], "There is no suite perplexityy. Did you mean"),
+        (["model"], "No suite was given"),
+    ],
+)
+def test_eval_refuses_in_one_sentence(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "eval", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("is_safe", [True, False])
+def test_sandbox_doctor_has_an_exit_code(
+    is_safe: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("mull.app.commands.evaluate.sandbox_doctor", lambda weak: asked.append(list(weak)) or is_safe)
+    assert run(monkeypatch, "sandbox", "doctor", "--allow-weak-sandbox", "seccomp") == (0 if is_safe else 1)
+    assert asked == [["seccomp"]]
