@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from hybrid_start import BATCH, CALIBRATION_BYTES, HEAD_WIDTH
+from hybrid_start import BATCH, CALIBRATION_BYTES, HEAD_WIDTH, architecture
 from race import header, machine
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mull.app.demo.chapter import Bench, DemoSize
 from mull.app.demo.loops import Text
@@ -129,21 +129,8 @@ def trained_teacher(bench: Bench, steps: int) -> tuple[PreTrainedModel, Text]:
     folder = bench.out / "teacher"
     if not (folder / "model.safetensors").is_file():
         torch.manual_seed(bench.seed)
-        architecture = Qwen3Config(
-            vocab_size=len(text.tokenizer),
-            hidden_size=size.width,
-            intermediate_size=3 * size.width,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.width // HEAD_WIDTH,
-            num_key_value_heads=size.width // (2 * HEAD_WIDTH),
-            head_dim=HEAD_WIDTH,
-            max_position_embeddings=4 * size.length,
-            rope_parameters={"rope_type": "default", "rope_theta": THETA},
-            tie_word_embeddings=True,
-            eos_token_id=text.tokenizer.eos_token_id,
-            pad_token_id=text.tokenizer.pad_token_id,
-        )
-        teacher = AutoModelForCausalLM.from_config(architecture)
+        rope = {"rope_type": "default", "rope_theta": THETA}
+        teacher = AutoModelForCausalLM.from_config(architecture(text, size, rope_parameters=rope))
         plant_induction(teacher)
         wrapped = wrap_transformer_with_etd(teacher, None)
         objective = NextToken(IterationSampling(kind="fixed", maximum=1))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from race import header, machine
@@ -45,27 +46,31 @@ CONFIGS = {
 }
 
 
+def architecture(text: Text, size: DemoSize, **changes: Any) -> Qwen3Config:
+    """A small Qwen3 for this text."""
+    sizes = {
+        "vocab_size": len(text.tokenizer),
+        "hidden_size": size.width,
+        "intermediate_size": 3 * size.width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.width // HEAD_WIDTH,
+        "num_key_value_heads": size.width // (2 * HEAD_WIDTH),
+        "head_dim": HEAD_WIDTH,
+        "max_position_embeddings": 4 * size.length,
+        "tie_word_embeddings": True,
+        "eos_token_id": text.tokenizer.eos_token_id,
+        "pad_token_id": text.tokenizer.pad_token_id,
+    }
+    return Qwen3Config(**sizes | changes)
+
+
 def trained_teacher(bench: Bench, steps: int) -> tuple[PreTrainedModel, Text]:
     """The teacher of this seed and size, from its folder or trained now, and its text."""
     size, text = bench.size, Text.load(bench)
     folder = bench.out / "teacher"
     if not (folder / "model.safetensors").is_file():
         torch.manual_seed(bench.seed)
-        teacher = AutoModelForCausalLM.from_config(
-            Qwen3Config(
-                vocab_size=len(text.tokenizer),
-                hidden_size=size.width,
-                intermediate_size=3 * size.width,
-                num_hidden_layers=size.layers,
-                num_attention_heads=size.width // HEAD_WIDTH,
-                num_key_value_heads=size.width // (2 * HEAD_WIDTH),
-                head_dim=HEAD_WIDTH,
-                max_position_embeddings=4 * size.length,
-                tie_word_embeddings=True,
-                eos_token_id=text.tokenizer.eos_token_id,
-                pad_token_id=text.tokenizer.pad_token_id,
-            )
-        )
+        teacher = AutoModelForCausalLM.from_config(architecture(text, size))
         print(f"teacher: {teacher.num_parameters():,} parameters, {steps} steps", flush=True)
         wrapped = wrap_transformer_with_etd(teacher, None)
         batches = ShuffledBatches(text.train, size.batch_size, bench.seed)

@@ -437,6 +437,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     if "{other}" in arguments:
         tiny("qwen3").save_pretrained(places["other"])
         train_tokenizer([TEXT], 300).save_pretrained(places["other"])
+    capsys.readouterr()  # bars of transformers, which the first command of a process turns off
     assert run(monkeypatch, *(argument.format(**places) for argument in arguments)) == 2
     error = capsys.readouterr().err
     assert message.format(**places) in error

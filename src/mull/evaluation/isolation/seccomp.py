@@ -33,7 +33,7 @@ eventfd2:290:19 timerfd_create:283:85 timerfd_settime:286:86 timerfd_gettime:287
 ioctl:16:29 prctl:157:167 prlimit64:302:261 socketpair:53:199 clone:56:220 clone3:435:435 fork:57:- vfork:58:-
 """
 """``name:number on x86-64:number on AArch64``. ``socket`` is not here: the container has no network, and no use for one.
-``execve`` is, because bubblewrap starts Python behind the filter; a program gains nothing by another start of the same Python."""
+``execve`` is, because bubblewrap starts Python under the filter; a program gains nothing by another start of the same Python."""
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Column of the table, and the kernel's number of the architecture (``AUDIT_ARCH_…``)."""

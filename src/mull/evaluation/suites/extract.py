@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 PYTHON_NAMES = frozenset({"", "py", "python", "python3", "py3", "pycon", "ipython"})
-"""What is written behind the fence of a block that may hold the program. Most blocks have ``python`` or nothing."""
+"""What is written after the fence of a block that may hold the program. Most blocks have ``python`` or nothing."""
 
 INDENT = 4
 """Spaces that HumanEval indents a body by."""
@@ -24,7 +24,7 @@ class FencedBlock(NamedTuple):
     """A block of code in Markdown."""
 
     language: str
-    """The first word behind the fence, in small letters; empty if there is none."""
+    """The first word after the fence, in small letters; empty if there is none."""
 
     code: str
 
@@ -229,7 +229,7 @@ _MARKED = (
 def final_number(text: str) -> Fraction | None:
     r"""The number that a solution ends with; None if there is none.
 
-    In this order: behind the last ``####``, in the last ``\boxed``, behind the last *answer is* or *answer:*, and the last number
+    In this order: after the last ``####``, in the last ``\boxed``, after the last *answer is* or *answer:*, and the last number
     of the text. Currencies, percent signs, units, separators of thousands and a full stop do not count: ``$1,234.00`` equals
     ``1234``. Percent are not divided by 100.
     """

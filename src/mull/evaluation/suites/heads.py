@@ -181,10 +181,8 @@ def head_states(model: Any, ids: Tensor, positions: Tensor, route: Route, n_extr
         # Some architectures scale or cap their logits, which only they know.
         yield _States(model(ids, position_ids=positions, use_cache=False).logits, None)
         return
-    if route.path is None:
-        hidden = model.hidden_states(ids, position_ids=positions, **route.options())
-    else:
-        hidden = model.model(ids, position_ids=positions, path=route.path, use_cache=False).last_hidden_state
+    options = {"position_ids": positions, "use_cache": False, "unembed": model.lm_head, **route.options()}
+    hidden = model.model(ids, **options).last_hidden_state
     yield _States(hidden, model.lm_head)
     if not n_extra:
         return

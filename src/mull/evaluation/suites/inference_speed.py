@@ -14,6 +14,7 @@ from transformers.modeling_layers import MtpModel
 
 from mull.evaluation.cost.count import STREAMED_BYTES, Machine, measure_machine
 from mull.evaluation.cost.decoding import predicted_speedup, step_seconds
+from mull.evaluation.lossless import differences
 from mull.evaluation.speed import Timing, Variant, measure_in_turns, mull_variant, stock_variant
 from mull.evaluation.stock import can_use_mtp, heads_loaded_once, load_stock, stock_model, write_stock
 from mull.evaluation.suites.statistics import Score, Sums, score
@@ -118,28 +119,40 @@ def speed_notes(subject: Subject, timings: Mapping[str, Timing], prompts: Sequen
             f"weights read and {machine.flops / 1e9:.0f} GFLOP/s; mull reaches {rates[base] * seconds / n_rows:.0%} of it."
         )
         for k in range(1, MAX_DRAFTS + 1):
-            for name in {drafting(k), drafting(k) + COMPILED} & timings.keys():
+            for suffix in ("", COMPILED):
+                name, plain = drafting(k) + suffix, base + suffix
+                if name not in timings:
+                    continue
                 accepted = [*timings[name].acceptance, *[0.0] * k][:k]
                 predicted = predicted_speedup(
                     subject.model, machine, accepted, length=k, context=context, n_rows=n_rows, path=_path(subject)
                 )
-                plain = base + COMPILED * name.endswith(COMPILED)
                 shares = ", ".join(f"{share:.0%}" for share in accepted)
                 yield (
                     f"{name}: {rates[name] / rates[plain]:.2f} times {plain}, {predicted:.2f} predicted from the acceptance "
                     f"({shares})."
                 )
+    yield f"Intervals are over the {sum(map(len, prompts))} prompts, not over the {ROUNDS} rounds, which are added up."
     others = [name for name in rates if name != base]
     yield f"Beside {base}: " + ", ".join(f"{name} {rates[name] / rates[base]:.2f} times" for name in others) + "."
-    yield from _different_texts(timings, base)
+    yield from _different_texts(subject, timings, prompts, base)
 
 
-def _different_texts(timings: Mapping[str, Timing], base: str) -> Iterator[str]:
+def _different_texts(
+    subject: Subject, timings: Mapping[str, Timing], prompts: Sequence[Tensor], base: str
+) -> Iterator[str]:
+    """Of each variant that wrote other texts than `base`: how many, and whether rounding explains them."""
     texts = {name: [row for outcome in timing.outcomes[-1] for row in outcome.rows] for name, timing in timings.items()}
-    for name, rows in texts.items():
-        n = sum(one != other for one, other in zip(rows, texts[base], strict=True))
-        if n:
-            yield f"{name} wrote {n} of {len(rows)} texts otherwise than {base}: kernels round differently, which decides ties."
+    different = [name for name, rows in texts.items() if rows != texts[base]]
+    if not different:
+        return
+    wider = copy.deepcopy(subject.model).to(torch.float64 if subject.model.dtype == torch.float32 else torch.float32)
+    rows = [row.tolist() for prompt in prompts for row in prompt]
+    for name in different:
+        found = differences(subject.model, wider, rows, texts[base], texts[name], **subject.route.options())
+        n = sum(not difference.is_tie for difference in found)
+        verdict = f"{n} of them NOT by ties, so they are wrong" if n else "all by ties that rounding decides"
+        yield f"{name} wrote {len(found)} of {len(rows)} texts otherwise than {base}, {verdict}."
 
 
 def _path(subject: Subject) -> Any:

@@ -123,9 +123,7 @@ def text_losses(
 
 def _losses(logits: Logits, batch: Sequence[Window], device: torch.device) -> list[float]:
     width = max(len(window.tokens) - 1 for window in batch)
-    rows = [
-        window.tokens[:-1] + [0] * (width - len(window.tokens) + 1) for window in batch
-    ]  # padded behind what counts
+    rows = [window.tokens[:-1] + [0] * (width - len(window.tokens) + 1) for window in batch]  # padded after what counts
     found = logits(torch.tensor(rows, device=device))
     losses = []
     for row, window in zip(found, batch, strict=True):

@@ -90,3 +90,20 @@ def test_compiled_decoding_writes_the_same_texts(measured: Any, tokenizer: PreTr
 def test_too_little_text_is_refused(measured: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match="fewer than the 4096 of a batch: give more text"):
         measured(base(tokenizer), batch_size=4096)
+
+
+@pytest.mark.parametrize("is_tie", [True, False])
+def test_other_texts_are_judged(
+    is_tie: bool, measured: Any, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stock model gets other weights once it has passed for the same; ties are told by a model whose logits are all equal."""
+    model = wrap_transformer_with_etd(base(tokenizer), None)
+    if is_tie:
+        model.lm_head.weight.data.zero_()
+    other = base(tokenizer)
+    with torch.no_grad():
+        other.lm_head.weight.copy_(torch.randn_like(other.lm_head.weight))
+    monkeypatch.setattr("mull.evaluation.suites.inference_speed._same_function", lambda *_: other)
+    notes = " ".join(measured(model).notes)
+    expected = "all by ties that rounding decides" if is_tie else "2 of them NOT by ties, so they are wrong"
+    assert f"transformers wrote 2 of 2 texts otherwise than mull, {expected}." in notes
