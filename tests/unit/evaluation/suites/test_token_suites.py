@@ -11,13 +11,13 @@ import yaml
 from conftest import tiny
 from transformers import PreTrainedTokenizerBase
 
-from mull import ETDConfig, MTPConfig, from_layers, generate, wrap_transformer_with_etd
+from mull import ETDConfig, HaltingConfig, MTPConfig, from_layers, generate, wrap_transformer_with_etd
 from mull.data.packing import pack_texts
 from mull.data.sources import Document
 from mull.data.tokenizer import train_tokenizer
 from mull.evaluation.held_out import held_out_losses
 from mull.evaluation.suites.harness import find_task, mull_lm, run_task
-from mull.evaluation.suites.heads import RANGES, draft_acceptance, head_scores, head_tallies
+from mull.evaluation.suites.heads import RANGES, draft_acceptance, head_scores, head_states, head_tallies
 from mull.evaluation.suites.perplexity import perplexity_scores, text_losses, windows
 from mull.evaluation.suites.writers import Route
 
@@ -281,3 +281,21 @@ def test_routes_are_for_models_of_mull(tokenizer: PreTrainedTokenizerBase) -> No
     pytest.importorskip("lm_eval", reason="needs the extra eval")
     with pytest.raises(ValueError, match="think_iterations are for models of mull"):
         mull_lm()(tiny("llama", vocab_size=len(tokenizer)), tokenizer=tokenizer, think_iterations=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("route", [Route(), Route(think_iterations=1), Route(path=((0, 0), (1, 0), (1, 1), (3, 0)))])
+def test_heads_read_what_a_forward_pass_computes(route: Route, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Also of a model that stores a halting rule, which a call follows unless it says otherwise."""
+    base = tiny("llama", vocab_size=len(tokenizer), num_hidden_layers=4, eos_token_id=0)
+    halting = HaltingConfig(rule="confidence", threshold=0.001)
+    model = wrap_transformer_with_etd(
+        base, SPLIT.model_copy(update={"adaptive_depth": True, "halting": halting})
+    ).eval()
+    ids = torch.randint(3, 90, (2, 12))
+    positions = torch.arange(12)[None]
+    [states] = head_states(model, ids, positions, route, 0)
+    expected = model(ids, use_cache=False, **route.options()).logits
+    assert torch.equal(model.lm_head(states.tensor), expected)
+    if route == Route():
+        assert not torch.equal(expected, model(ids, use_cache=False, adaptive=False).logits), "some token stops early"
