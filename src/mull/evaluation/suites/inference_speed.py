@@ -132,7 +132,10 @@ def speed_notes(subject: Subject, timings: Mapping[str, Timing], prompts: Sequen
                     f"{name}: {rates[name] / rates[plain]:.2f} times {plain}, {predicted:.2f} predicted from the acceptance "
                     f"({shares})."
                 )
-    yield f"Intervals are over the {sum(map(len, prompts))} prompts, not over the {ROUNDS} rounds, which are added up."
+    if len(prompts) > 1:
+        yield f"Intervals are over {len(prompts)} batches of prompts; the {ROUNDS} rounds of each are added up."
+    else:
+        yield "One batch of prompts says nothing of the spread: there are no intervals."
     others = [name for name in rates if name != base]
     yield f"Beside {base}: " + ", ".join(f"{name} {rates[name] / rates[base]:.2f} times" for name in others) + "."
     yield from _different_texts(subject, timings, prompts, base)
