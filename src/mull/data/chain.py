@@ -109,9 +109,8 @@ class ChainTask:
             * ``input_ids [B, T]``, ``position_ids [B, T]``;
             * ``attention_mask [B, 1, T, T]`` boolean, True where a token may attend;
             * ``labels [B, T]``: the root, one position *after* each query, because labels are not shifted;
-            * ``step_labels [B, T, K]``: *at* each query the node that is ``1 .. K`` hops away. Iteration ``j`` (from 1) is
-            supervised
-              with ``[..., j - 1]``; the last entry is the root;
+            * ``step_labels [B, T, K]``: *at* each query the node that is ``1 .. K`` hops away. Iteration ``j`` (from 1)
+              is supervised with ``[..., j - 1]``; the last entry is the root;
             * ``hops [B, T]``: at each labelled query its distance to the root, 0 for the root itself; -1 elsewhere.
 
         Raises:

@@ -57,7 +57,7 @@ class Verdict:
     """One line, at most 300 characters; it quotes the program, so it is not to be trusted."""
 
     seconds: float
-    """Wall-clock time of program and tests, without the start of the container."""
+    """Wall-clock time of program and tests, without the start of the container; waiting for a core counts here."""
 
     n_passed: int
     n_tests: int
@@ -72,10 +72,8 @@ class Asserts:
 
     The source runs in the grader. `entry_points`, and every other name that it reads and does not define, are the program's, and
     become stand-ins there: a helper that tests rely on should be in the source, not left to the program. Each ``assert``
-    outside of
-    ``try`` counts as a test. Tests that pass objects of a class of their own, or others that are no data, run inside the
-    program's
-    process instead; the arguments decide that, never what the program returns.
+    outside of ``try`` counts as a test. Tests that pass objects of a class of their own, or others that are no data, run inside
+    the program's process instead; the arguments decide that, never what the program returns.
     """
 
     source: str
@@ -92,10 +90,8 @@ class Calls:
     """Calls of one function, compared by the rules of EvalPlus.
 
     `oracle` is a name in `ORACLES`; `EVALPLUS_ORACLES` has those of its problems. We differ from EvalPlus in one point:
-    there, the
-    tolerance for floats stays on for the inputs that follow one with a float result, so that their integers may differ by
-    one part
-    in 10 million.
+    there, the tolerance for floats stays on for the inputs that follow one with a float result, so that their integers may
+    differ by one part in 10 million.
     """
 
     entry_point: str
@@ -160,7 +156,8 @@ def run_program(
     Args:
         program: Python source.
         tests: What it has to do.
-        timeout: Seconds of wall-clock time for program and tests together; for `Stdio`, for each input.
+        timeout: Seconds for program and tests together; for `Stdio`, for each input. Time in which they were ready to run and
+            waited for a core does not count, up to three times `timeout`, so a busy machine gives the same verdicts.
         limits: What it may use.
         allow_weak: Layers of the sandbox that may be missing on this machine (`LAYERS`).
 
@@ -234,8 +231,7 @@ class Pool:
 
     Args:
         workers: Programs that run at once. Up to twice the number of cores pays, because starting and ending a container is
-        mostly
-            waiting for the kernel.
+            mostly waiting for the kernel.
         timeout: Seconds for each program; see `run_program`.
         limits: What each may use.
         allow_weak: See `run_program`.

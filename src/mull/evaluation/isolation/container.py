@@ -427,6 +427,13 @@ class Container:
         )
         return int(numbers[0]) if numbers else self.pid
 
+    def seconds_waiting(self) -> float:
+        """How long its program's first thread was ready to run and waited for a core; 0 where the kernel does not say."""
+        with contextlib.suppress(OSError):  # it may be gone
+            statistics = Path(f"/proc/{self.program_pid()}/schedstat").read_text(encoding="ascii")
+            return int(statistics.split()[1]) / 1e9
+        return 0.0
+
     def wait_until_ready(self) -> None:
         """Wait for its first word, which it sends before it knows a program.
 

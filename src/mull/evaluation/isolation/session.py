@@ -22,6 +22,12 @@ MAX_TESTS_BYTES = 512 << 20
 GRACE_SECONDS = 5.0
 """How long the grader may take to notice that a candidate is gone."""
 
+MAX_WAIT = 3
+"""A program gets back the time in which it waited for a core, up to so many times its own."""
+
+LEAST_WAIT = 0.01
+"""Seconds below which it is not asked again how long a program has waited."""
+
 START_ATTEMPTS = 3
 """Starts that may fail one after the other, such as for want of memory, before the sandbox counts as broken."""
 
@@ -97,6 +103,10 @@ class Grader:
             }
         return dict(answer)
 
+    def seconds_waiting(self) -> float:
+        """See `Container.seconds_waiting`."""
+        return self._container.seconds_waiting() if self._container is not None else 0.0
+
     def close(self) -> None:
         """End it."""
         if self._container is not None:
@@ -128,7 +138,8 @@ class Session:
             program: Source.
             question: Tests.
             request: What is particular to this run.
-            timeout: Seconds of wall-clock time, from when the container is ready and gets the program to its verdict.
+            timeout: Seconds from when the container is ready and gets the program to its verdict, without those in which
+                program and grader waited for a core.
 
         Returns:
             The grader's answer, with ``seconds``.
@@ -146,7 +157,7 @@ class Session:
             self._hand_over(container, question, request)
             if self._ahead:
                 self._next = _started(CANDIDATE, self._limits, self._off)
-            answer = self._await(container, started + timeout if "wall-clock" not in self._off else math.inf)
+            answer = self._await(container, started, timeout if "wall-clock" not in self._off else 86_400)
         finally:
             self._current = None
             container.kill()
@@ -164,8 +175,8 @@ class Session:
                 return
         raise SandboxError("The sandbox's grader does not stay alive: `mull sandbox doctor` says what is missing.")
 
-    def _await(self, container: Container, deadline: float) -> dict[str, Any]:
-        answer = self._grader.answer(min(deadline, time.monotonic() + 86_400))
+    def _await(self, container: Container, started: float, timeout: float) -> dict[str, Any]:
+        answer = self._answer_in_time(container, started, timeout)
         if answer is None:
             container.kill()
             answer = self._grader.answer(time.monotonic() + GRACE_SECONDS) or {}
@@ -177,6 +188,18 @@ class Session:
             how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
             answer["detail"] = f"{answer['detail']}: it {how}"
         return answer
+
+    def _answer_in_time(self, container: Container, started: float, timeout: float) -> dict[str, Any] | None:
+        allowed, before = timeout, self._seconds_waiting(container)
+        while (answer := self._grader.answer(started + allowed)) is None:
+            back = min(self._seconds_waiting(container) - before, MAX_WAIT * timeout)
+            if timeout + back < allowed + LEAST_WAIT:
+                return None
+            allowed = timeout + back
+        return answer
+
+    def _seconds_waiting(self, container: Container) -> float:
+        return container.seconds_waiting() + self._grader.seconds_waiting()
 
     def _take(self) -> Container:
         for attempt in range(START_ATTEMPTS):

@@ -65,8 +65,7 @@ def encode(value: Any, keep: Keep | None = None) -> bytes:
     """The bytes of a value.
 
     An iterator is read to its end and arrives as an iterator over the same items. An object of a subclass arrives as one of
-    the base
-    type. Numbers and arrays of numpy arrive as those of Python.
+    the base type. Numbers and arrays of numpy arrive as those of Python.
 
     Raises:
         NotPlainError: a part is no data, and `keep` does not take it.

@@ -2,6 +2,10 @@
 
 # ruff: noqa: E501 - programs in one line
 
+import contextlib
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -73,6 +77,31 @@ def test_a_part_of_the_tests_counts_for_rewards(pool: Pool) -> None:
     assert (verdict.passed, verdict.n_passed, verdict.n_tests) == (False, 1, 3)
     late = judge(pool, "import time\ndef add(a, b):\n    if b == 'b': time.sleep(60)\n    return a + b", timeout=1)
     assert (late.reason, late.n_passed, late.n_tests) == ("time-out", 1, 3)
+
+
+@pytest.fixture
+def busy_machine() -> Iterator[None]:
+    """Four programs at work for each core, so that a fifth gets a fifth of it."""
+    with contextlib.ExitStack() as ends:
+        for _ in range(4 * len(os.sched_getaffinity(0))):
+            # Sessions of their own, because Linux shares a core among sessions (sched_autogroup), and the sandbox has its own.
+            command = [sys.executable, "-c", "while True: pass"]
+            other = ends.enter_context(subprocess.Popen(command, start_new_session=True))
+            ends.callback(other.kill)
+        yield
+
+
+@pytest.mark.usefixtures("busy_machine")
+def test_waiting_for_a_core_is_no_time_of_the_program(pool: Pool) -> None:
+    work = "import time\ndef add(a, b):\n    while time.process_time() < 0.5: pass\n    return a + b"
+    verdict = judge(pool, work, timeout=1)
+    assert verdict.passed, verdict
+    assert verdict.seconds > 1, "the machine was not busy"
+    asleep = judge(pool, "import time\ndef add(a, b):\n    time.sleep(60)", timeout=1)
+    assert (asleep.reason, asleep.seconds < 3) == ("time-out", True)
+    endless = judge(pool, "def add(a, b):\n    while True: pass", timeout=0.5)
+    assert endless.reason == "time-out"
+    assert endless.seconds < 0.5 * (1 + session.MAX_WAIT) + 2
 
 
 def test_tests_that_expect_an_error_see_it(pool: Pool) -> None:
