@@ -2,8 +2,9 @@
 
 Each program adds two numbers and passes three asserts. Processor time is that of this process and all that it started, so other
 programs on the machine disturb it little; wall-clock time is printed beside it. The kernel does not add the time of a namespace's
-processes to their parent's when it kills them, so that is read for one waiting container and added for each program. The
-parts are measured by themselves: `true`, Python alone, bubblewrap with `true`, bubblewrap with Python, and our container up to its first word.
+processes to their parent's when it kills them, so that is read for one waiting container and added for each program.
+The parts are measured by themselves: `true`, Python alone, bubblewrap with `true`, bubblewrap with Python, and our container up
+to its first word.
 
     python benchmarks/sandbox.py [--programs 200] [--workers 1 2 4]
 """
