@@ -24,6 +24,7 @@ SPLIT = ETDConfig(n_encoder_layers=1, n_think_layers=2, n_decoder_layers=1)
 TEXTS = ["def add(a, b):\n    return a + b\n", "class A:\n    pass\n", "import os\n"] * 30
 PROMPTS = ["def add(a, b):\n", "def one():\n", "def two(x):\n    '''2 x'''\n"]
 pytestmark = pytest.mark.filterwarnings("default")
+pytest_plugins = ["s3_server"]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,23 @@ def test_a_run_that_was_interrupted_gives_the_same_result(folder: Path, monkeypa
         one, other = (folder / run / "humaneval" / name for run in ("whole", "killed"))
         assert one.read_bytes() == other.read_bytes()
     assert again == whole
+
+
+def test_problems_and_texts_may_lie_in_s3(folder: Path, bucket: str) -> None:
+    local = request(folder)
+    for source in local.data.values():
+        file = Path(source)
+        with storage.open_stream(storage.join(bucket, file.name), "wb") as copy:
+            copy.write(file.read_bytes())
+    remote = request(
+        folder, data={suite: storage.join(bucket, Path(source).name) for suite, source in local.data.items()}
+    )
+    suites = ["humaneval", "token-accuracy"]
+    here, there = (
+        run_evaluation(str(folder / "one"), suites, folder / name, asked)
+        for name, asked in (("here", local), ("there", remote))
+    )
+    assert [result.scores for result in here.values()] == [result.scores for result in there.values()]
 
 
 def test_a_second_process_is_kept_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
