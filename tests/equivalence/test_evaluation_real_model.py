@@ -10,7 +10,7 @@ import yaml
 
 from mull.app.evaluate import run_evaluation
 from mull.data.sources import Document
-from mull.evaluation.suites.harness import mull_lm, run_task
+from mull.evaluation.suites.harness import find_task, mull_lm, run_task
 from mull.evaluation.suites.perplexity import perplexity_scores, text_losses
 from mull.evaluation.suites.subject import Request, load_subject
 
@@ -48,7 +48,7 @@ def test_perplexity_on_tiny_shakespeare_is_that_of_lm_eval(
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
     length = min(length, subject.positions)
     lm = mull_lm()(subject.model, tokenizer=subject.tokenizer, max_length=length, batch_size=2)
-    theirs, _ = run_task(lm, str(tmp_path / "task.yaml"))
+    theirs, _ = run_task(lm, find_task(str(tmp_path / "task.yaml")))
     losses = text_losses(
         lambda ids: subject.model(ids, use_cache=False).logits,
         subject.tokenizer,

@@ -4,15 +4,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mull.app.report.evaluation_page import comparison_table, safe, score_table, write_report
-from mull.evaluation.suites.results import Result, compare_results, read_result
+from mull.app.report.evaluation_page import REPORT, comparison_table, safe, score_table, write_report
+from mull.evaluation.suites.prompts import PROTOCOLS
+from mull.evaluation.suites.results import RESULTS, Result, compare_results, keep_settings, read_result
 from mull.evaluation.suites.statistics import Comparison
 from mull.evaluation.suites.subject import Request, load_subject
-from mull.evaluation.suites.table import Place, find_suites
+from mull.evaluation.suites.table import SHOTS, TEXT, Place, Prepared, find_suites
 from mull.runtime import storage
+from mull.runtime.arguments import nearest
 from mull.runtime.distributed import device, on_first_rank, rank, session, side_group
 from mull.runtime.tracking import MlflowLog, flat, sqlite_uri
 
@@ -35,8 +38,10 @@ def run_evaluation(
 ) -> dict[str, Result]:
     """Evaluate a model, suite by suite; under ``torchrun``, on all its devices.
 
-    The folder receives one folder per suite, with ``samples.jsonl``, ``verdicts.jsonl``, ``settings.json`` and ``results.json``,
-    and ``report.md`` with figures. A run that was killed at any moment continues with the same call, to the same result.
+    The folder receives one folder per suite, with ``settings.json``, ``results.json`` and, where answers are drawn,
+    ``samples.jsonl`` and ``verdicts.jsonl``; and ``report.md`` with figures of all results that are there. Before the first suite
+    runs, all are checked and their data read. A run that was killed at any moment continues with the same call, to the same
+    result; suites that were finished are not run again.
 
     Args:
         model: Folder, ``.gguf`` file or hub name of a checkpoint.
@@ -44,7 +49,7 @@ def run_evaluation(
         out: Local folder for the results.
         request: Settings; None takes each suite as published.
         mlflow: Database or server that receives the scores, too; empty for ``mlflow.db`` in the folder, None for none.
-        command: Is written into the report.
+        command: Is written into the result and the report.
 
     Returns:
         Results by suite, on every rank.
@@ -56,16 +61,21 @@ def run_evaluation(
     """
     request, folder = request or Request(), storage.local_path(out)
     chosen = find_suites(suites)
+    _check_data(request.data)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{out} is a file: give a folder for samples and results.")
     results: dict[str, Result] = {}
     with session(), side_group(PATIENCE) as group, _kept(folder):
         subject = load_subject(model, request, device())
-        on_first_rank(lambda: folder.mkdir(parents=True, exist_ok=True), group)
-        for name, run in chosen.items():
+        prepared = {name: prepare(subject, request) for name, prepare in chosen.items()}
+        on_first_rank(lambda: _keep_all_settings(prepared, folder), group)
+        for name, suite in prepared.items():
             place = folder / safe(name)
-            results[name] = run(subject, request, Place(place, group))
-            on_first_rank(lambda name=name, place=place: _keep(results[name], place, name), group)  # type: ignore[misc]
+            result = on_first_rank(partial(_finished, place), group) or suite.run(Place(place, group))
+            results[name] = result.model_copy(update={"command": result.command or command})
+            on_first_rank(partial(_keep, results[name], folder, name), group)
         if rank() == 0:
-            print(f"report: {write_report(results, folder, command)}")
+            print(f"report: {folder / REPORT}")
         if mlflow is not None:
             on_first_rank(lambda: _track(results, folder, model, request, mlflow), group)
     return results
@@ -107,14 +117,33 @@ def _kept(folder: Path) -> AbstractContextManager[None]:
 def _results_in(place: str | Path) -> dict[str, Result]:
     """Results of a folder of suites, by folder name; or of a single suite."""
     folder = storage.local_path(place)
-    inside = sorted(file.parent for file in folder.glob("*/results.json"))
+    inside = sorted(file.parent for file in folder.glob(f"*/{RESULTS}"))
     results = [read_result(each) for each in inside or [folder]]
     return {safe(f"{result.settings.get('protocol', 'published')} {result.suite}"): result for result in results}
 
 
-def _keep(result: Result, place: Path, name: str) -> None:
-    place.mkdir(parents=True, exist_ok=True)
-    result.write(place)
+def _check_data(data: Mapping[str, str]) -> None:
+    known = [*PROTOCOLS, SHOTS, TEXT]
+    if unknown := [name for name in data if name not in known]:
+        raise ValueError(f"data names {unknown[0]}, which no suite reads. {nearest(unknown[0], known)}")
+
+
+def _keep_all_settings(prepared: Mapping[str, Prepared], folder: Path) -> None:
+    for name, suite in prepared.items():
+        keep_settings(folder / safe(name), suite.settings)
+
+
+def _finished(place: Path) -> Result | None:
+    """The result of an earlier run with these settings."""
+    if not (place / RESULTS).exists():
+        return None
+    print(f"{place} has the result of an earlier run, which is not repeated: remove the folder to run the suite again.")
+    return read_result(place)
+
+
+def _keep(result: Result, folder: Path, name: str) -> None:
+    result.write(folder / safe(name))
+    write_report({file.parent.name: read_result(file) for file in sorted(folder.glob(f"*/{RESULTS}"))}, folder)
     print(f"\n{name}: {result.model}\n\n{score_table(result.scores)}")
     for note in result.notes:
         print(note)

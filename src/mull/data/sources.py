@@ -186,7 +186,7 @@ def _dataset_texts(source: str, key: str, split: str | None, config: str | None)
 def _files(source: str, suffixes: Collection[str]) -> Iterator[tuple[str, str]]:
     """Name and text of a file, or of the files with these suffixes in a folder."""
     if not storage.exists(source):
-        raise FileNotFoundError(f"{source} does not exist: give text files, .jsonl files or folders of them.")
+        raise FileNotFoundError(f"{source} does not exist: give a file that does, or a folder of files.")
     names = _names_in(source)
     if names is not None:
         root = len(source.rstrip("/")) + 1

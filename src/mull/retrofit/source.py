@@ -48,7 +48,7 @@ def find_source(written: str | os.PathLike[str], **options: Any) -> Source:
 
     Raises:
         TypeError: neither text nor a path.
-        FileNotFoundError: a path that does not exist.
+        FileNotFoundError: a path that does not exist, or a folder without ``config.json``.
         ValueError: a URL of remote storage, or a file that is no GGUF.
     """
     require("The name of a model", written, (str, os.PathLike), "a folder, a .gguf file or a name on the hub")
@@ -66,6 +66,8 @@ def find_source(written: str | os.PathLike[str], **options: Any) -> Source:
         files = sorted(file.name for file in path.iterdir() if file.suffix.lower() == GGUF)
         if files and "gguf_file" not in options and not (path / "config.json").exists():
             raise ValueError(f"{text} has no config.json, but GGUF files: give one of them, such as {path / files[0]}.")
+        if not (path / "config.json").exists() and not options.keys() & {"gguf_file", "subfolder"}:
+            raise FileNotFoundError(f"{text} has no config.json: give the folder of a checkpoint.")
         return Source(str(path), options)
     if isinstance(written, str) and _HUB_NAME.fullmatch(text):
         return Source(text, options)

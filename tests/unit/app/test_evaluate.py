@@ -15,7 +15,7 @@ from mull.app.evaluate import compare, run_evaluation
 from mull.app.report.evaluation_page import markdown_table
 from mull.data.tokenizer import train_tokenizer
 from mull.evaluation.sandbox import Verdict
-from mull.evaluation.suites.results import code_scores, compare_results, read_result
+from mull.evaluation.suites.results import code_scores, compare_results, keep_settings, read_result
 from mull.evaluation.suites.statistics import exact_interval
 from mull.evaluation.suites.subject import Request
 from mull.runtime import storage
@@ -153,6 +153,71 @@ def test_problems_and_texts_may_lie_in_s3(folder: Path, bucket: str) -> None:
     assert [result.scores for result in here.values()] == [result.scores for result in there.values()]
 
 
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    settings = {"suite": "mbpp", "temperatures": (0.2,), "seed": 0}
+    keep_settings(tmp_path, {**settings, "seed": 1})
+    keep_settings(tmp_path, settings)  # nothing has been made with the others
+    (tmp_path / "samples-rank0.jsonl").touch()
+    keep_settings(tmp_path, settings)
+    with pytest.raises(
+        ValueError, match=r"has samples with temperatures=\[0.2\], and now it is \[0.3\]: give the same"
+    ):
+        keep_settings(tmp_path, {**settings, "temperatures": (0.3,)})
+    with pytest.raises(ValueError, match="seed=0, and now it is null"):
+        keep_settings(tmp_path, {name: value for name, value in settings.items() if name != "seed"})
+
+
+def test_a_finished_suite_is_not_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, suites = request(folder), ["perplexity", "token-accuracy"]
+    first = run_evaluation(str(folder / "one"), suites[:1], folder / "out", asked, command="first")
+    with monkeypatch.context() as patch:
+        patch.setattr("mull.evaluation.suites.table.text_losses", lambda *_, **__: pytest.fail("it was measured again"))
+        second = run_evaluation(str(folder / "one"), suites, folder / "out", asked, command="second")
+    assert second["perplexity"] == first["perplexity"]
+    report = (folder / "out" / "report.md").read_text()
+    assert report.index("`first`") < report.index("`second`")
+    (folder / "text.txt").write_text("other text\n" * 40)
+    with pytest.raises(ValueError, match="has a result with digest="):
+        run_evaluation(str(folder / "one"), suites, folder / "out", asked)
+
+
+def test_all_suites_are_checked_before_the_first_one_runs(folder: Path) -> None:
+    with pytest.raises(ValueError, match="per-head-analysis needs extra heads"):
+        run_evaluation(str(folder / "one"), ["perplexity", "per-head-analysis"], folder / "out", request(folder))
+    assert not (folder / "out" / "perplexity").exists()
+
+
+def test_other_tests_of_the_same_prompts_are_refused(folder: Path) -> None:
+    asked = request(folder, limit=2)
+    run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", asked)
+    file = folder / "problems.jsonl.gz"
+    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()).replace(b"pass", b"assert 0")))
+    with pytest.raises(ValueError, match="has samples with digest="):
+        run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", asked)
+
+
+def test_a_checkpoint_without_a_think_block_gets_one(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tiny("llama", vocab_size=len(tokenizer), num_hidden_layers=4, eos_token_id=0).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    plain = run_evaluation(str(folder / "base"), ["perplexity"], folder / "plain", request(folder))
+    once, twice = (
+        run_evaluation(
+            str(folder / "base"), ["perplexity"], folder / f"k{k}", request(folder, etd=SPLIT, think_iterations=k)
+        )
+        for k in (1, 2)
+    )
+    assert once["perplexity"].scores == plain["perplexity"].scores
+    assert twice["perplexity"].scores != plain["perplexity"].scores
+    [found] = compare(folder / "k1", folder / "k2").values()
+    assert found["nats per token"].difference.value != 0
+    for changes, message in (
+        ({"think_iterations": 2}, "needs a think block, and this model has none"),
+        ({"layers": (0, 99)}, "99"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_evaluation(str(folder / "base"), ["lm_eval:no-such-task"], folder / "no", request(folder, **changes))
+
+
 def test_a_second_process_is_kept_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "LOCK_PATIENCE_SECONDS", 0.1)
     with storage.exclusive(folder / "out"), pytest.raises(RuntimeError, match="is in use by process"):
@@ -236,6 +301,7 @@ def test_results_that_cannot_be_compared_are_refused(folder: Path) -> None:
 
 
 REFUSED = {
+    "data": ({"data": {"humanevall": "a"}}, ["humaneval"], "data names humanevall, which no suite reads. Did you mean"),
     "suite": ({}, ["humanevil"], "There is no suite humanevil. Did you mean humaneval?"),
     "no suite": ({}, [], "No suite was given: choose from humaneval, "),
     "k above n": (

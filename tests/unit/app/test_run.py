@@ -817,8 +817,12 @@ REFUSED = [
         ValueError,
         "The reference model has a vocabulary of 97 tokens, the model one of 280",
     ),
-    ({"train__algo": "rho1-wmtp", "rho1": {"reference": "{empty}"}}, ValueError, "Unrecognized model in .*empty"),
-    ({"model": {"checkpoint": "{empty}"}}, ValueError, "Unrecognized model in .*empty"),
+    (
+        {"train__algo": "rho1-wmtp", "rho1": {"reference": "{empty}"}},
+        OSError,
+        ".*empty has no config.json: give the folder",
+    ),
+    ({"model": {"checkpoint": "{empty}"}}, OSError, ".*empty has no config.json: give the folder"),
     ({"model": {"checkpoint": "{other}"}, "loss": {}}, ValueError, ".*other has no tokenizer: save"),
     ({"model": {"checkpoint": "{unfinished}"}, "loss": {}}, OSError, "unfinished"),
 ]

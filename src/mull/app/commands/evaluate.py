@@ -1,12 +1,14 @@
 """``mull eval`` and ``mull sandbox doctor``."""
 
 import shlex
+import signal
 import sys
 from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
 
+from mull.app.commands.shared import SplitOption, parse_split, print_once
 from mull.app.evaluate import compare, run_evaluation
 from mull.app.sandbox import sandbox_doctor
 from mull.evaluation.suites.subject import MAX_SEED, Request
@@ -36,10 +38,11 @@ def evaluate(
     min_p: Annotated[float | None, Option(help="Least probability, relative to the likeliest token's.")] = None,
     repetition_penalty: Annotated[float, Option(help="Divides the logits of used tokens; 1 is off.")] = 1.0,
     max_new_tokens: Annotated[int | None, Option(help="Largest number of tokens of an answer.")] = None,
-    limit: Annotated[int | None, Option(help="Only the first so many problems, rows or documents.")] = None,
+    limit: Annotated[int | None, Option(help="Only the first so many problems or, of texts, documents.")] = None,
     batch_size: Annotated[int | None, Option(help="Rows at a time; 8, and 1 for inference-speed.")] = None,
     chat: Annotated[bool | None, Option(help="Use the chat template; default: if there is one.")] = None,
     draft_length: Annotated[int | None, Option(help="Drafts per round; 0 for none.")] = None,
+    etd: SplitOption = None,
     think_iterations: Annotated[int | None, Option(help="Passes through the think block.")] = None,
     adaptive: Annotated[bool | None, Option(help="Let tokens stop thinking early; default: as stored.")] = None,
     layers: Annotated[str | None, Option(help="Layers to run instead, in order: 0,1,2,2,3.")] = None,
@@ -82,6 +85,7 @@ def evaluate(
         "batch_size": batch_size,
         "chat": chat,
         "draft_length": draft_length,
+        "etd": None if etd is None else parse_split(etd),
         "think_iterations": think_iterations,
         "adaptive": adaptive,
         "layers": None if layers is None else _layers(layers),
@@ -95,7 +99,11 @@ def evaluate(
         "seed": seed,
     }
     request = Request.model_validate({name: value for name, value in given.items() if value is not None})
-    run_evaluation(model, suite or [], out, request, mlflow=mlflow, command=shlex.join(["mull", *sys.argv[1:]]))
+    try:
+        run_evaluation(model, suite or [], out, request, mlflow=mlflow, command=shlex.join(["mull", *sys.argv[1:]]))
+    except KeyboardInterrupt:
+        print_once(f"Interrupted. The same command continues in {out}.")
+        raise typer.Exit(128 + signal.SIGINT) from None
 
 
 def _assigned(entry: str) -> tuple[str, str]:

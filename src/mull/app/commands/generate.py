@@ -7,11 +7,11 @@ import torch
 from transformers import TextStreamer
 from typer import Option
 
-from mull.app.commands.shared import ModelArgument
+from mull.app.commands.shared import ModelArgument, SplitOption, parse_split
 from mull.data.tokenizer import TextEncoder
 from mull.decoding.generate import GenerationStats, generate
 from mull.evaluation.acceptance import acceptance_by_position, describe_call
-from mull.model.configs import ETDConfig, MTPConfig
+from mull.model.configs import MTPConfig
 from mull.retrofit.source import load_tokenizer
 from mull.retrofit.wrap import from_pretrained
 from mull.runtime.distributed import device
@@ -22,7 +22,7 @@ def continue_prompt(
     prompt: Annotated[str, Option(help="Text to continue; - reads standard input.")],
     max_new_tokens: Annotated[int, Option(help="Largest number of tokens to generate.")] = 100,
     think_iterations: Annotated[int | None, Option(help="Passes through the think block.")] = None,
-    etd: Annotated[str | None, Option(help="Encoder, think and decoder layers of a base checkpoint: 7,4,5.")] = None,
+    etd: SplitOption = None,
     mtp: Annotated[Literal["native"] | None, Option(help="Use the heads that Qwen3-Next and Qwen3.5 have.")] = None,
     draft: Annotated[Literal["mtp"] | None, Option(help="Draft with the model's heads; same text.")] = None,
     draft_length: Annotated[int | None, Option(help="Tokens to draft per round; default: adaptive.")] = None,
@@ -44,7 +44,7 @@ def continue_prompt(
     """Continue a prompt, printing tokens as they come."""
     text = sys.stdin.read() if prompt == "-" else prompt
     heads = None if mtp is None else MTPConfig(mtp_head_type=mtp)
-    loaded: Any = from_pretrained(model, etd=None if etd is None else _parse_split(etd), mtp=heads, allow_missing=False)
+    loaded: Any = from_pretrained(model, etd=None if etd is None else parse_split(etd), mtp=heads, allow_missing=False)
     tokenizer = load_tokenizer(model)
     encoder = TextEncoder(tokenizer)
     tokens = encoder.prompts([text])
@@ -87,11 +87,3 @@ def _stats_text(stats: GenerationStats) -> str:
         drafted, verified, accepted = counts
         lines.append(f"{place:>8}  {drafted:>8}  {verified:>8}  {accepted:>8}  {counts.conditional:>6.1%}")
     return "\n".join(lines)
-
-
-def _parse_split(text: str) -> ETDConfig:
-    counts = text.split(",")
-    if len(counts) != 3 or not all(count.strip().isdigit() for count in counts):
-        raise ValueError(f"--etd {text} must be three numbers of layers, such as 7,4,5.")
-    encoder, think, decoder = map(int, counts)
-    return ETDConfig(n_encoder_layers=encoder, n_think_layers=think, n_decoder_layers=decoder)

@@ -1,19 +1,38 @@
 """What several commands read."""
 
+import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
-from typer import Argument
+from typer import Argument, Option
 
 from mull.data.corpus import load_stdlib
 from mull.data.packing import PackedDataset, pack_texts
 from mull.data.sources import Document, load_documents
+from mull.model.configs import ETDConfig
 from mull.retrofit.source import load_tokenizer
 from mull.retrofit.wrap import from_pretrained
 from mull.runtime.distributed import device
 
 ModelArgument = Annotated[str, Argument(help="Folder, .gguf file or hub name of a checkpoint.", metavar="MODEL")]
+
+SplitOption = Annotated[str | None, Option(help="Encoder, think and decoder layers of a base checkpoint: 7,4,5.")]
+
+
+def parse_split(text: str) -> ETDConfig:
+    """What was written for --etd."""
+    counts = text.split(",")
+    if len(counts) != 3 or not all(count.strip().isdigit() for count in counts):
+        raise ValueError(f"--etd {text} must be three numbers of layers, such as 7,4,5.")
+    encoder, think, decoder = map(int, counts)
+    return ETDConfig(n_encoder_layers=encoder, n_think_layers=think, n_decoder_layers=decoder)
+
+
+def print_once(text: str) -> None:
+    """Print on rank 0 only; torchrun sets RANK."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def held_out(data: list[str] | None) -> Sequence[Document]:

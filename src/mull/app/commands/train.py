@@ -1,13 +1,13 @@
 """``mull train``, ``mull schema`` and ``mull demo``."""
 
 import json
-import os
 import signal
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
+from mull.app.commands.shared import print_once
 from mull.app.demo.demo import run_demo
 from mull.app.recipe import load_recipe, recipe_schema
 from mull.app.run import estimate_recipe, run_recipe
@@ -32,23 +32,23 @@ def train(
     """Train a model as a recipe describes. On several devices: torchrun --nproc-per-node N -m mull train RECIPE."""
     loaded = load_recipe(recipe, set_ or [])
     if dry_run:
-        _print_once(estimate_recipe(loaded))
+        print_once(estimate_recipe(loaded))
         return
     folder = loaded.run.out / loaded.run.name
     checkpoints = loaded.checkpoint.url or folder / CHECKPOINTS
     try:
         result = run_recipe(loaded, resume)
     except KeyboardInterrupt:
-        _print_once(f"Interrupted. --resume continues from the newest checkpoint in {checkpoints}, if there is one.")
+        print_once(f"Interrupted. --resume continues from the newest checkpoint in {checkpoints}, if there is one.")
         raise typer.Exit(128 + signal.SIGINT) from None
     cost = f"{result.step} steps, {result.tokens} tokens, {result.seconds:.0f} s ({result.precision})"
     last = losses_of(result.history[-1]) if result.history else {}  # ranks that resumed a finished run have no records
     losses = "".join(f", {name} {value:.4f}" for name, value in last.items())
-    _print_once(f"{result.stopped} after {cost}{losses}: {folder}")
+    print_once(f"{result.stopped} after {cost}{losses}: {folder}")
     written = WRITTEN if result.stopped == "finished" else {}
     for name, purpose in written.items():
-        _print_once(f"  {folder / name}: {purpose}")
-    _print_once(f"  {checkpoints}: what --resume continues from")
+        print_once(f"  {folder / name}: {purpose}")
+    print_once(f"  {checkpoints}: what --resume continues from")
 
 
 WRITTEN = {"model": "the trained model, for mull", "trunk": "the same without extra heads and loops, for transformers"}
@@ -58,9 +58,3 @@ WRITTEN = {"model": "the trained model, for mull", "trunk": "the same without ex
 def schema() -> None:
     """Print the JSON schema of recipes, which lets editors complete and explain keys."""
     print(json.dumps(recipe_schema(), indent=2))
-
-
-def _print_once(text: str) -> None:
-    """Print on rank 0 only; torchrun sets RANK."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text)

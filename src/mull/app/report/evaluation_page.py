@@ -11,8 +11,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from mull.app.report.figures import GREY, MARKERS, PALETTE, STYLE, svg
 from mull.evaluation.suites.results import ORACLE, Bin, Result
 from mull.evaluation.suites.statistics import Comparison, Score
+from mull.runtime import storage
 
-FIGURES = "figures"
+REPORT, FIGURES = "report.md", "figures"
 
 
 @mpl.rc_context(STYLE)
@@ -94,24 +95,24 @@ def result_figures(result: Result) -> dict[str, Figure]:
     return found
 
 
-def write_report(results: Mapping[str, Result], folder: Path, command: str) -> Path:
+def write_report(results: Mapping[str, Result], folder: Path) -> Path:
     """Write ``report.md`` with tables, and its figures as SVG beside it.
 
     Args:
-        results: By the name under which each was asked for.
+        results: By the name of each.
         folder: Where; must exist.
-        command: That made them.
     """
-    parts = [f"# Evaluation of {next(iter(results.values())).model}", f"`{command}`"]
+    models = ", ".join(dict.fromkeys(result.model for result in results.values()))
+    parts = [f"# Evaluation of {models}"]
     (folder / FIGURES).mkdir(exist_ok=True)
     for name, result in results.items():
-        parts += [f"## {name}", *_tables(result)]
+        parts += [f"## {name}", f"`{result.command}`", *_tables(result)]
         for kind, figure in result_figures(result).items():
             file = f"{FIGURES}/{safe(name)}-{kind}.svg"
             (folder / file).write_text(svg(figure), encoding="utf-8")
             parts.append(f"![{kind} of {name}]({file})")
-    place = folder / "report.md"
-    place.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    place = folder / REPORT
+    storage.write_text_atomic(str(place), "\n\n".join(parts) + "\n")
     return place
 
 

@@ -212,7 +212,7 @@ _NUMBER = re.compile(
     r"""
     (?P<sign>[-−–+]?)\s?[$€£]?\s?(?P<minus>[-−]?)
     (?:
-        (?:(?P<whole>\d+)\s+)?(?P<over>\d+)\s?/\s?(?P<under>\d+)(?![\d/])       # 3/4, 1 1/2; no date
+        (?:(?P<whole>\d+)\s+)?(?P<over>\d+)\s?/\s?(?P<under>\d+)(?![\d/])(?!\s*=)  # 3/4, 1 1/2; no date, not 54/3=18
       | (?P<digits>\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?:[ ]\d{3})+(?!\d)|\d+)(?P<decimals>\.\d+)?  # 1,234.50 and 1 234
       | (?P<point>\.\d+)
     )

@@ -4,9 +4,10 @@ lm-eval is an extra, so its class is made when it is asked for.
 """
 
 import functools
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,54 +95,65 @@ def _logits(model: Any, inputs: Any, route: Route) -> Any:
         return model(inputs, use_cache=False, **route.options()).logits
 
 
-def find_task(written: str) -> tuple[str, str | None]:
-    """Name of a task, and the folder that lm-eval has to look into for it.
+class Task(NamedTuple):
+    """A task or group of lm-eval."""
+
+    name: str
+    manager: Any
+    """lm-eval's ``TaskManager`` that knows it."""
+
+    digest: str | None
+    """A hash of its YAML file; None for tasks that come with lm-eval."""
+
+
+def find_task(written: str) -> Task:
+    """Look a task up.
 
     Args:
         written: A name that lm-eval knows, or the path of a task's YAML file.
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: a YAML file without a task.
+        ValueError: a YAML file without a task, or no such task.
+        RuntimeError: lm-eval is not installed.
     """
+    import_lm_eval()
+    from lm_eval.tasks import TaskManager
+
     if not written.endswith((".yaml", ".yml")) and "/" not in written:
-        return written, None
-    path = storage.local_path(written)
-    if not path.is_file():
-        raise FileNotFoundError(f"{written} does not exist: give the name of a task of lm-eval, or its YAML file.")
-    found = re.search(r"^(?:task|group):\s*['\"]?([\w.-]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-    if found is None:
-        raise ValueError(f"{written} has no task: a task's file has a line such as 'task: name'.")
-    return found[1], str(path.parent)
+        task = Task(written, TaskManager(), None)
+    else:
+        path = storage.local_path(written)
+        if not path.is_file():
+            raise FileNotFoundError(f"{written} does not exist: give the name of a task of lm-eval, or its YAML file.")
+        text = path.read_text(encoding="utf-8")
+        found = re.search(r"^(?:task|group):\s*['\"]?([\w.-]+)", text, re.MULTILINE)
+        if found is None:
+            raise ValueError(f"{written} has no task: a task's file has a line such as 'task: name'.")
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        task = Task(found[1], TaskManager(include_path=str(path.parent), include_defaults=False), digest)
+    if not task.manager.match_tasks([task.name]):
+        raise ValueError(f"lm-eval has no task {task.name}: see lm_eval ls tasks, or give the YAML file of a task.")
+    return task
 
 
 def run_task(
-    lm: Any, written: str, *, limit: int | None = None, seed: int = 0
+    lm: Any, task: Task, *, limit: int | None = None, seed: int = 0
 ) -> tuple[dict[str, Score], dict[str, dict[str, Sums]]]:
     """Run one task of lm-eval.
 
     Args:
         lm: An instance of `mull_lm`, or another model of lm-eval.
-        written: Name of a task or group, or the path of a task's YAML file.
+        task: What to run.
         limit: Only the first so many documents.
         seed: Of the bootstrap.
 
     Returns:
         Its scores, and the values of its documents. A score that is the mean of its documents' values has our interval, another
         one lm-eval's standard error, as a normal interval.
-
-    Raises:
-        ValueError: no such task.
     """
-    lm_eval = import_lm_eval()
-    from lm_eval.tasks import TaskManager
-
-    name, folder = find_task(written)
-    manager = TaskManager(include_path=folder, include_defaults=folder is None)
-    if not manager.match_tasks([name]):
-        raise ValueError(f"lm-eval has no task {name}: see lm_eval ls tasks, or give the YAML file of a task.")
-    found = lm_eval.simple_evaluate(
-        model=lm, tasks=[name], task_manager=manager, limit=limit, bootstrap_iters=1000, log_samples=True
+    found = import_lm_eval().simple_evaluate(
+        model=lm, tasks=[task.name], task_manager=task.manager, limit=limit, bootstrap_iters=1000, log_samples=True
     )
     if found is None:  # lm-eval gathers on its own rank 0
         return {}, {}

@@ -7,6 +7,8 @@ Source:
 """
 
 import ast
+import hashlib
+import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -86,6 +88,8 @@ class Problems:
     problems: tuple[Problem, ...]
     shots: tuple[Problem, ...] = ()
     source: str = field(default="", compare=False)
+    digest: str = field(default="", compare=False)
+    """A hash of all records of the source, tests included."""
 
 
 def load_problems(suite: Suite, source: str | Path | None = None, *, shots: str | Path | None = None) -> Problems:
@@ -116,17 +120,27 @@ def load_problems(suite: Suite, source: str | Path | None = None, *, shots: str 
     names = [problem.name for problem in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{place} has two problems that are called {twice}: each must have a name of its own.")
-    return Problems(suite, tuple(found), tuple(examples), place)
+    return Problems(suite, tuple(found), tuple(examples), place, _digest(records))
 
 
 def _records(suite: Suite, source: str | Path | None, split: str | None = None) -> tuple[str, list[Record]]:
     name, config, usual = HUB[suite]
     place = DATASET + name if source is None else str(source)
+    options: dict[str, Any] = {}
     if place.startswith(DATASET):
-        records = read_records(place, split=split or usual, config=config if place == DATASET + name else None)
-    else:
-        records = read_records(place)
-    return place, list(tracked(records, "problem", f"reading {suite}"))
+        options = {"split": split or usual, "config": config if place == DATASET + name else None}
+    try:
+        return place, list(tracked(read_records(place, **options), "problem", f"reading {suite}"))
+    except ConnectionError as error:
+        hint = f"--data {suite}=FILE (in Python data={{'{suite}': …}}) reads the problems from a file"
+        raise ConnectionError(f"{error} {hint}." if source is None else str(error)) from None
+
+
+def _digest(records: Sequence[Record]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(record.fields, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def _gsm8k_shots(place: str | None, shots: str | Path | None) -> list[Problem]:

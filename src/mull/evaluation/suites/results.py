@@ -1,5 +1,6 @@
 """What a suite found, as it is kept on disk, and the comparison of two such files."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,16 +11,28 @@ from mull.evaluation.suites.statistics import Comparison, Score, Sums, best_scor
 from mull.runtime import storage
 from mull.runtime.arguments import Frozen
 
-RESULTS = "results.json"
-"""File of a suite's result, in its folder."""
+RESULTS, SETTINGS = "results.json", "settings.json"
+"""Files of a suite's folder: its result, and what the result depends on, which is there from the start."""
 
 ORACLE = "oracle over temperatures"
 """Label of a maximum over temperatures: it was chosen on the test problems, so no deployed model has it."""
 
 COMPARED_APART = frozenset(
-    {"model", "weights", "engine", "dtype", "think_iterations", "adaptive", "path", "draft_length", "batch_size"}
+    {
+        "model",
+        "weights",
+        "engine",
+        "dtype",
+        "etd",
+        "think_iterations",
+        "adaptive",
+        "path",
+        "draft_length",
+        "batch_size",
+        "text",
+    }
 )
-"""Settings in which two compared results may differ: the model, and how it runs."""
+"""Settings in which two compared results may differ: the model, how it runs, and where the text was, which has a hash."""
 
 
 class Bin(NamedTuple):
@@ -44,6 +57,7 @@ class Result(Frozen):
     values: dict[str, dict[str, Sums]]
     """What each problem adds to the sums of a score, for the paired comparison."""
 
+    command: str = ""
     notes: tuple[str, ...] = ()
     reliability: dict[str, tuple[Bin, ...]] = {}
     """Calibration of each head."""
@@ -73,6 +87,30 @@ def read_result(place: str | Path) -> Result:
         return Result.model_validate_json(file.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError):
         raise ValueError(f"{file} is no result of mull eval: give the folder of one of its suites.") from None
+
+
+def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Store the settings of a suite in its folder, made if missing, or compare them with those that are there.
+
+    Raises:
+        ValueError: they differ, and the folder has samples or a result; names the first that differs.
+    """
+    file, now = folder / SETTINGS, json.loads(json.dumps(settings))
+    found = [path.name for path in folder.glob("*") if path.name == RESULTS or path.match("samples*.jsonl")]
+    stored = json.loads(file.read_text(encoding="utf-8")) if found and file.exists() else now
+    if different := [name for name in sorted({*stored, *now}) if stored.get(name) != now.get(name)]:
+        name = different[0]
+        raise ValueError(
+            f"{folder} has {'samples' if 'samples' in found[0] else 'a result'} with {name}={_short(stored.get(name))}, and now "
+            f"it is {_short(now.get(name))}: give the same value to continue, or another folder to begin anew."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    storage.write_text_atomic(str(file), json.dumps(now, indent=1, sort_keys=True) + "\n")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def code_scores(

@@ -24,7 +24,6 @@ from mull.runtime import storage
 from mull.runtime.distributed import rank, world_size
 from mull.runtime.progress import Progress
 
-SETTINGS = "settings.json"
 JOINED = "samples.jsonl"
 PART = "samples-rank{}.jsonl"
 PARTS = "samples-rank*.jsonl"
@@ -97,39 +96,15 @@ class SamplePlan:
 
 
 class SampleFolder:
-    """The files of one suite's samples: settings, a file per rank while samples are drawn, and one joined file at the end.
+    """The files of one suite's samples: a file per rank while samples are drawn, and one joined file at the end.
 
     Args:
         folder: Where they are; made if missing.
-        settings: What the samples depend on, as values of JSON.
-
-    Raises:
-        ValueError: the folder has samples of other settings; names the first that differ.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.settings = json.loads(json.dumps(settings))
         folder.mkdir(parents=True, exist_ok=True)
-
-    def open(self) -> None:
-        """Compare the settings with those of the samples that are there, or store them; rank 0 only.
-
-        Raises:
-            ValueError: they differ.
-        """
-        file = self.folder / SETTINGS
-        if not file.exists():
-            storage.write_text_atomic(str(file), json.dumps(self.settings, indent=1, sort_keys=True) + "\n")
-            return
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        for name in sorted({*stored, *self.settings}):
-            before, now = stored.get(name), self.settings.get(name)
-            if before != now:
-                raise ValueError(
-                    f"{self.folder} has samples with {name}={_short(before)}, and now it is {_short(now)}: give the same value "
-                    "to continue, or another folder to begin anew."
-                )
 
     def read(self) -> dict[Key, dict[str, Any]]:
         """The samples of all files, without lines that a kill has torn."""
@@ -281,8 +256,3 @@ def _record(
 def prompt_digest(prompt: str) -> str:
     """A hash of the text of a prompt, which its samples carry."""
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

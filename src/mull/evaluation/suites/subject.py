@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from mull.evaluation.suites.writers import OWN_ROUTE, AnswerReader, MullWriter, PlainWriter, Route, Writer
 from mull.model.causal_lm import MullForCausalLM
+from mull.model.configs import ETDConfig
 from mull.model.configuration import MullConfig
 from mull.model.families import require_supported
 from mull.model.path import from_layers
@@ -45,13 +46,17 @@ class Request(Frozen):
     """Rows at a time."""
 
     limit: int | None = Field(default=None, ge=1)
-    """Only the first so many problems, rows or documents."""
+    """Only the first so many problems or, of suites that read text, documents: a ``.txt`` file is one, each line of a
+    ``.jsonl`` file another. Of prompts that ``per-head-analysis`` and ``inference-speed`` continue, so many, too."""
 
     chat: bool | None = None
     """Put prompts into the tokenizer's chat template; default: if it has one."""
 
     draft_length: int | None = Field(default=None, ge=0)
     """Drafts per round; default: 1 if the model has extra heads, the fastest on a CPU. 0 drafts nothing."""
+
+    etd: ETDConfig | None = None
+    """Think block to give a checkpoint that has none, without any training."""
 
     think_iterations: int | None = Field(default=None, ge=1)
     adaptive: bool | None = None
@@ -148,6 +153,7 @@ class Subject:
             "weights": weights_digest(self.model),
             "engine": "mull" if own else "transformers",
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "etd": None if request.etd is None else request.etd.model_dump(mode="json", exclude_defaults=True),
             "think_iterations": request.think_iterations,
             "adaptive": request.adaptive,
             "path": None if request.layers is None else list(request.layers),
@@ -160,18 +166,16 @@ def load_subject(name: str, request: Request, device: torch.device) -> Subject:
 
     Raises:
         OSError: no checkpoint there.
-        ValueError: routes for a model that is not mull's, or as in `mull.retrofit.wrap.from_pretrained`.
+        ValueError: routes that the model cannot run, or as in `mull.retrofit.wrap.from_pretrained`.
     """
     source = find_source(name)
     config = load_config(source, {})
     options: dict[str, Any] = {} if request.dtype is None else {"dtype": DTYPES[request.dtype]}
     route = request.route()
     if _has_family(config):
-        model: Any = from_pretrained(name, allow_missing=False, **options)
-    elif route.options():
-        raise ValueError(
-            f"{', '.join(route.options())} is for models of mull, and it has none like {name}: leave it out."
-        )
+        model: Any = from_pretrained(name, etd=request.etd, allow_missing=False, **options)
+    elif given := [*route.options(), *["etd"] * (request.etd is not None)]:
+        raise ValueError(f"{', '.join(given)} is for models of mull, and it has none like {name}: leave it out.")
     else:
         with explained(name, weights=True):
             model = AutoModelForCausalLM.from_pretrained(source.name, **NO_CODE, **source.options, **options).eval()
@@ -179,7 +183,11 @@ def load_subject(name: str, request: Request, device: torch.device) -> Subject:
     known = model.get_output_embeddings().weight.shape[0]
     if len(tokenizer) > known:
         raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, the model {known}: it belongs to another model.")
-    return Subject(name, model.to(device).eval(), tokenizer, route)
+    subject = Subject(name, model.to(device).eval(), tokenizer, route)
+    if route.options():
+        with torch.no_grad():  # what it cannot run is told now, not hours later
+            subject.model(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False, **route.options())
+    return subject
 
 
 def _has_family(config: PreTrainedConfig) -> bool:

@@ -1,8 +1,11 @@
-"""The suites by name. A suite is a function from a model and what is asked to a `Result`, and a row here.
+"""The suites by name. A suite is a function from a model and what is asked to a `Prepared` run, and a row here.
 
-All ranks call it alike; what only one of them does, such as grading, is for the first.
+What can be wrong with the settings or the data is told when it is prepared, so before any suite has run. All ranks call a suite
+alike; what only one of them does, such as grading, is for the first.
 """
 
+import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +18,7 @@ from mull.data.corpus import load_stdlib
 from mull.data.packing import PackedDataset, pack_texts
 from mull.data.sources import Document, load_documents
 from mull.evaluation.suites.grading import grade
-from mull.evaluation.suites.harness import PREFIX, mull_lm, run_task
+from mull.evaluation.suites.harness import PREFIX, find_task, mull_lm, run_task
 from mull.evaluation.suites.heads import HeadTally, draft_acceptance, head_name, head_scores, head_tallies
 from mull.evaluation.suites.inference_speed import measured_speed, speed_notes, speed_scores
 from mull.evaluation.suites.perplexity import perplexity_scores, text_losses
@@ -27,6 +30,9 @@ from mull.evaluation.suites.statistics import pass_at_k
 from mull.evaluation.suites.subject import Request, Subject
 from mull.runtime.arguments import nearest
 from mull.runtime.distributed import global_sum, on_first_rank
+
+SHOTS, TEXT = "gsm8k-train", "text"
+"""Sources beside those of the suites' problems: GSM8K's examples, and what the suites that read text read."""
 
 META_MTP = "meta-mtp"
 META_MTP_SUITES: tuple[Suite, ...] = ("humaneval", "mbpp", "codecontests")
@@ -54,7 +60,16 @@ class Place(NamedTuple):
     """For waits that last as long as a rank needs to draw its share, or the first one to grade."""
 
 
-Run = Callable[[Subject, Request, Place], Result]
+class Prepared(NamedTuple):
+    """A suite on a model, with its problems or texts read and its settings checked."""
+
+    settings: dict[str, Any]
+    """What the result depends on."""
+
+    run: Callable[[Place], Result]
+
+
+Prepare = Callable[[Subject, Request], Prepared]
 
 
 @dataclass(frozen=True)
@@ -79,12 +94,12 @@ def _protocol(suite: Suite, request: Request, meta_mtp: bool) -> _Protocol:
     return _Protocol(META_MTP if meta_mtp else "published", samples, tuple(dict.fromkeys(temperatures)), ks, top_p)
 
 
-def generative(suite: Suite, meta_mtp: bool = False) -> Run:
+def generative(suite: Suite, meta_mtp: bool = False) -> Prepare:
     """A suite whose answers are drawn, kept, and graded."""
 
-    def run(subject: Subject, request: Request, place: Place) -> Result:
+    def prepare(subject: Subject, request: Request) -> Prepared:
         asked = _protocol(suite, request, meta_mtp)
-        problems = load_problems(suite, request.data.get(suite), shots=request.data.get("gsm8k-train"))
+        problems = load_problems(suite, request.data.get(suite), shots=request.data.get(SHOTS))
         # Base models complete: the protocol was published for them.
         reader = subject.reader(request, False if meta_mtp else None)
         texts = PROTOCOLS[suite].chats(problems) if reader.chat else PROTOCOLS[suite].prompts(problems)
@@ -104,13 +119,17 @@ def generative(suite: Suite, meta_mtp: bool = False) -> Run:
             request.repetition_penalty,
         )
         settings = _settings(plan, asked, subject, request, reader.chat)
-        folder = SampleFolder(place.folder, settings)
-        on_first_rank(folder.open, place.group)
-        draw_samples(plan, subject.writer(request, reader), reader, folder)
-        global_sum(torch.zeros(1), place.group)  # every rank has drawn its share
-        return on_first_rank(lambda: _graded(folder, plan, asked, request, reader.chat, settings), place.group)
+        writer = subject.writer(request, reader)
 
-    return run
+        def run(place: Place) -> Result:
+            folder = SampleFolder(place.folder)
+            draw_samples(plan, writer, reader, folder)
+            global_sum(torch.zeros(1), place.group)  # every rank has drawn its share
+            return on_first_rank(lambda: _graded(folder, plan, asked, request, reader.chat, settings), place.group)
+
+        return Prepared(settings, run)
+
+    return prepare
 
 
 def _settings(plan: SamplePlan, asked: _Protocol, subject: Subject, request: Request, chat: bool) -> dict[str, Any]:
@@ -119,6 +138,7 @@ def _settings(plan: SamplePlan, asked: _Protocol, subject: Subject, request: Req
         "protocol": asked.name,
         "chat": chat,
         "problems": len(plan.problems.problems),
+        "digest": plan.problems.digest,
         "temperatures": list(plan.temperatures),
         "samples": plan.n_samples,
         "max_new_tokens": plan.max_new_tokens,
@@ -168,30 +188,50 @@ def _notes(records: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str,
 
 
 def _documents(request: Request) -> Sequence[Document]:
-    source = request.data.get("text")
+    source = request.data.get(TEXT)
     found = load_stdlib().held_out if source is None else load_documents([source])
     return found[: request.limit]
 
 
-def _dataset(subject: Subject, request: Request) -> PackedDataset:
+def _dataset(subject: Subject, request: Request, documents: Sequence[Document]) -> PackedDataset:
     length = min(request.length or ROW, subject.positions)
     vocabulary = subject.model.config.get_text_config().vocab_size
-    texts = (document.text for document in _documents(request))
+    texts = (document.text for document in documents)
     return pack_texts(texts, subject.tokenizer, length=length, vocab_size=vocabulary)
 
 
-def _text_settings(subject: Subject, request: Request, length: int) -> dict[str, Any]:
-    facts = {**subject.facts(request), "draft_length": 0}
-    return {"text": request.data.get("text", "Python's library"), "limit": request.limit, "length": length, **facts}
+def _text_settings(
+    subject: Subject, request: Request, documents: Sequence[Document], length: int, **others: Any
+) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(f"{len(document.text)} {document.text}".encode("utf-8", "surrogatepass"))
+    return {
+        TEXT: request.data.get(TEXT, "Python's library"),
+        "digest": digest.hexdigest()[:16],
+        "limit": request.limit,
+        "length": length,
+        "seed": request.seed,
+        **others,
+        **subject.facts(request),
+        "draft_length": 0,
+    }
 
 
-def token_accuracy(subject: Subject, request: Request, _place: Place) -> Result:
+def token_accuracy(subject: Subject, request: Request) -> Prepared:
     """Accuracy and loss of every head on texts."""
-    tallies, settings = _tallies(subject, request)
-    return _head_result("token-accuracy", subject, settings, tallies, request)
+    documents = _documents(request)
+    dataset = _dataset(subject, request, documents)
+    settings = _text_settings(subject, request, documents, dataset.input_ids.shape[1])
+
+    def run(_: Place) -> Result:
+        tallies = head_tallies(subject.model, dataset, subject.route, batch_size=request.batch_size)
+        return _head_result("token-accuracy", subject, settings, tallies, request)
+
+    return Prepared(settings, run)
 
 
-def per_head_analysis(subject: Subject, request: Request, _place: Place) -> Result:
+def per_head_analysis(subject: Subject, request: Request) -> Prepared:
     """Accuracy, calibration and acceptance of every head, on texts and in decoding.
 
     Raises:
@@ -199,27 +239,28 @@ def per_head_analysis(subject: Subject, request: Request, _place: Place) -> Resu
     """
     if not subject.n_heads:
         raise ValueError(f"per-head-analysis needs extra heads, and {subject.name} has none: take token-accuracy.")
-    tallies, settings = _tallies(subject, request)
-    result = _head_result("per-head-analysis", subject, settings, tallies, request)
-    rows = _dataset(subject, request).input_ids
-    whole = rows[: max(1, len(rows) - 1)][:PROMPTS]  # the last row is padded
-    drafts = draft_acceptance(
-        subject.model,
-        [row[:PROMPT_TOKENS].tolist() for row in whole],
-        max_new_tokens=ACCEPTANCE_TOKENS,
-        route=subject.route,
-        seed=request.seed,
-    )
-    acceptance = {f"agreement, {head_name(k)}": tally.agreement_by_range for k, tally in enumerate(tallies) if k}
-    acceptance["drafts after accepted ones"] = tuple(each.conditional for each in drafts)
-    acceptance["drafts"] = tuple(each.cumulative for each in drafts)
-    return result.model_copy(update={"acceptance": acceptance})
+    documents = _documents(request)
+    dataset = _dataset(subject, request, documents)
+    tokens, rows = request.max_new_tokens or ACCEPTANCE_TOKENS, dataset.input_ids
+    settings = _text_settings(subject, request, documents, rows.shape[1], max_new_tokens=tokens)
+    whole = rows[: max(1, len(rows) - 1)][: min(PROMPTS, request.limit or PROMPTS)]  # the last row is padded
 
+    def run(_: Place) -> Result:
+        tallies = head_tallies(subject.model, dataset, subject.route, batch_size=request.batch_size)
+        drafts = draft_acceptance(
+            subject.model,
+            [row[:PROMPT_TOKENS].tolist() for row in whole],
+            max_new_tokens=tokens,
+            route=subject.route,
+            seed=request.seed,
+        )
+        acceptance = {f"agreement, {head_name(k)}": tally.agreement_by_range for k, tally in enumerate(tallies) if k}
+        acceptance["drafts after accepted ones"] = tuple(each.conditional for each in drafts)
+        acceptance["drafts"] = tuple(each.cumulative for each in drafts)
+        result = _head_result("per-head-analysis", subject, settings, tallies, request)
+        return result.model_copy(update={"acceptance": acceptance})
 
-def _tallies(subject: Subject, request: Request) -> tuple[list[HeadTally], dict[str, Any]]:
-    dataset = _dataset(subject, request)
-    tallies = head_tallies(subject.model, dataset, subject.route, batch_size=request.batch_size)
-    return tallies, _text_settings(subject, request, dataset.input_ids.shape[1])
+    return Prepared(settings, run)
 
 
 def _head_result(
@@ -238,57 +279,71 @@ def _head_result(
     )
 
 
-def perplexity(subject: Subject, request: Request, _place: Place) -> Result:
+def perplexity(subject: Subject, request: Request) -> Prepared:
     """Perplexity of texts, as lm-eval defines it."""
-    length = min(request.length or subject.positions, subject.positions)
-    losses = text_losses(
-        lambda ids: subject.model(ids, use_cache=False, **subject.route.options()).logits,
-        subject.tokenizer,
-        _documents(request),
-        length=length,
-        batch_size=request.batch_size,
-        device=subject.model.device,
-    )
-    scores, values = perplexity_scores(losses, seed=request.seed)
-    settings = _text_settings(subject, request, length)
-    return Result(suite="perplexity", model=subject.name, settings=settings, scores=scores, values=values)
+    documents, length = _documents(request), min(request.length or subject.positions, subject.positions)
+    settings = _text_settings(subject, request, documents, length)
+
+    def run(_: Place) -> Result:
+        losses = text_losses(
+            lambda ids: subject.model(ids, use_cache=False, **subject.route.options()).logits,
+            subject.tokenizer,
+            documents,
+            length=length,
+            batch_size=request.batch_size,
+            device=subject.model.device,
+        )
+        scores, values = perplexity_scores(losses, seed=request.seed)
+        return Result(suite="perplexity", model=subject.name, settings=settings, scores=scores, values=values)
+
+    return Prepared(settings, run)
 
 
-def inference_speed(subject: Subject, request: Request, place: Place) -> Result:
-    """Tokens per second of all ways to decode, in turns, on beginnings of texts; the first rank measures."""
+def inference_speed(subject: Subject, request: Request) -> Prepared:
+    """Tokens per second of all ways to decode, in turns, on beginnings of texts; the first rank measures.
+
+    Raises:
+        ValueError: fewer rows of text than a batch has.
+    """
+    n_rows = request.batch_size if "batch_size" in request.model_fields_set else 1
+    tokens, limit = request.max_new_tokens or SPEED_TOKENS, request.limit or SPEED_PROMPTS
+    documents = _documents(request.model_copy(update={"limit": None}))
+    rows = _dataset(subject, request, documents).input_ids[:-1, :SPEED_PROMPT]  # the last row is padded
+    prompts = [prompt for prompt in rows[: n_rows * limit].split(n_rows) if len(prompt) == n_rows]
+    if not prompts:
+        raise ValueError(f"The text has {len(rows)} whole rows, fewer than the {n_rows} of a batch: give more text.")
+    settings = {
+        **_text_settings(subject, request, documents, rows.shape[1], max_new_tokens=tokens, prompts=len(prompts)),
+        "batch_size": n_rows,
+        "compiled": request.compiled,
+        "threads": torch.get_num_threads(),
+    }
 
     def measure() -> Result:
-        n_rows = request.batch_size if "batch_size" in request.model_fields_set else 1
-        tokens, limit = request.max_new_tokens or SPEED_TOKENS, request.limit or SPEED_PROMPTS
-        request_of_text = request.model_copy(update={"limit": None})
-        rows = _dataset(subject, request_of_text).input_ids[:-1, :SPEED_PROMPT]  # the last row is padded
-        prompts = list(rows[: n_rows * limit].split(n_rows))
-        prompts = [prompt for prompt in prompts if len(prompt) == n_rows]
-        if not prompts:
-            raise ValueError(
-                f"The text has {len(rows)} whole rows, fewer than the {n_rows} of a batch: give more text."
-            )
         timings = measured_speed(subject, prompts, tokens, request.compiled)
         scores, values = speed_scores(timings, request.seed)
-        settings = {
-            **_text_settings(subject, request, rows.shape[1]),
-            "batch_size": n_rows,
-            "max_new_tokens": tokens,
-            "prompts": len(prompts),
-            "threads": torch.get_num_threads(),
-        }
         notes = tuple(speed_notes(subject, timings, prompts))
         return Result(
             suite="inference-speed", model=subject.name, settings=settings, scores=scores, values=values, notes=notes
         )
 
-    return on_first_rank(measure, place.group)
+    return Prepared(settings, lambda place: on_first_rank(measure, place.group))
 
 
-def harness(task: str) -> Run:
+def harness(task: str) -> Prepare:
     """A task of lm-eval, which the first rank runs."""
 
-    def run(subject: Subject, request: Request, place: Place) -> Result:
+    def prepare(subject: Subject, request: Request) -> Prepared:
+        found = find_task(task)
+        settings = {
+            "task": task,
+            "digest": found.digest,
+            "limit": request.limit,
+            "seed": request.seed,
+            **subject.facts(request),
+            "draft_length": 0,
+        }
+
         def evaluate() -> Result:
             options: dict[str, Any] = {
                 "tokenizer": subject.tokenizer,
@@ -297,17 +352,18 @@ def harness(task: str) -> Run:
                 "adaptive": request.adaptive,
                 "layers": request.layers,
             }
+            quiet = logging.getLogger("lm_eval.models.huggingface")
+            quiet.setLevel(logging.ERROR)  # it warns that a model was given, and no name
             lm = mull_lm()(subject.model, **options)
-            scores, values = run_task(lm, task, limit=request.limit, seed=request.seed)
-            settings = {"task": task, "limit": request.limit, **subject.facts(request), "draft_length": 0}
+            scores, values = run_task(lm, found, limit=request.limit, seed=request.seed)
             return Result(suite=PREFIX + task, model=subject.name, settings=settings, scores=scores, values=values)
 
-        return on_first_rank(evaluate, place.group)
+        return Prepared(settings, lambda place: on_first_rank(evaluate, place.group))
 
-    return run
+    return prepare
 
 
-SUITES: dict[str, Run] = {
+SUITES: dict[str, Prepare] = {
     **{suite: generative(suite) for suite in PROTOCOLS},
     **{f"{META_MTP}:{suite}": generative(suite, meta_mtp=True) for suite in META_MTP_SUITES},
     "per-head-analysis": per_head_analysis,
@@ -318,7 +374,7 @@ SUITES: dict[str, Run] = {
 """Name to suite. Beside these, ``lm_eval:TASK`` is any task of lm-eval, and ``meta-mtp`` all three of its suites."""
 
 
-def find_suites(names: Sequence[str]) -> dict[str, Run]:
+def find_suites(names: Sequence[str]) -> dict[str, Prepare]:
     """The suites that were asked for, each once.
 
     Raises:
@@ -326,7 +382,7 @@ def find_suites(names: Sequence[str]) -> dict[str, Run]:
     """
     if not names:
         raise ValueError(f"No suite was given: choose from {', '.join(SUITES)}, {META_MTP} and {PREFIX}TASK.")
-    found: dict[str, Run] = {}
+    found: dict[str, Prepare] = {}
     for name in names:
         if name == META_MTP:
             found |= {f"{META_MTP}:{suite}": SUITES[f"{META_MTP}:{suite}"] for suite in META_MTP_SUITES}

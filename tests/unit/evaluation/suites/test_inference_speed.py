@@ -39,7 +39,7 @@ def measured(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: py
         given = {"data": {"text": str(tmp_path / "text.txt")}, "limit": 2, "max_new_tokens": 6, "compiled": False}
         request = Request.model_validate({**given, "length": 32, **changes})
         subject = Subject("tiny", model.eval(), tokenizer, route)
-        return SUITES["inference-speed"](subject, request, Place(tmp_path))
+        return SUITES["inference-speed"](subject, request).run(Place(tmp_path))
 
     return run
 

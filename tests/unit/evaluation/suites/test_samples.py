@@ -70,8 +70,7 @@ class FakeWriter:
 
 
 def run(folder: Path, tokenizer: PreTrainedTokenizerBase, writer: Any, **changes: Any) -> bytes:
-    place, drawn = SampleFolder(folder, {"suite": "humaneval"}), plan(**changes)
-    place.open()
+    place, drawn = SampleFolder(folder), plan(**changes)
     draw_samples(drawn, writer, AnswerReader(tokenizer, chat=False), place)
     place.join(drawn.keys())
     return (folder / JOINED).read_bytes()
@@ -81,9 +80,8 @@ def test_killed_and_torn_20_times_equals_uninterrupted(tmp_path: Path, tokenizer
     """The fake's tokens depend on the whole batch, as rounding does: a chunk must be written again with the rows it had."""
     whole = run(tmp_path / "whole", tokenizer, FakeWriter(together=True))
     chance, folder = random.Random(0), tmp_path / "killed"
-    place, reader = SampleFolder(folder, {"suite": "humaneval"}), AnswerReader(tokenizer, chat=False)
+    place, reader = SampleFolder(folder), AnswerReader(tokenizer, chat=False)
     for _ in range(20):
-        place.open()
         with contextlib.suppress(KeyboardInterrupt):
             draw_samples(plan(), FakeWriter(together=True, fail_after=chance.choice([0, 4, 8])), reader, place)
         file = folder / "samples-rank0.jsonl"
@@ -101,14 +99,14 @@ def test_any_number_of_ranks_writes_the_same(
 ) -> None:
     whole = run(tmp_path / "whole", tokenizer, FakeWriter(together=True))
     folder, reader = tmp_path / "ranks", AnswerReader(tokenizer, chat=False)
-    place = SampleFolder(folder, {"suite": "humaneval"})
+    place = SampleFolder(folder)
     # The first rank is killed, and the run continues with one rank.
     monkeypatch.setattr(module, "world_size", lambda: ranks)
     for rank in range(1, ranks):
         monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
         before = {file.name: file.read_bytes() for file in folder.glob("*.jsonl")}
         alone = tmp_path / f"alone{rank}"  # each rank starts from the same files
-        other = SampleFolder(alone, {"suite": "humaneval"})
+        other = SampleFolder(alone)
         draw_samples(plan(), FakeWriter(together=True), reader, other)
         assert before == {file.name: file.read_bytes() for file in folder.glob("*.jsonl")}
         (folder / f"samples-rank{rank}.jsonl").write_bytes((alone / f"samples-rank{rank}.jsonl").read_bytes())
@@ -183,7 +181,7 @@ def _records(folder: Path, tokenizer: PreTrainedTokenizerBase, text: str) -> lis
     settings = {"temperatures": (0.0,), "n_samples": 1, "batch_size": 1, "max_new_tokens": 60}
     problems = Problems("humaneval", (Problem("P/0", QUESTIONS[0]),))
     drawn = SamplePlan(problems, (QUESTIONS[0],), **settings)
-    place = SampleFolder(folder, {})
+    place = SampleFolder(folder)
     writer = Says()
     writer.positions = 1000
     draw_samples(drawn, writer, AnswerReader(tokenizer, chat=False), place)
@@ -199,22 +197,11 @@ def test_a_prompt_without_room_is_a_wrong_answer(tmp_path: Path, tokenizer: PreT
     assert all(record["text"] == "" for record in read_lines(tmp_path / JOINED) if record["finish"] == "no room")
 
 
-def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
-    SampleFolder(tmp_path, {"suite": "mbpp", "temperatures": (0.2,), "seed": 0}).open()
-    SampleFolder(tmp_path, {"suite": "mbpp", "temperatures": (0.2,), "seed": 0}).open()
-    with pytest.raises(
-        ValueError, match=r"has samples with temperatures=\[0.2\], and now it is \[0.3\]: give the same"
-    ):
-        SampleFolder(tmp_path, {"suite": "mbpp", "temperatures": (0.3,), "seed": 0}).open()
-    with pytest.raises(ValueError, match="seed=0, and now it is null"):
-        SampleFolder(tmp_path, {"suite": "mbpp", "temperatures": (0.2,)}).open()
-
-
 def test_answers_to_other_prompts_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     run(tmp_path, tokenizer, FakeWriter())
     changed = plan()
     changed = dataclasses.replace(changed, prompts=(*changed.prompts[:-1], "another"))
-    place = SampleFolder(tmp_path, {"suite": "humaneval"})
+    place = SampleFolder(tmp_path)
     with pytest.raises(ValueError, match="has answers to another prompt of P/4: the problems have changed since"):
         draw_samples(changed, FakeWriter(), AnswerReader(tokenizer, chat=False), place)
 
