@@ -163,6 +163,7 @@ def _track(results: Mapping[str, Result], folder: Path, model: str, request: Req
     for name, result in results.items():
         for label, score in result.scores.items():
             key = f"{safe(name)}/{label.replace('=', ' ').replace(',', '')}"
-            record |= {key: score.value, f"{key} low": score.low, f"{key} high": score.high}
+            ends = {f"{key} low": score.low, f"{key} high": score.high}
+            record |= {key: score.value, **{end: value for end, value in ends.items() if value is not None}}
     log.log(record)
     log.close()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import tiny
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -17,7 +18,7 @@ from mull.data.tokenizer import train_tokenizer
 from mull.evaluation.sandbox import Verdict
 from mull.evaluation.suites.results import code_scores, compare_results, keep_settings, read_result
 from mull.evaluation.suites.statistics import exact_interval
-from mull.evaluation.suites.subject import Request
+from mull.evaluation.suites.subject import Request, weights_digest
 from mull.runtime import storage
 
 SPLIT = ETDConfig(n_encoder_layers=1, n_think_layers=2, n_decoder_layers=1)
@@ -167,6 +168,26 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         keep_settings(tmp_path, {name: value for name, value in settings.items() if name != "seed"})
 
 
+@pytest.mark.parametrize("content", [None, "[]", '{"torn'])
+def test_samples_without_settings_are_refused(content: str | None, tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").touch()
+    if content is not None:
+        (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(ValueError, match=r"settings.json is missing or damaged, so nobody knows"):
+        keep_settings(tmp_path, {"seed": 0})
+
+
+def test_the_hash_of_weights_sees_each_element_and_its_place() -> None:
+    layer = torch.nn.Linear(8, 8)
+    layer.register_buffer("bias_of_experts", torch.zeros(3))
+    found = {weights_digest(layer)}
+    with torch.no_grad():
+        for change in (layer.weight.neg_, lambda: layer.weight.copy_(layer.weight.flip(0)), layer.bias_of_experts.add_):
+            change(*[1] * (change == layer.bias_of_experts.add_))
+            found.add(weights_digest(layer))
+    assert len(found) == 4
+
+
 def test_a_finished_suite_is_not_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, suites = request(folder), ["perplexity", "token-accuracy"]
     first = run_evaluation(str(folder / "one"), suites[:1], folder / "out", asked, command="first")
@@ -301,6 +322,7 @@ def test_results_that_cannot_be_compared_are_refused(folder: Path) -> None:
 
 
 REFUSED = {
+    "room": ({"max_new_tokens": 10**9}, ["humaneval"], "max_new_tokens=1000000000 leaves no room for a prompt"),
     "data": ({"data": {"humanevall": "a"}}, ["humaneval"], "data names humanevall, which no suite reads. Did you mean"),
     "suite": ({}, ["humanevil"], "There is no suite humanevil. Did you mean humaneval?"),
     "no suite": ({}, [], "No suite was given: choose from humaneval, "),

@@ -22,9 +22,11 @@ def score_figure(scores: Mapping[str, Score], title: str = "") -> Figure:
     figure = Figure(figsize=(6.4, 1.2 + 0.38 * len(scores)))
     axes = figure.subplots()
     for place, score in enumerate(reversed([*scores.values()])):
-        axes.hlines(place, score.low, score.high, color=GREY)
+        if score.low is not None and score.high is not None:
+            axes.hlines(place, score.low, score.high, color=GREY)
         axes.plot(score.value, place, color=PALETTE[0], marker=MARKERS[0])
     axes.set(yticks=range(len(scores)), yticklabels=[*scores][::-1], title=title, ylim=(-0.6, len(scores) - 0.4))
+    axes.set_xlabel("value and 95 % interval")
     return figure
 
 
@@ -74,8 +76,8 @@ def temperature_figure(scores: Mapping[str, Score]) -> Figure:
     axes = figure.subplots()
     for colour, marker, (label, line) in zip(cycle(PALETTE), cycle(MARKERS), lines.items(), strict=False):
         values = [score.value for score in line.values()]
-        below = [score.value - score.low for score in line.values()]
-        above = [score.high - score.value for score in line.values()]
+        below = [score.value - (score.value if score.low is None else score.low) for score in line.values()]
+        above = [(score.value if score.high is None else score.high) - score.value for score in line.values()]
         axes.errorbar([*line], values, yerr=[below, above], color=colour, marker=marker, label=label, capsize=3)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set(xlabel="temperature", ylabel="problems solved")
@@ -85,7 +87,7 @@ def temperature_figure(scores: Mapping[str, Score]) -> Figure:
 
 def result_figures(result: Result) -> dict[str, Figure]:
     """The figures of a result, by name."""
-    found = {"scores": score_figure(result.scores, result.suite)} if result.scores else {}
+    found = {"scores": score_figure(result.scores, f"{result.suite}: {Path(result.model).name}")} if result.scores else {}
     if any(" at T=" in name for name in result.scores):
         found["temperatures"] = temperature_figure(result.scores)
     if result.reliability:
@@ -133,8 +135,12 @@ def _tables(result: Result) -> list[str]:
 
 def score_table(scores: Mapping[str, Score]) -> str:
     """Scores with 95 % intervals, as a table in Markdown."""
-    rows = [(name, f"{s.value:.4f}", f"{s.low:.4f} to {s.high:.4f}", str(s.n)) for name, s in scores.items()]
+    rows = [(name, f"{s.value:.4f}", _interval(s, ".4f"), str(s.n)) for name, s in scores.items()]
     return markdown_table(("score", "value", "95 % interval", "n"), rows)
+
+
+def _interval(found: Score, form: str) -> str:
+    return "none" if found.low is None or found.high is None else f"{found.low:{form}} to {found.high:{form}}"
 
 
 def comparison_table(compared: Mapping[str, Comparison]) -> str:
@@ -144,8 +150,8 @@ def comparison_table(compared: Mapping[str, Comparison]) -> str:
         d = found.difference
         only = "" if found.only_first is None else f"{found.only_first} / {found.only_second}"
         p = "" if found.p_value is None else f"{found.p_value:.3g}"
-        interval = f"{d.low:+.4f} to {d.high:+.4f}"
-        rows.append((name, f"{found.first:.4f}", f"{found.second:.4f}", f"{d.value:+.4f}", interval, only, p, str(d.n)))
+        values = (f"{found.first:.4f}", f"{found.second:.4f}", f"{d.value:+.4f}", _interval(d, "+.4f"))
+        rows.append((name, *values, only, p, str(d.n)))
     heads = ("score", "A", "B", "B - A", "95 % interval", "only A / only B", "McNemar p", "n")
     return markdown_table(heads, rows)
 

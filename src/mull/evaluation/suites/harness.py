@@ -62,7 +62,7 @@ def mull_lm() -> type:
             tokenizer: PreTrainedTokenizerBase | None = None,
             think_iterations: int | None = None,
             adaptive: bool | None = None,
-            layers: Sequence[int] | str | None = None,
+            layers: Sequence[int] | int | str | None = None,
             **options: Any,
         ) -> None:
             model: Any = pretrained
@@ -70,8 +70,9 @@ def mull_lm() -> type:
                 kept = {name: options.pop(name) for name in ("dtype", "revision") if name in options}
                 model = from_pretrained(pretrained, allow_missing=False, **kept)
                 tokenizer = tokenizer or load_tokenizer(pretrained)
-            numbers = [int(number) for number in layers.split()] if isinstance(layers, str) else layers
-            path = None if numbers is None else tuple((visit.layer, visit.occurrence) for visit in from_layers(numbers))
+            elif tokenizer is None:
+                raise ValueError("A model without its tokenizer was given: give tokenizer, too.")
+            path = None if layers is None else _path(layers)
             self.route = Route(think_iterations, adaptive, path)
             if self.route.options() and not isinstance(model, MullForCausalLM):
                 raise ValueError(f"{', '.join(self.route.options())} are for models of mull: leave them out.")
@@ -89,8 +90,16 @@ def mull_lm() -> type:
     return MullLM
 
 
-def _logits(model: Any, inputs: Any, route: Route) -> Any:
+def _path(layers: Sequence[int] | int | str) -> Any:
+    """A path from what lm-eval makes of an argument: it turns the text ``1`` into a number."""
+    written: Any = layers.replace(",", " ").split() if isinstance(layers, str) else layers
+    numbers = [written] if isinstance(written, int) else [*written]
+    if not all(str(number).isdecimal() for number in numbers):
+        raise ValueError(f"layers={layers!r} must be numbers of layers, such as '0 1 2 2 3'.")
+    return tuple((visit.layer, visit.occurrence) for visit in from_layers([int(number) for number in numbers]))
 
+
+def _logits(model: Any, inputs: Any, route: Route) -> Any:
     with torch.no_grad():
         return model(inputs, use_cache=False, **route.options()).logits
 

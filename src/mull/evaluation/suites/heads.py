@@ -26,7 +26,7 @@ from mull.runtime.progress import Progress
 BINS = 15
 """Bins of equal width of a reliability figure, as in Guo et al. 2017 (arXiv:1706.04599)."""
 
-TOP = 5
+TOP, NATS = 5, "nats per token"
 RANGES = 8
 """Ranges of equal width of the position in a text."""
 
@@ -142,7 +142,7 @@ def _add(
                 tally.rows[f"row {number}"] = {
                     "top-1": (float(right[row].sum()), n),
                     f"top-{TOP}": (float(among[row].sum()), n),
-                    "nats per token": (float(nats[row].sum()), n),
+                    NATS: (float(nats[row].sum()), n),
                     "agreement": (float(same[row].sum()), n_compared),
                 }
         bins = (confidence[valid] * BINS).long().clamp(max=BINS - 1)
@@ -211,7 +211,7 @@ def head_scores(tallies: Sequence[HeadTally], *, seed: int = 0) -> tuple[dict[st
             sums = {row: of_row[name] for row, of_row in tally.rows.items() if of_row[name][1]}
             if sums:
                 values[label] = sums
-                scores[label] = score(sums, seed=seed, proportion=False)
+                scores[label] = score(sums, seed=seed, proportion=name != NATS)
     return scores, values
 
 

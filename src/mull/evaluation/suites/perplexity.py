@@ -167,4 +167,5 @@ def perplexity_scores(
 
 
 def _mapped(found: Score, function: Callable[[float], float]) -> Score:
-    return Score(function(found.value), function(found.low), function(found.high), found.n)
+    low, high = (None if end is None else function(end) for end in (found.low, found.high))
+    return Score(function(found.value), low, high, found.n)

@@ -1,5 +1,6 @@
 """What a suite found, as it is kept on disk, and the comparison of two such files."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ COMPARED_APART = frozenset(
         "engine",
         "dtype",
         "etd",
+        "mtp",
         "think_iterations",
         "adaptive",
         "path",
@@ -93,11 +95,12 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Store the settings of a suite in its folder, made if missing, or compare them with those that are there.
 
     Raises:
-        ValueError: they differ, and the folder has samples or a result; names the first that differs.
+        ValueError: they differ, and the folder has samples or a result; names the first that differs. Or the stored ones are
+            missing or damaged.
     """
     file, now = folder / SETTINGS, json.loads(json.dumps(settings))
     found = [path.name for path in folder.glob("*") if path.name == RESULTS or path.match("samples*.jsonl")]
-    stored = json.loads(file.read_text(encoding="utf-8")) if found and file.exists() else now
+    stored = _stored_settings(file) if found else now
     if different := [name for name in sorted({*stored, *now}) if stored.get(name) != now.get(name)]:
         name = different[0]
         raise ValueError(
@@ -106,6 +109,14 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     storage.write_text_atomic(str(file), json.dumps(now, indent=1, sort_keys=True) + "\n")
+
+
+def _stored_settings(file: Path) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, FileNotFoundError):
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(stored, dict):
+            return stored
+    raise ValueError(f"{file} is missing or damaged, so nobody knows what was asked there: choose another folder.")
 
 
 def _short(value: Any) -> str:

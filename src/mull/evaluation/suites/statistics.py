@@ -19,7 +19,7 @@ RESAMPLES = 4000
 """Resamples of a bootstrap: the ends of an interval then vary by about 2 % of its width from seed to seed."""
 
 FEW = 10
-"""Below so many right, or so many wrong, problems the percentile bootstrap is too narrow, and `score` uses an exact interval."""
+"""Below so many right, wrong, or all problems the percentile bootstrap is too narrow, and `score` takes another interval."""
 
 CHUNK = 250
 """Resamples at a time, which bounds the memory."""
@@ -32,8 +32,10 @@ class Score(NamedTuple):
     """A score with its interval."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    """Lower end of the interval; None, like `high`, where one problem says nothing about others."""
+
+    high: float | None
     n: int
     """Number of problems."""
 
@@ -77,26 +79,51 @@ def score(values: Mapping[str, Sums], *, seed: int = 0, proportion: bool = True)
     """Ratio of sums over problems, with the percentile bootstrap over problems as its interval.
 
     Where fewer than `FEW` problems are right, or wrong, the bootstrap is too narrow, and empty if all problems agree. There the
-    interval is Clopper and Pearson's exact one, with the sum of the values as the number of successes; it is too wide rather
-    than too narrow.
+    interval is Clopper and Pearson's exact one, with the value times the number of problems as the number of successes; it is too
+    wide rather than too narrow. Of other scores with fewer than `FEW` problems, it is Student's, with the standard error of a
+    ratio; one problem gives none.
 
     Args:
         values: Sums of each problem. Names are sorted, so their order does not matter.
         seed: Of the resampling.
-        proportion: Each value lies between 0 and 1, and each second sum is 1.
+        proportion: Each first sum lies between 0 and the second one, as for right ones among so many.
 
     Raises:
-        ValueError: no problems.
+        ValueError: no problems, or nothing counted in any.
     """
-    if not values:
-        raise ValueError("There is no problem to score.")
-    sums = np.array([values[name] for name in sorted(values)], dtype=np.float64)
+    sums = np.array([values[name] for name in sorted(values)], dtype=np.float64).reshape(-1, 2)
     n, (right, of) = len(sums), sums.sum(0)
+    if not of:
+        raise ValueError("There is no problem to score.")
     value = float(right / of)
-    if proportion and min(right, n - right) < FEW:
-        return Score(value, *exact_interval(float(right), n), n)
+    if proportion and _few(sums):
+        return Score(value, *exact_interval(value * n, n), n)
+    if n < FEW and not proportion:
+        return Score(value, *student_interval(value, (sums[:, 0] - value * sums[:, 1]) / of), n)
     low, high = np.quantile(resampled(sums[None], seed)[0], _tails())
     return Score(value, float(low), float(high), n)
+
+
+def _few(sums: np.ndarray) -> bool:
+    """Whether the bootstrap knows too few right, or wrong, problems."""
+    right, wrong = sums[:, 0], sums[:, 1] - sums[:, 0]
+    if (sums[:, 1] == 1).all():
+        return bool(min(right.sum(), wrong.sum()) < FEW)
+    return bool(min(np.count_nonzero(right), np.count_nonzero(wrong)) < FEW)
+
+
+def student_interval(value: float, residuals: np.ndarray) -> tuple[float | None, float | None]:
+    """Student's interval of a ratio of sums, or of a difference of such; None for one problem.
+
+    Args:
+        value: Of the ratio.
+        residuals: What each problem adds to its error, ``(a - value * b) / sum(b)`` for its sums a and b (delta method).
+    """
+    n = len(residuals)
+    if n == 1:
+        return None, None
+    half = special.stdtrit(n - 1, _tails()[1]) * float(np.sqrt((residuals**2).sum() * n / (n - 1)))
+    return value - half, value + half
 
 
 def best_score(values: Sequence[Mapping[str, Sums]], *, seed: int = 0) -> Score:
@@ -177,7 +204,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * float(special.bdtr(min(only_first, only_second), n, 0.5))) if n else 1.0
 
 
-def _paired_interval(pair: np.ndarray, seed: int) -> tuple[float, float]:
+def _paired_interval(pair: np.ndarray, seed: int) -> tuple[float | None, float | None]:
     differences = pair[1, :, 0] - pair[0, :, 0]
     n, n_different = len(differences), int(np.count_nonzero(differences))
     is_proportion = bool((pair[..., 1] == 1).all() and (pair[..., 0] >= 0).all() and (pair[..., 0] <= 1).all())
@@ -187,6 +214,13 @@ def _paired_interval(pair: np.ndarray, seed: int) -> tuple[float, float]:
         gains, losses = differences.clip(min=0).sum(), -differences.clip(max=0).sum()
         (gain_low, gain_high), (loss_low, loss_high) = exact_half(gains, n), exact_half(losses, n)
         return gain_low - loss_high, gain_high - loss_low
+    if n < FEW and not is_proportion:
+        (first, of_first), (second, of_second) = pair.sum(1)
+        residuals = [
+            (sums[:, 0] - value * sums[:, 1]) / of
+            for sums, value, of in zip(pair, (first / of_first, second / of_second), (of_first, of_second), strict=True)
+        ]
+        return student_interval(second / of_second - first / of_first, residuals[1] - residuals[0])
     both = resampled(pair, seed)
     low, high = np.quantile(both[1] - both[0], _tails())
     return float(low), float(high)

@@ -1,6 +1,7 @@
 """What is evaluated, and what is asked of it."""
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from mull.evaluation.suites.writers import OWN_ROUTE, AnswerReader, MullWriter, PlainWriter, Route, Writer
 from mull.model.causal_lm import MullForCausalLM
-from mull.model.configs import ETDConfig
+from mull.model.configs import ETDConfig, MTPConfig
 from mull.model.configuration import MullConfig
 from mull.model.families import require_supported
 from mull.model.path import from_layers
@@ -22,6 +23,8 @@ from mull.runtime.arguments import Frozen
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 MAX_SEED = 2**31 - 1
+HASHED_AT_ONCE = 1 << 24
+"""Elements of a tensor on its way from a GPU to be hashed."""
 
 
 class Request(Frozen):
@@ -58,6 +61,9 @@ class Request(Frozen):
     etd: ETDConfig | None = None
     """Think block to give a checkpoint that has none, without any training."""
 
+    mtp: Literal["native"] | None = None
+    """Use the heads that Qwen3-Next and Qwen3.5 checkpoints have."""
+
     think_iterations: int | None = Field(default=None, ge=1)
     adaptive: bool | None = None
     layers: tuple[int, ...] | None = None
@@ -76,7 +82,7 @@ class Request(Frozen):
     """Source of each suite's problems; ``gsm8k-train`` for the examples of GSM8K's prompt, ``text`` for the suites that read
     text. Default: the suite's dataset on the hub, and for text, Python's library."""
 
-    workers: int = Field(default=4, ge=1)
+    workers: int = Field(default=4, ge=1, le=1024)
     """Programs that are run at a time."""
 
     allow_weak: tuple[str, ...] = ()
@@ -96,6 +102,10 @@ class Request(Frozen):
         if self.think_iterations is not None or self.adaptive:
             raise ValueError("layers says which layers run, and so do think_iterations and adaptive: give one of them.")
         return Route(path=tuple((visit.layer, visit.occurrence) for visit in from_layers(self.layers)))
+
+    def heads(self) -> MTPConfig | None:
+        """Heads that are read from the checkpoint beside those that it was saved with."""
+        return None if self.mtp is None else MTPConfig(mtp_head_type=self.mtp)
 
 
 @dataclass(frozen=True)
@@ -154,6 +164,7 @@ class Subject:
             "engine": "mull" if own else "transformers",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "etd": None if request.etd is None else request.etd.model_dump(mode="json", exclude_defaults=True),
+            "mtp": request.mtp,
             "think_iterations": request.think_iterations,
             "adaptive": request.adaptive,
             "path": None if request.layers is None else list(request.layers),
@@ -173,8 +184,8 @@ def load_subject(name: str, request: Request, device: torch.device) -> Subject:
     options: dict[str, Any] = {} if request.dtype is None else {"dtype": DTYPES[request.dtype]}
     route = request.route()
     if _has_family(config):
-        model: Any = from_pretrained(name, etd=request.etd, allow_missing=False, **options)
-    elif given := [*route.options(), *["etd"] * (request.etd is not None)]:
+        model: Any = from_pretrained(name, etd=request.etd, mtp=request.heads(), allow_missing=False, **options)
+    elif given := [*route.options(), *(name for name in ("etd", "mtp") if getattr(request, name) is not None)]:
         raise ValueError(f"{', '.join(given)} is for models of mull, and it has none like {name}: leave it out.")
     else:
         with explained(name, weights=True):
@@ -201,9 +212,10 @@ def _has_family(config: PreTrainedConfig) -> bool:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """A hash of all parameters, so that a resumed run does not go on with another model under the same name."""
+    """A hash of all parameters and buffers, so that a resumed run does not go on with another model under the same name."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        value = torch.hash_tensor(parameter.detach().contiguous().view(torch.uint8)).item()
-        digest.update(f"{name} {tuple(parameter.shape)} {value}\n".encode())
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        for part in tensor.detach().reshape(-1).split(HASHED_AT_ONCE):
+            digest.update(part.contiguous().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()[:16]

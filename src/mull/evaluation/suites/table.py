@@ -118,6 +118,10 @@ def generative(suite: Suite, meta_mtp: bool = False) -> Prepare:
             request.min_p,
             request.repetition_penalty,
         )
+        if plan.max_new_tokens >= subject.positions:
+            raise ValueError(
+                f"max_new_tokens={plan.max_new_tokens} leaves no room for a prompt: the model has {subject.positions} positions."
+            )
         settings = _settings(plan, asked, subject, request, reader.chat)
         writer = subject.writer(request, reader)
 

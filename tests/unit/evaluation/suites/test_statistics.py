@@ -129,7 +129,32 @@ def test_a_ratio_weighs_problems_by_their_size() -> None:
     """A loss per token: 10 tokens at 1 nat and 90 at 2 are 1.9, not 1.5."""
     found = score({"short": (10.0, 10.0), "long": (180.0, 90.0)}, proportion=False)
     assert found.value == pytest.approx(1.9)
-    assert 1.0 <= found.low <= found.high <= 2.0
+
+
+def test_few_problems_give_wide_intervals_and_one_gives_none() -> None:
+    """Student's interval over 6 problems covers; the bootstrap over them would miss the truth about twice as often."""
+    rng = np.random.default_rng(5)
+    covered, covered_of_differences = 0, 0
+    for _ in range(400):
+        tokens = rng.integers(50, 200, 6).astype(float)
+        losses, others = (tokens * (2 + rng.normal(0, 0.3, 6)) for _ in range(2))
+        sums, other = ({str(i): (loss[i], tokens[i]) for i in range(6)} for loss in (losses, others))
+        found, difference = score(sums, proportion=False), compare(sums, other).difference
+        covered += found.low <= 2 <= found.high
+        covered_of_differences += difference.low <= 0 <= difference.high
+    assert 360 <= covered < 395, covered
+    assert 360 <= covered_of_differences < 395, covered_of_differences
+    one = {"a": (7.0, 5.0)}
+    assert score(one, proportion=False) == (1.4, None, None, 1)
+    assert compare(one, {"a": (8.0, 5.0)}).difference[1:3] == (None, None)
+    with pytest.raises(ValueError, match="no problem to score"):
+        score({"a": (0.0, 0.0)})
+
+
+def test_a_share_that_is_never_right_is_not_certain() -> None:
+    found = score({str(i): (0.0, 100.0) for i in range(90)})
+    assert (found.value, found.low) == (0.0, 0.0)
+    assert found.high == pytest.approx(1 - 0.025 ** (1 / 90))
 
 
 def test_the_best_of_several_is_an_oracle_and_its_interval_is_not_below_that_of_one() -> None:

@@ -223,7 +223,9 @@ def toy(folder: Path) -> str:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("route", [{"think_iterations": 3}, {"layers": [0, 1, 1, 3]}, {"layers": "0 2 3"}, {}])
+@pytest.mark.parametrize(
+    "route", [{"think_iterations": 3}, {"layers": [0, 1, 1, 3]}, {"layers": "0,2, 3"}, {"layers": 1}, {}]
+)
 def test_lm_eval_takes_iterations_and_routes(
     route: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,7 +235,7 @@ def test_lm_eval_takes_iterations_and_routes(
     lm = mull_lm()(model, tokenizer=tokenizer, batch_size=2, **route)
     scores, values = run_task(lm, find_task(toy(tmp_path)))
     layers = route.get("layers")
-    layers = list(map(int, layers.split())) if isinstance(layers, str) else layers
+    layers = {"0,2, 3": [0, 2, 3], 1: [1]}.get(layers, layers) if not isinstance(layers, list) else layers
     options: dict[str, Any] = {"think_iterations": route.get("think_iterations")}
     if layers is not None:
         options = {"path": from_layers(layers)}
@@ -279,6 +281,14 @@ def test_tasks_are_found_by_path(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("dataset_path: json\n")
     with pytest.raises(ValueError, match="has no task"):
         find_task(str(tmp_path / "empty.yaml"))
+
+
+def test_lm_eval_s_arguments_are_refused_with_a_reason(tokenizer: PreTrainedTokenizerBase) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    with pytest.raises(ValueError, match="layers='0 x' must be numbers of layers, such as '0 1 2 2 3'"):
+        mull_lm()(looped(tokenizer), tokenizer=tokenizer, layers="0 x")
+    with pytest.raises(ValueError, match="without its tokenizer was given"):
+        mull_lm()(looped(tokenizer))
 
 
 def test_routes_are_for_models_of_mull(tokenizer: PreTrainedTokenizerBase) -> None:
