@@ -87,7 +87,8 @@ def temperature_figure(scores: Mapping[str, Score]) -> Figure:
 
 def result_figures(result: Result) -> dict[str, Figure]:
     """The figures of a result, by name."""
-    found = {"scores": score_figure(result.scores, f"{result.suite}: {Path(result.model).name}")} if result.scores else {}
+    title = f"{result.suite}: {Path(result.model).name}"
+    found = {"scores": score_figure(result.scores, title)} if result.scores else {}
     if any(" at T=" in name for name in result.scores):
         found["temperatures"] = temperature_figure(result.scores)
     if result.reliability:

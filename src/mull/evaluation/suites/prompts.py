@@ -45,6 +45,9 @@ class Protocol:
     max_new_tokens: int
     """Longest answer."""
 
+    chat_stops: tuple[str, ...] = ()
+    """An answer of a chat ends before the first of these."""
+
 
 def _completion(stops: tuple[str, ...]) -> Callable[[Problem, str, bool], str]:
     def program(problem: Problem, text: str, chat: bool) -> str:
@@ -144,8 +147,9 @@ PROTOCOLS: dict[Suite, Protocol] = {
         _gsm8k_prompts,
         _gsm8k_prompts,  # as lm-eval does with --apply_chat_template
         GSM8K_STOPS,
-        lambda _, text, chat: without_thoughts(text) if chat else cut(text, GSM8K_STOPS),
+        lambda _, text, chat: cut(without_thoughts(text) if chat else text, GSM8K_STOPS),
         256,
+        GSM8K_STOPS,  # lm-eval, too: after five examples, models go on with questions of their own
     ),
 }
 """HumanEval: zero-shot completion. MBPP: three shots. HumanEval+ and MBPP+: as EvalPlus 0.3.1 asks base models. CodeContests: the

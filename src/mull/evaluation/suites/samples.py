@@ -211,7 +211,8 @@ def _written(
     prompts: Mapping[str, str],
     tokens: Mapping[str, Sequence[int]],
 ) -> list[dict[str, Any]]:
-    stops = () if reader.chat else PROTOCOLS[plan.problems.suite].stops
+    protocol = PROTOCOLS[plan.problems.suite]
+    stops = protocol.chat_stops if reader.chat else protocol.stops
     fits = [key for key in chunk if len(tokens[key.problem]) + plan.max_new_tokens <= writer.positions]
     new: list[list[int]] = []
     if fits:

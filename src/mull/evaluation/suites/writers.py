@@ -263,7 +263,7 @@ class AnswerReader:
 
     def stop(self, stops: Sequence[str]) -> Stop | None:
         """Whether new tokens hold one of the stops; looks at the last tokens only, which is enough when asked after each."""
-        if not stops or self.chat:
+        if not stops:
             return None
         reach = max(map(len, stops)) + CONTEXT
 

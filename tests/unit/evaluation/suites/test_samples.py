@@ -1,6 +1,7 @@
 """However often a run is killed, wherever a line was torn, and on however many ranks, the samples are those of one whole run."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -170,7 +171,20 @@ def test_an_answer_ends_at_its_stop(tmp_path: Path, tokenizer: PreTrainedTokeniz
     assert (record["text"], record["finish"]) == ("    return a + b\n", "stop")
 
 
-def _records(folder: Path, tokenizer: PreTrainedTokenizerBase, text: str) -> list[dict[str, Any]]:
+def test_a_chat_about_gsm8k_ends_before_a_question_of_its_own(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """As in lm-eval: else the number would be that of the last question, which the model made up."""
+    spoken = copy.deepcopy(tokenizer)
+    spoken.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    text = "2 + 2 = 4\n#### 4\n\nQuestion: How many are 3 + 3?\n#### 6"
+    [record] = _records(tmp_path, spoken, text, suite="gsm8k", chat=True)
+    assert (record["text"], record["finish"]) == ("2 + 2 = 4\n#### 4\n\n", "stop")
+
+
+def _records(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, text: str, *, suite: Any = "humaneval", chat: bool = False
+) -> list[dict[str, Any]]:
     class Says(FakeWriter):
         def write(self, prompts: Any, seeds: Any, sampling: Any, max_new_tokens: int, stop: Any) -> list[list[int]]:
             tokens = tokenizer.encode(text)
@@ -179,12 +193,12 @@ def _records(folder: Path, tokenizer: PreTrainedTokenizerBase, text: str) -> lis
             return [tokens[: end + 2]] * len(prompts)
 
     settings = {"temperatures": (0.0,), "n_samples": 1, "batch_size": 1, "max_new_tokens": 60}
-    problems = Problems("humaneval", (Problem("P/0", QUESTIONS[0]),))
+    problems = Problems(suite, (Problem("P/0", QUESTIONS[0]),))
     drawn = SamplePlan(problems, (QUESTIONS[0],), **settings)
     place = SampleFolder(folder)
     writer = Says()
     writer.positions = 1000
-    draw_samples(drawn, writer, AnswerReader(tokenizer, chat=False), place)
+    draw_samples(drawn, writer, AnswerReader(tokenizer, chat=chat), place)
     return place.join(drawn.keys())
 
 
