@@ -588,6 +588,11 @@ def test_eval_measures_and_compares(
     assert settings["path"] == [0, 1, 1, 2, 3, 4, 5]
     assert run(monkeypatch, "eval", "--compare", tmp_path / "a", tmp_path / "b") == 0
     assert "nats per token, main head" in capsys.readouterr().out
+    with monkeypatch.context() as stopped:
+        stopped.setattr("mull.evaluation.suites.table.text_losses", Mock(side_effect=KeyboardInterrupt))
+        arguments = ["--suite", "perplexity", "--data", text, "--out", tmp_path / "c"]
+        assert run(stopped, "eval", checkpoint, *arguments) == 130
+    assert f"Interrupted. The same command continues in {tmp_path / 'c'}." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
