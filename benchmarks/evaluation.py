@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
-import torch
 import yaml
 from lm_eval.tasks import TaskManager
 from race import header
