@@ -75,7 +75,7 @@ def grade(
         return [_number_verdict(record, by_name[record["problem"]], text) for record, text in pairs]
     file = folder / VERDICTS
     repair(file)
-    known = {(key_of(verdict), str(verdict["program"])): verdict for verdict in read_lines(file)}
+    known = {(key_of(verdict), str(verdict["program"])): verdict for verdict in _read_verdicts(file)}
     marks = [hashlib.sha256(program.encode("utf-8", "surrogatepass")).hexdigest()[:16] for program in programs]
     keys = [key_of(record) for record in records]
     jobs: dict[tuple[str, str], _Job] = {}
@@ -91,6 +91,13 @@ def grade(
             stream.flush()
             known |= {(key_of(verdict), str(verdict["program"])): verdict for verdict in new}
     return [known[key, mark] for key, mark in zip(keys, marks, strict=True)]
+
+
+def _read_verdicts(file: Path) -> Iterator[dict[str, Any]]:
+    for number, verdict in enumerate(read_lines(file, ("program", "reason")), start=1):
+        if not isinstance(verdict.get("passed"), bool):
+            raise ValueError(f"{file}, line {number}, is damaged ('passed'): remove the line, and run again.")
+        yield verdict
 
 
 def _verdicts(

@@ -250,3 +250,76 @@ def test_numbers_of_gsm8k_are_graded_like_lm_eval_and_by_value() -> None:
     assert lm_eval_matches("It is $1,234.", answer) == {"strict_match": False, "flexible_extract": True}
     assert lm_eval_matches("#### 1234.00", answer) == {"strict_match": False, "flexible_extract": False}
     assert lm_eval_matches("none", answer) == {"strict_match": False, "flexible_extract": False}
+
+
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": "def f(x):\n",
+    "entry_point": "f",
+    "test": "def check(f):\n    assert f(1)\n",
+}
+MBPP = {"task_id": 11, "text": "Add.", "code": "def f(): pass", "test_list": ["assert f() is None"]}
+PLUS = {"canonical_solution": "    return x\n", "base_input": [[1]], "plus_input": [], "atol": 0}
+GSM8K = {"question": "1 + 1?", "answer": "#### 2"}
+DAMAGED: list[tuple[str, dict[str, Any], str]] = [
+    ("mbpp", {**MBPP, "test_list": []}, "has an empty test_list"),
+    ("mbpp", {**MBPP, "test_list": ["f()"]}, "has no assert in test_list"),
+    ("mbpp", {**MBPP, "test_list": ["assert f( == 1"]}, "has test_list that is no Python \\(line 1"),
+    ("mbpp", {**MBPP, "task_id": True}, "lacks task_id, a number"),
+    ("mbpp", {**MBPP, "test_imports": [5]}, "has test_imports that are no list of strings"),
+    ("mbpp", {**MBPP, "test_setup_code": "import ("}, "has test_setup_code that is no Python"),
+    ("mbpp+", {**MBPP, "test": "assert f("}, "has test that is no Python"),
+    ("mbpp+", {**MBPP, "test": "f()"}, "has no assert in test"),
+    ("mbpp+", {**HUMANEVAL, **PLUS, "task_id": "abc"}, "has task_id 'abc', which ends with no number"),
+    (
+        "mbpp+",
+        {**HUMANEVAL, **PLUS, "task_id": "Mbpp/75", "base_input": [[1]]},
+        "has inputs that are not those of Mbpp/75",
+    ),
+    ("humaneval", {**HUMANEVAL, "test": "def check(f):\n    pass\n"}, "has no assert in test"),
+    ("humaneval", {**HUMANEVAL, "test": "def check(:\n"}, "has test that is no Python \\(line 1"),
+    ("humaneval+", {**HUMANEVAL, **PLUS, "base_input": [1]}, "has base_input that is no list of lists"),
+    ("humaneval+", {**HUMANEVAL, **PLUS, "plus_input": [[2], {}]}, "has plus_input that is no list of lists"),
+    ("humaneval+", {**HUMANEVAL, **PLUS, "base_input": []}, "has no inputs"),
+    ("codecontests", contest(public_tests={"input": [1], "output": ["3"]}), "has public_tests that are no strings"),
+    ("codecontests", contest(private_tests={"input": ["1"], "output": [3]}), "has private_tests that are no strings"),
+    ("codecontests", contest(time_limit={"seconds": "x"}), "has time_limit"),
+    ("gsm8k", {**GSM8K, "answer": "two"}, "has no number in answer"),
+]
+
+
+@pytest.mark.parametrize(
+    ("suite", "record", "told"), DAMAGED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_damaged_problem_is_told_by_its_place(suite: Any, record: dict[str, Any], told: str, tmp_path: Path) -> None:
+    shots = write(tmp_path / "shots.jsonl", [GSM8K] * 5)
+    examples = [{**MBPP, "task_id": number} for number in (2, 3, 4)] if suite == "mbpp" else []
+    file = write(tmp_path / "p.jsonl", [*examples, record])
+    with pytest.raises(ValueError, match=rf"p.jsonl:{len(examples) + 1} {told}"):
+        load_problems(suite, file, shots=shots)
+
+
+def test_gsm8k_needs_five_training_problems(tmp_path: Path) -> None:
+    file = write(tmp_path / "t.jsonl", [GSM8K] * 4)
+    with pytest.raises(ValueError, match="t.jsonl has 4 training problems, and GSM8K's prompt shows 5"):
+        load_problems("gsm8k", file, shots=file)
+
+
+def test_a_solution_in_python_2_does_not_matter(tmp_path: Path) -> None:
+    rows = [
+        {**MBPP, "task_id": number, "code": "def f():\n  print 1", "test_list": ["assert set(f()) == 1"]}
+        for number in (2, 3, 4, 11)
+    ]
+    assert load_problems("mbpp", write(tmp_path / "m.jsonl", rows)).problems[0].entry_point == "f"
+
+
+def test_damaged_verdicts_are_told(tmp_path: Path) -> None:
+    problems = Problems("mbpp", (Problem("mbpp/11", "Add.", "f", "assert f()\n"),))
+    kept = {"temperature": 0.0, "problem": "mbpp/11", "sample": 0, "passed": True, "reason": "passed", "program": "a"}
+    for name, value in (("program", None), ("reason", None), ("program", 5), ("passed", "yes")):
+        damaged = {**kept, name: value}
+        if value is None:
+            del damaged[name]
+        write(tmp_path / "verdicts.jsonl", [kept, damaged])
+        with pytest.raises(ValueError, match=r"verdicts.jsonl, line 2, is damaged .*remove the line, and run again"):
+            grade([{**kept, "text": "x"}], problems, tmp_path, chat=False, workers=1)
