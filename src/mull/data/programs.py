@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,8 +122,18 @@ def require_tests(record: Record, key: str, texts: Sequence[str], setup: str = "
     for text in texts:
         require_python(record, key, text)
     trees = [_parsed(text) for text in (setup, *texts)]
-    if not any(isinstance(node, ast.Assert) for tree in trees for node in ast.walk(tree)):
+    if not any(isinstance(node, ast.Assert) for tree in trees for node in statements(tree)):
         raise ValueError(f"{record.place} has no assert in {key}: whatever a program does, it would pass.")
+
+
+def statements(tree: ast.Module) -> Iterator[ast.stmt]:
+    """All statements of a program, also those within others."""
+    waiting: list[ast.AST] = [tree]
+    for node in waiting:  # grows
+        blocks = [getattr(node, name, []) for name in ("body", "orelse", "finalbody", "handlers", "cases")]
+        inner = [child for block in blocks if isinstance(block, list) for child in block]
+        yield from (child for child in inner if isinstance(child, ast.stmt))
+        waiting += inner
 
 
 def require_python(record: Record, key: str, text: str) -> None:

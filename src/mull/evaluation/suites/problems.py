@@ -12,11 +12,11 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mull.data.programs import called_function, require_tests, setup_code
+from mull.data.programs import called_function, require_tests, setup_code, statements
 from mull.data.sources import DATASET, Record, read_records, string_field
 from mull.data.tasks import MBPP_SPLITS
 from mull.evaluation.suites.extract import final_number, unix
@@ -188,11 +188,11 @@ def _helpers(prompt: str, entry: str, test: str) -> str:
 
 
 def _humaneval_plus(record: Record) -> Problem:
-    if "base_input" not in record.fields:  # the form on the hub has its inputs in the test
-        return _humaneval(record)
     name, prompt, entry, solution = (
         unix(string_field(record, key)) for key in ("task_id", "prompt", "entry_point", "canonical_solution")
     )
+    if "base_input" not in record.fields:
+        return Problem(name, prompt, entry, inputs=_hub_inputs(record, prompt + solution))
     return Problem(name, prompt, entry, inputs=_inputs(record, prompt + solution, lambda values: values))
 
 
@@ -231,11 +231,48 @@ def _mbpp_plus(record: Record) -> Problem:
             inputs=_inputs(record, solution, lambda values: with_tuples(number, _carried(number, values))),
         )
     problem = _mbpp(record)  # the form on the hub
-    require_tests(record, "test", [unix(string_field(record, "test"))])
-    test = "\n".join([*(record.fields.get("test_imports") or []), unix(string_field(record, "test"))])
-    question = f'"""\n{problem.question}\n{problem.tests[0]}\n"""\n'
     name = f"Mbpp/{problem.name.rpartition('/')[2]}"
-    return Problem(name, question, problem.entry_point, asserts=test + "\n")
+    question = f'"""\n{problem.question}\n{problem.tests[0]}\n"""\n'
+    inputs = _hub_inputs(record, problem.answer)
+    kept = _carried(int(problem.name.rpartition("/")[2]), [list(given) for given in inputs.inputs])
+    return Problem(name, question, problem.entry_point, inputs=replace(inputs, inputs=tuple(map(tuple, kept))))
+
+
+def _hub_inputs(record: Record, reference: str) -> Inputs:
+    """Inputs and tolerance of EvalPlus' tests in the form on the hub, where they are literals of a program.
+
+    That program compares with numpy, which the sandbox lacks, and for some problems with a copy of the reference solution. Here,
+    inputs are read from it, and the rest is as for the other form: results of the reference solution, by the same rules.
+    """
+    test = unix(string_field(record, "test"))
+    require_tests(record, "test", [test])
+    # Inputs are megabytes, so what lies within an expression is not searched.
+    nodes = [*statements(ast.parse(test))]
+    assigned = [node.value for node in nodes if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "inputs"]
+    # assertion(f(*inp), exp, atol), and for a root of a polynomial: assert _poly(...) <= atol
+    calls = [node.value for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
+    called = [call.args[-1] for call in calls if ast.unparse(call.func) == "assertion" and call.args]
+    compared = [
+        node.test.comparators[0]
+        for node in nodes
+        if isinstance(node, ast.Assert) and isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ast.LtE)
+    ]
+    try:
+        given = _Numbers().visit(assigned[0]) if re.search(r"\b(?:inf|nan)\b", test) else assigned[0]
+        inputs = ast.literal_eval(given)
+        atol = ast.literal_eval((called or compared)[-1])
+        return Inputs(reference, tuple(tuple(arguments) for arguments in inputs), float(atol))
+    except (LookupError, TypeError, ValueError):
+        raise ValueError(
+            f"{record.place} has a test that is not of EvalPlus' form on the hub: inputs = [...], and assertion(..., atol)."
+        ) from None
+
+
+class _Numbers(ast.NodeTransformer):
+    """Numbers that Python writes, but does not read as literals."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(float(node.id)) if node.id in ("inf", "nan") else node
 
 
 def _carried(number: int, inputs: list[Any]) -> list[Any]:
