@@ -113,17 +113,16 @@ def setup_code(record: Record) -> str:
     return _unix("\n".join([*imports, str(setup)]))
 
 
-def require_tests(record: Record, key: str, texts: Sequence[str], setup: str = "") -> None:
-    """Refuse tests that are no Python, and those that no program can fail.
+def require_tests(record: Record, key: str, texts: Sequence[str], setup: str = "") -> list[ast.Module]:
+    """Parse tests, and refuse those that are no Python, and those that no program can fail.
 
     Raises:
         ValueError: names the record's place.
     """
-    for text in texts:
-        require_python(record, key, text)
-    trees = [_parsed(text) for text in (setup, *texts)]
-    if not any(isinstance(node, ast.Assert) for tree in trees for node in statements(tree)):
+    trees = [require_python(record, key, text) for text in texts]
+    if not any(isinstance(node, ast.Assert) for tree in (_parsed(setup), *trees) for node in statements(tree)):
         raise ValueError(f"{record.place} has no assert in {key}: whatever a program does, it would pass.")
+    return trees
 
 
 def statements(tree: ast.Module) -> Iterator[ast.stmt]:
@@ -136,8 +135,8 @@ def statements(tree: ast.Module) -> Iterator[ast.stmt]:
         waiting += inner
 
 
-def require_python(record: Record, key: str, text: str) -> None:
-    """Refuse what is no Python.
+def require_python(record: Record, key: str, text: str) -> ast.Module:
+    """Parse Python, and refuse what is none.
 
     Raises:
         ValueError: names the record's place.
@@ -145,7 +144,7 @@ def require_python(record: Record, key: str, text: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            ast.parse(_unix(text))
+            return ast.parse(_unix(text))
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             where = f"line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else str(error)
             raise ValueError(f"{record.place} has {key} that is no Python ({where}).") from None

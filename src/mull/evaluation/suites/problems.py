@@ -245,10 +245,11 @@ def _hub_inputs(record: Record, reference: str) -> Inputs:
     inputs are read from it, and the rest is as for the other form: results of the reference solution, by the same rules.
     """
     test = unix(string_field(record, "test"))
-    require_tests(record, "test", [test])
     # Inputs are megabytes, so what lies within an expression is not searched.
-    nodes = [*statements(ast.parse(test))]
-    assigned = [node.value for node in nodes if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "inputs"]
+    nodes = [*statements(require_tests(record, "test", [test])[0])]
+    assigned = [
+        node.value for node in nodes if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "inputs"
+    ]
     # assertion(f(*inp), exp, atol), and for a root of a polynomial: assert _poly(...) <= atol
     calls = [node.value for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
     called = [call.args[-1] for call in calls if ast.unparse(call.func) == "assertion" and call.args]

@@ -4,6 +4,7 @@ import copy
 import gzip
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,8 +271,16 @@ DAMAGED: list[tuple[str, dict[str, Any], str]] = [
     ("mbpp", {**MBPP, "test_setup_code": "import ("}, "has test_setup_code that is no Python"),
     ("mbpp+", {**MBPP, "test": "assert f("}, "has test that is no Python"),
     ("mbpp+", {**MBPP, "test": "f()"}, "has no assert in test"),
-    ("mbpp+", {**MBPP, "test": "import numpy as np\nassert np.allclose(f(), 1)"}, "has a test that is not of EvalPlus' form"),
-    ("mbpp+", {**MBPP, "test": "inputs = [f]\nassertion(f(), 1, 0)\nassert 1"}, "has a test that is not of EvalPlus' form"),
+    (
+        "mbpp+",
+        {**MBPP, "test": "import numpy as np\nassert np.allclose(f(), 1)"},
+        "has a test that is not of EvalPlus' form",
+    ),
+    (
+        "mbpp+",
+        {**MBPP, "test": "inputs = [f]\nassertion(f(), 1, 0)\nassert 1"},
+        "has a test that is not of EvalPlus' form",
+    ),
     ("mbpp+", {**HUMANEVAL, **PLUS, "task_id": "abc"}, "has task_id 'abc', which ends with no number"),
     (
         "mbpp+",
@@ -349,7 +358,9 @@ def assertion(out, exp, atol):
         assert out == exp, f"out: {out}, exp: {exp}"
 
 """
-HUB_POLY = "import math\n\ndef _poly(xs: list, x: float):\n    return sum([c * math.pow(x, i) for i, c in enumerate(xs)])\n\n"
+HUB_POLY = (
+    "import math\n\ndef _poly(xs: list, x: float):\n    return sum([c * math.pow(x, i) for i, c in enumerate(xs)])\n\n"
+)
 
 
 def in_hub_form(suite: str, row: dict[str, Any], problem: Problem) -> dict[str, Any]:
@@ -381,13 +392,23 @@ def test_the_form_on_the_hub_has_the_same_tests(suite: Any, data: Path, tmp_path
         rows = {row["task_id"]: row for row in map(json.loads, lines)}
     # Every 40th, and those that the hub or its rules treat in a way of their own.
     special = {"find_zero", "string_sequence", "freq_count", "minimum", "zero_count"}
-    chosen = [problem for place, problem in enumerate(own.problems) if place % 40 == 0 or problem.entry_point in special]
+    chosen = [
+        problem for place, problem in enumerate(own.problems) if place % 40 == 0 or problem.entry_point in special
+    ]
+    chosen = [
+        replace(problem, inputs=replace(problem.inputs, inputs=problem.inputs.inputs[:20]))
+        for problem in chosen
+        if problem.inputs
+    ]
     hub = [in_hub_form(suite, rows[problem.name], problem) for problem in chosen]
     found = load_problems(suite, write(tmp_path / "hub.jsonl", hub))
     for problem, expected in zip(found.problems, chosen, strict=True):
         assert (problem.name, problem.entry_point) == (expected.name, expected.entry_point)
         assert repr(problem.inputs) == repr(expected.inputs)  # a nan is not equal to itself
-    right = [{"temperature": 0.0, "problem": p.name, "sample": 0, "text": rows[p.name]["canonical_solution"]} for p in chosen[:3]]
+    right = [
+        {"temperature": 0.0, "problem": p.name, "sample": 0, "text": rows[p.name]["canonical_solution"]}
+        for p in chosen[:3]
+    ]
     if suite == "mbpp+":
         wrong = [{**record, "sample": 1, "text": "def f(): pass"} for record in right]
     else:
