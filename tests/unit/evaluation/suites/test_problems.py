@@ -416,3 +416,10 @@ def test_the_form_on_the_hub_has_the_same_tests(suite: Any, data: Path, tmp_path
     few = Problems(suite, found.problems[:3])
     verdicts = grade([*right, *wrong], few, tmp_path, chat=False, workers=1)
     assert [verdict["passed"] for verdict in verdicts] == [True] * 3 + [False] * 3
+
+
+def test_programs_may_import_numpy(tmp_path: Path) -> None:
+    problems = Problems("mbpp", (Problem("mbpp/11", "Double.", "f", "assert f(1) == 2\n"),))
+    text = "import numpy as np\ndef f(x):\n    return int(np.array([x, x]).sum())\n"
+    record = {"temperature": 0.0, "problem": "mbpp/11", "sample": 0, "text": text}
+    assert grade([record], problems, tmp_path, chat=False, workers=1)[0]["passed"]
