@@ -75,7 +75,7 @@ BUDGETS = {
     "runtime": 1050,
     "ops": 700,
     "layers": 1006,
-    "data": 1375,
+    "data": 1398,
     "model": 3790,
     "decoding": 1160,
     "retrofit": 2010,

@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,8 @@ def load_program_tasks(source: str | Path, *, split: str | None = None, config: 
         config: As in `mull.data.sources.load_documents`.
 
     Raises:
-        ValueError: a record lacks a key or has another type there, tests call no function, or there are no tasks.
+        ValueError: a record lacks a key or has another type there; its tests are no Python, have no assert or call no function;
+            or there are no tasks.
         FileNotFoundError, ConnectionError, RuntimeError: as in `mull.data.sources.load_documents`.
     """
     numbers = None if str(source).startswith(DATASET) or split is None else MBPP_SPLITS.get(split)
@@ -86,9 +87,8 @@ def _task(record: Record) -> ProgramTask:
     tests = record.fields.get("test_list")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise ValueError(f"{record.place} lacks test_list, a list of strings, each an assert.")
-    imports = record.fields.get("test_imports") or []
-    setup = _unix("\n".join([*imports, str(record.fields.get("test_setup_code") or "")])).strip()
-    shown = tuple(map(_unix, tests))
+    setup, shown = setup_code(record).strip(), tuple(map(_unix, tests))
+    require_tests(record, "test_list", shown, setup)
     given, known = record.fields.get("entry_point"), record.fields.get("code")
     entry = given if isinstance(given, str) else called_function(shown, setup, known if isinstance(known, str) else "")
     if not entry:
@@ -97,6 +97,57 @@ def _task(record: Record) -> ProgramTask:
     return ProgramTask(
         f"{number}", _unix(string_field(record, "text" if "text" in record.fields else "prompt")), shown, entry, setup
     )
+
+
+def setup_code(record: Record) -> str:
+    """What runs before the tests of a record in MBPP's form: ``test_setup_code``, and ``test_imports``.
+
+    Raises:
+        ValueError: it is no Python; names the record's place.
+    """
+    imports, setup = record.fields.get("test_imports") or [], record.fields.get("test_setup_code") or ""
+    if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports):
+        raise ValueError(f"{record.place} has test_imports that are no list of strings.")
+    require_python(record, "test_imports", "\n".join(imports))
+    require_python(record, "test_setup_code", str(setup))
+    return _unix("\n".join([*imports, str(setup)]))
+
+
+def require_tests(record: Record, key: str, texts: Sequence[str], setup: str = "") -> list[ast.Module]:
+    """Parse tests, and refuse those that are no Python, and those that no program can fail.
+
+    Raises:
+        ValueError: names the record's place.
+    """
+    trees = [require_python(record, key, text) for text in texts]
+    if not any(isinstance(node, ast.Assert) for tree in (_parsed(setup), *trees) for node in statements(tree)):
+        raise ValueError(f"{record.place} has no assert in {key}: whatever a program does, it would pass.")
+    return trees
+
+
+def statements(tree: ast.Module) -> Iterator[ast.stmt]:
+    """All statements of a program, also those within others."""
+    waiting: list[ast.AST] = [tree]
+    for node in waiting:  # grows
+        blocks = [getattr(node, name, []) for name in ("body", "orelse", "finalbody", "handlers", "cases")]
+        inner = [child for block in blocks if isinstance(block, list) for child in block]
+        yield from (child for child in inner if isinstance(child, ast.stmt))
+        waiting += inner
+
+
+def require_python(record: Record, key: str, text: str) -> ast.Module:
+    """Parse Python, and refuse what is none.
+
+    Raises:
+        ValueError: names the record's place.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return ast.parse(_unix(text))
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            where = f"line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else str(error)
+            raise ValueError(f"{record.place} has {key} that is no Python ({where}).") from None
 
 
 def _unix(text: str) -> str:

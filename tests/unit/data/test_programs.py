@@ -129,6 +129,16 @@ def test_tasks_are_read_with_setup_imports_and_entry_point(tmp_path: Path) -> No
         ({"test_list": []}, r"tasks\.jsonl:1 lacks test_list"),
         ({"test_list": ["assert 1 == 1"]}, r"tasks\.jsonl:1 has tests that call no function"),
         ({"text": 5}, r"tasks\.jsonl:1"),
+        ({"test_imports": [5]}, r"tasks\.jsonl:1 has test_imports that are no list of strings"),
+        ({"test_imports": "import math"}, r"tasks\.jsonl:1 has test_imports that are no list of strings"),
+        (
+            {"test_list": ["add(1, 2)"]},
+            r"tasks\.jsonl:1 has no assert in test_list: whatever a program does, it would pass",
+        ),
+        (
+            {"test_list": ["assert add(1", "assert add(1) == 1"]},
+            r"tasks\.jsonl:1 has test_list that is no Python \(line 1",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:

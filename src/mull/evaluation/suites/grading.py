@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ SECONDS = 3.0
 
 LIMITS = Limits(memory=4 << 30)
 """The memory that EvalPlus gives; some of MBPP+'s reference solutions need more than the sandbox's usual one."""
+
+NUMPY = re.compile(r"^\s*(?:import|from)\s+numpy\b", re.MULTILINE)
 
 LEAST, FACTOR, MOST = 4.0, 4.0, 60.0
 """Seconds for all inputs of HumanEval+ and MBPP+: so many times what the reference solution takes, between these limits. EvalPlus
@@ -75,7 +78,7 @@ def grade(
         return [_number_verdict(record, by_name[record["problem"]], text) for record, text in pairs]
     file = folder / VERDICTS
     repair(file)
-    known = {(key_of(verdict), str(verdict["program"])): verdict for verdict in read_lines(file)}
+    known = {(key_of(verdict), str(verdict["program"])): verdict for verdict in _read_verdicts(file)}
     marks = [hashlib.sha256(program.encode("utf-8", "surrogatepass")).hexdigest()[:16] for program in programs]
     keys = [key_of(record) for record in records]
     jobs: dict[tuple[str, str], _Job] = {}
@@ -85,12 +88,22 @@ def grade(
             jobs.setdefault((key.problem, mark), _Job(key.problem, program, mark, [])).keys.append(key)
     asked = [by_name[name] for name in dict.fromkeys(job.problem for job in jobs.values())]
     tests = prepared(asked, workers, allow_weak) if asked else {}
-    with file.open("a", encoding="utf-8") as stream, Pool(workers, limits=LIMITS, allow_weak=allow_weak) as pool:
+    # numpy is mull's own requirement, and there for programs that import it, as in EvalPlus.
+    has_numpy = any(NUMPY.search(job.program) for job in jobs.values())
+    limits = replace(LIMITS, packages=("numpy",)) if has_numpy else LIMITS
+    with file.open("a", encoding="utf-8") as stream, Pool(workers, limits=limits, allow_weak=allow_weak) as pool:
         for new in _verdicts(list(jobs.values()), tests, pool, problems.suite):
             stream.write("".join(map(line, new)))
             stream.flush()
             known |= {(key_of(verdict), str(verdict["program"])): verdict for verdict in new}
     return [known[key, mark] for key, mark in zip(keys, marks, strict=True)]
+
+
+def _read_verdicts(file: Path) -> Iterator[dict[str, Any]]:
+    for number, verdict in enumerate(read_lines(file, ("program", "reason")), start=1):
+        if not isinstance(verdict.get("passed"), bool):
+            raise ValueError(f"{file}, line {number}, is damaged ('passed'): remove the line, and run again.")
+        yield verdict
 
 
 def _verdicts(

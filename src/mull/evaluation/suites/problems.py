@@ -12,13 +12,14 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mull.data.programs import called_function, require_tests, setup_code, statements
 from mull.data.sources import DATASET, Record, read_records, string_field
 from mull.data.tasks import MBPP_SPLITS
-from mull.evaluation.suites.extract import unix
+from mull.evaluation.suites.extract import final_number, unix
 from mull.runtime import storage
 from mull.runtime.progress import tracked
 
@@ -27,6 +28,9 @@ Suite = Literal["humaneval", "humaneval+", "mbpp", "mbpp+", "codecontests", "gsm
 
 MBPP_SHOTS = (2, 3, 4)
 """``task_id`` of the examples in MBPP's prompt."""
+
+GSM8K_SHOTS = 5
+"""lm-eval draws so many training problems anew for each test problem."""
 
 HUB = {
     "humaneval": ("openai/openai_humaneval", None, "test"),
@@ -101,7 +105,8 @@ def load_problems(suite: Suite, source: str | Path | None = None, *, shots: str 
         shots: GSM8K's training problems, of which the prompt shows five; default: the same place with ``train`` for ``test``.
 
     Raises:
-        ValueError: a record lacks a key of its suite or has another type there, or there are no problems.
+        ValueError: a record lacks a key of its suite or has another type there, its tests are no Python or cannot fail, or there
+            are no problems.
         FileNotFoundError, ConnectionError, RuntimeError: as in `mull.data.sources.load_documents`.
     """
     place, records = _records(suite, source)
@@ -152,7 +157,9 @@ def _gsm8k_shots(place: str | None, shots: str | Path | None) -> list[Problem]:
                 f"GSM8K's prompt shows five training problems, and there are none beside {place}: give their source as "
                 "gsm8k-train."
             )
-    _, records = _records("gsm8k", place if shots is None else shots, "train")
+    found, records = _records("gsm8k", place if shots is None else shots, "train")
+    if len(records) < GSM8K_SHOTS:
+        raise ValueError(f"{found} has {len(records)} training problems, and GSM8K's prompt shows {GSM8K_SHOTS}.")
     return [_gsm8k(record) for record in records]
 
 
@@ -160,6 +167,7 @@ def _humaneval(record: Record) -> Problem:
     name, prompt, entry, test = (
         unix(string_field(record, key)) for key in ("task_id", "prompt", "entry_point", "test")
     )
+    require_tests(record, "test", [test])
     return Problem(name, prompt, entry, asserts=f"{_helpers(prompt, entry, test)}{test}\ncheck({entry})\n")
 
 
@@ -180,23 +188,29 @@ def _helpers(prompt: str, entry: str, test: str) -> str:
 
 
 def _humaneval_plus(record: Record) -> Problem:
-    if "base_input" not in record.fields:  # the form on the hub has its inputs in the test
-        return _humaneval(record)
     name, prompt, entry, solution = (
         unix(string_field(record, key)) for key in ("task_id", "prompt", "entry_point", "canonical_solution")
     )
+    if "base_input" not in record.fields:
+        return Problem(name, prompt, entry, inputs=_hub_inputs(record, prompt + solution))
     return Problem(name, prompt, entry, inputs=_inputs(record, prompt + solution, lambda values: values))
 
 
 def _mbpp(record: Record) -> Problem:
     number, tests = record.fields.get("task_id"), record.fields.get("test_list")
-    if not isinstance(number, int) or not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+    if (
+        not isinstance(number, int)
+        or isinstance(number, bool)
+        or not isinstance(tests, list)
+        or not all(isinstance(test, str) for test in tests)
+    ):
         raise ValueError(f"{record.place} lacks task_id, a number, or test_list, a list of strings.")
     question = unix(string_field(record, "text" if "text" in record.fields else "prompt"))
     code = unix(string_field(record, "code"))
-    imports = record.fields.get("test_imports") or []
-    setup = "\n".join([unix(str(record.fields.get("test_setup_code") or "")), *imports])
-    shown = tuple(unix(test) for test in tests)
+    setup, shown = setup_code(record), tuple(unix(test) for test in tests)
+    if not shown:
+        raise ValueError(f"{record.place} has an empty test_list: whatever a program does, it would pass.")
+    require_tests(record, "test_list", shown, setup)
     asserts = "\n".join([setup, *shown]) + "\n"
     return Problem(f"mbpp/{number}", question, tested_function(code, shown), asserts, tests=shown, answer=code)
 
@@ -206,7 +220,10 @@ def _mbpp_plus(record: Record) -> Problem:
         name, prompt, entry, solution = (
             unix(string_field(record, key)) for key in ("task_id", "prompt", "entry_point", "canonical_solution")
         )
-        number = int(name.rpartition("/")[2])
+        digits = re.search(r"\d+$", name)
+        if digits is None:
+            raise ValueError(f"{record.place} has task_id {name!r}, which ends with no number.")
+        number = int(digits[0])
         return Problem(
             name,
             prompt,
@@ -214,10 +231,49 @@ def _mbpp_plus(record: Record) -> Problem:
             inputs=_inputs(record, solution, lambda values: with_tuples(number, _carried(number, values))),
         )
     problem = _mbpp(record)  # the form on the hub
-    test = "\n".join([*(record.fields.get("test_imports") or []), unix(string_field(record, "test"))])
-    question = f'"""\n{problem.question}\n{problem.tests[0]}\n"""\n'
     name = f"Mbpp/{problem.name.rpartition('/')[2]}"
-    return Problem(name, question, problem.entry_point, asserts=test + "\n")
+    question = f'"""\n{problem.question}\n{problem.tests[0]}\n"""\n'
+    inputs = _hub_inputs(record, problem.answer)
+    kept = _carried(int(problem.name.rpartition("/")[2]), [list(given) for given in inputs.inputs])
+    return Problem(name, question, problem.entry_point, inputs=replace(inputs, inputs=tuple(map(tuple, kept))))
+
+
+def _hub_inputs(record: Record, reference: str) -> Inputs:
+    """Inputs and tolerance of EvalPlus' tests in the form on the hub, where they are literals of a program.
+
+    That program compares with numpy, which the sandbox lacks, and for some problems with a copy of the reference solution. Here,
+    inputs are read from it, and the rest is as for the other form: results of the reference solution, by the same rules.
+    """
+    test = unix(string_field(record, "test"))
+    # Inputs are megabytes, so what lies within an expression is not searched.
+    nodes = [*statements(require_tests(record, "test", [test])[0])]
+    assigned = [
+        node.value for node in nodes if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "inputs"
+    ]
+    # assertion(f(*inp), exp, atol), and for a root of a polynomial: assert _poly(...) <= atol
+    calls = [node.value for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
+    called = [call.args[-1] for call in calls if ast.unparse(call.func) == "assertion" and call.args]
+    compared = [
+        node.test.comparators[0]
+        for node in nodes
+        if isinstance(node, ast.Assert) and isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ast.LtE)
+    ]
+    try:
+        given = _Numbers().visit(assigned[0]) if re.search(r"\b(?:inf|nan)\b", test) else assigned[0]
+        inputs = ast.literal_eval(given)
+        atol = ast.literal_eval((called or compared)[-1])
+        return Inputs(reference, tuple(tuple(arguments) for arguments in inputs), float(atol))
+    except (LookupError, TypeError, ValueError):
+        raise ValueError(
+            f"{record.place} has a test that is not of EvalPlus' form on the hub: inputs = [...], and assertion(..., atol)."
+        ) from None
+
+
+class _Numbers(ast.NodeTransformer):
+    """Numbers that Python writes, but does not read as literals."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(float(node.id)) if node.id in ("inf", "nan") else node
 
 
 def _carried(number: int, inputs: list[Any]) -> list[Any]:
@@ -230,7 +286,16 @@ def _inputs(record: Record, reference: str, converted: Callable[[list[Any]], lis
     if not isinstance(base, list) or not isinstance(plus, list | dict) or not isinstance(atol, int | float):
         raise ValueError(f"{record.place} lacks base_input, plus_input, lists, or atol, a number.")
     # Two problems of MBPP+ have no further inputs, written as {}.
-    values = [tuple(arguments) for arguments in converted([*base, *plus])]
+    for key, part in (("base_input", base), ("plus_input", list(plus))):
+        if not all(isinstance(arguments, list) for arguments in part):
+            raise ValueError(f"{record.place} has {key} that is no list of lists, the arguments of each call.")
+    if not base and not plus:
+        raise ValueError(f"{record.place} has no inputs: whatever a program does, it would pass.")
+    try:
+        values = [tuple(arguments) for arguments in converted([*base, *plus])]
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        name = record.fields["task_id"]
+        raise ValueError(f"{record.place} has inputs that are not those of {name} ({error}).") from None
     return Inputs(reference, tuple(values), float(atol))
 
 
@@ -242,6 +307,8 @@ def _code_contests(record: Record) -> Problem:
         given, wanted = (tests.get("input"), tests.get("output")) if isinstance(tests, dict) else (None, None)
         if not isinstance(given, list) or not isinstance(wanted, list) or len(given) != len(wanted):
             raise ValueError(f"{record.place} lacks {key} with the lists input and output of one length.")
+        if not all(isinstance(text, str) for text in [*given, *wanted]):
+            raise ValueError(f"{record.place} has {key} that are no strings.")
         stdin += given
         stdout += wanted
     if not stdin:
@@ -249,12 +316,17 @@ def _code_contests(record: Record) -> Problem:
     limit = record.fields.get("time_limit")
     seconds = None
     if isinstance(limit, dict):
-        seconds = float(limit.get("seconds") or 0) + float(limit.get("nanos") or 0) / 1e9
+        parts = [limit.get("seconds") or 0, limit.get("nanos") or 0]
+        if not all(isinstance(part, int | float) for part in parts):
+            raise ValueError(f"{record.place} has time_limit whose seconds or nanos are no numbers.")
+        seconds = parts[0] + parts[1] / 1e9
     return Problem(name, statement, stdin=tuple(stdin), stdout=tuple(stdout), seconds=seconds or None)
 
 
 def _gsm8k(record: Record) -> Problem:
     question, answer = string_field(record, "question"), string_field(record, "answer")
+    if final_number(answer) is None:
+        raise ValueError(f"{record.place} has no number in answer: no solution would be right.")
     number = re.search(r"\d+$", record.place)  # line of a file from 1, row of a dataset from 0
     first = 0 if record.place.startswith(DATASET) else 1
     return Problem(f"gsm8k/{int(number[0]) - first if number else record.place}", question, answer=answer)
@@ -271,10 +343,16 @@ READERS: dict[Suite, Callable[[Record], Problem]] = {
 
 
 def tested_function(code: str, tests: Sequence[str]) -> str:
-    """The function of a program that its tests call: the last one of those that they name; if none, the last one defined."""
+    """The function of a program that its tests call: the last one of those that they name; if none, the last one defined.
+
+    If the program is no Python 3, it is the one that the tests name.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about invalid escape sequences
-        trees = [ast.parse(text) for text in (code, *tests)]
+        try:
+            trees = [ast.parse(text) for text in (code, *tests)]
+        except (SyntaxError, ValueError):
+            return called_function(tests)
     defined = [node.name for node in ast.walk(trees[0]) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     nodes = [node for tree in trees[1:] for node in ast.walk(tree)]
     called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}

@@ -11,11 +11,10 @@ from random import Random
 
 from mull.data.tasks import CODE_CONTESTS_PROMPT, MBPP_PROMPT
 from mull.evaluation.suites.extract import answered, completed, cut, unix, without_thoughts
-from mull.evaluation.suites.problems import Problem, Problems, Suite
+from mull.evaluation.suites.problems import GSM8K_SHOTS, Problem, Problems, Suite
 
-GSM8K_SHOTS = 5
 GSM8K_SEED = 1234
-"""lm-eval draws five training problems anew for each test problem, from a generator with its usual seed."""
+"""Of the generator from which lm-eval draws training problems."""
 
 ASK = "Please provide a self-contained Python script that solves the following problem in a markdown code block:\n```\n{}\n```"
 """EvalPlus 0.3.1, ``instruction_prefix`` of its command."""

@@ -110,7 +110,7 @@ class SampleFolder:
         """The samples of all files, without lines that a kill has torn."""
         found: dict[Key, dict[str, Any]] = {}
         for file in [self.folder / JOINED, *sorted(self.folder.glob(PARTS))]:
-            for record in read_lines(file):
+            for record in read_lines(file, ("prompt", "text", "finish")):
                 found.setdefault(key_of(record), record)
         return found
 
@@ -142,8 +142,12 @@ def key_of(record: Mapping[str, Any]) -> Key:
     return Key(float(record["temperature"]), str(record["problem"]), int(record["sample"]))
 
 
-def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+def read_lines(file: Path, strings: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Records of a file; a last line that a kill has torn is left out, and a missing file has none.
+
+    Args:
+        file: Where samples or their verdicts are.
+        strings: Keys that must hold a string.
 
     Raises:
         ValueError: a line before the last is damaged; names it.
@@ -155,6 +159,9 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
         try:
             record = json.loads(text)
             key_of(record)
+            for name in strings:
+                if not isinstance(record[name], str):
+                    raise TypeError(f"{name} is no string")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}, line {number}, is damaged ({error}): remove the line, and run again.") from None
         yield record

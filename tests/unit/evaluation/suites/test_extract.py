@@ -1,6 +1,9 @@
 """The program, or the number, is found in every form in which models are known to write it."""
 
+import json
+import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -87,7 +90,37 @@ ANSWERS = {
     "shell first": f"```bash\npip install numpy\n```\n```python\n{GOOD}```",
     "output after": f"```python\n{GOOD}```\n```text\ntotal = 3\n```",
     "broken draft first": f"```python\ndef total(xs):\n    return sum(xs\n```\nCorrected:\n```python\n{GOOD}```",
-    "two solutions": f"```python\n{GOOD}```\nOr, worse:\n```python\n{BAD}```",
+    "corrected": f"```python\n{BAD}```\nThat is wrong. Corrected:\n```python\n{GOOD}```",
+    "corrected, cut": f"```python\n{GOOD}```\nFaster:\n```python\ndef total(xs):\n    n = 0\n    for x in xs:\n        n +=",
+    "usage that repeats the stub": f"```python\n{GOOD}```\nIt fills this:\n```python\ndef total(xs):\n    ...\n```",
+    "stub first": f"You gave:\n```python\n{PROMPT}    pass\n```\nSolution:\n```python\n{GOOD}```",
+    "docstring first": f"You gave:\n```python\n{PROMPT}```\nSolution:\n```python\n{GOOD}```",
+    "stub that raises first": f"```python\ndef total(xs):\n    raise NotImplementedError('todo')\n```\nNow:\n```python\n{GOOD}```",
+    "stub, then body": f"You gave:\n```python\n{PROMPT}```\nThe body:\n```python\n    n = sum(xs)\n    return n\n```",
+    "helper in another block": "First:\n```python\nZERO = -0\ndef add(a, b=ZERO):\n    return a + b\n```\nThen:\n```python\ndef total(xs):\n    n = 0\n    for x in xs:\n        n = add(n, x)\n    return n\n```",
+    "helper of a helper below": "```python\ndef total(xs):\n    return add(xs)\n```\nwith\n```python\ndef add(xs):\n    return math.fsum(xs)\n```\nand\n```python\nimport math\n```",
+    "star import in another block": "```python\nfrom math import *\n```\n```python\ndef total(xs):\n    return fsum(xs)\n```",
+    "statement beside a helper": "```python\ndef add(xs):\n    return sum(xs)\nadd(missing)\nx = print(add(5))\n```\n```python\ndef total(xs):\n    return add(xs)\n```",
+    "usage that imports": f"```python\n{GOOD}```\nUse:\n```python\nfrom solution import total\nprint(total([1, 2]))\n```",
+    "cut after the function": f"```python\nONE = 1\n{GOOD}\nprint(total(",
+    "cut inside the next function": f"```python\n{GOOD}\ndef other(xs):\n    for x in",
+    "fence in a docstring": '```python\ndef total(xs):\n    """Like\n    ```\n    total([1])\n    ```\n    """\n    return sum(xs)\n```\nDone.',
+    "named fence in a docstring": '```python\ndef total(xs):\n    """Like\n    ```python\n    total([1])\n    ```\n    """\n    return sum(xs)\n```\nUse:\n```python\ntotal([1])\n```',
+    "fence ends the last line": "```python\ndef total(xs):\n    return sum(xs)```\nUse:\n```python\nprint(total([1]))\n```",
+    "quoted": "> ```python\n> def total(xs):\n>\n>     return sum(xs)\n> ```\nDone.",
+    "quoted, tight": ">```python\n>def total(xs):\n>    return sum(xs)\n>```",
+    "no-break spaces": "```python\ndef total(xs):\n\u00a0\u00a0\u00a0\u00a0return\u00a0sum(xs)\n```",
+    "wide spaces": "```python\ndef total(xs):\n\u3000return sum(xs)\u200b\n```",
+    "thought named in prose": f"I used the <think> tag.\n```python\n{GOOD}```",
+    "thought named in code": "```python\ndef total(xs):\n    s = '<think>'\n    return sum(xs)\n```",
+    "end of a thought named in code": "```python\ndef total(xs):\n    s = '<think></think>'\n    t = \"</think>\"\n    return sum(xs)\n```",
+    "two thoughts": f"\n<think>a</think>\n<think>```python\n{BAD}```</think>\n```python\n{GOOD}```",
+    "future import": f"```python\n'Sums.'\nfrom __future__ import annotations\n{GOOD}```",
+    "future import in another block": "```python\nfrom __future__ import annotations\ndef add(xs: Missing):\n    return sum(xs)\n```\n```python\ndef total(xs: Missing):\n    return add(xs)\n```",
+    "moved to the right": "```python\n    def total(xs):\n        return sum(xs)\n```",
+    "moved to the right, no fence": "    def total(xs):\n        return sum(xs)\n",
+    "under a condition": "```python\nif True:\n    def total(xs):\n        return sum(xs)\n```",
+    "one of several assigned": "```python\ntotal, other = sum, 2\n```",
     "list item": "1. Write:\n\n   ```python\n   def total(xs):\n       return sum(xs)\n   ```\n2. Done.",
     "repeated signature": f"```python\n{PROMPT}    return sum(xs)\n```",
     "signature of the prompt's types, no import": "```python\ndef total(xs: List[int]) -> int:\n    return sum(xs)\n```",
@@ -124,6 +157,27 @@ def test_the_same_without_code_in_the_prompt(form: str) -> None:
 def test_an_answer_without_a_program_is_no_solution(answer: str) -> None:
     program = answered(answer, "total", PROMPT)
     assert not parses(program) or "total" not in program or not defines(program.replace(PROMPT, ""), "total")
+
+
+def test_of_two_solutions_the_last_counts() -> None:
+    assert not solves(answered(f"```python\n{GOOD}```\nOr, worse:\n```python\n{BAD}```", "total", PROMPT))
+
+
+def test_a_program_is_no_body_of_the_prompts_function() -> None:
+    for code in ("class Solution:\n    def total(self, xs):\n        return sum(xs)\n", "print(total([1, 2]))\n"):
+        assert answered(f"```python\n{code}```", "total", PROMPT).endswith("\n" + code)
+
+
+def test_half_a_function_is_not_taken_for_a_whole_one() -> None:
+    for tail in ("    if not xs:\n        return 0\n    return sum(", '    return 0\n    """\nfor x'):
+        assert not parses(answered(f"```python\ndef total(xs):\n{tail}", "total", PROMPT))
+
+
+def test_a_script_reads_standard_input() -> None:
+    code = "n = int(input())\nprint(2 * n)\n"
+    assert answered(f"For the input\n```\n3\n```\nrun\n```python\n{code}```\nIt prints\n```\n6\n```", "") == code
+    torn = "n = int(input())\nprint(2 * n)\nprint("
+    assert answered(f"```python\n{torn}", "") == torn + "\n"  # what is left might pass by chance
 
 
 def test_helpers_of_the_prompt_are_kept_and_may_be_replaced() -> None:
@@ -204,9 +258,65 @@ NUMBERS = {
     "A half, 1/2": Fraction(1, 2),
     "three": None,
     "x = 5 y = 6.\r\n#### 7\r\n": 7,
+    "The answer is 12 + 5 = 17": 17,
+    "Answer: 3 * 6 = 18": 18,
+    "The answer is 20-5=15": 15,
+    "The answer is (3 + 4) * 2 = 7 * 2 = 14.": 14,
+    "The answer is 3 apples * $6/apple = $18.": 18,
+    "The answer is 17 = 12 + 5": 17,
+    "the answer is x = 18": 18,
+    "\\boxed{3 \\times 6 = 18}": 18,
+    "#### 5 - 3 = 2": 2,
+    "#### 2 - 5 = -3": -3,
+    "#### 20/4=5": 5,
+    "#### <<2*9=18>>18": 18,
+    "#### <<2*9=18>>": 18,
+    "she eats 54 / 3 = <<54/3=": 3,
+    "The answer to question 3 is 18": 18,
+    "The answer to the 2nd part is: 18": 18,
+    "Answer (in dollars): 18 of 20": 18,
+    "In 2 hours she can answer 15 questions": 15,
+    "= $18\n\nI hope this answers your 2 questions, 19": 19,
+    "It answers 2 or, in the answer of 3, 4": 4,
+    "#### 18 #### 20": 20,
+    "1,000,00": None,
+    "It costs 7. 1,000,00": 7,
+    "12,34,567": 1234567,
+    "10/12/2020": None,
+    "She was 7 on 10/12/2020": 7,
+    "She was 7 on 2020-12-10 and 10.12.2020": 7,
+    "5 200 g bags": 200,
+    "The answer is 5 200 g bags": 5,
+    "The answer is 4 100-dollar bills": 4,
+    "#### 100 000": 100000,
+    "#### 1 000 g": 1000,
+    "The answer is 1.5e3": 1500,
+    "1.5e-1": Fraction(3, 20),
+    "3e99999999999": 99999999999,
+    "3eggs": 3,
+    "The answer is $5 million.": 5000000,
+    "#### 2.5 Thousand": 2500,
+    "He has 3 hundred thousand": 300000,
+    "#### 2 million-dollar houses": 2,
+    "It is 5. " + "9" * 6000: 5,
 }
 
 
-@pytest.mark.parametrize("text", NUMBERS)
+@pytest.mark.parametrize("text", NUMBERS, ids=lambda text: text[:40])
 def test_the_final_number(text: str) -> None:
     assert final_number(text) == NUMBERS[text]
+
+
+def test_every_gold_answer_of_gsm8k_is_read(data: Path) -> None:
+    answers = [json.loads(line)["answer"] for line in (data / "gsm8k_test.jsonl").read_text().splitlines()]
+    assert all(str(final_number(text)) == text.rpartition("#### ")[2].replace(",", "") for text in answers)
+
+
+def test_an_answer_that_repeats_itself_takes_no_long_time() -> None:
+    begin = time.perf_counter()
+    torn = "import math\n" * 300 + "def total(xs):\n    return (\n" * 60
+    for answer in (torn, f"```python\n{torn}", "```python\nx```\n(\n" * 500, '```python\n"""\n' + "```\n" * 500):
+        answered(answer, "total")
+    for text in ("answer to " * 3000, "3 apples * 4 " * 2000, "1,1/1 " * 2000, "3" * 9000, "<think>" * 300):
+        final_number("The answer is " + text)
+    assert time.perf_counter() - begin < 5

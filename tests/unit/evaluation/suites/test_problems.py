@@ -4,6 +4,7 @@ import copy
 import gzip
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,175 @@ def test_numbers_of_gsm8k_are_graded_like_lm_eval_and_by_value() -> None:
     assert lm_eval_matches("It is $1,234.", answer) == {"strict_match": False, "flexible_extract": True}
     assert lm_eval_matches("#### 1234.00", answer) == {"strict_match": False, "flexible_extract": False}
     assert lm_eval_matches("none", answer) == {"strict_match": False, "flexible_extract": False}
+
+
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": "def f(x):\n",
+    "entry_point": "f",
+    "test": "def check(f):\n    assert f(1)\n",
+}
+MBPP = {"task_id": 11, "text": "Add.", "code": "def f(): pass", "test_list": ["assert f() is None"]}
+PLUS = {"canonical_solution": "    return x\n", "base_input": [[1]], "plus_input": [], "atol": 0}
+GSM8K = {"question": "1 + 1?", "answer": "#### 2"}
+DAMAGED: list[tuple[str, dict[str, Any], str]] = [
+    ("mbpp", {**MBPP, "test_list": []}, "has an empty test_list"),
+    ("mbpp", {**MBPP, "test_list": ["f()"]}, "has no assert in test_list"),
+    ("mbpp", {**MBPP, "test_list": ["assert f( == 1"]}, "has test_list that is no Python \\(line 1"),
+    ("mbpp", {**MBPP, "task_id": True}, "lacks task_id, a number"),
+    ("mbpp", {**MBPP, "test_imports": [5]}, "has test_imports that are no list of strings"),
+    ("mbpp", {**MBPP, "test_setup_code": "import ("}, "has test_setup_code that is no Python"),
+    ("mbpp+", {**MBPP, "test": "assert f("}, "has test that is no Python"),
+    ("mbpp+", {**MBPP, "test": "f()"}, "has no assert in test"),
+    (
+        "mbpp+",
+        {**MBPP, "test": "import numpy as np\nassert np.allclose(f(), 1)"},
+        "has a test that is not of EvalPlus' form",
+    ),
+    (
+        "mbpp+",
+        {**MBPP, "test": "inputs = [f]\nassertion(f(), 1, 0)\nassert 1"},
+        "has a test that is not of EvalPlus' form",
+    ),
+    ("mbpp+", {**HUMANEVAL, **PLUS, "task_id": "abc"}, "has task_id 'abc', which ends with no number"),
+    (
+        "mbpp+",
+        {**HUMANEVAL, **PLUS, "task_id": "Mbpp/75", "base_input": [[1]]},
+        "has inputs that are not those of Mbpp/75",
+    ),
+    ("humaneval", {**HUMANEVAL, "test": "def check(f):\n    pass\n"}, "has no assert in test"),
+    ("humaneval", {**HUMANEVAL, "test": "def check(:\n"}, "has test that is no Python \\(line 1"),
+    ("humaneval+", {**HUMANEVAL, **PLUS, "base_input": [1]}, "has base_input that is no list of lists"),
+    ("humaneval+", {**HUMANEVAL, **PLUS, "plus_input": [[2], {}]}, "has plus_input that is no list of lists"),
+    ("humaneval+", {**HUMANEVAL, **PLUS, "base_input": []}, "has no inputs"),
+    ("codecontests", contest(public_tests={"input": [1], "output": ["3"]}), "has public_tests that are no strings"),
+    ("codecontests", contest(private_tests={"input": ["1"], "output": [3]}), "has private_tests that are no strings"),
+    ("codecontests", contest(time_limit={"seconds": "x"}), "has time_limit"),
+    ("gsm8k", {**GSM8K, "answer": "two"}, "has no number in answer"),
+]
+
+
+@pytest.mark.parametrize(
+    ("suite", "record", "told"), DAMAGED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_damaged_problem_is_told_by_its_place(suite: Any, record: dict[str, Any], told: str, tmp_path: Path) -> None:
+    shots = write(tmp_path / "shots.jsonl", [GSM8K] * 5)
+    examples = [{**MBPP, "task_id": number} for number in (2, 3, 4)] if suite == "mbpp" else []
+    file = write(tmp_path / "p.jsonl", [*examples, record])
+    with pytest.raises(ValueError, match=rf"p.jsonl:{len(examples) + 1} {told}"):
+        load_problems(suite, file, shots=shots)
+
+
+def test_gsm8k_needs_five_training_problems(tmp_path: Path) -> None:
+    file = write(tmp_path / "t.jsonl", [GSM8K] * 4)
+    with pytest.raises(ValueError, match="t.jsonl has 4 training problems, and GSM8K's prompt shows 5"):
+        load_problems("gsm8k", file, shots=file)
+
+
+def test_a_solution_in_python_2_does_not_matter(tmp_path: Path) -> None:
+    rows = [
+        {**MBPP, "task_id": number, "code": "def f():\n  print 1", "test_list": ["assert set(f()) == 1"]}
+        for number in (2, 3, 4, 11)
+    ]
+    assert load_problems("mbpp", write(tmp_path / "m.jsonl", rows)).problems[0].entry_point == "f"
+
+
+def test_damaged_verdicts_are_told(tmp_path: Path) -> None:
+    problems = Problems("mbpp", (Problem("mbpp/11", "Add.", "f", "assert f()\n"),))
+    kept = {"temperature": 0.0, "problem": "mbpp/11", "sample": 0, "passed": True, "reason": "passed", "program": "a"}
+    for name, value in (("program", None), ("reason", None), ("program", 5), ("passed", "yes")):
+        damaged = {**kept, name: value}
+        if value is None:
+            del damaged[name]
+        write(tmp_path / "verdicts.jsonl", [kept, damaged])
+        with pytest.raises(ValueError, match=r"verdicts.jsonl, line 2, is damaged .*remove the line, and run again"):
+            grade([{**kept, "text": "x"}], problems, tmp_path, chat=False, workers=1)
+
+
+HUB_HELPERS = """import numpy as np
+
+def is_floats(x) -> bool:
+    # check if it is float; List[float]; Tuple[float]
+    if isinstance(x, float):
+        return True
+    if isinstance(x, (list, tuple)):
+        return all(isinstance(i, float) for i in x)
+    if isinstance(x, np.ndarray):
+        return x.dtype == np.float64 or x.dtype == np.float32
+    return False
+
+
+def assertion(out, exp, atol):
+    if atol == 0 and is_floats(exp):
+        atol = 1e-6
+    if out != exp and atol != 0:
+        assert np.allclose(out, exp, rtol=1e-07, atol=atol)
+    else:
+        assert out == exp, f"out: {out}, exp: {exp}"
+
+"""
+HUB_POLY = (
+    "import math\n\ndef _poly(xs: list, x: float):\n    return sum([c * math.pow(x, i) for i, c in enumerate(xs)])\n\n"
+)
+
+
+def in_hub_form(suite: str, row: dict[str, Any], problem: Problem) -> dict[str, Any]:
+    """A published problem as ``to_original_fmt.py`` of EvalPlus writes it for the hub."""
+    assert problem.inputs is not None
+    given, entry = [list(arguments) for arguments in problem.inputs.inputs], problem.entry_point
+    is_mbpp, helpers, head = suite == "mbpp+", HUB_HELPERS, f"inputs = {given}"
+    call = f"assertion({entry if is_mbpp else 'candidate'}(*inp), exp, {row['atol']})"
+    lines = [head, "results = [None]", "for i, (inp, exp) in enumerate(zip(inputs, results)):", f"    {call}"]
+    if entry == "find_zero":
+        helpers, lines[3] = HUB_POLY, f"    assert _poly(*inp, candidate(*inp)) <= {row['atol']}"
+    elif entry in ("tri", "string_sequence", "starts_one_ends", "make_a_pile", "combinations_colors", "freq_count"):
+        helpers += problem.inputs.reference.replace(f" {entry}(", " ref_func(")
+        lines = [head, "for i, inp in enumerate(inputs):", f"    {call.replace('exp,', 'ref_func(*inp),')}"]
+    if is_mbpp:
+        number = int(row["task_id"].rpartition("/")[2])
+        kept = {"task_id": number, "prompt": "Do it.", "test_list": [row["assertion"].strip()], "test_imports": []}
+        body = "\n".join(lines)
+        return {**kept, "code": row["canonical_solution"], "test": f"from math import inf\n{helpers}\n{body}\n"}
+    body = "\n    ".join(lines)
+    kept = {key: row[key] for key in ("task_id", "prompt", "entry_point", "canonical_solution")}
+    return {**kept, "test": f"{helpers}\ndef check(candidate):\n    {body}\n"}
+
+
+@pytest.mark.parametrize("suite", ["humaneval+", "mbpp+"])
+def test_the_form_on_the_hub_has_the_same_tests(suite: Any, data: Path, tmp_path: Path) -> None:
+    own = load_problems(suite, data / FILES[suite][0])
+    with gzip.open(data / FILES[suite][0], "rt") as lines:
+        rows = {row["task_id"]: row for row in map(json.loads, lines)}
+    # Every 40th, and those that the hub or its rules treat in a way of their own.
+    special = {"find_zero", "string_sequence", "freq_count", "minimum", "zero_count"}
+    chosen = [
+        problem for place, problem in enumerate(own.problems) if place % 40 == 0 or problem.entry_point in special
+    ]
+    chosen = [
+        replace(problem, inputs=replace(problem.inputs, inputs=problem.inputs.inputs[:20]))
+        for problem in chosen
+        if problem.inputs
+    ]
+    hub = [in_hub_form(suite, rows[problem.name], problem) for problem in chosen]
+    found = load_problems(suite, write(tmp_path / "hub.jsonl", hub))
+    for problem, expected in zip(found.problems, chosen, strict=True):
+        assert (problem.name, problem.entry_point) == (expected.name, expected.entry_point)
+        assert repr(problem.inputs) == repr(expected.inputs)  # a nan is not equal to itself
+    right = [
+        {"temperature": 0.0, "problem": p.name, "sample": 0, "text": rows[p.name]["canonical_solution"]}
+        for p in chosen[:3]
+    ]
+    if suite == "mbpp+":
+        wrong = [{**record, "sample": 1, "text": "def f(): pass"} for record in right]
+    else:
+        wrong = [{**record, "sample": 1, "text": "    return None"} for record in right]
+    few = Problems(suite, found.problems[:3])
+    verdicts = grade([*right, *wrong], few, tmp_path, chat=False, workers=1)
+    assert [verdict["passed"] for verdict in verdicts] == [True] * 3 + [False] * 3
+
+
+def test_programs_may_import_numpy(tmp_path: Path) -> None:
+    problems = Problems("mbpp", (Problem("mbpp/11", "Double.", "f", "assert f(1) == 2\n"),))
+    text = "import numpy as np\ndef f(x):\n    return int(np.array([x, x]).sum())\n"
+    record = {"temperature": 0.0, "problem": "mbpp/11", "sample": 0, "text": text}
+    assert grade([record], problems, tmp_path, chat=False, workers=1)[0]["passed"]

@@ -230,6 +230,11 @@ def test_a_damaged_line_inside_is_told(tmp_path: Path) -> None:
     assert len(list(read_lines(file))) == 1
     repair(file)
     assert file.read_text() == json.dumps(good) + "\n"
+    whole = {**good, "text": "x", "prompt": "y", "finish": "end"}
+    for damaged in ({**whole, "text": None}, {**whole, "prompt": 5}, {**good, "text": "x", "prompt": "y"}):
+        file.write_text(f"{json.dumps(whole)}\n{json.dumps(damaged)}\n")
+        with pytest.raises(ValueError, match=r"samples.jsonl, line 2, is damaged .*: remove the line, and run again"):
+            SampleFolder(tmp_path).read()
 
 
 def test_several_greedy_samples_are_refused() -> None:
