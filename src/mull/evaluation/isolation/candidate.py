@@ -137,7 +137,9 @@ def run_script(program: Program, source: str, text: str) -> None:
         sys.modules["threading"]._shutdown()  # as Python does at its end: wait for threads
     if "atexit" in sys.modules:
         sys.modules["atexit"]._run_exitfuncs()
-    sys.stdout.flush()
+    for stream in (sys.stdout, sys.__stdout__):
+        if stream is not None and not getattr(stream, "closed", False):
+            stream.flush()
     program.send(("finished", str(status)[:MAX_TEXT]))
 
 

@@ -371,9 +371,12 @@ def grade_script(candidate: Candidate, request: dict[str, Any], output: int, max
     if end[0] == "failed":
         kind = "memory" if end[2] == "MemoryError" else "error"
         return {"passed": False, "reason": kind, "detail": f"{end[1]}: {end[3]}"[:MAX_DETAIL]}
+    if end[0] == "finished" and end[1] != "0":
+        return {"passed": False, "reason": "error", "detail": f"SystemExit: {end[1]}"[:MAX_DETAIL]}
     text = printed.decode("utf-8", "replace")
     if same_tokens(text, request["output"]):
-        return {"passed": True, "reason": "passed", "detail": ""}
+        # How a process ended that did not tell, the host knows.
+        return {"passed": True, "reason": "passed", "detail": "", "told_its_end": end[0] == "finished"}
     return {
         "passed": False,
         "reason": "wrong answer",

@@ -200,6 +200,29 @@ def test_scripts_read_and_print(pool: Pool) -> None:
     assert judge(pool, "import time\nprint(7, flush=True)\ntime.sleep(60)", tests, timeout=1).reason == "time-out"
 
 
+@pytest.mark.parametrize(
+    ("end", "detail"),
+    [
+        ("raise SystemExit(1)", "SystemExit: 1"),
+        ("exit('sorry')", "SystemExit: sorry"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("import os\nsys.stdout.flush()\nos._exit(3)", "the right text, but ended with status 3"),
+        ("import os\nsys.stdout.flush()\nos.kill(os.getpid(), 9)", "the right text, but was killed by signal 9"),
+    ],
+)
+def test_a_script_that_ends_badly_fails_whatever_it_has_printed(pool: Pool, end: str, detail: str) -> None:
+    verdict = judge(pool, f"import sys\nprint(7)\n{end}", Stdio(("",), ("7",)))
+    assert (verdict.passed, verdict.reason) == (False, "error")
+    assert detail in verdict.detail
+
+
+@pytest.mark.parametrize(
+    "end", ["exit(0)", "exit()", "import os\nsys.stdout.flush()\nos._exit(0)", "sys.stdout.close()", "sys.stdout = None"]
+)
+def test_a_script_may_end_itself_when_it_is_done(pool: Pool, end: str) -> None:
+    assert judge(pool, f"import sys\nprint(7)\n{end}", Stdio(("",), ("7",))).passed
+
+
 def test_verdicts_come_in_order_and_reasons_are_counted() -> None:
     with Pool(2, timeout=5) as pool:
         programs = [ADD, "def add(a, b):\n    return None", ADD, "1 / 0"]
