@@ -77,13 +77,20 @@ class Program:
         return ("module", value.__name__) if isinstance(value, ModuleType) else ("value", value)
 
     def answer(self, request: Any) -> tuple[Any, ...]:
-        """Do what the tests ask: call, read an attribute, index."""
+        """Do what the tests ask: call, read an attribute, index.
+
+        Returns:
+            ``("return", result, changed, place)``: which arguments have other content now, by their place, and the place of the
+            one that is the result itself.
+        """
         operation, target, args, kwargs, is_shared = request
-        before = encode((args, kwargs), self.keep) if is_shared else b""
+        held = [*args, *kwargs.values()] if is_shared else []
+        before = [encode(arg, id) for arg in held]  # with `id`, it reads no iterator
         result = OPERATIONS[operation](target, *args, **kwargs)
-        if is_shared and encode((args, kwargs), self.keep) != before:
-            return ("return", result, (args, kwargs))
-        return ("return", result, None)
+        changed = {place: arg for place, arg in enumerate(held) if encode(arg, id) != before[place]}
+        # An iterator of the tests was read to its end when it was sent: what is left of it is here.
+        place = next((at for at, arg in enumerate(held) if arg is result and not hasattr(type(arg), "__next__")), None)
+        return ("return", result if place is None else None, changed, place)
 
     def serve(self) -> NoReturn:
         """Answer until the container is removed."""

@@ -11,6 +11,7 @@ import os
 import pickle
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -101,16 +102,25 @@ class Candidate:
             raise Ended
         return message
 
-    def ask(self, operation: str, target: Remote, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Have something done over there, with calls back in between, and raise what it raises."""
-        self.send((operation, target, args, kwargs, _shared([*args, *kwargs.values()])))
+    def ask(
+        self, operation: str, target: Remote, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_shared: bool | None = None
+    ) -> Any:
+        """Have something done over there, with calls back in between, and raise what it raises.
+
+        Args:
+            operation: One of the candidate's `OPERATIONS`.
+            target: What with.
+            args: Its arguments, which get the content that the call leaves in them if `is_shared`.
+            kwargs: More of them.
+            is_shared: None for wherever that can be seen.
+        """
+        held = [*args, *kwargs.values()]
+        self.send((operation, target, args, kwargs, _can_change(held) if is_shared is None else is_shared))
         while True:
             match self.receive():
-                case ("return", value, None):
-                    return value
-                case ("return", value, (tuple() as new_args, dict() as new_kwargs)):
-                    _update([*args, *kwargs.values()], [*new_args, *new_kwargs.values()])
-                    return value
+                case ("return", value, dict() as changed, place):
+                    _update(held, changed)
+                    return value if place is None else _at(held, place)
                 case ("raise", str() as name, str() as known, str() as text):
                     raise candidate_error(name, known, text)
                 case ("callback", int() as number, tuple() as back, dict() as options) if (
@@ -121,9 +131,15 @@ class Candidate:
                     raise Ended
 
 
-def _shared(args: Iterable[Any]) -> bool:
+def _can_change(args: list[Any]) -> bool:
     """Whether a call can change what the tests hold."""
     return any(not isinstance(arg, int | float | str | bytes | complex | None) for arg in args)
+
+
+def _at(held: list[Any], place: Any) -> Any:
+    if not isinstance(place, int) or not 0 <= place < len(held):
+        raise Ended  # an honest candidate sends none such
+    return held[place]
 
 
 def _call_back(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
@@ -133,16 +149,20 @@ def _call_back(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return ("raise", f"{type(error).__name__}: {error}")
 
 
-def _update(held: list[Any], sent: list[Any]) -> None:
+def _update(held: list[Any], changed: dict[Any, Any]) -> None:
     """Give the tests' own lists, dictionaries and sets the content that the call left in them."""
-    for mine, new in zip(held, sent, strict=False):
-        if type(mine) is not type(new) or mine == new:
+    for place, new in changed.items():
+        mine = _at(held, place)
+        if type(mine) is not type(new):
             continue
         if isinstance(mine, list | bytearray):
             mine[:] = new
         elif isinstance(mine, dict | set):
             mine.clear()
             mine.update(new)
+        elif isinstance(mine, deque):
+            mine.clear()
+            mine.extend(new)
 
 
 def candidate_error(name: str, known: str, text: str) -> Exception:
@@ -303,7 +323,7 @@ def grade_calls(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]
         function = load(candidate, request, request["entry_points"])[request["entry_points"][0]][1]
         for arguments, wanted in zip(inputs, expected, strict=True):
             try:
-                result = function(*arguments)
+                result = _result(function, arguments)
                 if not is_right(request["oracle"], arguments, result, wanted, request["atol"]):
                     raise TestFailedError(
                         "wrong answer", f"{_short(result)} for {_short(arguments)}, not {_short(wanted)}"
@@ -317,11 +337,19 @@ def grade_calls(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]
     return tally.result(complete=True)
 
 
+def _result(function: Any, arguments: tuple[Any, ...]) -> Any:
+    """Call with data that no call may change: the next program gets it, too, and the oracle."""
+    if type(function) is not Remote:
+        return function(*arguments)  # a built-in one, or what cannot be called
+    candidate: Candidate = function.__dict__["_candidate"]
+    return candidate.ask("call", function, arguments, {}, is_shared=False)
+
+
 def collect_values(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]:
     """What the function returns for each input. The first error ends it."""
     try:
         function = load(candidate, request, request["entry_points"])[request["entry_points"][0]][1]
-        values = [function(*arguments) for arguments in request["inputs"]]
+        values = [_result(function, arguments) for arguments in request["inputs"]]
         if request["oracle"] == "equally_none":
             values = [value if isinstance(value, bool) else value is not None for value in values]
         if (size := len(encode(values))) > MAX_ANSWER_BYTES - MAX_DETAIL:  # and refuses what is no data

@@ -57,7 +57,7 @@ TRICKS = {
     "forged nonce": LINE + FORGED + "channel.send(('nonce', b'0' * 16))\ndef f(x):\n    return 0",
     "forged results": LINE
     + FORGED
-    + "for _ in range(9): channel.send(('return', True, None))\ndef f(x):\n    return 0",
+    + "for _ in range(9): channel.send(('return', True, {}, None))\ndef f(x):\n    return 0",
     "calling back what was not given": LINE
     + FORGED
     + "def f(x):\n    channel.send(('callback', 0, (), {}))\n    return channel.receive()",
@@ -69,10 +69,16 @@ TRICKS = {
     "a nan": "def f(x):\n    return float('nan')",
     "changing the list of tests": "import gc\nfor o in gc.get_objects():\n    if type(o) is list: o.clear()\ndef f(x):\n    return 0",
     "replacing the runner": "import sys\nrunner = sys.modules['mull.evaluation.isolation.candidate']\nrunner.Program.answer = lambda self, r: ('return', "
-    "True, None)\ndef f(x):\n    return 0",
+    "True, {}, None)\ndef f(x):\n    return 0",
+    "a place that is none": LINE
+    + FORGED
+    + "def f(x):\n    for place in (9, -1, 's', {}): channel.send(('return', 0, {}, place))\n    return 0",
+    "changing what is none": LINE
+    + FORGED
+    + "def f(x):\n    for place in (9, -1, 's'): channel.send(('return', 0, {place: []}, None))\n    return 0",
     "asking for the tests": LINE
     + FORGED
-    + "def f(x):\n    channel.send(('return', 0, None))\n    return channel.receive()",
+    + "def f(x):\n    channel.send(('return', 0, {}, None))\n    return channel.receive()",
 }
 
 

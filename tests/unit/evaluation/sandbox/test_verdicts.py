@@ -118,6 +118,24 @@ def test_what_the_program_does_to_its_arguments_reaches_the_tests(pool: Pool) ->
     assert not judge(pool, "def change(a, d):\n    pass", Asserts(source, ("change",))).passed
 
 
+def test_arguments_change_as_they_would_in_one_process(pool: Pool) -> None:
+    source = """
+a, b, c = [1, 0], [[2]], (i for i in range(3))
+inner = b[0]
+change(a, b)
+assert a[0] is True and a[1] is False
+assert b[0] is inner, "what the program leaves alone stays the same object"
+assert change(a, b) is a and change(b, a) is not a
+assert change(a, b, last=b) is b
+assert [*change(c, None)] == [0, 1, 2]
+"""
+    program = "def change(x, y, last=None):\n    if isinstance(x, list): x[:] = [v == 1 if v in (0, 1) else v for v in x]\n    return last or x"
+    verdict = judge(pool, program, Asserts(source, ("change",)))
+    assert verdict.passed, verdict
+    copying = program.replace("return last or x", "return last or x[:]")
+    assert judge(pool, copying, Asserts(source, ("change",))).n_passed == 3
+
+
 def test_functions_of_the_tests_are_called_back_and_those_of_the_program_too(pool: Pool) -> None:
     source = "assert apply(lambda x: x + 1, 2) == 3\nassert adder(2)(3) == 5\nassert apply(len, 'abc') == 3"
     program = "def apply(f, x):\n    return f(x)\ndef adder(n):\n    return lambda x: x + n"
@@ -155,6 +173,27 @@ def test_calls_are_compared_by_value(pool: Pool) -> None:
     assert judge(pool, ADD, calls).passed  # 0.1 + 0.2 is 0.3 within EvalPlus' tolerance for floats
     verdict = judge(pool, "def add(a, b):\n    return 3 if a == 1 else 1 / 0", calls)
     assert (verdict.n_passed, verdict.n_tests, verdict.reason) == (1, 3, "error")
+
+
+def test_what_a_program_does_to_its_arguments_reaches_no_other_call_and_no_other_program() -> None:
+    """As HumanEval/34: one grader, one after the other."""
+    held = [3, 1, 3]
+    calls = Calls("unique", ((held,), ([held],), (held,)), ([1, 3], [[3, 1, 3]], [1, 3]))
+    right = "def unique(l):\n    return sorted(set(l)) if l[0] == 3 else list(l)"
+    in_place = "def unique(l):\n    if l[0] != 3: return l\n    l[:] = sorted(set(l))\n    return l"
+    emptying = "def unique(l):\n    result = sorted(set(l)) if l[0] == 3 else [*l]\n    l.clear()\n    return result"
+    with Pool(1, timeout=10) as pool:
+        for program in (right, in_place, emptying, right):
+            assert judge(pool, program, calls).passed, program
+        assert judge(pool, "def unique(l):\n    return l", calls).n_passed == 1
+        values = pool.submit_reference(emptying, "unique", [(held,), ([held],), (held,)]).result()
+        assert values == calls.expected
+
+
+def test_an_oracle_sees_the_arguments_as_they_were(pool: Pool) -> None:
+    roots = Calls("find_zero", (([1, 2],), ([-6, 11, -6, 1],)), (-0.5, 1.0), 1e-4, "root_of_polynomial")
+    assert judge(pool, "def find_zero(xs):\n    xs.clear()\n    return 0", roots).n_passed == 0
+    assert judge(pool, "def find_zero(xs):\n    return -xs.pop(0) / xs[0] if len(xs) == 2 else 2.0", roots).passed
 
 
 def test_expected_values_come_from_the_reference() -> None:
