@@ -51,7 +51,7 @@ class Verdict:
     passed: bool
     reason: str
     """``passed``, ``wrong answer``, ``time-out``, ``error`` (it raised), ``memory``, ``output`` (it printed too much), or
-    ``no proof``: its process ended before the tests did."""
+    ``no proof``: its process ended before the tests did, or the tests reached their end without a check."""
 
     detail: str
     """One line, at most 300 characters; it quotes the program, so it is not to be trusted."""
@@ -71,8 +71,9 @@ class Asserts:
     """Python source of asserts, such as HumanEval's ``check`` with its call, or MBPP's list joined.
 
     The source runs in the grader. `entry_points`, and every other name that it reads and does not define, are the program's, and
-    become stand-ins there: a helper that tests rely on should be in the source, not left to the program. Each ``assert``
-    outside of ``try`` counts as a test. Tests that pass objects of a class of their own, or others that are no data, run inside
+    become stand-ins there: a helper that tests rely on should be in the source, not left to the program. Each run of
+    an ``assert`` counts as a test, and so does each ``try`` with asserts in it, as a whole. Where none of them runs, no program
+    passes; tests that only ``raise`` are one test. Tests that pass objects of a class of their own, or others that are no data, run inside
     the program's process instead; the arguments decide that, never what the program returns.
     """
 

@@ -13,6 +13,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib import import_module
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -22,6 +23,7 @@ from mull.evaluation.isolation.compare import is_right, same_tokens
 from mull.evaluation.isolation.values import NotPlainError, encode
 
 MAX_DETAIL = 300
+UNCHECKED = "the tests reached their end without a check"
 
 
 class CandidateError(Exception):
@@ -74,6 +76,7 @@ class Candidate:
         self._channel = channel
         self._functions: list[Any] = [None]
         self._remotes: dict[int, Remote] = {}
+        self.n_asked = 0
 
     def keep(self, value: Any) -> int | None:
         """Functions of the tests stay here and are called back; objects of the candidate's go home by number."""
@@ -115,6 +118,7 @@ class Candidate:
             is_shared: None for wherever that can be seen.
         """
         held = [*args, *kwargs.values()]
+        self.n_asked += 1
         self.send((operation, target, args, kwargs, _can_change(held) if is_shared is None else is_shared))
         while True:
             match self.receive():
@@ -210,9 +214,9 @@ class Tally:
             self.detail = str(error) if is_wrong else f"{type(error).__name__}: {error}"
 
     def result(self, *, complete: bool) -> dict[str, Any]:
-        """What the host is told."""
-        n_tests = max(self._expected, self.n_passed + self.n_failed, 1)
-        passed = complete and not self.n_failed and self.n_passed == n_tests
+        """What the host is told. Tests that have reached their end are as many as have run, other ones at least those expected."""
+        n_tests = max(0 if complete else self._expected, self.n_passed + self.n_failed, 1)
+        passed = complete and self.n_passed == n_tests
         reason = "passed" if passed else self.reason or "no proof"
         detail = self.detail.encode("utf-8", "replace").decode().replace("\n", " ")[:MAX_DETAIL]
         return {"passed": passed, "reason": reason, "detail": detail, "n_passed": self.n_passed, "n_tests": n_tests}
@@ -240,25 +244,46 @@ def load(candidate: Candidate, request: dict[str, Any], names: Iterable[str], ki
     return found
 
 
-class _Counting(ast.NodeTransformer):
-    """Count asserts instead of stopping at the first that fails.
+class _Test:
+    """What stands around each test: it counts, and lets the next one run where this one fails or the program is gone."""
 
-    Inside ``try`` they are left alone: their errors may be wanted.
-    """
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if error is None:
+            self._tally.passed()
+            return False
+        if isinstance(error, NotPlainError) or not isinstance(error, Exception | Ended):
+            return False
+        self._tally.failed(error)
+        return True
+
+
+class _Counting(ast.NodeTransformer):
+    """Put a `_Test` around each assert, and around each ``try`` as a whole with asserts in it: their errors may be wanted."""
+
+    NAME = "a test"  # no name of the tests'
 
     def __init__(self) -> None:
-        self.n_asserts = 0
+        self.n_tests = 0
 
-    def visit_Try(self, node: ast.Try) -> ast.Try:
-        return node
+    def visit_Try(self, node: ast.Try) -> ast.AST:
+        return self.visit_Assert(node) if _has(node, ast.Assert | ast.Raise) else node
 
-    def visit_Assert(self, node: ast.Assert) -> ast.AST:
-        self.n_asserts += 1
-        source = "try: pass\nexcept Exception as _error: _failed(_error)\nelse: _passed()"
-        counted = ast.parse(source).body[0]
-        assert isinstance(counted, ast.Try)
-        counted.body = [node]
+    visit_TryStar = visit_Try  # noqa: N815 - ast's name
+
+    def visit_Assert(self, node: ast.stmt) -> ast.AST:
+        self.n_tests += 1
+        counted = ast.With([ast.withitem(ast.Name(self.NAME, ast.Load()))], [node])
         return ast.fix_missing_locations(ast.copy_location(counted, node))
+
+
+def _has(tree: ast.AST, kinds: Any) -> bool:
+    return any(isinstance(node, kinds) for node in ast.walk(tree))
 
 
 def unbound_names(tree: ast.AST) -> list[str]:
@@ -277,35 +302,53 @@ def unbound_names(tree: ast.AST) -> list[str]:
     return sorted(read - bound - set(dir(builtins)))
 
 
+def library_names(tree: ast.AST, names: Iterable[str]) -> dict[str, Any]:
+    """Of these names, those of the standard library that the tests read without importing them.
+
+    Programs answer for none of them: their ``math.isclose`` may be true of everything. A name stands for the module, or for what
+    the module has of the same name, such as ``datetime``. Where neither has what the tests use, they mean something else.
+    """
+    uses: dict[str, set[str]] = {name: set() for name in names if name in sys.stdlib_module_names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            uses.get(node.value.id, set()).add(node.attr)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            uses.get(node.func.id, set()).add("__call__")
+    found = {}
+    for name, used in uses.items():
+        with suppress(ImportError):  # one of another system
+            module = import_module(name)
+            meant = [one for one in (module, getattr(module, name, None)) if all(hasattr(one, use) for use in used)]
+            found |= {name: one for one in meant[:1]}
+    return found
+
+
 def grade_asserts(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]:
     """Run asserts here, with stand-ins for the functions of the program."""
     tree = ast.parse(request["source"])
-    names = {*unbound_names(tree), *request["entry_points"]}
+    entry_points = set(request["entry_points"])
+    library = library_names(tree, set(unbound_names(tree)) - entry_points)
+    names = entry_points.union(unbound_names(tree)) - library.keys()
+    raises = not _has(tree, ast.Assert) and _has(tree, ast.Raise)
     counting = _Counting()
     tree = counting.visit(tree)
-    tally = Tally(counting.n_asserts)
+    tally = Tally(counting.n_tests)
     try:
         found = load(candidate, request, names)
         namespace = {name: _bound(*what) for name, what in found.items() if what[0] != "missing"}
-        namespace |= {"__name__": "tests", "_passed": tally.passed, "_failed": _raiser(tally)}
+        namespace |= library | {"__name__": "tests", counting.NAME: _Test(tally)}
         exec(compile(tree, "<tests>", "exec", dont_inherit=True), namespace)
     except NotPlainError:
         raise
-    except (Exception, Ended) as error:  # noqa: BLE001 - tests and candidates raise anything
+    except (Exception, Ended, SystemExit) as error:  # noqa: BLE001 - tests and candidates raise anything
         tally.failed(error)
         return tally.result(complete=False)
-    if not counting.n_asserts:
-        tally.passed()  # tests without an assert pass by reaching their end
+    if not tally.n_passed + tally.n_failed:
+        if raises and candidate.n_asked:
+            tally.passed()  # such tests pass by reaching their end
+        else:
+            tally.failed(TestFailedError("no proof", UNCHECKED))
     return tally.result(complete=True)
-
-
-def _raiser(tally: Tally) -> Callable[[Exception], None]:
-    def failed(error: Exception) -> None:
-        if isinstance(error, NotPlainError):
-            raise error
-        tally.failed(error)
-
-    return failed
 
 
 def _bound(kind: str, value: Any) -> Any:
@@ -369,6 +412,8 @@ def grade_inside(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any
     tally = Tally(1)
     nonce = os.urandom(16)
     try:
+        if not _has(ast.parse(request["source"]), ast.Assert | ast.Raise):
+            raise TestFailedError("no proof", UNCHECKED)
         load(candidate, request, request["entry_points"], "inside")
         candidate.send((request["source"], nonce))
         match candidate.receive():

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 
@@ -77,6 +78,57 @@ def test_a_part_of_the_tests_counts_for_rewards(pool: Pool) -> None:
     assert (verdict.passed, verdict.n_passed, verdict.n_tests) == (False, 1, 3)
     late = judge(pool, "import time\ndef add(a, b):\n    if b == 'b': time.sleep(60)\n    return a + b", timeout=1)
     assert (late.reason, late.n_passed, late.n_tests) == ("time-out", 1, 3)
+
+
+DOUBLE = "def f(x):\n    return 2 * x"
+BRANCHES = "r = f(1)\nif isinstance(r, float):\n    assert abs(r - 2) < 1e-6\nelse:\n    assert r == 2\n"
+LOOP = "for i in range(10):\n    assert f(i) == 2 * i\nassert f('a') == 'aa'\n"
+HELPER = "def check(g):\n    if g(1) != 2:\n        raise ValueError('no')\ncheck(f)\n"
+EXPECTS = "try:\n    f(None)\n    assert False\nexcept TypeError:\n    pass\n"
+RETURNS = f"def check():\n{textwrap.indent(EXPECTS.replace('pass', 'return'), '    ')}check()\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "program", "n_passed", "n_tests"),
+    [
+        (BRANCHES, DOUBLE, 1, 1),
+        (BRANCHES, "def f(x):\n    return 2.0", 1, 1),
+        (BRANCHES, "def f(x):\n    return 3", 0, 1),
+        (BRANCHES, "def f(x):\n    1 / 0", 0, 2),
+        (LOOP, DOUBLE, 11, 11),
+        (LOOP, "def f(x):\n    return 0 if x == 3 else 2 * x", 10, 11),
+        (LOOP, "import os\ndef f(x):\n    return 2 * x if x != 3 else os._exit(0)", 3, 11),
+        (HELPER, DOUBLE, 1, 1),
+        (HELPER, "def f(x):\n    return 3", 0, 1),
+        (EXPECTS, DOUBLE, 1, 1),
+        (EXPECTS, "def f(x):\n    return x", 0, 1),
+        (EXPECTS, "def f(x):\n    exit()", 0, 1),
+        (RETURNS, DOUBLE, 1, 1),
+        (RETURNS + LOOP, DOUBLE, 12, 12),
+        (LOOP + "r = f(5)\nassert r\n", "def f(x):\n    return 1 / (5 - x)", 0, 12),
+    ],
+)
+def test_tests_are_counted_as_they_run(pool: Pool, source: str, program: str, n_passed: int, n_tests: int) -> None:
+    verdict = judge(pool, program, Asserts(source, ("f",)))
+    assert (verdict.n_passed, verdict.n_tests) == (n_passed, n_tests), verdict
+    assert (verdict.passed, verdict.proof) == (n_passed == n_tests, "outside")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["", "f(3)", "def check(g):\n    assert g(1) == 2", "def check(g):\n    raise ValueError", "for x in []:\n    assert f(x)",
+     "class P:\n    pass\nf(P)", "if f(1) == 3:\n    assert f(2) == 4", "try:\n    f(1)\nexcept ValueError:\n    pass"],
+)  # fmt: skip
+def test_tests_that_check_nothing_pass_nobody(pool: Pool, source: str) -> None:
+    verdict = judge(pool, DOUBLE, Asserts(source, ("f",)))
+    assert (verdict.passed, verdict.n_passed, verdict.reason) == (False, 0, "no proof")
+    assert "reached their end without a check" in verdict.detail
+
+
+def test_tests_that_end_by_themselves_pass_nobody(pool: Pool) -> None:
+    verdict = judge(pool, DOUBLE, Asserts("assert f(1) == 2\nimport sys\nsys.exit()\nassert f(1) == 3", ("f",)))
+    assert (verdict.n_passed, verdict.n_tests, verdict.reason) == (1, 2, "error")
+    assert "SystemExit" in verdict.detail
 
 
 @pytest.fixture
@@ -151,6 +203,19 @@ def test_objects_of_the_program_stay_there(pool: Pool) -> None:
         "def total(pairs):\n    return sum(p.a + p.b for p in pairs)"
     )
     assert judge(pool, program, Asserts(source, ("total",))).passed
+
+
+def test_names_of_the_library_are_the_librarys(pool: Pool) -> None:
+    source = "assert math.isclose(f(1), 5)\nassert copy(f)(1) == f(1)\nassert datetime(2020, 1, 2) == day()\nassert queue.first() == 7"
+    tests = Asserts(source, ("f",))
+    rest = "from copy import copy\nfrom datetime import datetime\ndef day(): return datetime(2020, 1, 2)\nclass queue:\n    first = lambda: 7\n"
+    verdict = judge(pool, "import math\ndef f(x): return 5.0\n" + rest, tests)
+    assert verdict.passed, verdict
+    assert judge(pool, "def f(x): return 5.0\n" + rest, tests).passed, "the program need not import it"
+    cheat = "class math: isclose = staticmethod(lambda *a, **k: True)\ndef f(x): return None\n" + rest
+    assert judge(pool, cheat, tests).n_passed == 3
+    as_entry = Asserts("assert bisect(1) == 2", ("bisect",))
+    assert judge(pool, "def bisect(x):\n    return x + 1", as_entry).passed
 
 
 def test_tests_with_objects_of_their_own_run_inside_and_the_verdict_says_so(pool: Pool) -> None:
