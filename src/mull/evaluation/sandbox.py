@@ -31,6 +31,7 @@ __all__ = [
     "Stdio",
     "Tests",
     "Verdict",
+    "check_sandbox",
     "doctor",
     "expected_values",
     "run_program",
@@ -207,6 +208,19 @@ def doctor(off: Collection[str] = ()) -> list[Layer]:
         off: Layers to switch off first, to see that this is noticed.
     """
     return examine(off)
+
+
+def check_sandbox(allow_weak: Collection[str] = ()) -> None:
+    """Refuse what a `Pool` would refuse, before hours of sampling. The first look takes seconds; a process keeps what it has seen.
+
+    Args:
+        allow_weak: See `run_program`.
+
+    Raises:
+        ValueError: `allow_weak` names no layer.
+        SandboxError: a layer is missing that it does not name.
+    """
+    _layers_off(allow_weak)
 
 
 def _layers_off(allow_weak: Collection[str]) -> frozenset[str]:

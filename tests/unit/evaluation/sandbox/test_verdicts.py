@@ -21,6 +21,7 @@ from mull.evaluation.sandbox import (
     SandboxError,
     Stdio,
     Verdict,
+    check_sandbox,
     expected_values,
     run_program,
 )
@@ -362,6 +363,7 @@ def test_packages_are_visible_only_when_asked_for() -> None:
     [
         (lambda: run_program(ADD, ADDS, timeout=0), r"timeout=0 must lie in \(0, 3600\] seconds."),
         (lambda: run_program(ADD, ADDS, allow_weak=["netwrk"]), "netwrk is no layer of the sandbox; there are user, "),
+        (lambda: check_sandbox(["netwrk"]), "netwrk is no layer of the sandbox; there are user, "),
         (lambda: Pool(0), "workers=0 must be at least 1."),
         (lambda: Calls("f", ((1,),), ()), "There are 1 inputs and 0 expected values"),
         (lambda: Calls("f", (), ()), "Calls without inputs test nothing"),
@@ -381,6 +383,8 @@ def test_a_missing_layer_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
     from mull.evaluation import sandbox
 
     monkeypatch.setattr(sandbox, "missing_layers", lambda: {"network": "it is the host's namespace"})
-    with pytest.raises(SandboxError, match="lacks network on this machine.*--allow-weak-sandbox=network"):
-        run_program(ADD, ADDS)
+    for refusing in (check_sandbox, lambda: run_program(ADD, ADDS)):
+        with pytest.raises(SandboxError, match="lacks network on this machine.*--allow-weak-sandbox=network"):
+            refusing()
+    check_sandbox(["network"])
     assert run_program(ADD, ADDS, allow_weak=["network"]).passed
