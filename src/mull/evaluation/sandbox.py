@@ -72,10 +72,15 @@ class Asserts:
     """Python source of asserts, such as HumanEval's ``check`` with its call, or MBPP's list joined.
 
     The source runs in the grader. `entry_points`, and every other name that it reads and does not define, are the program's, and
-    become stand-ins there: a helper that tests rely on should be in the source, not left to the program. Each run of
-    an ``assert`` counts as a test, and so does each ``try`` with asserts in it, as a whole. Where none of them runs, no program
-    passes; tests that only ``raise`` are one test. Tests that pass objects of a class of their own, or others that are no data, run inside
-    the program's process instead; the arguments decide that, never what the program returns.
+    become stand-ins there: a helper that tests rely on should be in the source, not left to the program. Names of Python's
+    standard library are the library's, whether the program imports them or not.
+
+    Each run of an ``assert`` counts as a test, and so does each ``try`` with asserts in it, as a whole. Where none of them runs,
+    no program passes; tests that only ``raise`` are one test.
+
+    Tests that pass objects of a class of their own, or others that are no data, run inside the program's process instead, and so
+    do those that catch an error of the program's, inherit from its classes or use ``asyncio``; the tests decide that, never what
+    the program returns.
     """
 
     source: str
@@ -211,7 +216,7 @@ def doctor(off: Collection[str] = ()) -> list[Layer]:
 
 
 def check_sandbox(allow_weak: Collection[str] = ()) -> None:
-    """Refuse what a `Pool` would refuse, before hours of sampling. The first look takes seconds; a process keeps what it has seen.
+    """Refuse what a `Pool` would refuse, before hours of sampling. The first look takes 2 seconds; later ones take none.
 
     Args:
         allow_weak: See `run_program`.

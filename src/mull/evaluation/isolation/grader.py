@@ -11,175 +11,18 @@ import os
 import pickle
 import socket
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib import import_module
-from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 from mull.evaluation.isolation.channel import MAX_ANSWER_BYTES, Channel, Ended, restrict
 from mull.evaluation.isolation.compare import is_right, same_tokens
+from mull.evaluation.isolation.stand_ins import Candidate, result_of
 from mull.evaluation.isolation.values import NotPlainError, encode
 
 MAX_DETAIL = 300
 UNCHECKED = "the tests reached their end without a check"
-
-
-class CandidateError(Exception):
-    """The program raised something that is no built-in ``Exception``, such as ``SystemExit``."""
-
-
-class Remote:
-    """An object of the candidate's. Operators ask its container; ``==`` does not, and compares identities here."""
-
-    def __init__(self, candidate: "Candidate", number: int) -> None:
-        self.__dict__.update(_candidate=candidate, _number=number)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._ask("call", args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._ask("attribute", (name,))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._ask("set", (name, value))
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._ask("item", (key,))
-
-    def __len__(self) -> int:
-        return int(self._ask("length", ()))
-
-    def __iter__(self) -> Any:
-        return iter(self._ask("items", ()))
-
-    def __bool__(self) -> bool:
-        return bool(self._ask("truth", ()))
-
-    def __contains__(self, item: Any) -> bool:
-        return bool(self._ask("contains", (item,)))
-
-    def __repr__(self) -> str:
-        return "<an object of the program>"
-
-    def _ask(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        return self.__dict__["_candidate"].ask(operation, self, args, kwargs or {})
-
-
-class Candidate:
-    """The other container."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._functions: list[Any] = [None]
-        self._remotes: dict[int, Remote] = {}
-        self.n_asked = 0
-
-    def keep(self, value: Any) -> int | None:
-        """Functions of the tests stay here and are called back; objects of the candidate's go home by number."""
-        if type(value) is Remote:
-            return -int(value.__dict__["_number"])
-        if isinstance(value, FunctionType | MethodType | BuiltinFunctionType):
-            self._functions.append(value)
-            return len(self._functions) - 1
-        return None
-
-    def find(self, number: int, own: bool) -> Any:
-        """What a number in a message means; an object of the candidate's is the same stand-in each time."""
-        return self._functions[number] if own else self._remotes.setdefault(number, Remote(self, number))
-
-    def send(self, message: Any) -> None:
-        """Write."""
-        self._channel.send(message, self.keep)
-
-    def receive(self) -> Any:
-        """Read. What is no message counts as the candidate's end: an honest one sends none such."""
-        try:
-            message = self._channel.receive(self.find)
-        except ValueError:
-            raise Ended from None
-        if not isinstance(message, tuple) or not message:
-            raise Ended
-        return message
-
-    def ask(
-        self, operation: str, target: Remote, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_shared: bool | None = None
-    ) -> Any:
-        """Have something done over there, with calls back in between, and raise what it raises.
-
-        Args:
-            operation: One of the candidate's `OPERATIONS`.
-            target: What with.
-            args: Its arguments, which get the content that the call leaves in them if `is_shared`.
-            kwargs: More of them.
-            is_shared: None for wherever that can be seen.
-        """
-        held = [*args, *kwargs.values()]
-        self.n_asked += 1
-        self.send((operation, target, args, kwargs, _can_change(held) if is_shared is None else is_shared))
-        while True:
-            match self.receive():
-                case ("return", value, dict() as changed, place):
-                    _update(held, changed)
-                    return value if place is None else _at(held, place)
-                case ("raise", str() as name, str() as known, str() as text):
-                    raise candidate_error(name, known, text)
-                case ("callback", int() as number, tuple() as back, dict() as options) if (
-                    0 < number < len(self._functions)
-                ):
-                    self.send(_call_back(self._functions[number], back, options))
-                case _:
-                    raise Ended
-
-
-def _can_change(args: list[Any]) -> bool:
-    """Whether a call can change what the tests hold."""
-    return any(not isinstance(arg, int | float | str | bytes | complex | None) for arg in args)
-
-
-def _at(held: list[Any], place: Any) -> Any:
-    if not isinstance(place, int) or not 0 <= place < len(held):
-        raise Ended  # an honest candidate sends none such
-    return held[place]
-
-
-def _call_back(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
-    try:
-        return ("return", function(*args, **kwargs))
-    except Exception as error:  # noqa: BLE001 - the candidate chose the arguments
-        return ("raise", f"{type(error).__name__}: {error}")
-
-
-def _update(held: list[Any], changed: dict[Any, Any]) -> None:
-    """Give the tests' own lists, dictionaries and sets the content that the call left in them."""
-    for place, new in changed.items():
-        mine = _at(held, place)
-        if type(mine) is not type(new):
-            continue
-        if isinstance(mine, list | bytearray):
-            mine[:] = new
-        elif isinstance(mine, dict | set):
-            mine.clear()
-            mine.update(new)
-        elif isinstance(mine, deque):
-            mine.clear()
-            mine.extend(new)
-
-
-def candidate_error(name: str, known: str, text: str) -> Exception:
-    """An error of the built-in class that the candidate's is or inherits from, marked as its own."""
-    kind = getattr(builtins, known, None)
-    error: Exception = CandidateError(f"{name}: {text}")
-    if isinstance(kind, type) and issubclass(kind, Exception):
-        try:
-            error = kind(text)
-        except TypeError:  # UnicodeDecodeError and others want more arguments
-            error = CandidateError(f"{name}: {text}")
-    error.__dict__["from_candidate"] = f"{name}: {text}" if text else name
-    return error
 
 
 class TestFailedError(Exception):
@@ -214,7 +57,7 @@ class Tally:
             self.detail = str(error) if is_wrong else f"{type(error).__name__}: {error}"
 
     def result(self, *, complete: bool) -> dict[str, Any]:
-        """What the host is told. Tests that have reached their end are as many as have run, other ones at least those expected."""
+        """What the host is told. Tests that reached their end are as many as have run; others at least as many as expected."""
         n_tests = max(0 if complete else self._expected, self.n_passed + self.n_failed, 1)
         passed = complete and self.n_passed == n_tests
         reason = "passed" if passed else self.reason or "no proof"
@@ -274,7 +117,8 @@ class _Counting(ast.NodeTransformer):
     def visit_Try(self, node: ast.Try) -> ast.AST:
         return self.visit_Assert(node) if _has(node, ast.Assert | ast.Raise) else node
 
-    visit_TryStar = visit_Try  # noqa: N815 - ast's name
+    def visit_TryStar(self, node: ast.TryStar) -> ast.AST:
+        return self.visit_Assert(node) if _has(node, ast.Assert | ast.Raise) else node
 
     def visit_Assert(self, node: ast.stmt) -> ast.AST:
         self.n_tests += 1
@@ -314,13 +158,28 @@ def library_names(tree: ast.AST, names: Iterable[str]) -> dict[str, Any]:
             uses.get(node.value.id, set()).add(node.attr)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             uses.get(node.func.id, set()).add("__call__")
-    found = {}
+    found: dict[str, Any] = {}
     for name, used in uses.items():
         with suppress(ImportError):  # one of another system
             module = import_module(name)
             meant = [one for one in (module, getattr(module, name, None)) if all(hasattr(one, use) for use in used)]
-            found |= {name: one for one in meant[:1]}
+            if meant:
+                found[name] = meant[0]
     return found
+
+
+def needs_its_classes(tree: ast.AST, names: Iterable[str]) -> bool:
+    """Whether the tests do with the program's names what a stand-in cannot: catch its errors, inherit, or await."""
+    parts: list[ast.AST] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Await) or (isinstance(node, ast.Name) and node.id == "asyncio"):
+            return True
+        if isinstance(node, ast.ExceptHandler) and node.type is not None:
+            parts.append(node.type)
+        elif isinstance(node, ast.ClassDef):
+            parts += node.bases
+    read = {node.id for part in parts for node in ast.walk(part) if isinstance(node, ast.Name)}
+    return not read.isdisjoint(names)
 
 
 def grade_asserts(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]:
@@ -329,6 +188,8 @@ def grade_asserts(candidate: Candidate, request: dict[str, Any]) -> dict[str, An
     entry_points = set(request["entry_points"])
     library = library_names(tree, set(unbound_names(tree)) - entry_points)
     names = entry_points.union(unbound_names(tree)) - library.keys()
+    if needs_its_classes(tree, names):
+        raise NotPlainError("the tests need the program's classes themselves")
     raises = not _has(tree, ast.Assert) and _has(tree, ast.Raise)
     counting = _Counting()
     tree = counting.visit(tree)
@@ -366,7 +227,7 @@ def grade_calls(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]
         function = load(candidate, request, request["entry_points"])[request["entry_points"][0]][1]
         for arguments, wanted in zip(inputs, expected, strict=True):
             try:
-                result = _result(function, arguments)
+                result = result_of(function, arguments)
                 if not is_right(request["oracle"], arguments, result, wanted, request["atol"]):
                     raise TestFailedError(
                         "wrong answer", f"{_short(result)} for {_short(arguments)}, not {_short(wanted)}"
@@ -380,19 +241,11 @@ def grade_calls(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]
     return tally.result(complete=True)
 
 
-def _result(function: Any, arguments: tuple[Any, ...]) -> Any:
-    """Call with data that no call may change: the next program gets it, too, and the oracle."""
-    if type(function) is not Remote:
-        return function(*arguments)  # a built-in one, or what cannot be called
-    candidate: Candidate = function.__dict__["_candidate"]
-    return candidate.ask("call", function, arguments, {}, is_shared=False)
-
-
 def collect_values(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]:
     """What the function returns for each input. The first error ends it."""
     try:
         function = load(candidate, request, request["entry_points"])[request["entry_points"][0]][1]
-        values = [_result(function, arguments) for arguments in request["inputs"]]
+        values = [result_of(function, arguments) for arguments in request["inputs"]]
         if request["oracle"] == "equally_none":
             values = [value if isinstance(value, bool) else value is not None for value in values]
         if (size := len(encode(values))) > MAX_ANSWER_BYTES - MAX_DETAIL:  # and refuses what is no data
@@ -460,7 +313,7 @@ def grade_script(candidate: Candidate, request: dict[str, Any], output: int, max
 def _short(value: Any) -> str:
     try:
         text = repr(value)
-    except (ValueError, RecursionError):
+    except Exception:  # noqa: BLE001 - an object of the program's has its own
         return "a value too large to show"
     return text if len(text) <= 80 else text[:77] + "..."
 

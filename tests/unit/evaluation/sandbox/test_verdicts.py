@@ -219,6 +219,73 @@ def test_names_of_the_library_are_the_librarys(pool: Pool) -> None:
     assert judge(pool, "def bisect(x):\n    return x + 1", as_entry).passed
 
 
+VECTOR = """
+class V:
+    def __init__(self, *v): self.v = list(v)
+    def __add__(self, o): return V(*[a + b for a, b in zip(self.v, o.v)])
+    def __neg__(self): return V(*[-a for a in self.v])
+    def __eq__(self, o): return type(o) is V and self.v == o.v
+    def __lt__(self, o): return self.v < o.v
+    def __hash__(self): return hash(tuple(self.v))
+    def __str__(self): return ",".join(map(str, self.v))
+    def __repr__(self): return f"V({self})"
+    def __iter__(self): return iter(self.v)
+    def __getitem__(self, at): return self.v[at]
+    def __setitem__(self, at, value): self.v[at] = value
+    def __delitem__(self, at): del self.v[at]
+    def __float__(self): return float(self.v[0])
+"""
+VECTORS = """
+v = V(1, 2) + V(3, 4)
+assert str(v) == "4,6" and repr(v) == "V(4,6)" and f"{v}" == "4,6"
+assert v == V(4, 6) and v != V(4, 7) and -v == V(-4, -6)
+assert V(1) < V(2) and not V(2) < V(2) and sorted([V(2), V(1)]) == [V(1), V(2)] and max(V(1), V(2)) == V(2)
+assert len({V(1), V(1), V(2)}) == 2
+assert [*v] == [4, 6] and 6 in v and 7 not in v and float(v) == 4.0
+v[0] = 9
+del v[1]
+assert [*v] == [9]
+assert isinstance(v, V) and not isinstance(3, V) and not isinstance(v, int)
+w = copy.deepcopy(v)
+w[0] = 1
+assert w is not v and v[0] == 9
+"""
+OBJECTS = {
+    "operators": (VECTORS, VECTOR),
+    "named tuple": ("p = f()\nassert p == (1, 2) and p.x == 1 and p.y == 2 and g(p) == 3",
+        "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(): return P(1, 2)\ndef g(p): return p.x + p.y"),
+    "context": ("with f() as x:\n    assert x == 1\nassert log() == ['in', 'out']",
+        "from contextlib import contextmanager\nL = []\n@contextmanager\ndef f():\n    L.append('in')\n    yield 1\n    L.append('out')\ndef log(): return L"),
+    "name": ("assert f.__name__ == 'f'", "def f(): pass"),
+    "endless generator": ("g = f()\nassert [next(g), next(g)] == [0, 1]\nassert [x for x, _ in zip(g, range(5000))][-1] == 5001",
+        "def f():\n    n = 0\n    while True:\n        yield n\n        n += 1"),
+    "generator with an error": ("g = f()\nassert [next(g), next(g), next(g)] == [0, 1, 2]\ntry:\n    next(g)\n    assert False\nexcept ZeroDivisionError:\n    pass",
+        "def f():\n    yield from range(3)\n    1 / 0"),
+    "own iterator": ("i = f(3)\nassert next(i) == 3 and i.n == 2 and list(i) == [2, 1]",
+        "class f:\n    def __init__(self, n): self.n = n\n    def __iter__(self): return self\n    def __next__(self):\n        if not self.n: raise StopIteration\n        self.n -= 1\n        return self.n + 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_objects_of_the_program_behave_as_they_do_there(pool: Pool, kind: str) -> None:
+    source, program = OBJECTS[kind]
+    verdict = judge(pool, program, Asserts(source, ("V",) if "V(" in source else ("f",)))
+    assert (verdict.passed, verdict.proof) == (True, "outside"), verdict
+
+
+@pytest.mark.parametrize(
+    ("source", "program"),
+    [
+        ("try:\n    f(1)\n    ok = False\nexcept E:\n    ok = True\nassert ok", "class E(Exception): pass\ndef f(x): raise E"),
+        ("class G(E):\n    pass\nassert G().f() == 1", "class E:\n    def f(self): return 1"),
+        ("import asyncio\nassert asyncio.run(f(1)) == 1", "async def f(x): return x"),
+    ],
+)  # fmt: skip
+def test_tests_that_need_the_programs_classes_run_inside(pool: Pool, source: str, program: str) -> None:
+    verdict = judge(pool, program, Asserts(source, ("E" if "E" in source else "f",)))
+    assert (verdict.passed, verdict.proof) == (True, "inside"), verdict
+
+
 def test_tests_with_objects_of_their_own_run_inside_and_the_verdict_says_so(pool: Pool) -> None:
     source = "class P:\n    x = 4\nassert twice(P()) == 8"
     right = judge(pool, "def twice(p):\n    return 2 * p.x", Asserts(source, ("twice",)))
@@ -322,7 +389,8 @@ def test_a_script_that_ends_badly_fails_whatever_it_has_printed(pool: Pool, end:
 
 
 @pytest.mark.parametrize(
-    "end", ["exit(0)", "exit()", "import os\nsys.stdout.flush()\nos._exit(0)", "sys.stdout.close()", "sys.stdout = None"]
+    "end",
+    ["exit(0)", "exit()", "import os\nsys.stdout.flush()\nos._exit(0)", "sys.stdout.close()", "sys.stdout = None"],
 )
 def test_a_script_may_end_itself_when_it_is_done(pool: Pool, end: str) -> None:
     assert judge(pool, f"import sys\nprint(7)\n{end}", Stdio(("",), ("7",))).passed
