@@ -50,7 +50,7 @@ LAYOUT: dict[str, tuple[int, str]] = {
         "held_out lossless acceptance depth_trace divergence stock speed cost search isolation sandbox suites "
         "program_reward rewards",
     ),
-    "evaluation.isolation": (7, "values channel compare candidate grader seccomp container session layers"),
+    "evaluation.isolation": (7, "values channel compare candidate stand_ins grader seccomp container session layers"),
     "evaluation.suites": (
         7,
         "statistics extract problems prompts writers samples grading results heads perplexity harness subject "
@@ -304,7 +304,11 @@ def deep_nesting(sources: Sources) -> list[str]:
     ]
 
 
-MEETS_ANY_ERROR = ("mull.evaluation.isolation.candidate", "mull.evaluation.isolation.grader")
+MEETS_ANY_ERROR = (
+    "mull.evaluation.isolation.candidate",
+    "mull.evaluation.isolation.stand_ins",
+    "mull.evaluation.isolation.grader",
+)
 """These run code that a model wrote, or that tests brought, and have to go on whatever it raises."""
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "Stdio",
     "Tests",
     "Verdict",
+    "check_sandbox",
     "doctor",
     "expected_values",
     "run_program",
@@ -51,7 +52,7 @@ class Verdict:
     passed: bool
     reason: str
     """``passed``, ``wrong answer``, ``time-out``, ``error`` (it raised), ``memory``, ``output`` (it printed too much), or
-    ``no proof``: its process ended before the tests did."""
+    ``no proof``: its process ended before the tests did, or the tests reached their end without a check."""
 
     detail: str
     """One line, at most 300 characters; it quotes the program, so it is not to be trusted."""
@@ -71,9 +72,15 @@ class Asserts:
     """Python source of asserts, such as HumanEval's ``check`` with its call, or MBPP's list joined.
 
     The source runs in the grader. `entry_points`, and every other name that it reads and does not define, are the program's, and
-    become stand-ins there: a helper that tests rely on should be in the source, not left to the program. Each ``assert``
-    outside of ``try`` counts as a test. Tests that pass objects of a class of their own, or others that are no data, run inside
-    the program's process instead; the arguments decide that, never what the program returns.
+    become stand-ins there: a helper that tests rely on should be in the source, not left to the program. Names of Python's
+    standard library are the library's, whether the program imports them or not.
+
+    Each run of an ``assert`` counts as a test, and so does each ``try`` with asserts in it, as a whole. Where none of them runs,
+    no program passes; tests that only ``raise`` are one test.
+
+    Tests that pass objects of a class of their own, or others that are no data, run inside the program's process instead, and so
+    do those that catch an error of the program's, inherit from its classes or use ``asyncio``; the tests decide that, never what
+    the program returns.
     """
 
     source: str
@@ -121,8 +128,9 @@ class Calls:
 class Stdio:
     """Texts to read and the texts to print for them, as in CodeContests. Each input has a container, and the time, of its own.
 
-    Outputs are compared word by word: case is ignored, and numbers may differ by 1e-5. After the first time-out the remaining
-    inputs count as failed without being run.
+    Outputs are compared word by word: case is ignored, integers are compared exactly, and numbers of which one has a point or an
+    exponent may differ by 1e-5. A program that ends with a status other than 0, or by a signal, fails whatever it has printed.
+    After the first time-out the remaining inputs count as failed without being run.
     """
 
     inputs: tuple[str, ...]
@@ -205,6 +213,19 @@ def doctor(off: Collection[str] = ()) -> list[Layer]:
         off: Layers to switch off first, to see that this is noticed.
     """
     return examine(off)
+
+
+def check_sandbox(allow_weak: Collection[str] = ()) -> None:
+    """Refuse what a `Pool` would refuse, before hours of sampling. The first look takes 2 seconds; later ones take none.
+
+    Args:
+        allow_weak: See `run_program`.
+
+    Raises:
+        ValueError: `allow_weak` names no layer.
+        SandboxError: a layer is missing that it does not name.
+    """
+    _layers_off(allow_weak)
 
 
 def _layers_off(allow_weak: Collection[str]) -> frozenset[str]:

@@ -4,17 +4,21 @@ The program shares this process and may do what it likes with it. That gains not
 verdict are on the other side. The module is sent into the container as compiled code; files of mull are not there.
 """
 
+import _operator  # `operator` takes longer to import
 import builtins
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from types import ModuleType
 from typing import Any, NoReturn
 
 from mull.evaluation.isolation.channel import Channel, restrict
-from mull.evaluation.isolation.values import encode
+from mull.evaluation.isolation.values import OPERATORS, UNARY_OPERATORS, encode
 
 MAX_TEXT = 300
+MAX_CHUNK = 1024
 
 
 class Callback:
@@ -32,6 +36,34 @@ class Callback:
         return answer[1]
 
 
+class Chunks:
+    """An iterator that the tests read as they need it: it may have no end. Each time they get twice as many items."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self._iterator, self._size = iterator, 1
+        self._error: Exception | None = None
+
+    def take(self) -> list[Any]:
+        """The next items; none at the end."""
+        if self._error is not None:
+            raise self._error
+        taken: list[Any] = []
+        try:
+            for item in islice(self._iterator, self._size):
+                taken.append(item)  # noqa: PERF402 - `extend` would lose them
+        except Exception as error:  # what came before it comes first
+            if not taken:
+                raise
+            self._error = error
+        self._size = min(2 * self._size, MAX_CHUNK)
+        return taken
+
+
+def is_iterator(value: Any) -> bool:
+    """An iterator of Python's; those of the program's own classes may have more methods, and stay what they are."""
+    return hasattr(type(value), "__next__") and type(value).__module__ in sys.stdlib_module_names
+
+
 class Program:
     """The candidate's module, and its objects that the tests hold."""
 
@@ -42,10 +74,10 @@ class Program:
         self.module = ModuleType("candidate")
 
     def keep(self, value: Any) -> int | None:
-        """Number of an object that is no data; None for an iterator, which is sent item by item."""
+        """Number of an object that is no data; None for an iterator inside of data, which is sent item by item."""
         if type(value) is Callback:
             return -value._number
-        if hasattr(type(value), "__next__"):
+        if is_iterator(value):
             return None
         number = self._numbers.setdefault(id(value), len(self._numbers) + 1)
         self._objects[number] = value
@@ -77,13 +109,22 @@ class Program:
         return ("module", value.__name__) if isinstance(value, ModuleType) else ("value", value)
 
     def answer(self, request: Any) -> tuple[Any, ...]:
-        """Do what the tests ask: call, read an attribute, index."""
+        """Do what the tests ask: call, read an attribute, index.
+
+        Returns:
+            ``("return", result, changed, place)``: which arguments have other content now, by their place, and the place of the
+            one that is the result itself. ``"iterator"`` instead, with `Chunks` as result, where it is one.
+        """
         operation, target, args, kwargs, is_shared = request
-        before = encode((args, kwargs), self.keep) if is_shared else b""
+        held = [*args, *kwargs.values()] if is_shared else []
+        before = [encode(arg, id) for arg in held]  # with `id`, it reads no iterator
         result = OPERATIONS[operation](target, *args, **kwargs)
-        if is_shared and encode((args, kwargs), self.keep) != before:
-            return ("return", result, (args, kwargs))
-        return ("return", result, None)
+        changed = {place: arg for place, arg in enumerate(held) if encode(arg, id) != before[place]}
+        # An iterator of the tests was read to its end when it was sent: what is left of it is here.
+        place = next((at for at, arg in enumerate(held) if arg is result and not hasattr(type(arg), "__next__")), None)
+        if place is None and (operation == "iter" or is_iterator(result)):
+            return ("iterator", Chunks(result), changed, None)
+        return ("return", result if place is None else None, changed, place)
 
     def serve(self) -> NoReturn:
         """Answer until the container is removed."""
@@ -100,10 +141,25 @@ OPERATIONS: dict[str, Any] = {
     "attribute": getattr,
     "set": setattr,
     "item": lambda target, key: target[key],
+    "set item": lambda target, key, value: target.__setitem__(key, value),
+    "delete item": lambda target, key: target.__delitem__(key),
     "length": len,
-    "items": list,
+    "iter": iter,
+    "next": next,
+    "chunk": Chunks.take,
     "truth": bool,
     "contains": lambda target, item: item in target,
+    "hash": hash,
+    "text": str,
+    "repr": repr,
+    "int": int,
+    "float": float,
+    "instance": lambda target, item: isinstance(item, target),
+    "enter": lambda target: target.__enter__(),
+    "exit": lambda target, kind: bool(target.__exit__(kind, kind and kind(), None)),
+    "copy": lambda target: __import__("copy").copy(target),
+    "deep copy": lambda target: __import__("copy").deepcopy(target),
+    **{name: getattr(_operator, name) for name in [*OPERATORS, *UNARY_OPERATORS]},
 }
 
 
@@ -137,7 +193,9 @@ def run_script(program: Program, source: str, text: str) -> None:
         sys.modules["threading"]._shutdown()  # as Python does at its end: wait for threads
     if "atexit" in sys.modules:
         sys.modules["atexit"]._run_exitfuncs()
-    sys.stdout.flush()
+    for stream in (sys.stdout, sys.__stdout__):
+        if stream is not None and not getattr(stream, "closed", False):
+            stream.flush()
     program.send(("finished", str(status)[:MAX_TEXT]))
 
 

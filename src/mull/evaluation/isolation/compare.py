@@ -1,6 +1,7 @@
 """Whether a result is right: the rules of the suites, without numpy. Runs in the grader, on plain values only."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,11 @@ FLOAT_TOLERANCE = 1e-6
 """Absolute tolerance of EvalPlus for expected floats where the problem states none."""
 
 TOKEN_TOLERANCE = 1e-5
-"""Between two numbers of a printed output, as in CodeContests' checker."""
+"""Between two numbers of a printed output, as in CodeContests' checker, where one of them is no integer."""
+
+INTEGER = re.compile("[+-]?[0-9]+")
+NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
+"""How programs print numbers. ``float`` reads more: ``1_0``, ``nan``, and the digits of every script."""
 
 
 def are_floats(value: Any) -> bool:
@@ -113,7 +118,10 @@ def is_right(rule: str, arguments: Sequence[Any], result: Any, expected: Any, at
 
 
 def same_tokens(output: str, expected: str) -> bool:
-    """The same words in the same order, whatever the spaces; case is ignored, and numbers may differ by 1e-5."""
+    """The same words in the same order, whatever the spaces; case is ignored.
+
+    Integers are compared exactly; two numbers of which one has a point or an exponent may differ by 1e-5.
+    """
     found, wanted = output.split(), expected.split()
     return len(found) == len(wanted) and all(map(_same_token, found, wanted))
 
@@ -121,7 +129,14 @@ def same_tokens(output: str, expected: str) -> bool:
 def _same_token(found: str, wanted: str) -> bool:
     if found.lower() == wanted.lower():
         return True
-    try:
-        return abs(float(found) - float(wanted)) <= TOKEN_TOLERANCE
-    except ValueError:
+    if INTEGER.fullmatch(found) and INTEGER.fullmatch(wanted):
+        return _digits(found) == _digits(wanted)
+    if not NUMBER.fullmatch(found) or not NUMBER.fullmatch(wanted):
         return False
+    return abs(float(found) - float(wanted)) <= TOKEN_TOLERANCE
+
+
+def _digits(integer: str) -> tuple[bool, str]:
+    """Sign and digits without leading zeros: to compute a number of a million digits takes Python seconds."""
+    digits = integer.lstrip("+-").lstrip("0")
+    return bool(digits) and integer[0] == "-", digits

@@ -187,7 +187,7 @@ def _compiled(names: tuple[str, ...]) -> bytes:
 
 
 CANDIDATE = ("values", "channel", "candidate")
-GRADER = ("values", "channel", "compare", "grader")
+GRADER = ("values", "channel", "compare", "stand_ins", "grader")
 
 
 @functools.cache

@@ -12,150 +12,17 @@ import pickle
 import socket
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib import import_module
-from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 from mull.evaluation.isolation.channel import MAX_ANSWER_BYTES, Channel, Ended, restrict
 from mull.evaluation.isolation.compare import is_right, same_tokens
+from mull.evaluation.isolation.stand_ins import Candidate, result_of
 from mull.evaluation.isolation.values import NotPlainError, encode
 
 MAX_DETAIL = 300
-
-
-class CandidateError(Exception):
-    """The program raised something that is no built-in ``Exception``, such as ``SystemExit``."""
-
-
-class Remote:
-    """An object of the candidate's. Operators ask its container; ``==`` does not, and compares identities here."""
-
-    def __init__(self, candidate: "Candidate", number: int) -> None:
-        self.__dict__.update(_candidate=candidate, _number=number)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._ask("call", args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._ask("attribute", (name,))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._ask("set", (name, value))
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._ask("item", (key,))
-
-    def __len__(self) -> int:
-        return int(self._ask("length", ()))
-
-    def __iter__(self) -> Any:
-        return iter(self._ask("items", ()))
-
-    def __bool__(self) -> bool:
-        return bool(self._ask("truth", ()))
-
-    def __contains__(self, item: Any) -> bool:
-        return bool(self._ask("contains", (item,)))
-
-    def __repr__(self) -> str:
-        return "<an object of the program>"
-
-    def _ask(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        return self.__dict__["_candidate"].ask(operation, self, args, kwargs or {})
-
-
-class Candidate:
-    """The other container."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._functions: list[Any] = [None]
-        self._remotes: dict[int, Remote] = {}
-
-    def keep(self, value: Any) -> int | None:
-        """Functions of the tests stay here and are called back; objects of the candidate's go home by number."""
-        if type(value) is Remote:
-            return -int(value.__dict__["_number"])
-        if isinstance(value, FunctionType | MethodType | BuiltinFunctionType):
-            self._functions.append(value)
-            return len(self._functions) - 1
-        return None
-
-    def find(self, number: int, own: bool) -> Any:
-        """What a number in a message means; an object of the candidate's is the same stand-in each time."""
-        return self._functions[number] if own else self._remotes.setdefault(number, Remote(self, number))
-
-    def send(self, message: Any) -> None:
-        """Write."""
-        self._channel.send(message, self.keep)
-
-    def receive(self) -> Any:
-        """Read. What is no message counts as the candidate's end: an honest one sends none such."""
-        try:
-            message = self._channel.receive(self.find)
-        except ValueError:
-            raise Ended from None
-        if not isinstance(message, tuple) or not message:
-            raise Ended
-        return message
-
-    def ask(self, operation: str, target: Remote, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Have something done over there, with calls back in between, and raise what it raises."""
-        self.send((operation, target, args, kwargs, _shared([*args, *kwargs.values()])))
-        while True:
-            match self.receive():
-                case ("return", value, None):
-                    return value
-                case ("return", value, (tuple() as new_args, dict() as new_kwargs)):
-                    _update([*args, *kwargs.values()], [*new_args, *new_kwargs.values()])
-                    return value
-                case ("raise", str() as name, str() as known, str() as text):
-                    raise candidate_error(name, known, text)
-                case ("callback", int() as number, tuple() as back, dict() as options) if (
-                    0 < number < len(self._functions)
-                ):
-                    self.send(_call_back(self._functions[number], back, options))
-                case _:
-                    raise Ended
-
-
-def _shared(args: Iterable[Any]) -> bool:
-    """Whether a call can change what the tests hold."""
-    return any(not isinstance(arg, int | float | str | bytes | complex | None) for arg in args)
-
-
-def _call_back(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
-    try:
-        return ("return", function(*args, **kwargs))
-    except Exception as error:  # noqa: BLE001 - the candidate chose the arguments
-        return ("raise", f"{type(error).__name__}: {error}")
-
-
-def _update(held: list[Any], sent: list[Any]) -> None:
-    """Give the tests' own lists, dictionaries and sets the content that the call left in them."""
-    for mine, new in zip(held, sent, strict=False):
-        if type(mine) is not type(new) or mine == new:
-            continue
-        if isinstance(mine, list | bytearray):
-            mine[:] = new
-        elif isinstance(mine, dict | set):
-            mine.clear()
-            mine.update(new)
-
-
-def candidate_error(name: str, known: str, text: str) -> Exception:
-    """An error of the built-in class that the candidate's is or inherits from, marked as its own."""
-    kind = getattr(builtins, known, None)
-    error: Exception = CandidateError(f"{name}: {text}")
-    if isinstance(kind, type) and issubclass(kind, Exception):
-        try:
-            error = kind(text)
-        except TypeError:  # UnicodeDecodeError and others want more arguments
-            error = CandidateError(f"{name}: {text}")
-    error.__dict__["from_candidate"] = f"{name}: {text}" if text else name
-    return error
+UNCHECKED = "the tests reached their end without a check"
 
 
 class TestFailedError(Exception):
@@ -190,9 +57,9 @@ class Tally:
             self.detail = str(error) if is_wrong else f"{type(error).__name__}: {error}"
 
     def result(self, *, complete: bool) -> dict[str, Any]:
-        """What the host is told."""
-        n_tests = max(self._expected, self.n_passed + self.n_failed, 1)
-        passed = complete and not self.n_failed and self.n_passed == n_tests
+        """What the host is told. Tests that reached their end are as many as have run; others at least as many as expected."""
+        n_tests = max(0 if complete else self._expected, self.n_passed + self.n_failed, 1)
+        passed = complete and self.n_passed == n_tests
         reason = "passed" if passed else self.reason or "no proof"
         detail = self.detail.encode("utf-8", "replace").decode().replace("\n", " ")[:MAX_DETAIL]
         return {"passed": passed, "reason": reason, "detail": detail, "n_passed": self.n_passed, "n_tests": n_tests}
@@ -220,25 +87,47 @@ def load(candidate: Candidate, request: dict[str, Any], names: Iterable[str], ki
     return found
 
 
-class _Counting(ast.NodeTransformer):
-    """Count asserts instead of stopping at the first that fails.
+class _Test:
+    """What stands around each test: it counts, and lets the next one run where this one fails or the program is gone."""
 
-    Inside ``try`` they are left alone: their errors may be wanted.
-    """
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if error is None:
+            self._tally.passed()
+            return False
+        if isinstance(error, NotPlainError) or not isinstance(error, Exception | Ended):
+            return False
+        self._tally.failed(error)
+        return True
+
+
+class _Counting(ast.NodeTransformer):
+    """Put a `_Test` around each assert, and around each ``try`` as a whole with asserts in it: their errors may be wanted."""
+
+    NAME = "a test"  # no name of the tests'
 
     def __init__(self) -> None:
-        self.n_asserts = 0
+        self.n_tests = 0
 
-    def visit_Try(self, node: ast.Try) -> ast.Try:
-        return node
+    def visit_Try(self, node: ast.Try) -> ast.AST:
+        return self.visit_Assert(node) if _has(node, ast.Assert | ast.Raise) else node
 
-    def visit_Assert(self, node: ast.Assert) -> ast.AST:
-        self.n_asserts += 1
-        source = "try: pass\nexcept Exception as _error: _failed(_error)\nelse: _passed()"
-        counted = ast.parse(source).body[0]
-        assert isinstance(counted, ast.Try)
-        counted.body = [node]
+    def visit_TryStar(self, node: ast.TryStar) -> ast.AST:
+        return self.visit_Assert(node) if _has(node, ast.Assert | ast.Raise) else node
+
+    def visit_Assert(self, node: ast.stmt) -> ast.AST:
+        self.n_tests += 1
+        counted = ast.With([ast.withitem(ast.Name(self.NAME, ast.Load()))], [node])
         return ast.fix_missing_locations(ast.copy_location(counted, node))
+
+
+def _has(tree: ast.AST, kinds: Any) -> bool:
+    return any(isinstance(node, kinds) for node in ast.walk(tree))
 
 
 def unbound_names(tree: ast.AST) -> list[str]:
@@ -257,35 +146,70 @@ def unbound_names(tree: ast.AST) -> list[str]:
     return sorted(read - bound - set(dir(builtins)))
 
 
+def library_names(tree: ast.AST, names: Iterable[str]) -> dict[str, Any]:
+    """Of these names, those of the standard library that the tests read without importing them.
+
+    Programs answer for none of them: their ``math.isclose`` may be true of everything. A name stands for the module, or for what
+    the module has of the same name, such as ``datetime``. Where neither has what the tests use, they mean something else.
+    """
+    uses: dict[str, set[str]] = {name: set() for name in names if name in sys.stdlib_module_names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            uses.get(node.value.id, set()).add(node.attr)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            uses.get(node.func.id, set()).add("__call__")
+    found: dict[str, Any] = {}
+    for name, used in uses.items():
+        with suppress(ImportError):  # one of another system
+            module = import_module(name)
+            meant = [one for one in (module, getattr(module, name, None)) if all(hasattr(one, use) for use in used)]
+            if meant:
+                found[name] = meant[0]
+    return found
+
+
+def needs_its_classes(tree: ast.AST, names: Iterable[str]) -> bool:
+    """Whether the tests do with the program's names what a stand-in cannot: catch its errors, inherit, or await."""
+    parts: list[ast.AST] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Await) or (isinstance(node, ast.Name) and node.id == "asyncio"):
+            return True
+        if isinstance(node, ast.ExceptHandler) and node.type is not None:
+            parts.append(node.type)
+        elif isinstance(node, ast.ClassDef):
+            parts += node.bases
+    read = {node.id for part in parts for node in ast.walk(part) if isinstance(node, ast.Name)}
+    return not read.isdisjoint(names)
+
+
 def grade_asserts(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]:
     """Run asserts here, with stand-ins for the functions of the program."""
     tree = ast.parse(request["source"])
-    names = {*unbound_names(tree), *request["entry_points"]}
+    entry_points = set(request["entry_points"])
+    library = library_names(tree, set(unbound_names(tree)) - entry_points)
+    names = entry_points.union(unbound_names(tree)) - library.keys()
+    if needs_its_classes(tree, names):
+        raise NotPlainError("the tests need the program's classes themselves")
+    raises = not _has(tree, ast.Assert) and _has(tree, ast.Raise)
     counting = _Counting()
     tree = counting.visit(tree)
-    tally = Tally(counting.n_asserts)
+    tally = Tally(counting.n_tests)
     try:
         found = load(candidate, request, names)
         namespace = {name: _bound(*what) for name, what in found.items() if what[0] != "missing"}
-        namespace |= {"__name__": "tests", "_passed": tally.passed, "_failed": _raiser(tally)}
+        namespace |= library | {"__name__": "tests", counting.NAME: _Test(tally)}
         exec(compile(tree, "<tests>", "exec", dont_inherit=True), namespace)
     except NotPlainError:
         raise
-    except (Exception, Ended) as error:  # noqa: BLE001 - tests and candidates raise anything
+    except (Exception, Ended, SystemExit) as error:  # noqa: BLE001 - tests and candidates raise anything
         tally.failed(error)
         return tally.result(complete=False)
-    if not counting.n_asserts:
-        tally.passed()  # tests without an assert pass by reaching their end
+    if not tally.n_passed + tally.n_failed:
+        if raises and candidate.n_asked:
+            tally.passed()  # such tests pass by reaching their end
+        else:
+            tally.failed(TestFailedError("no proof", UNCHECKED))
     return tally.result(complete=True)
-
-
-def _raiser(tally: Tally) -> Callable[[Exception], None]:
-    def failed(error: Exception) -> None:
-        if isinstance(error, NotPlainError):
-            raise error
-        tally.failed(error)
-
-    return failed
 
 
 def _bound(kind: str, value: Any) -> Any:
@@ -303,7 +227,7 @@ def grade_calls(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]
         function = load(candidate, request, request["entry_points"])[request["entry_points"][0]][1]
         for arguments, wanted in zip(inputs, expected, strict=True):
             try:
-                result = function(*arguments)
+                result = result_of(function, arguments)
                 if not is_right(request["oracle"], arguments, result, wanted, request["atol"]):
                     raise TestFailedError(
                         "wrong answer", f"{_short(result)} for {_short(arguments)}, not {_short(wanted)}"
@@ -321,7 +245,7 @@ def collect_values(candidate: Candidate, request: dict[str, Any]) -> dict[str, A
     """What the function returns for each input. The first error ends it."""
     try:
         function = load(candidate, request, request["entry_points"])[request["entry_points"][0]][1]
-        values = [function(*arguments) for arguments in request["inputs"]]
+        values = [result_of(function, arguments) for arguments in request["inputs"]]
         if request["oracle"] == "equally_none":
             values = [value if isinstance(value, bool) else value is not None for value in values]
         if (size := len(encode(values))) > MAX_ANSWER_BYTES - MAX_DETAIL:  # and refuses what is no data
@@ -341,6 +265,8 @@ def grade_inside(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any
     tally = Tally(1)
     nonce = os.urandom(16)
     try:
+        if not _has(ast.parse(request["source"]), ast.Assert | ast.Raise):
+            raise TestFailedError("no proof", UNCHECKED)
         load(candidate, request, request["entry_points"], "inside")
         candidate.send((request["source"], nonce))
         match candidate.receive():
@@ -371,9 +297,12 @@ def grade_script(candidate: Candidate, request: dict[str, Any], output: int, max
     if end[0] == "failed":
         kind = "memory" if end[2] == "MemoryError" else "error"
         return {"passed": False, "reason": kind, "detail": f"{end[1]}: {end[3]}"[:MAX_DETAIL]}
+    if end[0] == "finished" and end[1] != "0":
+        return {"passed": False, "reason": "error", "detail": f"SystemExit: {end[1]}"[:MAX_DETAIL]}
     text = printed.decode("utf-8", "replace")
     if same_tokens(text, request["output"]):
-        return {"passed": True, "reason": "passed", "detail": ""}
+        # How a process ended that did not tell, the host knows.
+        return {"passed": True, "reason": "passed", "detail": "", "told_its_end": end[0] == "finished"}
     return {
         "passed": False,
         "reason": "wrong answer",
@@ -384,7 +313,7 @@ def grade_script(candidate: Candidate, request: dict[str, Any], output: int, max
 def _short(value: Any) -> str:
     try:
         text = repr(value)
-    except (ValueError, RecursionError):
+    except Exception:  # noqa: BLE001 - an object of the program's has its own
         return "a value too large to show"
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -185,8 +185,10 @@ class Session:
             if not answer.get("passed"):
                 answer |= {"passed": False, "reason": "time-out", "detail": "it was killed when its time was over"}
         elif answer["reason"] == "no proof" and (status := container.exit_status(0.2)) is not None:
-            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-            answer["detail"] = f"{answer['detail']}: it {how}"
+            answer["detail"] = f"{answer['detail']}: it {_how(status)}"
+        elif not answer.get("told_its_end", True) and (status := container.exit_status(GRACE_SECONDS)) != 0:
+            how = "closed its line and went on" if status is None else _how(status)
+            answer |= {"passed": False, "reason": "error", "detail": f"it prints the right text, but {how}"}
         return answer
 
     def _answer_in_time(self, container: Container, started: float, timeout: float) -> dict[str, Any] | None:
@@ -241,6 +243,10 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _how(status: int) -> str:
+    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
 def _started(modules: tuple[str, ...], limits: Limits, off: Collection[str]) -> Container:

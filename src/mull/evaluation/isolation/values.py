@@ -8,6 +8,7 @@ tuples, sets, bytes or exact numbers.
 """
 
 import sys
+from _operator import itemgetter  # `operator` takes longer to import
 from array import array
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -52,6 +53,14 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
 }
 """Types of the standard library, by name, and what they are written as. Time zones are dropped."""
 
+OPERATORS = [
+    *("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+    *("and_", "or_", "xor", "lshift", "rshift"),
+]
+"""Operators of two objects of the program, by their names in ``operator``."""
+
+UNARY_OPERATORS = ["neg", "pos", "abs", "invert"]
+
 _SPECIAL: dict[str, Callable[..., Any]] = {
     "collections.defaultdict": lambda items: __import__("collections").defaultdict(None, items),
     "builtins.dict_keys": lambda keys: dict.fromkeys(keys).keys(),
@@ -65,7 +74,7 @@ def encode(value: Any, keep: Keep | None = None) -> bytes:
     """The bytes of a value.
 
     An iterator is read to its end and arrives as an iterator over the same items. An object of a subclass arrives as one of
-    the base type. Numbers and arrays of numpy arrive as those of Python.
+    the base type, and a named tuple as a tuple with these names. Numbers and arrays of numpy arrive as those of Python.
 
     Raises:
         NotPlainError: a part is no data, and `keep` does not take it.
@@ -148,6 +157,10 @@ def _write_other(value: Any, out: list[bytes], keep: Keep | None, depth: int) ->
     elif getattr(value, "__module__", "") == "builtins" and isinstance(value, type | type(len)):
         out.append(_sized(b"B", value.__name__.encode()))
     else:
+        if isinstance(value, tuple) and (fields := getattr(kind, "_fields", ())):
+            out.append(b"n")
+            _write((kind.__name__, tuple(fields), _plain(tuple, value)), out, keep, depth + 1)
+            return
         for base in (int, str, float, *EXACT, dict, bytes, complex):
             if isinstance(value, base) and kind is not bool:
                 _write(_plain(base, value), out, keep, depth)
@@ -247,6 +260,9 @@ class _Reader:
             name, at = self.content(at)
             fields, at = self.value(at, depth + 1)
             return _standard(name.decode("ascii"), fields), at
+        if tag == b"n":
+            parts, at = self.value(at, depth + 1)
+            return _named(*parts), at
         if tag == b"r":
             items, at = self.value(at, depth + 1)
             return iter(items), at
@@ -281,6 +297,26 @@ def _standard(name: str, fields: Any) -> Any:
         return _SPECIAL[name](*fields)
     module, _, kind = name.rpartition(".")
     return getattr(__import__(module), kind)(*fields)
+
+
+_named_kinds: dict[tuple[str, tuple[str, ...]], type] = {}
+
+
+def _named(name: str, fields: tuple[str, ...], items: tuple[Any, ...]) -> Any:
+    """A tuple whose items have names, as of ``namedtuple``, which would run code made of these."""
+    if type(fields) is not tuple or type(items) is not tuple or len(fields) != len(items):
+        raise ValueError("names and items of a tuple do not match")
+    kind = _named_kinds.get((name, fields))
+    if kind is None:
+        if not all(type(field) is str and field.isidentifier() and field[0] != "_" for field in fields):
+            raise ValueError("a name of an item may not be used")
+        members: dict[str, Any] = {field: property(itemgetter(at)) for at, field in enumerate(fields)}
+        members["_fields"] = fields
+        members["__reduce__"] = lambda self: (_named, (name, fields, tuple(self)))
+        if len(_named_kinds) > 100:  # a program may send many
+            _named_kinds.clear()
+        kind = _named_kinds[name, fields] = type(name, (tuple,), members)
+    return kind(items)
 
 
 def _complex(content: bytes) -> complex:

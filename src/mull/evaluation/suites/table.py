@@ -17,6 +17,7 @@ from torch import distributed as dist
 from mull.data.corpus import load_stdlib
 from mull.data.packing import PackedDataset, pack_texts
 from mull.data.sources import Document, load_documents
+from mull.evaluation.sandbox import check_sandbox
 from mull.evaluation.suites.grading import grade
 from mull.evaluation.suites.harness import PREFIX, find_task, mull_lm, run_task
 from mull.evaluation.suites.heads import HeadTally, draft_acceptance, head_name, head_scores, head_tallies
@@ -122,6 +123,8 @@ def generative(suite: Suite, meta_mtp: bool = False) -> Prepare:
             raise ValueError(
                 f"max_new_tokens={plan.max_new_tokens} leaves no room for a prompt: the model has {subject.positions} positions."
             )
+        if suite != "gsm8k":
+            on_first_rank(lambda: check_sandbox(request.allow_weak))  # it grades
         settings = _settings(plan, asked, subject, request, reader.chat)
         writer = subject.writer(request, reader)
 

@@ -66,6 +66,22 @@ def test_every_rule_of_a_problem_exists() -> None:
         ("", "1", False),
         ("nan", "1", False),
         ("inf", "inf", True),
+        ("9007199254740992", "9007199254740993", False),  # equal as floats
+        (str(10**18 + 50), str(10**18 + 1), False),
+        ("-007 +3 -0", "-7 3 0", True),
+        ("7", "-7", False),
+        ("70", "7", False),
+        ("9" * 100_000 + "0", "9" * 100_000 + "1", False),
+        ("0" * 1_000_000 + "x", "0", False),  # and at once
+        ("5.000001", "5", True),
+        ("5", "5.0", True),
+        (".5 5. 1e2 1E+2", "0.5 5 100 100", True),
+        ("1_0", "10", False),
+        ("\N{ARABIC-INDIC DIGIT ONE}", "1", False),
+        ("nan", "nan", True),
+        ("Infinity", "inf", False),
+        ("1e999", "1e998", False),
+        ("0x10", "16", False),
     ],
 )
 def test_outputs_are_compared_by_word(output: str, expected: str, same: bool) -> None:

@@ -57,7 +57,7 @@ TRICKS = {
     "forged nonce": LINE + FORGED + "channel.send(('nonce', b'0' * 16))\ndef f(x):\n    return 0",
     "forged results": LINE
     + FORGED
-    + "for _ in range(9): channel.send(('return', True, None))\ndef f(x):\n    return 0",
+    + "for _ in range(9): channel.send(('return', True, {}, None))\ndef f(x):\n    return 0",
     "calling back what was not given": LINE
     + FORGED
     + "def f(x):\n    channel.send(('callback', 0, (), {}))\n    return channel.receive()",
@@ -69,10 +69,16 @@ TRICKS = {
     "a nan": "def f(x):\n    return float('nan')",
     "changing the list of tests": "import gc\nfor o in gc.get_objects():\n    if type(o) is list: o.clear()\ndef f(x):\n    return 0",
     "replacing the runner": "import sys\nrunner = sys.modules['mull.evaluation.isolation.candidate']\nrunner.Program.answer = lambda self, r: ('return', "
-    "True, None)\ndef f(x):\n    return 0",
+    "True, {}, None)\ndef f(x):\n    return 0",
+    "a place that is none": LINE
+    + FORGED
+    + "def f(x):\n    for place in (9, -1, 's', {}): channel.send(('return', 0, {}, place))\n    return 0",
+    "changing what is none": LINE
+    + FORGED
+    + "def f(x):\n    for place in (9, -1, 's'): channel.send(('return', 0, {place: []}, None))\n    return 0",
     "asking for the tests": LINE
     + FORGED
-    + "def f(x):\n    channel.send(('return', 0, None))\n    return channel.receive()",
+    + "def f(x):\n    channel.send(('return', 0, {}, None))\n    return channel.receive()",
 }
 
 
@@ -87,6 +93,43 @@ def test_the_trick_fails(pool: Pool, trick: str) -> None:
     verdict = pool.submit(TRICKS[trick], TESTS).result()
     assert not verdict.passed, verdict
     assert verdict.proof == "outside"
+
+
+OBLIGING = """
+class A:
+    def _yes(self, *_): return True
+    def _self(self, *_): return self
+    def __call__(self, *_): return self
+    def __iter__(self): return iter([self])
+    def __len__(self): return 1
+    def __hash__(self): return hash(SECRET)
+    def __abs__(self): return 0.0
+    def __float__(self): return 0.0
+    def __int__(self): return 0
+    def __exit__(self, *_): return True
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __instancecheck__ = __bool__ = _yes
+    __add__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = __mod__ = __enter__ = __getitem__ = _self
+def f(x):
+    return A()
+def g(x):
+    return A()
+"""
+
+
+@pytest.mark.parametrize(
+    "check",
+    ["f(1) == 5", "5 == f(1)", "not f(1) != 5", "f(1) < 5", "5 >= f(1)", "abs(f(1) - 5) < 1e-6", "abs(5 - f(1)) < 1e-6", "5 in f(1)", "f(1) in [5, 6]", "f(1) in {5}",
+     "[f(1)] == [5]", "(5, f(1)) == (5, 5)", "isinstance(f(1), int)", "sorted(f(1)) == [5]", "f(1) / 5 == 1", "f(1) % 5 == 0", "max(f(1), 5) == 5", "f(1).a == 5",
+     "{5: 1}[f(1)] == 1", "set(f(1)) == {5}", "f(1)[0] == 5", "math.isclose(f(1), 5)", "str(f(1)) == '5'", "isinstance(5, f(1))", "len(f(1)) == 5"],
+)  # fmt: skip
+def test_no_comparison_with_data_is_the_programs_word(pool: Pool, check: str) -> None:
+    verdict = pool.submit(OBLIGING.replace("SECRET", "5"), Asserts(f"assert {check}", ("f",))).result()
+    assert (verdict.passed, verdict.proof) == (False, "outside"), verdict
+
+
+def test_a_context_of_the_program_passes_over_no_test(pool: Pool) -> None:
+    source = "assert f(1)\nwith g(1):\n    x = 1 / 0\n    assert x == 2"
+    assert not pool.submit(OBLIGING.replace("SECRET", "5"), Asserts(source, ("f",))).result().passed
 
 
 def test_the_honest_program_passes(pool: Pool) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ from mull.evaluation.sandbox import (
     SandboxError,
     Stdio,
     Verdict,
+    check_sandbox,
     expected_values,
     run_program,
 )
@@ -79,6 +81,57 @@ def test_a_part_of_the_tests_counts_for_rewards(pool: Pool) -> None:
     assert (late.reason, late.n_passed, late.n_tests) == ("time-out", 1, 3)
 
 
+DOUBLE = "def f(x):\n    return 2 * x"
+BRANCHES = "r = f(1)\nif isinstance(r, float):\n    assert abs(r - 2) < 1e-6\nelse:\n    assert r == 2\n"
+LOOP = "for i in range(10):\n    assert f(i) == 2 * i\nassert f('a') == 'aa'\n"
+HELPER = "def check(g):\n    if g(1) != 2:\n        raise ValueError('no')\ncheck(f)\n"
+EXPECTS = "try:\n    f(None)\n    assert False\nexcept TypeError:\n    pass\n"
+RETURNS = f"def check():\n{textwrap.indent(EXPECTS.replace('pass', 'return'), '    ')}check()\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "program", "n_passed", "n_tests"),
+    [
+        (BRANCHES, DOUBLE, 1, 1),
+        (BRANCHES, "def f(x):\n    return 2.0", 1, 1),
+        (BRANCHES, "def f(x):\n    return 3", 0, 1),
+        (BRANCHES, "def f(x):\n    1 / 0", 0, 2),
+        (LOOP, DOUBLE, 11, 11),
+        (LOOP, "def f(x):\n    return 0 if x == 3 else 2 * x", 10, 11),
+        (LOOP, "import os\ndef f(x):\n    return 2 * x if x != 3 else os._exit(0)", 3, 11),
+        (HELPER, DOUBLE, 1, 1),
+        (HELPER, "def f(x):\n    return 3", 0, 1),
+        (EXPECTS, DOUBLE, 1, 1),
+        (EXPECTS, "def f(x):\n    return x", 0, 1),
+        (EXPECTS, "def f(x):\n    exit()", 0, 1),
+        (RETURNS, DOUBLE, 1, 1),
+        (RETURNS + LOOP, DOUBLE, 12, 12),
+        (LOOP + "r = f(5)\nassert r\n", "def f(x):\n    return 1 / (5 - x)", 0, 12),
+    ],
+)
+def test_tests_are_counted_as_they_run(pool: Pool, source: str, program: str, n_passed: int, n_tests: int) -> None:
+    verdict = judge(pool, program, Asserts(source, ("f",)))
+    assert (verdict.n_passed, verdict.n_tests) == (n_passed, n_tests), verdict
+    assert (verdict.passed, verdict.proof) == (n_passed == n_tests, "outside")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["", "f(3)", "def check(g):\n    assert g(1) == 2", "def check(g):\n    raise ValueError", "for x in []:\n    assert f(x)",
+     "class P:\n    pass\nf(P)", "if f(1) == 3:\n    assert f(2) == 4", "try:\n    f(1)\nexcept ValueError:\n    pass"],
+)  # fmt: skip
+def test_tests_that_check_nothing_pass_nobody(pool: Pool, source: str) -> None:
+    verdict = judge(pool, DOUBLE, Asserts(source, ("f",)))
+    assert (verdict.passed, verdict.n_passed, verdict.reason) == (False, 0, "no proof")
+    assert "reached their end without a check" in verdict.detail
+
+
+def test_tests_that_end_by_themselves_pass_nobody(pool: Pool) -> None:
+    verdict = judge(pool, DOUBLE, Asserts("assert f(1) == 2\nimport sys\nsys.exit()\nassert f(1) == 3", ("f",)))
+    assert (verdict.n_passed, verdict.n_tests, verdict.reason) == (1, 2, "error")
+    assert "SystemExit" in verdict.detail
+
+
 @pytest.fixture
 def busy_machine() -> Iterator[None]:
     """Four programs at work for each core, so that a fifth gets a fifth of it."""
@@ -118,6 +171,24 @@ def test_what_the_program_does_to_its_arguments_reaches_the_tests(pool: Pool) ->
     assert not judge(pool, "def change(a, d):\n    pass", Asserts(source, ("change",))).passed
 
 
+def test_arguments_change_as_they_would_in_one_process(pool: Pool) -> None:
+    source = """
+a, b, c = [1, 0], [[2]], (i for i in range(3))
+inner = b[0]
+change(a, b)
+assert a[0] is True and a[1] is False
+assert b[0] is inner, "what the program leaves alone stays the same object"
+assert change(a, b) is a and change(b, a) is not a
+assert change(a, b, last=b) is b
+assert [*change(c, None)] == [0, 1, 2]
+"""
+    program = "def change(x, y, last=None):\n    if isinstance(x, list): x[:] = [v == 1 if v in (0, 1) else v for v in x]\n    return last or x"
+    verdict = judge(pool, program, Asserts(source, ("change",)))
+    assert verdict.passed, verdict
+    copying = program.replace("return last or x", "return last or x[:]")
+    assert judge(pool, copying, Asserts(source, ("change",))).n_passed == 3
+
+
 def test_functions_of_the_tests_are_called_back_and_those_of_the_program_too(pool: Pool) -> None:
     source = "assert apply(lambda x: x + 1, 2) == 3\nassert adder(2)(3) == 5\nassert apply(len, 'abc') == 3"
     program = "def apply(f, x):\n    return f(x)\ndef adder(n):\n    return lambda x: x + n"
@@ -133,6 +204,86 @@ def test_objects_of_the_program_stay_there(pool: Pool) -> None:
         "def total(pairs):\n    return sum(p.a + p.b for p in pairs)"
     )
     assert judge(pool, program, Asserts(source, ("total",))).passed
+
+
+def test_names_of_the_library_are_the_librarys(pool: Pool) -> None:
+    source = "assert math.isclose(f(1), 5)\nassert copy(f)(1) == f(1)\nassert datetime(2020, 1, 2) == day()\nassert queue.first() == 7"
+    tests = Asserts(source, ("f",))
+    rest = "from copy import copy\nfrom datetime import datetime\ndef day(): return datetime(2020, 1, 2)\nclass queue:\n    first = lambda: 7\n"
+    verdict = judge(pool, "import math\ndef f(x): return 5.0\n" + rest, tests)
+    assert verdict.passed, verdict
+    assert judge(pool, "def f(x): return 5.0\n" + rest, tests).passed, "the program need not import it"
+    cheat = "class math: isclose = staticmethod(lambda *a, **k: True)\ndef f(x): return None\n" + rest
+    assert judge(pool, cheat, tests).n_passed == 3
+    as_entry = Asserts("assert bisect(1) == 2", ("bisect",))
+    assert judge(pool, "def bisect(x):\n    return x + 1", as_entry).passed
+
+
+VECTOR = """
+class V:
+    def __init__(self, *v): self.v = list(v)
+    def __add__(self, o): return V(*[a + b for a, b in zip(self.v, o.v)])
+    def __neg__(self): return V(*[-a for a in self.v])
+    def __eq__(self, o): return type(o) is V and self.v == o.v
+    def __lt__(self, o): return self.v < o.v
+    def __hash__(self): return hash(tuple(self.v))
+    def __str__(self): return ",".join(map(str, self.v))
+    def __repr__(self): return f"V({self})"
+    def __iter__(self): return iter(self.v)
+    def __getitem__(self, at): return self.v[at]
+    def __setitem__(self, at, value): self.v[at] = value
+    def __delitem__(self, at): del self.v[at]
+    def __float__(self): return float(self.v[0])
+"""
+VECTORS = """
+v = V(1, 2) + V(3, 4)
+assert str(v) == "4,6" and repr(v) == "V(4,6)" and f"{v}" == "4,6"
+assert v == V(4, 6) and v != V(4, 7) and -v == V(-4, -6)
+assert V(1) < V(2) and not V(2) < V(2) and sorted([V(2), V(1)]) == [V(1), V(2)] and max(V(1), V(2)) == V(2)
+assert len({V(1), V(1), V(2)}) == 2
+assert [*v] == [4, 6] and 6 in v and 7 not in v and float(v) == 4.0
+v[0] = 9
+del v[1]
+assert [*v] == [9]
+assert isinstance(v, V) and not isinstance(3, V) and not isinstance(v, int)
+w = copy.deepcopy(v)
+w[0] = 1
+assert w is not v and v[0] == 9
+"""
+OBJECTS = {
+    "operators": (VECTORS, VECTOR),
+    "named tuple": ("p = f()\nassert p == (1, 2) and p.x == 1 and p.y == 2 and g(p) == 3",
+        "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(): return P(1, 2)\ndef g(p): return p.x + p.y"),
+    "context": ("with f() as x:\n    assert x == 1\nassert log() == ['in', 'out']",
+        "from contextlib import contextmanager\nL = []\n@contextmanager\ndef f():\n    L.append('in')\n    yield 1\n    L.append('out')\ndef log(): return L"),
+    "name": ("assert f.__name__ == 'f'", "def f(): pass"),
+    "endless generator": ("g = f()\nassert [next(g), next(g)] == [0, 1]\nassert [x for x, _ in zip(g, range(5000))][-1] == 5001",
+        "def f():\n    n = 0\n    while True:\n        yield n\n        n += 1"),
+    "generator with an error": ("g = f()\nassert [next(g), next(g), next(g)] == [0, 1, 2]\ntry:\n    next(g)\n    assert False\nexcept ZeroDivisionError:\n    pass",
+        "def f():\n    yield from range(3)\n    1 / 0"),
+    "own iterator": ("i = f(3)\nassert next(i) == 3 and i.n == 2 and list(i) == [2, 1]",
+        "class f:\n    def __init__(self, n): self.n = n\n    def __iter__(self): return self\n    def __next__(self):\n        if not self.n: raise StopIteration\n        self.n -= 1\n        return self.n + 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_objects_of_the_program_behave_as_they_do_there(pool: Pool, kind: str) -> None:
+    source, program = OBJECTS[kind]
+    verdict = judge(pool, program, Asserts(source, ("V",) if "V(" in source else ("f",)))
+    assert (verdict.passed, verdict.proof) == (True, "outside"), verdict
+
+
+@pytest.mark.parametrize(
+    ("source", "program"),
+    [
+        ("try:\n    f(1)\n    ok = False\nexcept E:\n    ok = True\nassert ok", "class E(Exception): pass\ndef f(x): raise E"),
+        ("class G(E):\n    pass\nassert G().f() == 1", "class E:\n    def f(self): return 1"),
+        ("import asyncio\nassert asyncio.run(f(1)) == 1", "async def f(x): return x"),
+    ],
+)  # fmt: skip
+def test_tests_that_need_the_programs_classes_run_inside(pool: Pool, source: str, program: str) -> None:
+    verdict = judge(pool, program, Asserts(source, ("E" if "E" in source else "f",)))
+    assert (verdict.passed, verdict.proof) == (True, "inside"), verdict
 
 
 def test_tests_with_objects_of_their_own_run_inside_and_the_verdict_says_so(pool: Pool) -> None:
@@ -155,6 +306,27 @@ def test_calls_are_compared_by_value(pool: Pool) -> None:
     assert judge(pool, ADD, calls).passed  # 0.1 + 0.2 is 0.3 within EvalPlus' tolerance for floats
     verdict = judge(pool, "def add(a, b):\n    return 3 if a == 1 else 1 / 0", calls)
     assert (verdict.n_passed, verdict.n_tests, verdict.reason) == (1, 3, "error")
+
+
+def test_what_a_program_does_to_its_arguments_reaches_no_other_call_and_no_other_program() -> None:
+    """As HumanEval/34: one grader, one after the other."""
+    held = [3, 1, 3]
+    calls = Calls("unique", ((held,), ([held],), (held,)), ([1, 3], [[3, 1, 3]], [1, 3]))
+    right = "def unique(l):\n    return sorted(set(l)) if l[0] == 3 else list(l)"
+    in_place = "def unique(l):\n    if l[0] != 3: return l\n    l[:] = sorted(set(l))\n    return l"
+    emptying = "def unique(l):\n    result = sorted(set(l)) if l[0] == 3 else [*l]\n    l.clear()\n    return result"
+    with Pool(1, timeout=10) as pool:
+        for program in (right, in_place, emptying, right):
+            assert judge(pool, program, calls).passed, program
+        assert judge(pool, "def unique(l):\n    return l", calls).n_passed == 1
+        values = pool.submit_reference(emptying, "unique", [(held,), ([held],), (held,)]).result()
+        assert values == calls.expected
+
+
+def test_an_oracle_sees_the_arguments_as_they_were(pool: Pool) -> None:
+    roots = Calls("find_zero", (([1, 2],), ([-6, 11, -6, 1],)), (-0.5, 1.0), 1e-4, "root_of_polynomial")
+    assert judge(pool, "def find_zero(xs):\n    xs.clear()\n    return 0", roots).n_passed == 0
+    assert judge(pool, "def find_zero(xs):\n    return -xs.pop(0) / xs[0] if len(xs) == 2 else 2.0", roots).passed
 
 
 def test_expected_values_come_from_the_reference() -> None:
@@ -200,6 +372,30 @@ def test_scripts_read_and_print(pool: Pool) -> None:
     assert judge(pool, "import time\nprint(7, flush=True)\ntime.sleep(60)", tests, timeout=1).reason == "time-out"
 
 
+@pytest.mark.parametrize(
+    ("end", "detail"),
+    [
+        ("raise SystemExit(1)", "SystemExit: 1"),
+        ("exit('sorry')", "SystemExit: sorry"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("import os\nsys.stdout.flush()\nos._exit(3)", "the right text, but ended with status 3"),
+        ("import os\nsys.stdout.flush()\nos.kill(os.getpid(), 9)", "the right text, but was killed by signal 9"),
+    ],
+)
+def test_a_script_that_ends_badly_fails_whatever_it_has_printed(pool: Pool, end: str, detail: str) -> None:
+    verdict = judge(pool, f"import sys\nprint(7)\n{end}", Stdio(("",), ("7",)))
+    assert (verdict.passed, verdict.reason) == (False, "error")
+    assert detail in verdict.detail
+
+
+@pytest.mark.parametrize(
+    "end",
+    ["exit(0)", "exit()", "import os\nsys.stdout.flush()\nos._exit(0)", "sys.stdout.close()", "sys.stdout = None"],
+)
+def test_a_script_may_end_itself_when_it_is_done(pool: Pool, end: str) -> None:
+    assert judge(pool, f"import sys\nprint(7)\n{end}", Stdio(("",), ("7",))).passed
+
+
 def test_verdicts_come_in_order_and_reasons_are_counted() -> None:
     with Pool(2, timeout=5) as pool:
         programs = [ADD, "def add(a, b):\n    return None", ADD, "1 / 0"]
@@ -235,6 +431,7 @@ def test_packages_are_visible_only_when_asked_for() -> None:
     [
         (lambda: run_program(ADD, ADDS, timeout=0), r"timeout=0 must lie in \(0, 3600\] seconds."),
         (lambda: run_program(ADD, ADDS, allow_weak=["netwrk"]), "netwrk is no layer of the sandbox; there are user, "),
+        (lambda: check_sandbox(["netwrk"]), "netwrk is no layer of the sandbox; there are user, "),
         (lambda: Pool(0), "workers=0 must be at least 1."),
         (lambda: Calls("f", ((1,),), ()), "There are 1 inputs and 0 expected values"),
         (lambda: Calls("f", (), ()), "Calls without inputs test nothing"),
@@ -254,6 +451,8 @@ def test_a_missing_layer_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
     from mull.evaluation import sandbox
 
     monkeypatch.setattr(sandbox, "missing_layers", lambda: {"network": "it is the host's namespace"})
-    with pytest.raises(SandboxError, match="lacks network on this machine.*--allow-weak-sandbox=network"):
-        run_program(ADD, ADDS)
+    for refusing in (check_sandbox, lambda: run_program(ADD, ADDS)):
+        with pytest.raises(SandboxError, match="lacks network on this machine.*--allow-weak-sandbox=network"):
+            refusing()
+    check_sandbox(["network"])
     assert run_program(ADD, ADDS, allow_weak=["network"]).passed

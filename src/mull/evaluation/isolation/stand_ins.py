@@ -1,0 +1,250 @@
+"""Stand-ins for the program's functions and objects, for the tests: what is done with one is asked of the candidate's container.
+
+Runs in the grader. What comes back is data, or stands for another object; see the concept page *Sandbox*.
+"""
+
+import builtins
+from collections import deque
+from collections.abc import Iterator
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
+
+from mull.evaluation.isolation.channel import Channel, Ended
+from mull.evaluation.isolation.values import OPERATORS, UNARY_OPERATORS
+
+
+class CandidateError(Exception):
+    """The program raised something that is no built-in ``Exception``, such as ``SystemExit``."""
+
+
+class Remote:
+    """An object of the candidate's: what is done with it asks its container, and gives data or another such object.
+
+    Operators ask, too, where both sides are such objects. Between one and data they do not: it is equal to none, and has no order
+    and no difference, because what the tests compare with data must not be the program's word.
+    """
+
+    def __init__(self, candidate: "Candidate", number: int) -> None:
+        self.__dict__.update(_candidate=candidate, _number=number)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it; lists and dictionaries of the tests get the content that the call leaves in them."""
+        return self._ask("call", args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name not in ("__name__", "__qualname__"):
+            raise AttributeError(name)
+        return self._ask("attribute", (name,))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._ask("set", (name, value))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._ask("item", (key,))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._ask("set item", (key, value))
+
+    def __delitem__(self, key: Any) -> None:
+        self._ask("delete item", (key,))
+
+    def __len__(self) -> int:
+        return int(self._ask("length"))
+
+    def __iter__(self) -> Any:
+        return self._ask("iter")
+
+    def __next__(self) -> Any:
+        return self._ask("next")
+
+    def __bool__(self) -> bool:
+        return bool(self._ask("truth"))
+
+    def __contains__(self, item: Any) -> bool:
+        return bool(self._ask("contains", (item,))) if type(item) is Remote else any(item == mine for mine in self)
+
+    def __hash__(self) -> int:
+        return int(self._ask("hash"))
+
+    def __int__(self) -> int:
+        return int(self._ask("int"))
+
+    def __float__(self) -> float:
+        return float(self._ask("float"))
+
+    def __str__(self) -> str:
+        return str(self._ask("text"))
+
+    def __repr__(self) -> str:
+        return str(self._ask("repr"))
+
+    def __instancecheck__(self, item: Any) -> bool:
+        return type(item) is Remote and bool(self._ask("instance", (item,)))
+
+    def __enter__(self) -> Any:
+        return self._ask("enter")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Its answer is not taken: it would have the program pass over what the tests do next.
+        self._ask("exit", (kind if kind is None or kind.__module__ == "builtins" else Exception,))
+
+    def __copy__(self) -> Any:
+        return self._ask("copy")
+
+    def __deepcopy__(self, _: object) -> Any:
+        return self._ask("deep copy")
+
+    def _ask(self, operation: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return self.__dict__["_candidate"].ask(operation, self, args, kwargs or {})
+
+
+def _operator(name: str) -> Any:
+    def asked(self: Remote, other: Any) -> Any:
+        return self._ask(name, (other,)) if type(other) is Remote else NotImplemented
+
+    return asked
+
+
+def _unary_operator(name: str) -> Any:
+    return lambda self: self._ask(name)
+
+
+for _name in OPERATORS:
+    setattr(Remote, f"__{_name.strip('_')}__", _operator(_name))
+for _name in UNARY_OPERATORS:
+    setattr(Remote, f"__{_name}__", _unary_operator(_name))
+
+
+def _items(chunks: Remote) -> Iterator[Any]:
+    while items := chunks._ask("chunk"):
+        yield from items
+
+
+class Candidate:
+    """The other container."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._functions: list[Any] = [None]
+        self._remotes: dict[int, Remote] = {}
+        self.n_asked = 0
+
+    def keep(self, value: Any) -> int | None:
+        """Functions of the tests stay here and are called back; objects of the candidate's go home by number."""
+        if type(value) is Remote:
+            return -int(value.__dict__["_number"])
+        if isinstance(value, FunctionType | MethodType | BuiltinFunctionType):
+            self._functions.append(value)
+            return len(self._functions) - 1
+        return None
+
+    def find(self, number: int, own: bool) -> Any:
+        """What a number in a message means; an object of the candidate's is the same stand-in each time."""
+        return self._functions[number] if own else self._remotes.setdefault(number, Remote(self, number))
+
+    def send(self, message: Any) -> None:
+        """Write."""
+        self._channel.send(message, self.keep)
+
+    def receive(self) -> Any:
+        """Read. What is no message counts as the candidate's end: an honest one sends none such."""
+        try:
+            message = self._channel.receive(self.find)
+        except ValueError:
+            raise Ended from None
+        if not isinstance(message, tuple) or not message:
+            raise Ended
+        return message
+
+    def ask(
+        self,
+        operation: str,
+        target: Remote,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        is_shared: bool | None = None,
+    ) -> Any:
+        """Have something done over there, with calls back in between, and raise what it raises.
+
+        Args:
+            operation: One of the candidate's `OPERATIONS`.
+            target: What with.
+            args: Its arguments, which get the content that the call leaves in them if `is_shared`.
+            kwargs: More of them.
+            is_shared: None for wherever that can be seen.
+        """
+        held = [*args, *kwargs.values()]
+        self.n_asked += 1
+        self.send((operation, target, args, kwargs, _can_change(held) if is_shared is None else is_shared))
+        while True:
+            match self.receive():
+                case ("return", value, dict() as changed, place):
+                    _update(held, changed)
+                    return value if place is None else _at(held, place)
+                case ("iterator", Remote() as chunks, dict() as changed, None):
+                    _update(held, changed)
+                    return _items(chunks)
+                case ("raise", str() as name, str() as known, str() as text):
+                    raise candidate_error(name, known, text)
+                case ("callback", int() as number, tuple() as back, dict() as options) if (
+                    0 < number < len(self._functions)
+                ):
+                    self.send(_call_back(self._functions[number], back, options))
+                case _:
+                    raise Ended
+
+
+def _can_change(args: list[Any]) -> bool:
+    """Whether a call can change what the tests hold."""
+    return any(not isinstance(arg, int | float | str | bytes | complex | None) for arg in args)
+
+
+def _at(held: list[Any], place: Any) -> Any:
+    if not isinstance(place, int) or not 0 <= place < len(held):
+        raise Ended  # an honest candidate sends none such
+    return held[place]
+
+
+def _call_back(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
+    try:
+        return ("return", function(*args, **kwargs))
+    except Exception as error:  # noqa: BLE001 - the candidate chose the arguments
+        return ("raise", f"{type(error).__name__}: {error}")
+
+
+def _update(held: list[Any], changed: dict[Any, Any]) -> None:
+    """Give the tests' own lists, dictionaries and sets the content that the call left in them."""
+    for place, new in changed.items():
+        mine = _at(held, place)
+        if type(mine) is not type(new):
+            continue
+        if isinstance(mine, list | bytearray):
+            mine[:] = new
+        elif isinstance(mine, dict | set):
+            mine.clear()
+            mine.update(new)
+        elif isinstance(mine, deque):
+            mine.clear()
+            mine.extend(new)
+
+
+def candidate_error(name: str, known: str, text: str) -> Exception:
+    """An error of the built-in class that the candidate's is or inherits from, marked as its own."""
+    kind = getattr(builtins, known, None)
+    error: Exception = CandidateError(f"{name}: {text}")
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        try:
+            error = kind(text)
+        except TypeError:  # UnicodeDecodeError and others want more arguments
+            error = CandidateError(f"{name}: {text}")
+    error.__dict__["from_candidate"] = f"{name}: {text}" if text else name
+    return error
+
+
+def result_of(function: Any, arguments: tuple[Any, ...]) -> Any:
+    """Call with data that no call may change: the next program gets it, too, and the oracle."""
+    if type(function) is not Remote:
+        return function(*arguments)  # a built-in one, or what cannot be called
+    candidate: Candidate = function.__dict__["_candidate"]
+    return candidate.ask("call", function, arguments, {}, is_shared=False)
