@@ -15,7 +15,7 @@ from mull import ETDConfig, MTPConfig, wrap_transformer_with_etd
 from mull.app.evaluate import compare, run_evaluation
 from mull.app.report.evaluation_page import markdown_table
 from mull.data.tokenizer import train_tokenizer
-from mull.evaluation.sandbox import Verdict
+from mull.evaluation.sandbox import Verdict, check_sandbox
 from mull.evaluation.suites.results import code_scores, compare_results, keep_settings, read_result
 from mull.evaluation.suites.statistics import exact_interval
 from mull.evaluation.suites.subject import Request, weights_digest
@@ -59,12 +59,13 @@ class FakePool:
 def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two checkpoints, and problems in the form of HumanEval."""
     monkeypatch.setattr("mull.evaluation.suites.grading.Pool", FakePool)
+    monkeypatch.setattr("mull.evaluation.suites.table.check_sandbox", lambda _: None)
     for name, seed, mtp in (("one", 0, None), ("two", 1, MTPConfig(num_predict_tokens=2, mtp_head_type="mlp"))):
         base = tiny("llama", seed=seed, vocab_size=len(tokenizer), num_hidden_layers=4, eos_token_id=0)
         wrap_transformer_with_etd(base, SPLIT, mtp).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     rows = [
-        {"task_id": f"HumanEval/{i}", "prompt": text, "entry_point": "f", "test": "def check(f): pass\n"}
+        {"task_id": f"HumanEval/{i}", "prompt": text, "entry_point": "f", "test": "def check(f): assert f\n"}
         for i, text in enumerate(PROMPTS)
     ]
     with gzip.open(tmp_path / "problems.jsonl.gz", "wt") as file:
@@ -202,6 +203,15 @@ def test_a_finished_suite_is_not_run_again(folder: Path, monkeypatch: pytest.Mon
         run_evaluation(str(folder / "one"), suites, folder / "out", asked)
 
 
+def test_a_missing_layer_is_told_before_anything_is_drawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mull.evaluation.suites.table.check_sandbox", check_sandbox)
+    monkeypatch.setattr("mull.evaluation.sandbox.missing_layers", lambda: {"seccomp": "there is no libseccomp"})
+    with pytest.raises(RuntimeError, match="The sandbox lacks seccomp on this machine"):
+        run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", request(folder))
+    assert not (folder / "out" / "humaneval").exists()
+    run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", request(folder, allow_weak=("seccomp",)))
+
+
 def test_all_suites_are_checked_before_the_first_one_runs(folder: Path) -> None:
     with pytest.raises(ValueError, match="per-head-analysis needs extra heads"):
         run_evaluation(str(folder / "one"), ["perplexity", "per-head-analysis"], folder / "out", request(folder))
@@ -212,7 +222,7 @@ def test_other_tests_of_the_same_prompts_are_refused(folder: Path) -> None:
     asked = request(folder, limit=2)
     run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", asked)
     file = folder / "problems.jsonl.gz"
-    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()).replace(b"pass", b"assert 0")))
+    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()).replace(b"assert f", b"assert 0")))
     with pytest.raises(ValueError, match="has samples with digest="):
         run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", asked)
 
