@@ -21,18 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import torch
 import yaml
 from lm_eval.tasks import TaskManager
 from race import header
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from mull.app.evaluate import compare, run_evaluation
 from mull.evaluation.lossless import differences
 from mull.evaluation.suites.problems import load_problems
 from mull.evaluation.suites.prompts import PROTOCOLS
 from mull.evaluation.suites.results import Result
-from mull.evaluation.suites.subject import DTYPES, Request
-from mull.evaluation.suites.writers import AnswerReader
+from mull.evaluation.suites.subject import DTYPES, Request, load_subject
+from mull.ops.sampling import Sampling
+from mull.runtime.progress import tracked
 
 RESULT = Path(__file__).parent / "results" / "evaluation-cpu.json"
 SUITES = ("humaneval", "mbpp", "gsm8k")
@@ -44,6 +46,9 @@ FILES = {
     "gsm8k-train": "gsm8k_train.jsonl",
 }
 TEXT = "tinyshakespeare.txt"
+MORE = 16
+"""Tokens beyond a difference, when a text is written again."""
+
 METRICS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
@@ -56,30 +61,36 @@ def answers(folder: Path, suite: str) -> dict[str, str]:
     return {record["problem"]: record["text"] for record in map(json.loads, lines)}
 
 
-def judged(model: str, suite: str, data: Mapping[str, str], out: Path, dtype: str) -> dict[str, Any]:
+def judged(model: str, suite: str, data: Mapping[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Which texts of the two engines differ, and whether rounding explains that."""
-    texts = [answers(out / engine, suite) for engine in ENGINES]
-    names = [name for name in texts[0] if texts[0][name] != texts[1][name]]
-    if not names:
-        return {"differ": 0}
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    requests = [Request(dtype=arguments.dtype, engine=engine) for engine in ENGINES]
+    subjects = [load_subject(model, request, torch.device("cpu")) for request in requests]
+    reader = subjects[0].reader(requests[0])
+    writers = [subject.writer(request, reader) for subject, request in zip(subjects, requests, strict=True)]
     problems = load_problems(suite, data[suite], shots=data["gsm8k-train"])  # type: ignore[arg-type]
-    chat = bool(tokenizer.chat_template)
-    asked = PROTOCOLS[suite].chats(problems) if chat else PROTOCOLS[suite].prompts(problems)  # type: ignore[index]
-    prompts = dict(zip((problem.name for problem in problems.problems), asked, strict=True))
-    tokens = AnswerReader(tokenizer, chat).prompts([prompts[name] for name in names])
-    one, other = ([tokenizer.encode(of[name], add_special_tokens=False) for name in names] for of in texts)
-    own = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype]).eval()
+    protocol = PROTOCOLS[suite]  # type: ignore[index]
+    asked = (protocol.chats if reader.chat else protocol.prompts)(problems)[: arguments.limit]
+    tokens = reader.prompts(asked)
+    names = [problem.name for problem in problems.problems][: arguments.limit]
+    texts = [answers(arguments.out / engine, suite) for engine in ENGINES]
+    rows = [row for row, name in enumerate(names) if texts[0][name] != texts[1][name]]
+    own = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[arguments.dtype]).eval()
     exact = copy.deepcopy(own).float()
-    found = differences(own, exact, tokens, one, other)
-    # The largest difference of logits, in rounding errors of one logit: two of them make a tie.
-    errors = [each.gap / each.rounding for each in found]
-    return {
-        "differ": len(names),
-        "ties": sum(each.is_tie for each in found),
-        "no tie": [names[each.row] for each in found if not each.is_tie],
-        "largest gap in rounding errors": max(errors, default=0.0),
-    }
+    ties, wrong, again = 0, [], 0
+    for row in tracked(rows, "text", f"{suite}: judging"):
+        new = [subjects[0].tokenizer.encode(of[names[row]], add_special_tokens=False) for of in texts]
+        found = differences(own, exact, [tokens[row]], new[:1], new[1:])
+        if not all(each.is_tie for each in found):
+            # Other tokens than those that were written may spell the same text, so both write it again, in the same batch.
+            again += 1
+            chunk = tokens[row - row % arguments.batch_size :][: arguments.batch_size]
+            most = found[0].position + MORE
+            new = [writer.write(chunk, [0] * len(chunk), Sampling(), most, None) for writer in writers]
+            found = differences(own, exact, chunk, *new)
+            found = [each for each in found if each.row == row % arguments.batch_size]
+        ties += bool(found) and all(each.is_tie for each in found)
+        wrong += [names[row]] * any(not each.is_tie for each in found)
+    return {"differ": len(rows), "ties": ties, "written again to see the tokens": again, "no tie": wrong}
 
 
 def written(model: str, data: Mapping[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -99,7 +110,7 @@ def written(model: str, data: Mapping[str, str], arguments: argparse.Namespace) 
         [both] = [of_suite for name, of_suite in compared.items() if name.endswith(suite)]
         found[suite] = {engine: scores_of(results[engine][suite]) for engine in ENGINES}
         found[suite]["transformers - mull"] = {name: each.difference._asdict() for name, each in both.items()}
-        found[suite]["texts"] = judged(model, suite, data, arguments.out, arguments.dtype)
+        found[suite]["texts"] = judged(model, suite, data, arguments)
         print(suite, found[suite]["texts"], flush=True)
     return found
 
