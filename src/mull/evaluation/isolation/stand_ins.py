@@ -130,7 +130,13 @@ class Candidate:
         self.n_asked = 0
 
     def keep(self, value: Any) -> int | None:
-        """Functions of the tests stay here and are called back; objects of the candidate's go home by number."""
+        """Functions of the tests stay here and are called back; objects of the candidate's go home by number.
+
+        Raises:
+            TypeError: it is the class of the stand-ins. No `NotPlainError`, which would have the program choose the weaker proof.
+        """
+        if value is Remote or type(value) is Candidate:
+            raise TypeError("the class of a program's object has no stand-in")
         if type(value) is Remote:
             return -int(value.__dict__["_number"])
         if isinstance(value, FunctionType | MethodType | BuiltinFunctionType):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mull.evaluation.sandbox import Asserts, Pool
+from mull.evaluation.sandbox import Asserts, Calls, Pool, Stdio
 
 SECRET = 748_159_263
 TESTS = Asserts(f"assert f(1) == {SECRET}\nassert f(2) == {SECRET + 1}", ("f",))
@@ -168,3 +168,59 @@ def test_the_nonce_stops_what_the_page_says(pool: Pool, trick: str) -> None:
 def test_the_nonce_does_not_stop_what_the_page_says(pool: Pool, trick: str) -> None:
     verdict = pool.submit(INSIDE_DOES_NOT_STOP[trick], INSIDE).result()
     assert (verdict.passed, verdict.proof) == (True, "inside")
+
+
+OWN_END = """
+import sys
+frame = sys._getframe()
+while type(frame.f_locals.get("program")).__name__ != "Program": frame = frame.f_back
+P = frame.f_locals["program"]
+send = P.send
+"""
+"""The program's own end of the socket, which its caller has."""
+
+LOADED = """
+def f(*args): return 7.0
+def nothing(*args, **kwargs): return 0
+def yes(*args, **kwargs): return True
+class M: isclose = yes
+def load(*args): return M
+def forge(message):
+    if message[0] == "loaded": message[1].update(FORGED)
+    send(message)
+P.send = forge
+"""
+
+
+@pytest.mark.parametrize(
+    ("forged", "check"),
+    [
+        ("{'abs': ('value', nothing)}", "assert abs(f(1) - 5) < 1e-6"),
+        ("{'set': ('value', nothing), 'sorted': ('value', nothing)}", "assert set([f(1)]) == set([5])\nassert sorted([f(1)]) == [5]"),
+        ("{'all': ('value', yes)}", "assert all(f(x) == x for x in range(9))"),
+        ("{'__builtins__': ('value', {'__import__': load})}", "import math\nassert math.isclose(f(1), 5)"),
+        ("{'__builtins__': ('value', {'abs': nothing})}", "__builtins__\nassert abs(f(1) - 5) < 1e-6"),
+        ("{'a test': ('value', f)}", "assert f(1) == 5"),
+        ("{'f': ('value',)}", "assert f(1) == 5"),
+        ("{'f': ()}", "assert f(1) == 5"),
+        ("{'f': 7}", "assert f(1) == 5"),
+        ("{'f': ('value', f, f)}", "assert f(1) == 5"),
+        ("{'f': ('module', 'math')}", "assert f(1) == 5"),
+        ("{'g': ('module', 7)}", "assert g.x(f(1)) == 5"),
+        ("{'g': ('module', ['math'])}", "assert g.x(f(1)) == 5"),
+        ("{'g': (f, f)}", "assert g.x(f(1)) == 5"),
+    ],
+)  # fmt: skip
+def test_a_program_gives_only_the_names_that_the_tests_ask_for(pool: Pool, forged: str, check: str) -> None:
+    program = OWN_END + LOADED.replace("FORGED", forged)
+    verdict = pool.submit(program, Asserts(check, ("f",))).result()
+    assert (verdict.passed, verdict.reason == "passed", verdict.proof) == (False, False, "outside"), verdict
+    assert "the grader" not in verdict.detail
+    assert pool.submit("def f(x): return 5", Asserts("assert f(1) == 5", ("f",))).result().passed
+
+
+@pytest.mark.parametrize("check", ["f(lambda x: type(x)) == 5", "f(type(f(lambda x: x))) == 5"])
+def test_a_program_does_not_choose_the_weaker_proof(pool: Pool, check: str) -> None:
+    program = "class E:\n    def __eq__(self, other): return True\ndef f(g):\n    try: return g(E()) and E()\n    except Exception: return E()"
+    verdict = pool.submit(program, Asserts(f"assert {check}", ("f",))).result()
+    assert (verdict.passed, verdict.proof) == (False, "outside"), verdict
