@@ -178,11 +178,15 @@ class Candidate:
             target: What with.
             args: Its arguments, which get the content that the call leaves in them if `is_shared`.
             kwargs: More of them.
-            is_shared: None for wherever that can be seen.
+            is_shared: None for calls whose arguments can change.
         """
         held = [*args, *kwargs.values()]
         self.n_asked += 1
-        self.send((operation, target, args, kwargs, _can_change(held) if is_shared is None else is_shared))
+        if is_shared is None:
+            is_shared = operation == "call" and _can_change(held)
+        if not is_shared:
+            held = []  # so that a message about them is none that an honest candidate sends
+        self.send((operation, target, args, kwargs, is_shared))
         while True:
             match self.receive():
                 case ("return", value, dict() as changed, place):

@@ -224,3 +224,20 @@ def test_a_program_does_not_choose_the_weaker_proof(pool: Pool, check: str) -> N
     program = "class E:\n    def __eq__(self, other): return True\ndef f(g):\n    try: return g(E()) and E()\n    except Exception: return E()"
     verdict = pool.submit(program, Asserts(f"assert {check}", ("f",))).result()
     assert (verdict.passed, verdict.proof) == (False, "outside"), verdict
+
+
+def test_a_forged_change_of_the_inputs_reaches_no_other_program() -> None:
+    """One grader, one program after the other."""
+    roots = Calls("f", (([1, 2],), ([4, 2],)), (None, None), oracle="root_of_polynomial")
+    right = "def f(xs): return -xs[0] / xs[1]"
+    with Pool(1, timeout=5) as pool:
+        for change in ("{0: []}, None", "{0: [0, 0]}, None", "{}, 0"):
+            forged = f"{OWN_END}\ndef f(xs): return 5.0\nP.answer = lambda request: ('return', 5.0, {change})"
+            assert not pool.submit(forged, roots).result().passed
+            assert pool.submit(right, roots).result().passed
+
+
+def test_inputs_that_are_used_up_are_there_for_the_next_program() -> None:
+    tests = Calls("f", ((iter([1, 2]),),), (3,))
+    with Pool(1, timeout=5) as pool:
+        assert [pool.submit("def f(x): return sum(x)", tests).result().passed for _ in range(3)] == [True] * 3
