@@ -152,8 +152,6 @@ OPERATIONS: dict[str, Any] = {
     "hash": hash,
     "text": str,
     "repr": repr,
-    "int": int,
-    "float": float,
     "instance": lambda target, item: isinstance(item, target),
     "enter": lambda target: target.__enter__(),
     "exit": lambda target, kind: bool(target.__exit__(kind, kind and kind(), None)),

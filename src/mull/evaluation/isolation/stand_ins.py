@@ -21,7 +21,8 @@ class Remote:
     """An object of the candidate's: what is done with it asks its container, and gives data or another such object.
 
     Operators ask, too, where both sides are such objects. Between one and data they do not: it is equal to none, and has no order
-    and no difference, because what the tests compare with data must not be the program's word.
+    and no difference, because what the tests compare with data must not be the program's word. For the same reason it is no number:
+    its ``float`` could be another each time.
     """
 
     def __init__(self, candidate: "Candidate", number: int) -> None:
@@ -65,12 +66,6 @@ class Remote:
 
     def __hash__(self) -> int:
         return int(self._ask("hash"))
-
-    def __int__(self) -> int:
-        return int(self._ask("int"))
-
-    def __float__(self) -> float:
-        return float(self._ask("float"))
 
     def __str__(self) -> str:
         return str(self._ask("text"))
@@ -196,7 +191,8 @@ class Candidate:
                     _update(held, changed)
                     return _items(chunks)
                 case ("raise", str() as name, str() as known, str() as text):
-                    raise candidate_error(name, known, text)
+                    # It would end a `map` or `all` of the tests before they have seen everything.
+                    raise candidate_error(name, known if operation == "next" or known != "StopIteration" else "", text)
                 case ("callback", int() as number, tuple() as back, dict() as options) if (
                     0 < number < len(self._functions)
                 ):

@@ -241,3 +241,40 @@ def test_inputs_that_are_used_up_are_there_for_the_next_program() -> None:
     tests = Calls("f", ((iter([1, 2]),),), (3,))
     with Pool(1, timeout=5) as pool:
         assert [pool.submit("def f(x): return sum(x)", tests).result().passed for _ in range(3)] == [True] * 3
+
+
+LIAR = """
+class L:
+    def __init__(self, xs): self.n, self.xs = -1, xs
+    def root(self):
+        self.n += 1
+        return 0.0 if self.n % 2 == 0 else -self.xs[0] / self.xs[1]
+    __float__ = root
+    def __int__(self): return int(self.root())
+    __index__ = __int__
+def f(xs): return L(xs)
+"""
+
+
+def test_an_object_does_not_answer_as_another_number_each_time(pool: Pool) -> None:
+    roots = Calls("f", (([1, 2],), ([4, 2],)), (None, None), oracle="root_of_polynomial")
+    assert pool.submit(LIAR, roots).result().n_passed == 0
+    for check in ("sum(c * math.pow(x, i) for i, c in enumerate([4, 2]))", "float(x)", "int(x) * 2 + 4 if int(x) == 0 else 1", "[4][x]", "range(x)[0]"):  # fmt: skip
+        source = f"import math\nx = f([4, 2])\nassert abs({check}) < 1e-4"
+        assert not pool.submit(LIAR, Asserts(source, ("f",))).result().passed, check
+
+
+@pytest.mark.parametrize("error", ["StopIteration", "StopIteration(1)", "E"])
+@pytest.mark.parametrize(
+    "check",
+    ["all(map(lambda c: f(c) == c, [1, 2]))", "all(a == b for a, b in zip(map(f, [1, 2]), [1, 2]))", "all(f(1) == x for x in map(f, [1]))",
+     "not [x for x in map(lambda c: g.a, [1]) if x != 1]", "not [x for x in map(lambda c: g[0], [1]) if x != 1]", "not [*map(len, [g])]",
+     "[*iter(lambda: f(1), 1)] == []", "not [*map(iter, [g])]"],
+)  # fmt: skip
+def test_no_call_ends_an_iteration_of_the_tests(pool: Pool, check: str, error: str) -> None:
+    program = (
+        f"class E(StopIteration): pass\ndef f(*x): raise {error}\n"
+        "class G:\n    __getattr__ = __getitem__ = __len__ = __iter__ = f\ng = G()"
+    )
+    verdict = pool.submit(program, Asserts(f"assert {check}", ("f",))).result()
+    assert (verdict.passed, verdict.reason) == (False, "error"), verdict

@@ -233,7 +233,6 @@ class V:
     def __getitem__(self, at): return self.v[at]
     def __setitem__(self, at, value): self.v[at] = value
     def __delitem__(self, at): del self.v[at]
-    def __float__(self): return float(self.v[0])
 """
 VECTORS = """
 v = V(1, 2) + V(3, 4)
@@ -241,7 +240,7 @@ assert str(v) == "4,6" and repr(v) == "V(4,6)" and f"{v}" == "4,6"
 assert v == V(4, 6) and v != V(4, 7) and -v == V(-4, -6)
 assert V(1) < V(2) and not V(2) < V(2) and sorted([V(2), V(1)]) == [V(1), V(2)] and max(V(1), V(2)) == V(2)
 assert len({V(1), V(1), V(2)}) == 2
-assert [*v] == [4, 6] and 6 in v and 7 not in v and float(v) == 4.0
+assert [*v] == [4, 6] and 6 in v and 7 not in v
 v[0] = 9
 del v[1]
 assert [*v] == [9]
