@@ -182,11 +182,11 @@ def run_script(program: Program, source: str, text: str) -> None:
     os.dup2(descriptor, 0)
     os.close(descriptor)
     sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115 - the program's
-    status: Any = 0
+    status: Any = None
     try:
         program.load(source, "__main__")
     except SystemExit as stop:
-        status = stop.code or 0
+        status = stop.code
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()  # as Python does at its end: wait for threads
     if "atexit" in sys.modules:
@@ -194,7 +194,9 @@ def run_script(program: Program, source: str, text: str) -> None:
     for stream in (sys.stdout, sys.__stdout__):
         if stream is not None and not getattr(stream, "closed", False):
             stream.flush()
-    program.send(("finished", str(status)[:MAX_TEXT]))
+    # As Python does: a number is the status, of which the system keeps a byte, and any other object is an error's text.
+    told = int(status or 0) & 0xFF if isinstance(status, int | None) else str(status)[:MAX_TEXT]
+    program.send(("finished", told))
 
 
 def run_inside(program: Program, source: str, nonce: bytes) -> None:

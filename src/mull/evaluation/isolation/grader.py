@@ -29,6 +29,13 @@ class TestFailedError(Exception):
     """Why a program fails: ``(reason, detail)``."""
 
 
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except (Exception, Ended):  # noqa: BLE001 - an object of the program's in it has its own
+        return "its text is the program's, which gives none"
+
+
 class Tally:
     """Tests that have passed and failed, and the first failure."""
 
@@ -54,7 +61,7 @@ class Tally:
         else:
             is_wrong = isinstance(error, AssertionError)
             self.reason = "wrong answer" if is_wrong else "error"
-            self.detail = str(error) if is_wrong else f"{type(error).__name__}: {error}"
+            self.detail = _text(error) if is_wrong else f"{type(error).__name__}: {_text(error)}"
 
     def result(self, *, complete: bool) -> dict[str, Any]:
         """What the host is told. Tests that reached their end are as many as have run; others at least as many as expected."""
@@ -302,19 +309,20 @@ def grade_script(candidate: Candidate, request: dict[str, Any], output: int, max
         printed += part
         if len(printed) > max_output:
             return {"passed": False, "reason": "output", "detail": f"it prints more than {max_output:,} bytes"}
-    try:
-        end = candidate.receive()
-    except Ended:
-        end = ("ended",)
-    if end[0] == "failed":
-        kind = "memory" if end[2] == "MemoryError" else "error"
-        return {"passed": False, "reason": kind, "detail": f"{end[1]}: {end[3]}"[:MAX_DETAIL]}
-    if end[0] == "finished" and end[1] != "0":
-        return {"passed": False, "reason": "error", "detail": f"SystemExit: {end[1]}"[:MAX_DETAIL]}
+    told_its_end = False
+    with suppress(Ended):
+        match candidate.receive():
+            case ("failed", str() as name, str() as known, str() as text):
+                kind = "memory" if known == "MemoryError" else "error"
+                return {"passed": False, "reason": kind, "detail": f"{name}: {text}"[:MAX_DETAIL]}
+            case ("finished", int() | str() as status):
+                if status != 0:
+                    return {"passed": False, "reason": "error", "detail": f"SystemExit: {status}"[:MAX_DETAIL]}
+                told_its_end = True
     text = printed.decode("utf-8", "replace")
     if same_tokens(text, request["output"]):
         # How a process ended that did not tell, the host knows.
-        return {"passed": True, "reason": "passed", "detail": "", "told_its_end": end[0] == "finished"}
+        return {"passed": True, "reason": "passed", "detail": "", "told_its_end": told_its_end}
     return {
         "passed": False,
         "reason": "wrong answer",
@@ -349,12 +357,9 @@ def grade(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
         return {"passed": False, "reason": "not plain", "detail": str(error)[:MAX_DETAIL]}
     except Ended:
         return {"passed": False, "reason": "no proof", "detail": "the program's process ended too early"}
-    except (MemoryError, RecursionError, ValueError, SyntaxError) as error:
-        return {
-            "passed": False,
-            "reason": "error",
-            "detail": f"the grader: {type(error).__name__}: {error}"[:MAX_DETAIL],
-        }
+    except Exception as error:  # noqa: BLE001 - such as for want of memory: the next program has its turn
+        told = f"the grader: {type(error).__name__}: {_text(error)}"[:MAX_DETAIL]
+        return {"passed": False, "reason": "error", "detail": told}
 
 
 def main(line: int) -> None:

@@ -88,6 +88,13 @@ def pool() -> Iterator[Pool]:
         yield pool
 
 
+@pytest.fixture(scope="module")
+def single() -> Iterator[Pool]:
+    """One grader, one program after the other."""
+    with Pool(1, timeout=5) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize("trick", TRICKS)
 def test_the_trick_fails(pool: Pool, trick: str) -> None:
     verdict = pool.submit(TRICKS[trick], TESTS).result()
@@ -278,3 +285,27 @@ def test_no_call_ends_an_iteration_of_the_tests(pool: Pool, check: str, error: s
     )
     verdict = pool.submit(program, Asserts(f"assert {check}", ("f",))).result()
     assert (verdict.passed, verdict.reason) == (False, "error"), verdict
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["'failed',", "'failed', P, P, P", "'failed', 'E', 'E'", "'finished',", "'finished', P", "'finished', 1, 2", "'finished', [0]", "P,", "0,", "", "'ready', 0"],
+)  # fmt: skip
+def test_a_message_at_the_end_of_a_script_harms_no_later_program(single: Pool, message: str) -> None:
+    tests = Stdio(("",), ("2",))
+    verdict = single.submit(f"{OWN_END}\nprint(3, flush=True)\nsend(({message}))\nP.send = len", tests).result()
+    assert not verdict.passed
+    assert "grader" not in verdict.detail, verdict
+    assert single.submit("print(2)", tests).result().passed
+
+
+@pytest.mark.parametrize("check", ["raise AssertionError(f(1))", "assert f(1) == 5, f(1)", "raise ValueError(f(1))", "raise KeyError({f(1)})"])
+@pytest.mark.parametrize("text", ["raise RuntimeError", "return 5", "exit(0)", "os._exit(0)", "raise StopIteration"])  # fmt: skip
+def test_an_object_in_the_message_of_an_error_harms_no_later_program(single: Pool, check: str, text: str) -> None:
+    tests = Asserts(f"if f(1) != 5: {check}\nassert f(1) == 5", ("f",))
+    program = f"import os\nclass A:\n    def __str__(self): {text}\n    __repr__ = __str__\ndef f(x): return A()"
+    verdict = single.submit(program, tests).result()
+    assert not verdict.passed
+    assert "grader" not in verdict.detail, verdict
+    assert verdict.n_tests >= 1
+    assert single.submit("def f(x): return 5", tests).result().passed

@@ -376,6 +376,10 @@ def test_scripts_read_and_print(pool: Pool) -> None:
     [
         ("raise SystemExit(1)", "SystemExit: 1"),
         ("exit('sorry')", "SystemExit: sorry"),
+        ("exit('0')", "SystemExit: 0"),
+        ("exit('')", "SystemExit: "),
+        ("exit(0.0)", "SystemExit: 0.0"),
+        ("exit(True)", "SystemExit: 1"),
         ("1 / 0", "ZeroDivisionError"),
         ("import os\nsys.stdout.flush()\nos._exit(3)", "the right text, but ended with status 3"),
         ("import os\nsys.stdout.flush()\nos.kill(os.getpid(), 9)", "the right text, but was killed by signal 9"),
@@ -389,7 +393,7 @@ def test_a_script_that_ends_badly_fails_whatever_it_has_printed(pool: Pool, end:
 
 @pytest.mark.parametrize(
     "end",
-    ["exit(0)", "exit()", "import os\nsys.stdout.flush()\nos._exit(0)", "sys.stdout.close()", "sys.stdout = None"],
+    ["exit(0)", "exit()", "exit(False)", "import os\nsys.stdout.flush()\nos._exit(0)", "sys.stdout.close()", "sys.stdout = None"],
 )
 def test_a_script_may_end_itself_when_it_is_done(pool: Pool, end: str) -> None:
     assert judge(pool, f"import sys\nprint(7)\n{end}", Stdio(("",), ("7",))).passed
