@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib import import_module
+from reprlib import Repr
 from typing import Any
 
 from mull.evaluation.isolation.channel import MAX_ANSWER_BYTES, Channel, Ended, restrict
@@ -22,6 +23,9 @@ from mull.evaluation.isolation.stand_ins import Candidate, result_of
 from mull.evaluation.isolation.values import NotPlainError, encode
 
 MAX_DETAIL = 300
+MAX_SHOWN_BYTES = 300
+"""Of a value on its way, such as the hexadecimal digits of an integer."""
+
 UNCHECKED = "the tests reached their end without a check"
 
 
@@ -330,9 +334,23 @@ def grade_script(candidate: Candidate, request: dict[str, Any], output: int, max
     }
 
 
+class _Short(Repr):
+    """The first items of what is long. Python takes seconds to write an integer of a million digits, whatever holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 20
+        self.maxstring = self.maxlong = self.maxother = 80
+
+    def repr1(self, x: Any, level: int) -> str:
+        if not isinstance(x, str | list | tuple | set | frozenset | dict) and len(encode(x, id)) > MAX_SHOWN_BYTES:
+            return "..."
+        return super().repr1(x, level)
+
+
 def _short(value: Any) -> str:
     try:
-        text = repr(value)
+        text = _Short().repr(value)
     except Exception:  # noqa: BLE001 - an object of the program's has its own
         return "a value too large to show"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -328,6 +328,23 @@ def test_an_oracle_sees_the_arguments_as_they_were(pool: Pool) -> None:
     assert judge(pool, "def find_zero(xs):\n    return -xs.pop(0) / xs[0] if len(xs) == 2 else 2.0", roots).passed
 
 
+@pytest.mark.parametrize(
+    "result",
+    ["1 << 8 * 8_000_000", "[1 << 8 * 8_000_000]", "-(1 << 8 * 8_000_000)", "range(1 << 8 * 8_000_000)", "{1: {2: (1 << 8 * 8_000_000,)}}",
+     "__import__('fractions').Fraction(1 << 8 * 8_000_000)", "[[0] * 400_000] * 2", "'x' * 10_000_000"],
+)  # fmt: skip
+def test_to_show_a_large_result_takes_no_time(pool: Pool, result: str) -> None:
+    verdict = judge(pool, f"def f(x):\n    return {result}", Calls("f", ((1,),), (2,)), timeout=4)
+    assert (verdict.reason, verdict.seconds < 2) == ("wrong answer", True), verdict
+    assert len(verdict.detail) < 120
+
+
+def test_a_wrong_answer_is_shown(pool: Pool) -> None:
+    verdict = judge(pool, "def f(x):\n    return [1, (2.5, 'b'), {3: {4}}]", Calls("f", ((1,),), (2,)))
+    assert verdict.detail == "[1, (2.5, 'b'), {3: {4}}] for (1,), not 2"
+    assert judge(pool, "def f(x):\n    return [*range(99)]", Calls("f", ((1,),), (2,))).detail.startswith("[0, 1, 2, 3, 4, ")
+
+
 def test_expected_values_come_from_the_reference() -> None:
     assert expected_values(ADD, "add", [(1, 2), ("a", "b"), ((1,), (2,))]) == (3, "ab", (1, 2))
     with pytest.raises(ValueError, match="The reference solution add fails: error, TypeError"):
