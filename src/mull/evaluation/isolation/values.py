@@ -157,9 +157,9 @@ def _write_other(value: Any, out: list[bytes], keep: Keep | None, depth: int) ->
     elif getattr(value, "__module__", "") == "builtins" and isinstance(value, type | type(len)):
         out.append(_sized(b"B", value.__name__.encode()))
     else:
-        if isinstance(value, tuple) and (fields := getattr(kind, "_fields", ())):
+        if isinstance(value, tuple) and _may_name(kind.__name__, fields := getattr(kind, "_fields", None)):
             out.append(b"n")
-            _write((kind.__name__, tuple(fields), _plain(tuple, value)), out, keep, depth + 1)
+            _write((kind.__name__, fields, _plain(tuple, value)), out, keep, depth + 1)
             return
         for base in (int, str, float, *EXACT, dict, bytes, complex):
             if isinstance(value, base) and kind is not bool:
@@ -302,18 +302,32 @@ def _standard(name: str, fields: Any) -> Any:
 _named_kinds: dict[tuple[str, tuple[str, ...]], type] = {}
 
 
+MAX_NAMES = 100
+"""Most fields of a tuple with names, and most characters of each: the reader keeps up to so many classes of such tuples."""
+
+
+def _may_name(name: Any, fields: Any) -> bool:
+    """Whether these are names of a tuple and of its items; a tuple with others is one without."""
+    return (
+        type(fields) is tuple
+        and 0 < len(fields) <= MAX_NAMES
+        and all(type(one) is str and len(one) <= MAX_NAMES and one.isidentifier() for one in (name, *fields))
+        and not any(field.startswith("_") for field in fields)
+    )
+
+
 def _named(name: str, fields: tuple[str, ...], items: tuple[Any, ...]) -> Any:
     """A tuple whose items have names, as of ``namedtuple``, which would run code made of these."""
     if type(fields) is not tuple or type(items) is not tuple or len(fields) != len(items):
         raise ValueError("names and items of a tuple do not match")
     kind = _named_kinds.get((name, fields))
     if kind is None:
-        if not all(type(field) is str and field.isidentifier() and field[0] != "_" for field in fields):
+        if not _may_name(name, fields):
             raise ValueError("a name of an item may not be used")
         members: dict[str, Any] = {field: property(itemgetter(at)) for at, field in enumerate(fields)}
         members["_fields"] = fields
         members["__reduce__"] = lambda self: (_named, (name, fields, tuple(self)))
-        if len(_named_kinds) > 100:  # a program may send many
+        if len(_named_kinds) > MAX_NAMES:  # a program may send many
             _named_kinds.clear()
         kind = _named_kinds[name, fields] = type(name, (tuple,), members)
     return kind(items)
