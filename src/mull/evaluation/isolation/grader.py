@@ -45,6 +45,7 @@ class Tally:
 
     def __init__(self, expected: int) -> None:
         self.n_passed, self.n_failed, self._expected = 0, 0, expected
+        self.n_wanted = 0  # `try` statements around what runs now that want it to fail
         self.reason, self.detail = "", ""
 
     def passed(self) -> None:
@@ -88,7 +89,7 @@ def load(candidate: Candidate, request: dict[str, Any], names: Iterable[str], ki
         # Further names would take the place of built-in ones, such as the `abs` of the tests.
         case ("loaded", dict() as found) if found.keys() == wanted and all(map(_is_description, found.values())):
             pass
-        case ("failed", str() as name, str() as known, str() as text):
+        case ("failed", str() as name, str() as known, str() as text, _):
             if name in ("SystemExit", "KeyboardInterrupt"):
                 raise TestFailedError("no proof", f"the program ends itself while it is loaded ({name})")
             raise TestFailedError("memory" if known == "MemoryError" else "error", f"{name}: {text}")
@@ -120,6 +121,8 @@ class _Test:
         pass
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if self._tally.n_wanted:
+            return False
         if error is None:
             self._tally.passed()
             return False
@@ -129,24 +132,49 @@ class _Test:
         return True
 
 
+class _WantedFailure:
+    """What stands around a ``try`` that wants an error: asserts of functions that it calls raise theirs."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def __enter__(self) -> None:
+        self._tally.n_wanted += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._tally.n_wanted -= 1
+
+
 class _Counting(ast.NodeTransformer):
     """Put a `_Test` around each assert, and around each ``try`` as a whole with asserts in it: their errors may be wanted."""
 
     NAME = "a test"  # no name of the tests'
+    WANTED = "a wanted failure"
 
     def __init__(self) -> None:
         self.n_tests = 0
 
-    def visit_Try(self, node: ast.Try) -> ast.AST:
-        return self.visit_Assert(node) if _has(node, ast.Assert | ast.Raise) else node
+    def visit_Try(self, node: ast.Try | ast.TryStar) -> ast.AST:
+        around = self._within(self.WANTED, node) if _wants_failure(node) else node
+        return self.visit_Assert(around) if _has(node, ast.Assert | ast.Raise) else around
 
-    def visit_TryStar(self, node: ast.TryStar) -> ast.AST:
-        return self.visit_Assert(node) if _has(node, ast.Assert | ast.Raise) else node
+    visit_TryStar = visit_Try  # noqa: N815 - the name that `ast` looks for
 
     def visit_Assert(self, node: ast.stmt) -> ast.AST:
         self.n_tests += 1
-        counted = ast.With([ast.withitem(ast.Name(self.NAME, ast.Load()))], [node])
-        return ast.fix_missing_locations(ast.copy_location(counted, node))
+        return self._within(self.NAME, node)
+
+    def _within(self, name: str, node: ast.stmt) -> ast.stmt:
+        block = ast.With([ast.withitem(ast.Name(name, ast.Load()))], [node])
+        return ast.fix_missing_locations(ast.copy_location(block, node))
+
+
+def _wants_failure(node: ast.Try | ast.TryStar) -> bool:
+    """Whether its last statement says that none is wrong: ``raise``, ``assert False``, ``ok = False``."""
+    match node.handlers and node.body[-1]:
+        case ast.Raise() | ast.Assert(test=ast.Constant(value=False | 0)) | ast.Assign(value=ast.Constant(value=False)):
+            return True
+    return False
 
 
 def _has(tree: ast.AST, kinds: Any) -> bool:
@@ -220,7 +248,8 @@ def grade_asserts(candidate: Candidate, request: dict[str, Any]) -> dict[str, An
     try:
         found = load(candidate, request, names)
         namespace = {name: _bound(*what) for name, what in found.items() if what[0] != "missing"}
-        namespace |= library | {"__name__": "tests", "__builtins__": builtins, counting.NAME: _Test(tally)}
+        namespace |= library | {"__name__": "__main__", "__builtins__": builtins}
+        namespace |= {counting.NAME: _Test(tally), counting.WANTED: _WantedFailure(tally)}
         exec(compile(tree, "<tests>", "exec", dont_inherit=True), namespace)
     except NotPlainError:
         raise
@@ -295,7 +324,7 @@ def grade_inside(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any
         match candidate.receive():
             case ("nonce", bytes() as returned) if returned == nonce:
                 tally.passed()
-            case ("failed", str() as name, _, str() as text):
+            case ("failed", str() as name, _, str() as text, _):
                 raise TestFailedError("wrong answer" if name == "AssertionError" else "error", f"{name}: {text}")
             case _:
                 raise Ended
@@ -316,7 +345,7 @@ def grade_script(candidate: Candidate, request: dict[str, Any], output: int, max
     told_its_end = False
     with suppress(Ended):
         match candidate.receive():
-            case ("failed", str() as name, str() as known, str() as text):
+            case ("failed", str() as name, str() as known, str() as text, _):
                 kind = "memory" if known == "MemoryError" else "error"
                 return {"passed": False, "reason": kind, "detail": f"{name}: {text}"[:MAX_DETAIL]}
             case ("finished", int() | str() as status):

@@ -154,7 +154,7 @@ def _write_other(value: Any, out: list[bytes], keep: Keep | None, depth: int) ->
         _write(value.tolist(), out, keep, depth + 1)
     elif value is NotImplemented or value is Ellipsis:
         out.append(_sized(b"B", b"NotImplemented" if value is NotImplemented else b"Ellipsis"))
-    elif getattr(value, "__module__", "") == "builtins" and isinstance(value, type | type(len)):
+    elif getattr(value, "__module__", "") == "builtins" and _may_cross(value):
         out.append(_sized(b"B", value.__name__.encode()))
     else:
         if isinstance(value, tuple) and _may_name(kind.__name__, fields := getattr(kind, "_fields", None)):
@@ -344,7 +344,9 @@ SAFE_BUILTINS = [
     "any",
     "bin",
     "bool",
+    "bytearray",
     "bytes",
+    "callable",
     "chr",
     "complex",
     "dict",
@@ -370,6 +372,7 @@ SAFE_BUILTINS = [
     "oct",
     "ord",
     "pow",
+    "print",
     "range",
     "repr",
     "reversed",
@@ -388,12 +391,18 @@ SAFE_BUILTINS = [
 """Functions and types that may be named across the wall. Those that read, write or run code are not among them."""
 
 
+def _may_cross(value: Any) -> bool:
+    """Whether a function or type of Python may be named."""
+    if isinstance(value, type) and issubclass(value, BaseException):
+        return True
+    return isinstance(value, type | type(len)) and value.__name__ in SAFE_BUILTINS
+
+
 def _builtin(content: bytes) -> Any:
     name = content.decode("ascii")
     builtins: Any = sys.modules["builtins"]
     found = getattr(builtins, name, None)
-    is_error = isinstance(found, type) and issubclass(found, BaseException)
-    if name not in SAFE_BUILTINS and not is_error:
+    if name not in SAFE_BUILTINS and not _may_cross(found):
         raise ValueError(f"{name} may not be named")
     return found
 

@@ -299,7 +299,10 @@ def test_a_message_at_the_end_of_a_script_harms_no_later_program(single: Pool, m
     assert single.submit("print(2)", tests).result().passed
 
 
-@pytest.mark.parametrize("check", ["raise AssertionError(f(1))", "assert f(1) == 5, f(1)", "raise ValueError(f(1))", "raise KeyError({f(1)})"])
+@pytest.mark.parametrize(
+    "check",
+    ["raise AssertionError(f(1))", "assert f(1) == 5, f(1)", "raise ValueError(f(1))", "raise KeyError({f(1)})"],
+)
 @pytest.mark.parametrize("text", ["raise RuntimeError", "return 5", "exit(0)", "os._exit(0)", "raise StopIteration"])  # fmt: skip
 def test_an_object_in_the_message_of_an_error_harms_no_later_program(single: Pool, check: str, text: str) -> None:
     tests = Asserts(f"if f(1) != 5: {check}\nassert f(1) == 5", ("f",))
