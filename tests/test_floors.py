@@ -80,12 +80,12 @@ BUDGETS = {
     "decoding": 1160,
     "retrofit": 2010,
     "training": 3277,
-    "evaluation": 7180,
+    "evaluation": 7280,
     "app": 3620,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 24300
+MAX_CODE_LINES = 24450
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

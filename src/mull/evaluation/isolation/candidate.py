@@ -14,10 +14,9 @@ from itertools import islice
 from types import ModuleType
 from typing import Any, NoReturn
 
-from mull.evaluation.isolation.channel import Channel, restrict
+from mull.evaluation.isolation.channel import MAX_TEXT, Channel, built_error, error_message, restrict
 from mull.evaluation.isolation.values import OPERATORS, UNARY_OPERATORS, encode
 
-MAX_TEXT = 300
 MAX_CHUNK = 1024
 
 
@@ -32,8 +31,34 @@ class Callback:
         self._program.send(("callback", self._number, args, kwargs))
         answer = self._program.receive()
         if answer[0] == "raise":
-            raise RuntimeError(answer[1])
+            _, name, known, text, given = answer
+            raise built_error(known, text, given) or RuntimeError(f"{name}: {text}")
         return answer[1]
+
+    def _about(self) -> tuple[str, list[tuple[str, int, bool]]]:
+        self._program.send(("about", self._number))
+        name, parameters = self._program.receive()
+        return name, parameters
+
+    @property
+    def __name__(self) -> str:
+        return self._about()[0]
+
+    @property
+    def __signature__(self) -> Any:
+        """What ``inspect.signature`` gives; defaults are None."""
+        inspect = __import__("inspect")
+        kind = inspect.Parameter
+        kinds = [
+            kind.POSITIONAL_ONLY,
+            kind.POSITIONAL_OR_KEYWORD,
+            kind.VAR_POSITIONAL,
+            kind.KEYWORD_ONLY,
+            kind.VAR_KEYWORD,
+        ]
+        return inspect.Signature(
+            [kind(name, kinds[at], default=None if has else kind.empty) for name, at, has in self._about()[1]]
+        )
 
 
 class Chunks:
@@ -71,6 +96,7 @@ class Program:
         self._channel = channel
         self._objects: dict[int, Any] = {}
         self._numbers: dict[int, int] = {}
+        self._callbacks: dict[int, Callback] = {}
         self.module = ModuleType("candidate")
 
     def keep(self, value: Any) -> int | None:
@@ -85,7 +111,7 @@ class Program:
 
     def find(self, number: int, own: bool) -> Any:
         """The object that the other side means."""
-        return self._objects[number] if own else Callback(self, number)
+        return self._objects[number] if own else self._callbacks.setdefault(number, Callback(self, number))
 
     def send(self, message: Any) -> None:
         """Write to the grader."""
@@ -152,8 +178,6 @@ OPERATIONS: dict[str, Any] = {
     "hash": hash,
     "text": str,
     "repr": repr,
-    "int": int,
-    "float": float,
     "instance": lambda target, item: isinstance(item, target),
     "enter": lambda target: target.__enter__(),
     "exit": lambda target, kind: bool(target.__exit__(kind, kind and kind(), None)),
@@ -161,16 +185,6 @@ OPERATIONS: dict[str, Any] = {
     "deep copy": lambda target: __import__("copy").deepcopy(target),
     **{name: getattr(_operator, name) for name in [*OPERATORS, *UNARY_OPERATORS]},
 }
-
-
-def error_message(kind: str, error: BaseException) -> tuple[str, str, str, str]:
-    """``(kind, name, nearest built-in class, text)``."""
-    known = next(base for base in type(error).__mro__ if base.__module__ == "builtins")
-    try:
-        text = str(error)[:MAX_TEXT]
-    except Exception:  # noqa: BLE001 - __str__ is the candidate's
-        text = ""
-    return (kind, type(error).__name__, known.__name__, text)
 
 
 def run_script(program: Program, source: str, text: str) -> None:
@@ -184,11 +198,11 @@ def run_script(program: Program, source: str, text: str) -> None:
     os.dup2(descriptor, 0)
     os.close(descriptor)
     sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115 - the program's
-    status: Any = 0
+    status: Any = None
     try:
         program.load(source, "__main__")
     except SystemExit as stop:
-        status = stop.code or 0
+        status = stop.code
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()  # as Python does at its end: wait for threads
     if "atexit" in sys.modules:
@@ -196,7 +210,9 @@ def run_script(program: Program, source: str, text: str) -> None:
     for stream in (sys.stdout, sys.__stdout__):
         if stream is not None and not getattr(stream, "closed", False):
             stream.flush()
-    program.send(("finished", str(status)[:MAX_TEXT]))
+    # As Python does: a number is the status, of which the system keeps a byte, and any other object is an error's text.
+    told = int(status or 0) & 0xFF if isinstance(status, int | None) else str(status)[:MAX_TEXT]
+    program.send(("finished", told))
 
 
 def run_inside(program: Program, source: str, nonce: bytes) -> None:

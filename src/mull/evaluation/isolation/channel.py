@@ -1,11 +1,12 @@
 """Messages across the wall of a container: a length, then the bytes of a value. Runs on both sides."""
 
+import builtins
 import os
 import resource
 import sys
 from typing import Any
 
-from mull.evaluation.isolation.values import Find, Keep, decode, encode
+from mull.evaluation.isolation.values import Find, Keep, NotPlainError, decode, encode
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A longer message is refused unread. The largest result of a reference solution (HumanEval/130) takes 9 MB."""
@@ -14,8 +15,51 @@ MAX_ANSWER_BYTES = 1 << 30
 """The same for what the grader tells the host: a verdict, or all results of a reference solution."""
 
 
+MAX_TEXT = 300
+MAX_ARGUMENTS_BYTES = 4096
+
+
 class Ended(BaseException):
     """The other side is gone. No ``Exception``: tests that expect errors must not catch this."""
+
+
+def plain_arguments(error: BaseException, known: type) -> tuple[Any, ...] | None:
+    """Arguments of an error if they are data, are few, and give its text in the built-in class, too; else None."""
+    try:
+        args = error.args
+        is_text_known = type(error).__str__ is known.__str__  # type: ignore[comparison-overlap]
+        if type(args) is tuple and is_text_known and len(encode(args, _refuse)) <= MAX_ARGUMENTS_BYTES:
+            return args
+    except Exception:  # noqa: BLE001 - an error of the program's may have any
+        return None
+    return None
+
+
+def _refuse(value: Any) -> int:
+    raise NotPlainError(f"{type(value).__name__} is no plain data")
+
+
+def error_message(kind: str, error: BaseException) -> tuple[str, str, str, str, tuple[Any, ...] | None]:
+    """``(kind, name, nearest built-in class, text, arguments)``."""
+    known = next(base for base in type(error).__mro__ if base.__module__ == "builtins")
+    try:
+        text = str(error)[:MAX_TEXT]
+    except Exception:  # noqa: BLE001 - __str__ is the candidate's
+        text = ""
+    return (kind, type(error).__name__, known.__name__, text, plain_arguments(error, known))
+
+
+def built_error(known: str, text: str, args: Any) -> Exception | None:
+    """An error of a built-in class; None where there is no such ``Exception``."""
+    kind = getattr(builtins, known, None)
+    if not isinstance(kind, type) or not issubclass(kind, Exception):
+        return None
+    for given in (args, (text,)):
+        try:
+            return kind(*given)
+        except Exception:  # noqa: BLE001 - UnicodeDecodeError and others want their own arguments
+            continue
+    return None
 
 
 class Channel:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib import import_module
+from reprlib import Repr
 from typing import Any
 
 from mull.evaluation.isolation.channel import MAX_ANSWER_BYTES, Channel, Ended, restrict
@@ -22,6 +23,9 @@ from mull.evaluation.isolation.stand_ins import Candidate, result_of
 from mull.evaluation.isolation.values import NotPlainError, encode
 
 MAX_DETAIL = 300
+MAX_SHOWN_BYTES = 300
+"""Of a value on its way, such as the hexadecimal digits of an integer."""
+
 UNCHECKED = "the tests reached their end without a check"
 
 
@@ -29,11 +33,19 @@ class TestFailedError(Exception):
     """Why a program fails: ``(reason, detail)``."""
 
 
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except (Exception, Ended):  # noqa: BLE001 - an object of the program's in it has its own
+        return "its text is the program's, which gives none"
+
+
 class Tally:
     """Tests that have passed and failed, and the first failure."""
 
     def __init__(self, expected: int) -> None:
         self.n_passed, self.n_failed, self._expected = 0, 0, expected
+        self.n_wanted = 0  # `try` statements around what runs now that want it to fail
         self.reason, self.detail = "", ""
 
     def passed(self) -> None:
@@ -54,7 +66,7 @@ class Tally:
         else:
             is_wrong = isinstance(error, AssertionError)
             self.reason = "wrong answer" if is_wrong else "error"
-            self.detail = str(error) if is_wrong else f"{type(error).__name__}: {error}"
+            self.detail = _text(error) if is_wrong else f"{type(error).__name__}: {_text(error)}"
 
     def result(self, *, complete: bool) -> dict[str, Any]:
         """What the host is told. Tests that reached their end are as many as have run; others at least as many as expected."""
@@ -71,11 +83,13 @@ def load(candidate: Candidate, request: dict[str, Any], names: Iterable[str], ki
     Raises:
         TestFailedError: it raises, or lacks an entry point.
     """
-    candidate.send((kind, request["program"], request["cpu_seconds"], [*names]))
+    wanted = set(names)
+    candidate.send((kind, request["program"], request["cpu_seconds"], sorted(wanted)))
     match candidate.receive():
-        case ("loaded", dict() as found):
+        # Further names would take the place of built-in ones, such as the `abs` of the tests.
+        case ("loaded", dict() as found) if found.keys() == wanted and all(map(_is_description, found.values())):
             pass
-        case ("failed", str() as name, str() as known, str() as text):
+        case ("failed", str() as name, str() as known, str() as text, _):
             if name in ("SystemExit", "KeyboardInterrupt"):
                 raise TestFailedError("no proof", f"the program ends itself while it is loaded ({name})")
             raise TestFailedError("memory" if known == "MemoryError" else "error", f"{name}: {text}")
@@ -85,6 +99,16 @@ def load(candidate: Candidate, request: dict[str, Any], names: Iterable[str], ki
         if found.get(name, ("missing",))[0] != "value":
             raise TestFailedError("error", f"the program defines no {name}")
     return found
+
+
+def _is_description(what: Any) -> bool:
+    """One that `candidate.Program.describe` gives: an honest candidate sends no other."""
+    match what:
+        case ("missing",) | ("value", _):
+            return True
+        case ("module", str()):
+            return True
+    return False
 
 
 class _Test:
@@ -97,6 +121,8 @@ class _Test:
         pass
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if self._tally.n_wanted:
+            return False
         if error is None:
             self._tally.passed()
             return False
@@ -106,24 +132,49 @@ class _Test:
         return True
 
 
+class _WantedFailure:
+    """What stands around a ``try`` that wants an error: asserts of functions that it calls raise theirs."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def __enter__(self) -> None:
+        self._tally.n_wanted += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._tally.n_wanted -= 1
+
+
 class _Counting(ast.NodeTransformer):
     """Put a `_Test` around each assert, and around each ``try`` as a whole with asserts in it: their errors may be wanted."""
 
     NAME = "a test"  # no name of the tests'
+    WANTED = "a wanted failure"
 
     def __init__(self) -> None:
         self.n_tests = 0
 
-    def visit_Try(self, node: ast.Try) -> ast.AST:
-        return self.visit_Assert(node) if _has(node, ast.Assert | ast.Raise) else node
+    def visit_Try(self, node: ast.Try | ast.TryStar) -> ast.AST:
+        around = self._within(self.WANTED, node) if _wants_failure(node) else node
+        return self.visit_Assert(around) if _has(node, ast.Assert | ast.Raise) else around
 
-    def visit_TryStar(self, node: ast.TryStar) -> ast.AST:
-        return self.visit_Assert(node) if _has(node, ast.Assert | ast.Raise) else node
+    visit_TryStar = visit_Try  # noqa: N815 - the name that `ast` looks for
 
     def visit_Assert(self, node: ast.stmt) -> ast.AST:
         self.n_tests += 1
-        counted = ast.With([ast.withitem(ast.Name(self.NAME, ast.Load()))], [node])
-        return ast.fix_missing_locations(ast.copy_location(counted, node))
+        return self._within(self.NAME, node)
+
+    def _within(self, name: str, node: ast.stmt) -> ast.stmt:
+        block = ast.With([ast.withitem(ast.Name(name, ast.Load()))], [node])
+        return ast.fix_missing_locations(ast.copy_location(block, node))
+
+
+def _wants_failure(node: ast.Try | ast.TryStar) -> bool:
+    """Whether its last statement says that none is wrong: ``raise``, ``assert False``, ``ok = False``."""
+    match node.handlers and node.body[-1]:
+        case ast.Raise() | ast.Assert(test=ast.Constant(value=False | 0)) | ast.Assign(value=ast.Constant(value=False)):
+            return True
+    return False
 
 
 def _has(tree: ast.AST, kinds: Any) -> bool:
@@ -197,7 +248,8 @@ def grade_asserts(candidate: Candidate, request: dict[str, Any]) -> dict[str, An
     try:
         found = load(candidate, request, names)
         namespace = {name: _bound(*what) for name, what in found.items() if what[0] != "missing"}
-        namespace |= library | {"__name__": "tests", counting.NAME: _Test(tally)}
+        namespace |= library | {"__name__": "__main__", "__builtins__": builtins}
+        namespace |= {counting.NAME: _Test(tally), counting.WANTED: _WantedFailure(tally)}
         exec(compile(tree, "<tests>", "exec", dont_inherit=True), namespace)
     except NotPlainError:
         raise
@@ -272,7 +324,7 @@ def grade_inside(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any
         match candidate.receive():
             case ("nonce", bytes() as returned) if returned == nonce:
                 tally.passed()
-            case ("failed", str() as name, _, str() as text):
+            case ("failed", str() as name, _, str() as text, _):
                 raise TestFailedError("wrong answer" if name == "AssertionError" else "error", f"{name}: {text}")
             case _:
                 raise Ended
@@ -290,19 +342,20 @@ def grade_script(candidate: Candidate, request: dict[str, Any], output: int, max
         printed += part
         if len(printed) > max_output:
             return {"passed": False, "reason": "output", "detail": f"it prints more than {max_output:,} bytes"}
-    try:
-        end = candidate.receive()
-    except Ended:
-        end = ("ended",)
-    if end[0] == "failed":
-        kind = "memory" if end[2] == "MemoryError" else "error"
-        return {"passed": False, "reason": kind, "detail": f"{end[1]}: {end[3]}"[:MAX_DETAIL]}
-    if end[0] == "finished" and end[1] != "0":
-        return {"passed": False, "reason": "error", "detail": f"SystemExit: {end[1]}"[:MAX_DETAIL]}
+    told_its_end = False
+    with suppress(Ended):
+        match candidate.receive():
+            case ("failed", str() as name, str() as known, str() as text, _):
+                kind = "memory" if known == "MemoryError" else "error"
+                return {"passed": False, "reason": kind, "detail": f"{name}: {text}"[:MAX_DETAIL]}
+            case ("finished", int() | str() as status):
+                if status != 0:
+                    return {"passed": False, "reason": "error", "detail": f"SystemExit: {status}"[:MAX_DETAIL]}
+                told_its_end = True
     text = printed.decode("utf-8", "replace")
     if same_tokens(text, request["output"]):
         # How a process ended that did not tell, the host knows.
-        return {"passed": True, "reason": "passed", "detail": "", "told_its_end": end[0] == "finished"}
+        return {"passed": True, "reason": "passed", "detail": "", "told_its_end": told_its_end}
     return {
         "passed": False,
         "reason": "wrong answer",
@@ -310,9 +363,23 @@ def grade_script(candidate: Candidate, request: dict[str, Any], output: int, max
     }
 
 
+class _Short(Repr):
+    """The first items of what is long. Python takes seconds to write an integer of a million digits, whatever holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 20
+        self.maxstring = self.maxlong = self.maxother = 80
+
+    def repr1(self, x: Any, level: int) -> str:
+        if not isinstance(x, str | list | tuple | set | frozenset | dict) and len(encode(x, id)) > MAX_SHOWN_BYTES:
+            return "..."
+        return super().repr1(x, level)
+
+
 def _short(value: Any) -> str:
     try:
-        text = repr(value)
+        text = _Short().repr(value)
     except Exception:  # noqa: BLE001 - an object of the program's has its own
         return "a value too large to show"
     return text if len(text) <= 80 else text[:77] + "..."
@@ -337,12 +404,9 @@ def grade(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
         return {"passed": False, "reason": "not plain", "detail": str(error)[:MAX_DETAIL]}
     except Ended:
         return {"passed": False, "reason": "no proof", "detail": "the program's process ended too early"}
-    except (MemoryError, RecursionError, ValueError, SyntaxError) as error:
-        return {
-            "passed": False,
-            "reason": "error",
-            "detail": f"the grader: {type(error).__name__}: {error}"[:MAX_DETAIL],
-        }
+    except Exception as error:  # noqa: BLE001 - such as for want of memory: the next program has its turn
+        told = f"the grader: {type(error).__name__}: {_text(error)}"[:MAX_DETAIL]
+        return {"passed": False, "reason": "error", "detail": told}
 
 
 def main(line: int) -> None:
@@ -351,7 +415,7 @@ def main(line: int) -> None:
     restrict(channel.receive(), line)
     channel.send("ready")
     host = socket.socket(fileno=line)
-    tests: dict[bytes, dict[str, Any]] = {}
+    tests: dict[bytes, bytes] = {}
     while True:
         header, descriptors, _, _ = socket.recv_fds(host, 12, 2)
         if len(header) < 12:
@@ -359,9 +423,10 @@ def main(line: int) -> None:
         message = pickle.loads(_exactly(host, int.from_bytes(header, "big")))
         if "tests" in message:
             tests = dict([*tests.items()][-7:])  # the newest eight stay
-            tests[message["key"]] = pickle.loads(message["tests"])
+            tests[message["key"]] = message["tests"]
         try:
-            answer = grade(tests[message["key"]] | message["request"], descriptors)
+            # Unpickled for each program: what one of them brings about in these objects must not reach the next.
+            answer = grade(pickle.loads(tests[message["key"]]) | message["request"], descriptors)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)

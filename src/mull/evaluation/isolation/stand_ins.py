@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
-from mull.evaluation.isolation.channel import Channel, Ended
+from mull.evaluation.isolation.channel import Channel, Ended, built_error, error_message
 from mull.evaluation.isolation.values import OPERATORS, UNARY_OPERATORS
 
 
@@ -21,7 +21,8 @@ class Remote:
     """An object of the candidate's: what is done with it asks its container, and gives data or another such object.
 
     Operators ask, too, where both sides are such objects. Between one and data they do not: it is equal to none, and has no order
-    and no difference, because what the tests compare with data must not be the program's word.
+    and no difference, because what the tests compare with data must not be the program's word. Nor is it a number: its
+    ``float`` could be another each time.
     """
 
     def __init__(self, candidate: "Candidate", number: int) -> None:
@@ -65,12 +66,6 @@ class Remote:
 
     def __hash__(self) -> int:
         return int(self._ask("hash"))
-
-    def __int__(self) -> int:
-        return int(self._ask("int"))
-
-    def __float__(self) -> float:
-        return float(self._ask("float"))
 
     def __str__(self) -> str:
         return str(self._ask("text"))
@@ -126,16 +121,28 @@ class Candidate:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._functions: list[Any] = [None]
+        self._numbers: dict[Any, int] = {}
         self._remotes: dict[int, Remote] = {}
         self.n_asked = 0
 
     def keep(self, value: Any) -> int | None:
-        """Functions of the tests stay here and are called back; objects of the candidate's go home by number."""
+        """Functions of the tests stay here and are called back; objects of the candidate's go home by number.
+
+        Raises:
+            TypeError: it is the class of the stand-ins. No `NotPlainError`, which would have the program choose the weaker proof.
+        """
+        if value is Remote or type(value) is Candidate:
+            raise TypeError("the class of a program's object has no stand-in")
         if type(value) is Remote:
             return -int(value.__dict__["_number"])
         if isinstance(value, FunctionType | MethodType | BuiltinFunctionType):
-            self._functions.append(value)
-            return len(self._functions) - 1
+            if value is getattr(builtins, value.__name__, None):
+                return None  # one such as `eval`, which `encode` does not name: the program would have it run here
+            identity = _identity(value)
+            if identity not in self._numbers:
+                self._numbers[identity] = len(self._functions)
+                self._functions.append(value)
+            return self._numbers[identity]
         return None
 
     def find(self, number: int, own: bool) -> Any:
@@ -172,11 +179,15 @@ class Candidate:
             target: What with.
             args: Its arguments, which get the content that the call leaves in them if `is_shared`.
             kwargs: More of them.
-            is_shared: None for wherever that can be seen.
+            is_shared: None for calls whose arguments can change.
         """
         held = [*args, *kwargs.values()]
         self.n_asked += 1
-        self.send((operation, target, args, kwargs, _can_change(held) if is_shared is None else is_shared))
+        if is_shared is None:
+            is_shared = operation == "call" and _can_change(held)
+        if not is_shared:
+            held = []  # so that a message about them is none that an honest candidate sends
+        self.send((operation, target, args, kwargs, is_shared))
         while True:
             match self.receive():
                 case ("return", value, dict() as changed, place):
@@ -185,12 +196,17 @@ class Candidate:
                 case ("iterator", Remote() as chunks, dict() as changed, None):
                     _update(held, changed)
                     return _items(chunks)
-                case ("raise", str() as name, str() as known, str() as text):
-                    raise candidate_error(name, known, text)
+                case ("raise", str() as name, str() as known, str() as text, tuple() | None as given):
+                    # It would end a `map` or `all` of the tests before they have seen everything.
+                    raise candidate_error(
+                        name, known if operation == "next" or known != "StopIteration" else "", text, given
+                    )
                 case ("callback", int() as number, tuple() as back, dict() as options) if (
                     0 < number < len(self._functions)
                 ):
                     self.send(_call_back(self._functions[number], back, options))
+                case ("about", int() as number) if 0 < number < len(self._functions):
+                    self.send(_about(self._functions[number]))
                 case _:
                     raise Ended
 
@@ -206,11 +222,27 @@ def _at(held: list[Any], place: Any) -> Any:
     return held[place]
 
 
-def _call_back(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
+def _identity(function: Any) -> Any:
+    """The same for the same function; a method is another object each time that it is read."""
+    if isinstance(function, MethodType):
+        return (id(function.__self__), id(function.__func__))
+    return (id(function.__self__), function.__name__) if isinstance(function, BuiltinFunctionType) else id(function)
+
+
+def _about(function: Any) -> tuple[str, list[tuple[str, int, bool]]]:
+    """Name and parameters: their names, their kinds in the order of ``inspect``, and whether they have defaults."""
+    try:
+        parameters = __import__("inspect").signature(function).parameters.values()
+    except ValueError:  # some in C have none
+        parameters = []
+    return function.__name__, [(one.name, int(one.kind), one.default is not one.empty) for one in parameters]
+
+
+def _call_back(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     try:
         return ("return", function(*args, **kwargs))
     except Exception as error:  # noqa: BLE001 - the candidate chose the arguments
-        return ("raise", f"{type(error).__name__}: {error}")
+        return error_message("raise", error)
 
 
 def _update(held: list[Any], changed: dict[Any, Any]) -> None:
@@ -229,15 +261,9 @@ def _update(held: list[Any], changed: dict[Any, Any]) -> None:
             mine.extend(new)
 
 
-def candidate_error(name: str, known: str, text: str) -> Exception:
+def candidate_error(name: str, known: str, text: str, args: tuple[Any, ...] | None) -> Exception:
     """An error of the built-in class that the candidate's is or inherits from, marked as its own."""
-    kind = getattr(builtins, known, None)
-    error: Exception = CandidateError(f"{name}: {text}")
-    if isinstance(kind, type) and issubclass(kind, Exception):
-        try:
-            error = kind(text)
-        except TypeError:  # UnicodeDecodeError and others want more arguments
-            error = CandidateError(f"{name}: {text}")
+    error = built_error(known, text, args) or CandidateError(f"{name}: {text}")
     error.__dict__["from_candidate"] = f"{name}: {text}" if text else name
     return error
 

@@ -154,12 +154,12 @@ def _write_other(value: Any, out: list[bytes], keep: Keep | None, depth: int) ->
         _write(value.tolist(), out, keep, depth + 1)
     elif value is NotImplemented or value is Ellipsis:
         out.append(_sized(b"B", b"NotImplemented" if value is NotImplemented else b"Ellipsis"))
-    elif getattr(value, "__module__", "") == "builtins" and isinstance(value, type | type(len)):
+    elif getattr(value, "__module__", "") == "builtins" and _may_cross(value):
         out.append(_sized(b"B", value.__name__.encode()))
     else:
-        if isinstance(value, tuple) and (fields := getattr(kind, "_fields", ())):
+        if isinstance(value, tuple) and _may_name(kind.__name__, fields := getattr(kind, "_fields", None)):
             out.append(b"n")
-            _write((kind.__name__, tuple(fields), _plain(tuple, value)), out, keep, depth + 1)
+            _write((kind.__name__, fields, _plain(tuple, value)), out, keep, depth + 1)
             return
         for base in (int, str, float, *EXACT, dict, bytes, complex):
             if isinstance(value, base) and kind is not bool:
@@ -302,18 +302,32 @@ def _standard(name: str, fields: Any) -> Any:
 _named_kinds: dict[tuple[str, tuple[str, ...]], type] = {}
 
 
+MAX_NAMES = 100
+"""Most fields of a tuple with names, and most characters of each: the reader keeps up to so many classes of such tuples."""
+
+
+def _may_name(name: Any, fields: Any) -> bool:
+    """Whether these are names of a tuple and of its items; a tuple with others is one without."""
+    return (
+        type(fields) is tuple
+        and 0 < len(fields) <= MAX_NAMES
+        and all(type(one) is str and len(one) <= MAX_NAMES and one.isidentifier() for one in (name, *fields))
+        and not any(field.startswith("_") for field in fields)
+    )
+
+
 def _named(name: str, fields: tuple[str, ...], items: tuple[Any, ...]) -> Any:
     """A tuple whose items have names, as of ``namedtuple``, which would run code made of these."""
     if type(fields) is not tuple or type(items) is not tuple or len(fields) != len(items):
         raise ValueError("names and items of a tuple do not match")
     kind = _named_kinds.get((name, fields))
     if kind is None:
-        if not all(type(field) is str and field.isidentifier() and field[0] != "_" for field in fields):
+        if not _may_name(name, fields):
             raise ValueError("a name of an item may not be used")
         members: dict[str, Any] = {field: property(itemgetter(at)) for at, field in enumerate(fields)}
         members["_fields"] = fields
         members["__reduce__"] = lambda self: (_named, (name, fields, tuple(self)))
-        if len(_named_kinds) > 100:  # a program may send many
+        if len(_named_kinds) > MAX_NAMES:  # a program may send many
             _named_kinds.clear()
         kind = _named_kinds[name, fields] = type(name, (tuple,), members)
     return kind(items)
@@ -330,7 +344,9 @@ SAFE_BUILTINS = [
     "any",
     "bin",
     "bool",
+    "bytearray",
     "bytes",
+    "callable",
     "chr",
     "complex",
     "dict",
@@ -356,6 +372,7 @@ SAFE_BUILTINS = [
     "oct",
     "ord",
     "pow",
+    "print",
     "range",
     "repr",
     "reversed",
@@ -374,12 +391,18 @@ SAFE_BUILTINS = [
 """Functions and types that may be named across the wall. Those that read, write or run code are not among them."""
 
 
+def _may_cross(value: Any) -> bool:
+    """Whether a function or type of Python may be named."""
+    if isinstance(value, type) and issubclass(value, BaseException):
+        return True
+    return isinstance(value, type | type(len)) and value.__name__ in SAFE_BUILTINS
+
+
 def _builtin(content: bytes) -> Any:
     name = content.decode("ascii")
     builtins: Any = sys.modules["builtins"]
     found = getattr(builtins, name, None)
-    is_error = isinstance(found, type) and issubclass(found, BaseException)
-    if name not in SAFE_BUILTINS and not is_error:
+    if name not in SAFE_BUILTINS and not _may_cross(found):
         raise ValueError(f"{name} may not be named")
     return found
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mull.evaluation.sandbox import Asserts, Pool
+from mull.evaluation.sandbox import Asserts, Calls, Pool, Stdio
 
 SECRET = 748_159_263
 TESTS = Asserts(f"assert f(1) == {SECRET}\nassert f(2) == {SECRET + 1}", ("f",))
@@ -85,6 +85,13 @@ TRICKS = {
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
     with Pool(2, timeout=5) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def single() -> Iterator[Pool]:
+    """One grader, one program after the other."""
+    with Pool(1, timeout=5) as pool:
         yield pool
 
 
@@ -168,3 +175,140 @@ def test_the_nonce_stops_what_the_page_says(pool: Pool, trick: str) -> None:
 def test_the_nonce_does_not_stop_what_the_page_says(pool: Pool, trick: str) -> None:
     verdict = pool.submit(INSIDE_DOES_NOT_STOP[trick], INSIDE).result()
     assert (verdict.passed, verdict.proof) == (True, "inside")
+
+
+OWN_END = """
+import sys
+frame = sys._getframe()
+while type(frame.f_locals.get("program")).__name__ != "Program": frame = frame.f_back
+P = frame.f_locals["program"]
+send = P.send
+"""
+"""The program's own end of the socket, which its caller has."""
+
+LOADED = """
+def f(*args): return 7.0
+def nothing(*args, **kwargs): return 0
+def yes(*args, **kwargs): return True
+class M: isclose = yes
+def load(*args): return M
+def forge(message):
+    if message[0] == "loaded": message[1].update(FORGED)
+    send(message)
+P.send = forge
+"""
+
+
+@pytest.mark.parametrize(
+    ("forged", "check"),
+    [
+        ("{'abs': ('value', nothing)}", "assert abs(f(1) - 5) < 1e-6"),
+        ("{'set': ('value', nothing), 'sorted': ('value', nothing)}", "assert set([f(1)]) == set([5])\nassert sorted([f(1)]) == [5]"),
+        ("{'all': ('value', yes)}", "assert all(f(x) == x for x in range(9))"),
+        ("{'__builtins__': ('value', {'__import__': load})}", "import math\nassert math.isclose(f(1), 5)"),
+        ("{'__builtins__': ('value', {'abs': nothing})}", "__builtins__\nassert abs(f(1) - 5) < 1e-6"),
+        ("{'a test': ('value', f)}", "assert f(1) == 5"),
+        ("{'f': ('value',)}", "assert f(1) == 5"),
+        ("{'f': ()}", "assert f(1) == 5"),
+        ("{'f': 7}", "assert f(1) == 5"),
+        ("{'f': ('value', f, f)}", "assert f(1) == 5"),
+        ("{'f': ('module', 'math')}", "assert f(1) == 5"),
+        ("{'g': ('module', 7)}", "assert g.x(f(1)) == 5"),
+        ("{'g': ('module', ['math'])}", "assert g.x(f(1)) == 5"),
+        ("{'g': (f, f)}", "assert g.x(f(1)) == 5"),
+    ],
+)  # fmt: skip
+def test_a_program_gives_only_the_names_that_the_tests_ask_for(pool: Pool, forged: str, check: str) -> None:
+    program = OWN_END + LOADED.replace("FORGED", forged)
+    verdict = pool.submit(program, Asserts(check, ("f",))).result()
+    assert (verdict.passed, verdict.reason == "passed", verdict.proof) == (False, False, "outside"), verdict
+    assert "the grader" not in verdict.detail
+    assert pool.submit("def f(x): return 5", Asserts("assert f(1) == 5", ("f",))).result().passed
+
+
+@pytest.mark.parametrize("check", ["f(lambda x: type(x)) == 5", "f(type(f(lambda x: x))) == 5"])
+def test_a_program_does_not_choose_the_weaker_proof(pool: Pool, check: str) -> None:
+    program = "class E:\n    def __eq__(self, other): return True\ndef f(g):\n    try: return g(E()) and E()\n    except Exception: return E()"
+    verdict = pool.submit(program, Asserts(f"assert {check}", ("f",))).result()
+    assert (verdict.passed, verdict.proof) == (False, "outside"), verdict
+
+
+def test_a_forged_change_of_the_inputs_reaches_no_other_program() -> None:
+    """One grader, one program after the other."""
+    roots = Calls("f", (([1, 2],), ([4, 2],)), (None, None), oracle="root_of_polynomial")
+    right = "def f(xs): return -xs[0] / xs[1]"
+    with Pool(1, timeout=5) as pool:
+        for change in ("{0: []}, None", "{0: [0, 0]}, None", "{}, 0"):
+            forged = f"{OWN_END}\ndef f(xs): return 5.0\nP.answer = lambda request: ('return', 5.0, {change})"
+            assert not pool.submit(forged, roots).result().passed
+            assert pool.submit(right, roots).result().passed
+
+
+def test_inputs_that_are_used_up_are_there_for_the_next_program() -> None:
+    tests = Calls("f", ((iter([1, 2]),),), (3,))
+    with Pool(1, timeout=5) as pool:
+        assert [pool.submit("def f(x): return sum(x)", tests).result().passed for _ in range(3)] == [True] * 3
+
+
+LIAR = """
+class L:
+    def __init__(self, xs): self.n, self.xs = -1, xs
+    def root(self):
+        self.n += 1
+        return 0.0 if self.n % 2 == 0 else -self.xs[0] / self.xs[1]
+    __float__ = root
+    def __int__(self): return int(self.root())
+    __index__ = __int__
+def f(xs): return L(xs)
+"""
+
+
+def test_an_object_does_not_answer_as_another_number_each_time(pool: Pool) -> None:
+    roots = Calls("f", (([1, 2],), ([4, 2],)), (None, None), oracle="root_of_polynomial")
+    assert pool.submit(LIAR, roots).result().n_passed == 0
+    for check in ("sum(c * math.pow(x, i) for i, c in enumerate([4, 2]))", "float(x)", "int(x) * 2 + 4 if int(x) == 0 else 1", "[4][x]", "range(x)[0]"):  # fmt: skip
+        source = f"import math\nx = f([4, 2])\nassert abs({check}) < 1e-4"
+        assert not pool.submit(LIAR, Asserts(source, ("f",))).result().passed, check
+
+
+@pytest.mark.parametrize("error", ["StopIteration", "StopIteration(1)", "E"])
+@pytest.mark.parametrize(
+    "check",
+    ["all(map(lambda c: f(c) == c, [1, 2]))", "all(a == b for a, b in zip(map(f, [1, 2]), [1, 2]))", "all(f(1) == x for x in map(f, [1]))",
+     "not [x for x in map(lambda c: g.a, [1]) if x != 1]", "not [x for x in map(lambda c: g[0], [1]) if x != 1]", "not [*map(len, [g])]",
+     "[*iter(lambda: f(1), 1)] == []", "not [*map(iter, [g])]"],
+)  # fmt: skip
+def test_no_call_ends_an_iteration_of_the_tests(pool: Pool, check: str, error: str) -> None:
+    program = (
+        f"class E(StopIteration): pass\ndef f(*x): raise {error}\n"
+        "class G:\n    __getattr__ = __getitem__ = __len__ = __iter__ = f\ng = G()"
+    )
+    verdict = pool.submit(program, Asserts(f"assert {check}", ("f",))).result()
+    assert (verdict.passed, verdict.reason) == (False, "error"), verdict
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["'failed',", "'failed', P, P, P", "'failed', 'E', 'E'", "'finished',", "'finished', P", "'finished', 1, 2", "'finished', [0]", "P,", "0,", "", "'ready', 0"],
+)  # fmt: skip
+def test_a_message_at_the_end_of_a_script_harms_no_later_program(single: Pool, message: str) -> None:
+    tests = Stdio(("",), ("2",))
+    verdict = single.submit(f"{OWN_END}\nprint(3, flush=True)\nsend(({message}))\nP.send = len", tests).result()
+    assert not verdict.passed
+    assert "grader" not in verdict.detail, verdict
+    assert single.submit("print(2)", tests).result().passed
+
+
+@pytest.mark.parametrize(
+    "check",
+    ["raise AssertionError(f(1))", "assert f(1) == 5, f(1)", "raise ValueError(f(1))", "raise KeyError({f(1)})"],
+)
+@pytest.mark.parametrize("text", ["raise RuntimeError", "return 5", "exit(0)", "os._exit(0)", "raise StopIteration"])  # fmt: skip
+def test_an_object_in_the_message_of_an_error_harms_no_later_program(single: Pool, check: str, text: str) -> None:
+    tests = Asserts(f"if f(1) != 5: {check}\nassert f(1) == 5", ("f",))
+    program = f"import os\nclass A:\n    def __str__(self): {text}\n    __repr__ = __str__\ndef f(x): return A()"
+    verdict = single.submit(program, tests).result()
+    assert not verdict.passed
+    assert "grader" not in verdict.detail, verdict
+    assert verdict.n_tests >= 1
+    assert single.submit("def f(x): return 5", tests).result().passed

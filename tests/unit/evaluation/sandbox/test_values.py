@@ -143,3 +143,16 @@ def test_random_damage_gives_a_value_or_a_value_error() -> None:
         with contextlib.suppress(ValueError):
             decode(bytes(data))
     signal.alarm(0)
+
+
+def test_named_tuples_of_a_program_take_little_memory() -> None:
+    """The reader keeps their classes."""
+    from collections import namedtuple
+
+    wide = namedtuple("Wide", [f"a{number}" for number in range(101)])(*range(101))  # type: ignore[misc]
+    long = namedtuple("Long", ["a" * 101])(1)  # type: ignore[misc]
+    for honest in (wide, long, type("no name", (tuple,), {"_fields": ("a",)})((1,))):
+        assert type(decode(encode(honest))) is tuple
+    for name, fields in (("K" * 101, ("a",)), ("K x", ("a",)), ("K", ("a" * 101,)), ("K", tuple(f"a{n}" for n in range(101)))):  # fmt: skip
+        with pytest.raises(ValueError, match="may not be used"):
+            decode(b"n" + encode((name, fields, (1,) * len(fields))))

@@ -74,6 +74,12 @@ def test_a_wrong_program_fails_for_its_reason(pool: Pool, program: str, reason: 
     assert "\n" not in verdict.detail
 
 
+def test_a_failure_that_tests_only_report_fails(pool: Pool) -> None:
+    source = "def check(g):\n    assert g(1) == 2\ntry:\n    check(f)\n    assert f(2) == 4\n    ok = True\nexcept AssertionError:\n    print('failed')"
+    assert judge(pool, DOUBLE, Asserts(source, ("f",))).passed
+    assert not judge(pool, "def f(x):\n    return 4", Asserts(source, ("f",))).passed
+
+
 def test_a_part_of_the_tests_counts_for_rewards(pool: Pool) -> None:
     verdict = judge(pool, "def add(a, b):\n    return 3")
     assert (verdict.passed, verdict.n_passed, verdict.n_tests) == (False, 1, 3)
@@ -233,7 +239,6 @@ class V:
     def __getitem__(self, at): return self.v[at]
     def __setitem__(self, at, value): self.v[at] = value
     def __delitem__(self, at): del self.v[at]
-    def __float__(self): return float(self.v[0])
 """
 VECTORS = """
 v = V(1, 2) + V(3, 4)
@@ -241,7 +246,7 @@ assert str(v) == "4,6" and repr(v) == "V(4,6)" and f"{v}" == "4,6"
 assert v == V(4, 6) and v != V(4, 7) and -v == V(-4, -6)
 assert V(1) < V(2) and not V(2) < V(2) and sorted([V(2), V(1)]) == [V(1), V(2)] and max(V(1), V(2)) == V(2)
 assert len({V(1), V(1), V(2)}) == 2
-assert [*v] == [4, 6] and 6 in v and 7 not in v and float(v) == 4.0
+assert [*v] == [4, 6] and 6 in v and 7 not in v
 v[0] = 9
 del v[1]
 assert [*v] == [9]
@@ -261,6 +266,21 @@ OBJECTS = {
         "def f():\n    n = 0\n    while True:\n        yield n\n        n += 1"),
     "generator with an error": ("g = f()\nassert [next(g), next(g), next(g)] == [0, 1, 2]\ntry:\n    next(g)\n    assert False\nexcept ZeroDivisionError:\n    pass",
         "def f():\n    yield from range(3)\n    1 / 0"),
+    "error of a callback": ("def bad(): return 1/0\nassert f(bad) == 'no'\ndef key(): return {}['k']\nassert f(key) == 'k'",
+        "def f(g):\n    try: return g()\n    except ZeroDivisionError: return 'no'\n    except KeyError as e: return e.args[0]"),
+    "arguments of an error": ("try:\n    f('a')\n    assert False\nexcept KeyError as e:\n    assert str(e) == \"'a'\" and e.args == ('a', 1)[:1]\n"
+        "try:\n    f(2)\n    assert False\nexcept ValueError as e:\n    assert e.args == ('bad', 2) and len(str(e)) == 10\n"
+        "try:\n    f(3)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'mine'",
+        "class E(ValueError):\n    def __str__(self): return 'mine'\ndef f(x): raise KeyError(x) if x == 'a' else ValueError('bad', 2) if x == 2 else E(1)"),
+    "name of a callback": ("def hello(a, b=1, *c, d, **e): pass\nassert f(hello) == ('hello', 'a, b=None, *c, d, **e')\nassert f(lambda x: x)[1] == 'x'",
+        "import inspect\ndef f(g): return g.__name__, str(inspect.signature(g))[1:-1]"),
+    "one callback": ("e = f()\ngot = []\ndef h(x): got.append(x)\ne.on(h)\ne.on(got.append)\ne.emit(1)\ne.off(h)\ne.off(got.append)\ne.emit(2)\nassert got == [1, 1]",
+        "class f:\n    def __init__(s): s.h = []\n    def on(s, g): s.h.append(g)\n    def off(s, g): s.h.remove(g)\n    def emit(s, x):\n        for g in s.h: g(x)"),
+    "function of Python": ("assert f(print) is None and f(callable) is False and f(len, 'ab') == 2", "def f(g, x=5): return g(x)"),
+    "type of Python": ("assert f(bytearray(b'')) == bytearray", "def f(x): return type(x)"),
+    "wanted failure of a helper": ("def t(x):\n    assert f(x) > 0\nt(1)\ntry:\n    t(-5)\n    ok = False\nexcept AssertionError:\n    ok = True\nassert ok\n"
+        "try:\n    t(-5)\n    raise ValueError\nexcept AssertionError:\n    pass", "def f(x): return x"),
+    "main": ("def main():\n    assert f(1) == 1\nif __name__ == '__main__':\n    main()", "def f(x): return x"),
     "own iterator": ("i = f(3)\nassert next(i) == 3 and i.n == 2 and list(i) == [2, 1]",
         "class f:\n    def __init__(self, n): self.n = n\n    def __iter__(self): return self\n    def __next__(self):\n        if not self.n: raise StopIteration\n        self.n -= 1\n        return self.n + 1"),
 }  # fmt: skip
@@ -329,6 +349,25 @@ def test_an_oracle_sees_the_arguments_as_they_were(pool: Pool) -> None:
     assert judge(pool, "def find_zero(xs):\n    return -xs.pop(0) / xs[0] if len(xs) == 2 else 2.0", roots).passed
 
 
+@pytest.mark.parametrize(
+    "result",
+    ["1 << 8 * 8_000_000", "[1 << 8 * 8_000_000]", "-(1 << 8 * 8_000_000)", "range(1 << 8 * 8_000_000)", "{1: {2: (1 << 8 * 8_000_000,)}}",
+     "__import__('fractions').Fraction(1 << 8 * 8_000_000)", "[[0] * 400_000] * 2", "'x' * 10_000_000"],
+)  # fmt: skip
+def test_to_show_a_large_result_takes_no_time(pool: Pool, result: str) -> None:
+    verdict = judge(pool, f"def f(x):\n    return {result}", Calls("f", ((1,),), (2,)), timeout=4)
+    assert (verdict.reason, verdict.seconds < 2) == ("wrong answer", True), verdict
+    assert len(verdict.detail) < 120
+
+
+def test_a_wrong_answer_is_shown(pool: Pool) -> None:
+    verdict = judge(pool, "def f(x):\n    return [1, (2.5, 'b'), {3: {4}}]", Calls("f", ((1,),), (2,)))
+    assert verdict.detail == "[1, (2.5, 'b'), {3: {4}}] for (1,), not 2"
+    assert judge(pool, "def f(x):\n    return [*range(99)]", Calls("f", ((1,),), (2,))).detail.startswith(
+        "[0, 1, 2, 3, 4, "
+    )
+
+
 def test_expected_values_come_from_the_reference() -> None:
     assert expected_values(ADD, "add", [(1, 2), ("a", "b"), ((1,), (2,))]) == (3, "ab", (1, 2))
     with pytest.raises(ValueError, match="The reference solution add fails: error, TypeError"):
@@ -377,6 +416,10 @@ def test_scripts_read_and_print(pool: Pool) -> None:
     [
         ("raise SystemExit(1)", "SystemExit: 1"),
         ("exit('sorry')", "SystemExit: sorry"),
+        ("exit('0')", "SystemExit: 0"),
+        ("exit('')", "SystemExit: "),
+        ("exit(0.0)", "SystemExit: 0.0"),
+        ("exit(True)", "SystemExit: 1"),
         ("1 / 0", "ZeroDivisionError"),
         ("import os\nsys.stdout.flush()\nos._exit(3)", "the right text, but ended with status 3"),
         ("import os\nsys.stdout.flush()\nos.kill(os.getpid(), 9)", "the right text, but was killed by signal 9"),
@@ -390,7 +433,14 @@ def test_a_script_that_ends_badly_fails_whatever_it_has_printed(pool: Pool, end:
 
 @pytest.mark.parametrize(
     "end",
-    ["exit(0)", "exit()", "import os\nsys.stdout.flush()\nos._exit(0)", "sys.stdout.close()", "sys.stdout = None"],
+    [
+        "exit(0)",
+        "exit()",
+        "exit(False)",
+        "import os\nsys.stdout.flush()\nos._exit(0)",
+        "sys.stdout.close()",
+        "sys.stdout = None",
+    ],
 )
 def test_a_script_may_end_itself_when_it_is_done(pool: Pool, end: str) -> None:
     assert judge(pool, f"import sys\nprint(7)\n{end}", Stdio(("",), ("7",))).passed
