@@ -115,8 +115,10 @@ def written(model: str, data: Mapping[str, str], arguments: argparse.Namespace) 
     return found
 
 
-def perplexity(model: str, text: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def perplexity(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Ours, and that of lm-eval's own class for transformers."""
+    text = arguments.out / TEXT
+    text.write_text((arguments.data / TEXT).read_text(encoding="utf-8")[: arguments.characters], encoding="utf-8")
     request = Request(data={"text": str(text)}, batch_size=1, dtype="fp32", length=arguments.length)
     ours = run_evaluation(model, ["perplexity"], arguments.out / "perplexity", request, command=shown())["perplexity"]
     kept = arguments.out / "lm-eval.json"
@@ -179,6 +181,7 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=8192, help="of the windows of text")
+    parser.add_argument("--characters", type=int, help="only the first so many of the text")
     parser.add_argument("--out", type=Path, default=Path("out/evaluation"))
     parser.add_argument("--result", type=Path, default=RESULT)
     return parser.parse_args(given)
@@ -188,10 +191,10 @@ def main(given: Sequence[str] | None = None) -> int:
     arguments = parse(given)
     started = time.perf_counter()
     data = {name: str(arguments.data / file) for name, file in FILES.items()}
-    settings = {name: getattr(arguments, name) for name in ("limit", "dtype", "batch_size", "length")}
+    settings = {name: getattr(arguments, name) for name in ("limit", "dtype", "batch_size", "length", "characters")}
     result = header("cpu", **settings)
     result["suites"] = written(arguments.model, data, arguments)
-    result["perplexity"] = perplexity(arguments.model, arguments.data / TEXT, arguments)
+    result["perplexity"] = perplexity(arguments.model, arguments)
     if arguments.heads:
         result["heads"] = of_heads(arguments)
     result["seconds"] = round(time.perf_counter() - started, 1)

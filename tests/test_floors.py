@@ -306,6 +306,7 @@ def deep_nesting(sources: Sources) -> list[str]:
 
 MEETS_ANY_ERROR = (
     "mull.evaluation.isolation.candidate",
+    "mull.evaluation.isolation.channel",
     "mull.evaluation.isolation.stand_ins",
     "mull.evaluation.isolation.grader",
 )
