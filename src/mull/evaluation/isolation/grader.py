@@ -256,7 +256,9 @@ def grade_asserts(candidate: Candidate, request: dict[str, Any]) -> dict[str, An
     except (Exception, Ended, SystemExit) as error:  # noqa: BLE001 - tests and candidates raise anything
         tally.failed(error)
         return tally.result(complete=False)
-    if not tally.n_passed + tally.n_failed:
+    if candidate.is_gone and not tally.n_failed:
+        tally.failed(Ended())
+    elif not tally.n_passed + tally.n_failed:
         if raises and candidate.n_asked:
             tally.passed()  # such tests pass by reaching their end
         else:

@@ -124,6 +124,8 @@ class Candidate:
         self._numbers: dict[Any, int] = {}
         self._remotes: dict[int, Remote] = {}
         self.n_asked = 0
+        self.is_gone = False
+        """Whether it has ended, or fallen out of its part. The tests may have caught that with a bare ``except``."""
 
     def keep(self, value: Any) -> int | None:
         """Functions of the tests stay here and are called back; objects of the candidate's go home by number.
@@ -187,28 +189,32 @@ class Candidate:
             is_shared = operation == "call" and _can_change(held)
         if not is_shared:
             held = []  # so that a message about them is none that an honest candidate sends
-        self.send((operation, target, args, kwargs, is_shared))
-        while True:
-            match self.receive():
-                case ("return", value, dict() as changed, place):
-                    _update(held, changed)
-                    return value if place is None else _at(held, place)
-                case ("iterator", Remote() as chunks, dict() as changed, None):
-                    _update(held, changed)
-                    return _items(chunks)
-                case ("raise", str() as name, str() as known, str() as text, tuple() | None as given):
-                    # It would end a `map` or `all` of the tests before they have seen everything.
-                    raise candidate_error(
-                        name, known if operation == "next" or known != "StopIteration" else "", text, given
-                    )
-                case ("callback", int() as number, tuple() as back, dict() as options) if (
-                    0 < number < len(self._functions)
-                ):
-                    self.send(_call_back(self._functions[number], back, options))
-                case ("about", int() as number) if 0 < number < len(self._functions):
-                    self.send(_about(self._functions[number]))
-                case _:
-                    raise Ended
+        try:
+            self.send((operation, target, args, kwargs, is_shared))
+            while True:
+                match self.receive():
+                    case ("return", value, dict() as changed, place):
+                        _update(held, changed)
+                        return value if place is None else _at(held, place)
+                    case ("iterator", Remote() as chunks, dict() as changed, None):
+                        _update(held, changed)
+                        return _items(chunks)
+                    case ("raise", str() as name, str() as known, str() as text, tuple() | None as given):
+                        # It would end a `map` or `all` of the tests before they have seen everything.
+                        raise candidate_error(
+                            name, known if operation == "next" or known != "StopIteration" else "", text, given
+                        )
+                    case ("callback", int() as number, tuple() as back, dict() as options) if (
+                        0 < number < len(self._functions)
+                    ):
+                        self.send(_call_back(self._functions[number], back, options))
+                    case ("about", int() as number) if 0 < number < len(self._functions):
+                        self.send(_about(self._functions[number]))
+                    case _:
+                        raise Ended
+        except Ended:
+            self.is_gone = True
+            raise
 
 
 def _can_change(args: list[Any]) -> bool:

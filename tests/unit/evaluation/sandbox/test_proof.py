@@ -271,6 +271,16 @@ def test_an_object_does_not_answer_as_another_number_each_time(pool: Pool) -> No
         assert not pool.submit(LIAR, Asserts(source, ("f",))).result().passed, check
 
 
+@pytest.mark.parametrize("handler", ["except:", "except BaseException:"])
+def test_tests_that_catch_everything_do_not_hide_the_end_of_the_program(pool: Pool, handler: str) -> None:
+    source = f"assert f(1) == 1\ntry:\n    f(2)\n{handler}\n    found = True\nassert found"
+    program = "import os\ndef f(x):\n    return 1 if x == 1 else os._exit(0)"
+    verdict = pool.submit(program, Asserts(source, ("f",))).result()
+    assert (verdict.passed, verdict.reason) == (False, "no proof"), verdict
+    right = "def f(x):\n    if x == 2: raise ValueError\n    return 1"
+    assert pool.submit(right, Asserts(source, ("f",))).result().passed
+
+
 @pytest.mark.parametrize("error", ["StopIteration", "StopIteration(1)", "E"])
 @pytest.mark.parametrize(
     "check",
