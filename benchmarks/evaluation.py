@@ -110,7 +110,10 @@ def written(model: str, data: Mapping[str, str], arguments: argparse.Namespace) 
         [both] = [of_suite for name, of_suite in compared.items() if name.endswith(suite)]
         found[suite] = {engine: scores_of(results[engine][suite]) for engine in ENGINES}
         found[suite]["transformers - mull"] = {name: each.difference._asdict() for name, each in both.items()}
-        found[suite]["texts"] = judged(model, suite, data, arguments)
+        kept = arguments.out / f"texts-{suite}.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(judged(model, suite, data, arguments)))
+        found[suite]["texts"] = json.loads(kept.read_text())
         print(suite, found[suite]["texts"], flush=True)
     return found
 
