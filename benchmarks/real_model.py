@@ -175,6 +175,7 @@ def train_heads(stock: Path, examples: Sequence[TokenizedExample], folder: Path,
     model.eval()
     losses = held_out_losses(model, held_out, None)
     model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(stock).save_pretrained(folder)
     assert model.mtp_heads is not None
     return {
         "parameters_of_heads": sum(parameter.numel() for parameter in model.mtp_heads.parameters()),
