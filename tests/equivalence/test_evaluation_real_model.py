@@ -1,12 +1,11 @@
 """Claim: on a real model, perplexity is lm-eval's, and transformers' generate writes what mull.generate writes."""
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from lm_eval_tasks import rolling_task
 
 from mull.app.evaluate import run_evaluation
 from mull.data.sources import Document
@@ -34,21 +33,9 @@ def test_perplexity_on_tiny_shakespeare_is_that_of_lm_eval(
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     subject = load_subject(real_model, Request(), torch.device("cpu"))
     text = (data / "tinyshakespeare.txt").read_text()[:CHARACTERS]
-    (tmp_path / "text.json").write_text(json.dumps([{"page": text}]))
-    task = {
-        "task": "shakespeare",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "text.json")}},
-        "output_type": "loglikelihood_rolling",
-        "test_split": "test",
-        "doc_to_text": "",
-        "doc_to_target": "{{page}}",
-        "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
-    }
-    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
     length = min(length, subject.positions)
     lm = mull_lm()(subject.model, tokenizer=subject.tokenizer, max_length=length, batch_size=2)
-    theirs, _ = run_task(lm, find_task(str(tmp_path / "task.yaml")))
+    theirs, _ = run_task(lm, find_task(rolling_task(tmp_path, [text])))
     losses = text_losses(
         lambda ids: subject.model(ids, use_cache=False).logits,
         subject.tokenizer,

@@ -173,6 +173,14 @@ def test_generate_drafts_with_the_native_heads_of_a_base_checkpoint(
     assert drafted.out == plain
     assert re.search(r"^ +2 +\d+ +\d+ +\d+ +[\d.]+%$", drafted.err, re.MULTILINE)
 
+    text = f"text={checkpoint / 'text.txt'}"
+    measure = ["eval", tmp_path, "--suite", "per-head-analysis", "--data", text, "--length", 32, "--limit", 1]
+    assert run(monkeypatch, *measure, "--out", tmp_path / "without") == 2
+    assert "per-head-analysis needs extra heads" in capsys.readouterr().err
+    arguments = [*measure, "--mtp", "native", "--max-new-tokens", 4, "--out", tmp_path / "with"]
+    assert run(monkeypatch, *arguments) == 0
+    assert "top-1, head 1" in capsys.readouterr().out
+
 
 def test_calibrate_measures_and_stores_a_threshold(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -47,7 +47,7 @@ class Callback:
     @property
     def __signature__(self) -> Any:
         """What ``inspect.signature`` gives; defaults are None."""
-        inspect = __import__("inspect")
+        inspect = __import__("inspect")  # few ask, and it takes longer than Python's start
         kind = inspect.Parameter
         kinds = [
             kind.POSITIONAL_ONLY,

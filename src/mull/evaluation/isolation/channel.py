@@ -27,12 +27,11 @@ def plain_arguments(error: BaseException, known: type) -> tuple[Any, ...] | None
     """Arguments of an error if they are data, are few, and give its text in the built-in class, too; else None."""
     try:
         args = error.args
-        is_text_known = type(error).__str__ is known.__str__  # type: ignore[comparison-overlap]
-        if type(args) is tuple and is_text_known and len(encode(args, _refuse)) <= MAX_ARGUMENTS_BYTES:
-            return args
-    except Exception:  # noqa: BLE001 - an error of the program's may have any
+        is_small = type(args) is tuple and len(encode(args, _refuse)) <= MAX_ARGUMENTS_BYTES
+    except Exception:  # noqa: BLE001 - `args` and what is in it are the program's
         return None
-    return None
+    has_own_text = type(error).__str__ is not known.__str__  # type: ignore[comparison-overlap]
+    return args if is_small and not has_own_text else None
 
 
 def _refuse(value: Any) -> int:
@@ -57,7 +56,7 @@ def built_error(known: str, text: str, args: Any) -> Exception | None:
     for given in (args, (text,)):
         try:
             return kind(*given)
-        except Exception:  # noqa: BLE001 - UnicodeDecodeError and others want their own arguments
+        except (TypeError, ValueError, OverflowError):  # UnicodeDecodeError and others want their own arguments
             continue
     return None
 

@@ -6,6 +6,7 @@ Runs in the grader. What comes back is data, or stands for another object; see t
 import builtins
 from collections import deque
 from collections.abc import Iterator
+from importlib import import_module
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -238,7 +239,8 @@ def _identity(function: Any) -> Any:
 def _about(function: Any) -> tuple[str, list[tuple[str, int, bool]]]:
     """Name and parameters: their names, their kinds in the order of ``inspect``, and whether they have defaults."""
     try:
-        parameters = __import__("inspect").signature(function).parameters.values()
+        inspect = import_module("inspect")  # few ask, and it takes longer than Python's start
+        parameters = inspect.signature(function).parameters.values()
     except ValueError:  # some in C have none
         parameters = []
     return function.__name__, [(one.name, int(one.kind), one.default is not one.empty) for one in parameters]

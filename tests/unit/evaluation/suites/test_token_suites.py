@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny
+from lm_eval_tasks import rolling_task
 from transformers import PreTrainedTokenizerBase
 
 from mull import ETDConfig, HaltingConfig, MTPConfig, from_layers, generate, wrap_transformer_with_etd
@@ -57,20 +58,8 @@ def test_perplexity_equals_that_of_lm_eval(length: int, tokenizer: PreTrainedTok
     """Its own class on a task of the same texts; word and byte perplexity and bits per byte, at two iterations."""
     pytest.importorskip("lm_eval", reason="needs the extra eval")
     model = looped(tokenizer)
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"page": text}) + "\n" for text in TEXTS))
-    task = {
-        "task": "texts",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}},
-        "output_type": "loglikelihood_rolling",
-        "test_split": "test",
-        "doc_to_text": "",
-        "doc_to_target": "{{page}}",
-        "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
-    }
-    (tmp_path / "texts.yaml").write_text(yaml.safe_dump(task))
     lm = mull_lm()(model, tokenizer=tokenizer, think_iterations=2, max_length=length, batch_size=3)
-    theirs, _ = run_task(lm, find_task(str(tmp_path / "texts.yaml")))
+    theirs, _ = run_task(lm, find_task(rolling_task(tmp_path, TEXTS)))
     losses = text_losses(
         lambda ids: model(ids, think_iterations=2).logits,
         tokenizer,
