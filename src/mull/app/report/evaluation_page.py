@@ -18,15 +18,23 @@ REPORT, FIGURES = "report.md", "figures"
 
 @mpl.rc_context(STYLE)
 def score_figure(scores: Mapping[str, Score], title: str = "") -> Figure:
-    """Scores as points with their intervals, one line each."""
-    figure = Figure(figsize=(6.4, 1.2 + 0.38 * len(scores)))
-    axes = figure.subplots()
-    for place, score in enumerate(reversed([*scores.values()])):
-        if score.low is not None and score.high is not None:
-            axes.hlines(place, score.low, score.high, color=GREY)
-        axes.plot(score.value, place, color=PALETTE[0], marker=MARKERS[0])
-    axes.set(yticks=range(len(scores)), yticklabels=[*scores][::-1], title=title, ylim=(-0.6, len(scores) - 0.4))
-    axes.set_xlabel("value and 95 % interval")
+    """Scores as points with their intervals, one line each.
+
+    Those of at most 1 have a panel of their own: on the axis of a perplexity their intervals are too short to see.
+    """
+    shares = {name: score for name, score in scores.items() if score.value <= 1}
+    parts = [part for part in (shares, {name: scores[name] for name in scores if name not in shares}) if part]
+    sizes = [len(part) + 1.5 for part in parts]
+    figure = Figure(figsize=(6.4, 0.6 + 0.38 * sum(sizes)))
+    panels = figure.subplots(len(parts), 1, squeeze=False, height_ratios=sizes)[:, 0]
+    for axes, part in zip(panels, parts, strict=True):
+        for place, score in enumerate(reversed([*part.values()])):
+            if score.low is not None and score.high is not None:
+                axes.hlines(place, score.low, score.high, color=GREY)
+            axes.plot(score.value, place, color=PALETTE[0], marker=MARKERS[0])
+        axes.set(yticks=range(len(part)), yticklabels=[*part][::-1], ylim=(-0.6, len(part) - 0.4))
+    panels[0].set_title(title)
+    panels[-1].set_xlabel("value and 95 % interval")
     return figure
 
 

@@ -221,8 +221,8 @@ P.send = forge
 def test_a_program_gives_only_the_names_that_the_tests_ask_for(pool: Pool, forged: str, check: str) -> None:
     program = OWN_END + LOADED.replace("FORGED", forged)
     verdict = pool.submit(program, Asserts(check, ("f",))).result()
-    assert (verdict.passed, verdict.reason == "passed", verdict.proof) == (False, False, "outside"), verdict
-    assert "the grader" not in verdict.detail
+    honest = {"{'f': ('module', 'math')}": "error", "{'__builtins__': ('value', {'abs': nothing})}": "wrong answer"}
+    assert (verdict.passed, verdict.reason, verdict.proof) == (False, honest.get(forged, "no proof"), "outside"), verdict
     assert pool.submit("def f(x): return 5", Asserts("assert f(1) == 5", ("f",))).result().passed
 
 
@@ -242,6 +242,21 @@ def test_a_forged_change_of_the_inputs_reaches_no_other_program() -> None:
             forged = f"{OWN_END}\ndef f(xs): return 5.0\nP.answer = lambda request: ('return', 5.0, {change})"
             assert not pool.submit(forged, roots).result().passed
             assert pool.submit(right, roots).result().passed
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["callback, 9, (), {}", "callback, -1, (), {}", "callback, 1, [], {}", "about, 9", "about, 0", "return, 5, {}, 9", "return, 5, {}, -9",
+     "return, 5, {9: []}, None", "return, 5, [], None", "raise, 'X', 'print', '', ()", "raise, 'X', 'ValueError', '', []", "raise, 7, 7, 7, 7",
+     "iterator, 5, {}, None", "loaded, {}", "passed"],
+)  # fmt: skip
+def test_an_answer_that_no_honest_program_gives_fails(pool: Pool, answer: str) -> None:
+    kind, _, rest = answer.partition(", ")
+    program = f"{OWN_END}\ndef f(xs, g): return 5\nP.answer = lambda request: ({kind!r}, {rest})"
+    verdict = pool.submit(program, Asserts("assert f([1], lambda x: x) == 7", ("f",))).result()
+    reason, detail = ("error", "X") if "print" in answer else ("no proof", verdict.detail)
+    assert (verdict.passed, verdict.reason, verdict.detail, verdict.proof) == (False, reason, detail, "outside"), verdict
+    assert pool.submit("def f(xs, g): return g(7)", Asserts("assert f([1], lambda x: x) == 7", ("f",))).result().passed
 
 
 def test_inputs_that_are_used_up_are_there_for_the_next_program() -> None:
