@@ -222,7 +222,8 @@ def test_a_program_gives_only_the_names_that_the_tests_ask_for(pool: Pool, forge
     program = OWN_END + LOADED.replace("FORGED", forged)
     verdict = pool.submit(program, Asserts(check, ("f",))).result()
     honest = {"{'f': ('module', 'math')}": "error", "{'__builtins__': ('value', {'abs': nothing})}": "wrong answer"}
-    assert (verdict.passed, verdict.reason, verdict.proof) == (False, honest.get(forged, "no proof"), "outside"), verdict
+    reason = honest.get(forged, "no proof")
+    assert (verdict.passed, verdict.reason, verdict.proof) == (False, reason, "outside"), verdict
     assert pool.submit("def f(x): return 5", Asserts("assert f(1) == 5", ("f",))).result().passed
 
 
@@ -255,7 +256,8 @@ def test_an_answer_that_no_honest_program_gives_fails(pool: Pool, answer: str) -
     program = f"{OWN_END}\ndef f(xs, g): return 5\nP.answer = lambda request: ({kind!r}, {rest})"
     verdict = pool.submit(program, Asserts("assert f([1], lambda x: x) == 7", ("f",))).result()
     reason, detail = ("error", "X") if "print" in answer else ("no proof", verdict.detail)
-    assert (verdict.passed, verdict.reason, verdict.detail, verdict.proof) == (False, reason, detail, "outside"), verdict
+    assert (verdict.passed, verdict.proof) == (False, "outside")
+    assert (verdict.reason, verdict.detail) == (reason, detail)
     assert pool.submit("def f(xs, g): return g(7)", Asserts("assert f([1], lambda x: x) == 7", ("f",))).result().passed
 
 
