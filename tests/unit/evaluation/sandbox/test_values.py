@@ -111,7 +111,7 @@ def test_objects_are_refused_by_name_and_depth_is_bounded() -> None:
 
 HOSTILE = [
     b"", b"x", b"l", b"l5:", b"l99999999999999:", b"s5:ab", b"i3:zzz", b"d1:l0:N", b"e1:l0:", b"o7:os.walkt0:", b"o9:os.systemt1:s2:ls",
-    b"B4:exec", b"B4:eval", b"B10:__import__", b"B4:open", b"h1:", b"H1:", b"r" * 5000 + b"l0:", b"t1:" * 5000, b"NN", b"f3:xyz", b"c1:1",
+    b"B4:exec", b"B4:eval", b"B5:super", b"B10:__import__", b"B4:open", b"h1:", b"H1:", b"r" * 5000 + b"l0:", b"t1:" * 5000, b"NN", b"f3:xyz", b"c1:1",
     b"s1:\xff", b"o15:decimal.Decimalt1:s3:abc", b"l-1:", b"l1_0:", b"Rlq0:1:a0:", b"Rlq0:0:1:a", b"Rlq2:\0\x010:0:", b"Rlq9:" + b"\2" * 9 + b"0:0:", b"Rlx0:1:-0:", b"Rdq0:0:0:", b"o14:builtins.ranget1:N", b"Ix3:0x1",
     b"nt3:s1:Pt1:s6:__eq__t1:N", b"nt3:s1:Pt1:s1:xt0:", b"nt3:s1:Pl1:s1:xl1:N", b"nt3:Nt1:s1:xt1:N", b"nt3:s1:Pt1:t0:t1:N", b"nN",
 ]  # fmt: skip

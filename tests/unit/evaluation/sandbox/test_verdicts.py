@@ -170,11 +170,22 @@ def test_tests_that_expect_an_error_see_it(pool: Pool) -> None:
     assert not judge(pool, "def root(x):\n    return 2", tests).passed
 
 
-def test_what_the_program_does_to_its_arguments_reaches_the_tests(pool: Pool) -> None:
-    source = "a = [3, 1, 2]\nd = {}\nchange(a, d)\nassert a == [1, 2, 3]\nassert d == {'n': 3}"
-    program = "def change(a, d):\n    a.sort()\n    d['n'] = len(a)"
-    assert judge(pool, program, Asserts(source, ("change",))).passed
-    assert not judge(pool, "def change(a, d):\n    pass", Asserts(source, ("change",))).passed
+@pytest.mark.parametrize(
+    ("before", "change", "after"),
+    [
+        ("[3, 1, 2]", "x.sort()", "[1, 2, 3]"),
+        ("{'a': 1, 'b': 2}", "x['n'] = x.pop('a')", "{'b': 2, 'n': 1}"),
+        ("{1, 2}", "x.add(3) or x.remove(1)", "{2, 3}"),
+        ("deque([1, 2, 3])", "x.append(x.popleft())", "deque([2, 3, 1])"),
+        ("bytearray(b'ab')", "x.pop()", "bytearray(b'a')"),
+    ],
+)
+def test_what_the_program_does_to_its_arguments_reaches_the_tests(
+    pool: Pool, before: str, change: str, after: str
+) -> None:
+    source = f"from collections import deque\nx = {before}\nchange(x)\nassert x == {after}"
+    assert judge(pool, f"def change(x):\n    {change}", Asserts(source, ("change",))).passed
+    assert not judge(pool, "def change(x):\n    pass", Asserts(source, ("change",))).passed
 
 
 def test_arguments_change_as_they_would_in_one_process(pool: Pool) -> None:
