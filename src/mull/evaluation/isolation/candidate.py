@@ -14,8 +14,8 @@ from itertools import islice
 from types import ModuleType
 from typing import Any, NoReturn
 
-from mull.evaluation.isolation.channel import MAX_TEXT, Channel, built_error, error_message, restrict
-from mull.evaluation.isolation.values import OPERATORS, UNARY_OPERATORS, encode
+from mull.evaluation.isolation.channel import MAX_TEXT, Channel, Errors, restrict
+from mull.evaluation.isolation.values import OPERATORS, UNARY_OPERATORS, encode, is_iterator
 
 MAX_CHUNK = 1024
 
@@ -28,16 +28,10 @@ class Callback:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Have it called there."""
-        self._program.send(("callback", self._number, args, kwargs))
-        answer = self._program.receive()
-        if answer[0] == "raise":
-            _, name, known, text, given = answer
-            raise built_error(known, text, given) or RuntimeError(f"{name}: {text}")
-        return answer[1]
+        return self._program.ask("callback", self._number, args, kwargs)
 
     def _about(self) -> tuple[str, list[tuple[str, int, bool]]]:
-        self._program.send(("about", self._number))
-        name, parameters = self._program.receive()
+        name, parameters = self._program.ask("about", self._number)
         return name, parameters
 
     @property
@@ -62,10 +56,16 @@ class Callback:
 
 
 class Chunks:
-    """An iterator that the tests read as they need it: it may have no end. Each time they get twice as many items."""
+    """An iterator that the tests read as they need it: it may have no end.
+
+    They get its first items one by one, because the next one may take long, or change what the tests look at meanwhile; later
+    twice as many each time.
+    """
+
+    N_ALONE = 64
 
     def __init__(self, iterator: Iterator[Any]) -> None:
-        self._iterator, self._size = iterator, 1
+        self._iterator, self._size, self._n_taken = iterator, 1, 0
         self._error: Exception | None = None
 
     def take(self) -> list[Any]:
@@ -80,13 +80,31 @@ class Chunks:
             if not taken:
                 raise
             self._error = error
-        self._size = min(2 * self._size, MAX_CHUNK)
+        self._n_taken += len(taken)
+        if self._n_taken >= self.N_ALONE:
+            self._size = min(2 * self._size, MAX_CHUNK)
         return taken
 
 
-def is_iterator(value: Any) -> bool:
-    """An iterator of Python's; those of the program's own classes may have more methods, and stay what they are."""
-    return hasattr(type(value), "__next__") and type(value).__module__ in sys.stdlib_module_names
+class Kept:
+    """Around an object that is to stay here although it could be written as data."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def is_of_library(value: Any) -> bool:
+    """An iterator of Python's; those of the program's own classes stay what they are."""
+    return type(value).__module__ in sys.stdlib_module_names and is_iterator(value)
+
+
+def has_methods_of_its_own(value: Any) -> bool:
+    """An object of a class of the program that inherits from lists, dictionaries or such, or adds methods to a tuple."""
+    kind = type(value)
+    own = vars(kind) if kind.__module__ not in sys.stdlib_module_names else {}
+    if isinstance(value, list | dict | set | frozenset | tuple):
+        return any(callable(attribute) and not name.startswith("_") for name, attribute in own.items())
+    return False
 
 
 class Program:
@@ -97,14 +115,18 @@ class Program:
         self._objects: dict[int, Any] = {}
         self._numbers: dict[int, int] = {}
         self._callbacks: dict[int, Callback] = {}
+        self._errors = Errors()
+        self._n_asking = 0
         self.module = ModuleType("candidate")
 
     def keep(self, value: Any) -> int | None:
         """Number of an object that is no data; None for an iterator inside of data, which is sent item by item."""
         if type(value) is Callback:
             return -value._number
-        if is_iterator(value):
+        if is_of_library(value):
             return None
+        if type(value) is Kept:
+            value = value.value
         number = self._numbers.setdefault(id(value), len(self._numbers) + 1)
         self._objects[number] = value
         return number
@@ -120,6 +142,26 @@ class Program:
     def receive(self) -> Any:
         """Read from the grader."""
         return self._channel.receive(self.find)
+
+    def ask(self, *request: Any) -> Any:
+        """Have the tests' side do something. It may ask for something here before it has an answer."""
+        self.send(request)
+        self._n_asking += 1
+        try:
+            while (answer := self.receive())[0] not in ("return", "raise"):
+                self.respond(answer)
+        finally:
+            self._n_asking -= 1
+        if answer[0] == "raise":
+            raise self._errors.read(answer, RuntimeError)
+        return answer[1]
+
+    def respond(self, request: Any) -> None:
+        """Do what the tests ask, and say what came of it."""
+        try:
+            self.send(self.answer(request))
+        except BaseException as error:  # noqa: BLE001 - also SystemExit: whatever a call does, the next one comes
+            self.send(self._errors.message("raise", error, comes_back=self._n_asking > 0))
 
     def load(self, source: str, name: str) -> None:
         """Run the module's code."""
@@ -145,21 +187,19 @@ class Program:
         held = [*args, *kwargs.values()] if is_shared else []
         before = [encode(arg, id) for arg in held]  # with `id`, it reads no iterator
         result = OPERATIONS[operation](target, *args, **kwargs)
+        if operation == "call" and type(result) is target and has_methods_of_its_own(result):
+            result = Kept(result)  # which the tests have made to call its methods
         changed = {place: arg for place, arg in enumerate(held) if encode(arg, id) != before[place]}
         # An iterator of the tests was read to its end when it was sent: what is left of it is here.
         place = next((at for at, arg in enumerate(held) if arg is result and not hasattr(type(arg), "__next__")), None)
-        if place is None and (operation == "iter" or is_iterator(result)):
+        if place is None and (operation == "iter" or is_of_library(result)):
             return ("iterator", Chunks(result), changed, None)
         return ("return", result if place is None else None, changed, place)
 
     def serve(self) -> NoReturn:
         """Answer until the container is removed."""
         while True:
-            request = self.receive()
-            try:
-                self.send(self.answer(request))
-            except BaseException as error:  # noqa: BLE001 - also SystemExit: whatever a call does, the next one comes
-                self.send(error_message("raise", error))
+            self.respond(self.receive())
 
 
 OPERATIONS: dict[str, Any] = {
@@ -247,6 +287,6 @@ def main(line: int) -> None:
             tests, nonce = channel.receive()
             run_inside(program, tests, nonce)
     except BaseException as error:  # noqa: BLE001 - the program may raise anything
-        channel.send(error_message("failed", error))
+        channel.send(Errors().message("failed", error))
         os._exit(1)
     program.serve()

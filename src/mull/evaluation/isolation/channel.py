@@ -1,12 +1,11 @@
 """Messages across the wall of a container: a length, then the bytes of a value. Runs on both sides."""
 
-import builtins
 import os
 import resource
 import sys
 from typing import Any
 
-from mull.evaluation.isolation.values import Find, Keep, NotPlainError, decode, encode
+from mull.evaluation.isolation.values import Find, Keep, NotPlainError, Seen, decode, encode
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A longer message is refused unread. The largest result of a reference solution (HumanEval/130) takes 9 MB."""
@@ -23,8 +22,93 @@ class Ended(BaseException):
     """The other side is gone. No ``Exception``: tests that expect errors must not catch this."""
 
 
-def plain_arguments(error: BaseException, known: type) -> tuple[Any, ...] | None:
-    """Arguments of an error if they are data, are few, and give its text in the built-in class, too; else None."""
+class Errors:
+    """Errors on their way across the wall. One that comes back is the same object, as in one process."""
+
+    def __init__(self) -> None:
+        self._own: list[BaseException] = []
+
+    def message(self, kind: str, error: BaseException, *, comes_back: bool = False) -> tuple[Any, ...]:
+        """``(kind, name, built-in class, text, classes, arguments, attributes, number)``.
+
+        Args:
+            kind: Of the message.
+            error: What was raised.
+            comes_back: Whether to keep it, because the other side may raise it here again.
+        """
+        known = next(base for base in type(error).__mro__ if base.__module__ == "builtins")
+        classes = [base for base in type(error).__mro__ if _is_of_library(base)]
+        try:
+            text = str(error)[:MAX_TEXT]
+        except Exception:  # noqa: BLE001 - __str__ is the candidate's
+            text = ""
+        attributes = _attributes(error)
+        number = -attributes.pop(NUMBER, 0)
+        if not number and comes_back and len(self._own) < MAX_ERRORS:
+            self._own.append(error.with_traceback(None))  # whose frames would stay alive
+            number = len(self._own)
+        names = tuple(f"{base.__module__}.{base.__qualname__}" for base in classes)
+        args = _plain_arguments(error, classes[0] if classes else known)
+        return (kind, type(error).__name__, known.__name__, text, names, args, attributes, number)
+
+    def read(self, message: tuple[Any, ...], other: type[Exception]) -> Exception:
+        """The error that a message is about: one that was sent from here, or one of the nearest class that this side has.
+
+        Args:
+            message: As `message` gives.
+            other: Class of those that are of no class of the library.
+        """
+        _, name, _, text, names, args, attributes, number = message
+        if -len(self._own) <= number < 0 and isinstance(own := self._own[-number - 1], Exception):
+            return own
+        kinds = [kind for one in names if isinstance(one, str) and (kind := _library_class(one)) is not None]
+        error = next((error for kind in kinds if (error := _built(kind, text, args)) is not None), None)
+        error = error or other(f"{name}: {text}")
+        vars(error).update({name: value for name, value in attributes.items() if _is_attribute(name)})
+        vars(error)[NUMBER] = max(0, number)
+        return error
+
+
+NUMBER = "mull_number"
+"""Attribute of an error of the other side: its number there."""
+
+FROM_CANDIDATE = "from_candidate"
+"""Attribute of an error in the grader that the program has raised: what it was there."""
+
+MAX_ERRORS = 10_000
+"""Most errors that a side keeps because they may come back."""
+
+
+def _is_of_library(kind: type) -> bool:
+    """A class of errors of Python's own. Those of ``unittest`` are the tests' own: a program may not have one skipped."""
+    package = str(kind.__module__).partition(".")[0]
+    return package in sys.stdlib_module_names and package != "unittest" and issubclass(kind, Exception)
+
+
+def _library_class(name: str) -> type[Exception] | None:
+    """One by its name if its module is loaded here: nothing is imported because a program says so."""
+    module, _, attribute = name.rpartition(".")
+    kind = getattr(sys.modules.get(module), attribute, None)
+    is_it = isinstance(kind, type) and kind.__module__ == module and _is_of_library(kind)
+    return kind if is_it else None
+
+
+def _built(kind: type[Exception], text: str, args: Any) -> Exception | None:
+    for given in (args, (text,)):
+        try:
+            return kind(*given)
+        except Exception:  # noqa: BLE001 - UnicodeDecodeError and others want their own arguments, and these are the program's
+            continue
+    # JSONDecodeError makes its text of arguments that it does not keep.
+    return kind.__new__(kind, text) if kind.__str__ is BaseException.__str__ else None
+
+
+def _is_attribute(name: Any) -> bool:
+    return isinstance(name, str) and name.isidentifier() and not name.startswith("_") and name != FROM_CANDIDATE
+
+
+def _plain_arguments(error: BaseException, known: type) -> tuple[Any, ...] | None:
+    """Arguments of an error if they are data, are few, and give its text in the class of the library, too; else None."""
     try:
         args = error.args
         is_small = type(args) is tuple and len(encode(args, _refuse)) <= MAX_ARGUMENTS_BYTES
@@ -34,31 +118,23 @@ def plain_arguments(error: BaseException, known: type) -> tuple[Any, ...] | None
     return args if is_small and not has_own_text else None
 
 
+def _attributes(error: BaseException) -> dict[str, Any]:
+    """Those of an error that are data, each of them small."""
+    try:
+        return {name: value for name, value in vars(error).items() if _is_attribute(name) and _is_small(value)}
+    except Exception:  # noqa: BLE001 - `__dict__` may be the program's, too
+        return {}
+
+
+def _is_small(value: Any) -> bool:
+    try:
+        return len(encode(value, _refuse)) <= MAX_ARGUMENTS_BYTES
+    except Exception:  # noqa: BLE001 - the program's objects raise what they like
+        return False
+
+
 def _refuse(value: Any) -> int:
     raise NotPlainError(f"{type(value).__name__} is no plain data")
-
-
-def error_message(kind: str, error: BaseException) -> tuple[str, str, str, str, tuple[Any, ...] | None]:
-    """``(kind, name, nearest built-in class, text, arguments)``."""
-    known = next(base for base in type(error).__mro__ if base.__module__ == "builtins")
-    try:
-        text = str(error)[:MAX_TEXT]
-    except Exception:  # noqa: BLE001 - __str__ is the candidate's
-        text = ""
-    return (kind, type(error).__name__, known.__name__, text, plain_arguments(error, known))
-
-
-def built_error(known: str, text: str, args: Any) -> Exception | None:
-    """An error of a built-in class; None where there is no such ``Exception``."""
-    kind = getattr(builtins, known, None)
-    if not isinstance(kind, type) or not issubclass(kind, Exception):
-        return None
-    for given in (args, (text,)):
-        try:
-            return kind(*given)
-        except (TypeError, ValueError, OverflowError):  # UnicodeDecodeError and others want their own arguments
-            continue
-    return None
 
 
 class Channel:
@@ -85,7 +161,7 @@ class Channel:
         except OSError:
             raise Ended from None
 
-    def receive(self, find: Find | None = None) -> Any:
+    def receive(self, find: Find | None = None, seen: Seen | None = None) -> Any:
         """Read one message.
 
         Raises:
@@ -95,7 +171,7 @@ class Channel:
         size = int.from_bytes(self._read(4), "big")
         if size > self._limit:
             raise ValueError("a message is too long")
-        return decode(self._read(size), find)
+        return decode(self._read(size), find, seen)
 
     def _read(self, size: int) -> bytes:
         parts = []

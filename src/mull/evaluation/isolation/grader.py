@@ -17,7 +17,7 @@ from importlib import import_module
 from reprlib import Repr
 from typing import Any
 
-from mull.evaluation.isolation.channel import MAX_ANSWER_BYTES, Channel, Ended, restrict
+from mull.evaluation.isolation.channel import FROM_CANDIDATE, MAX_ANSWER_BYTES, Channel, Ended, restrict
 from mull.evaluation.isolation.compare import is_right, same_tokens
 from mull.evaluation.isolation.stand_ins import Candidate, result_of
 from mull.evaluation.isolation.values import NotPlainError, encode
@@ -61,7 +61,7 @@ class Tally:
             self.reason, self.detail = error.args
         elif isinstance(error, Ended):
             self.reason, self.detail = "no proof", "the program's process ended before the last test"
-        elif (origin := getattr(error, "from_candidate", None)) is not None:
+        elif (origin := getattr(error, FROM_CANDIDATE, None)) is not None:
             self.reason, self.detail = "memory" if isinstance(error, MemoryError) else "error", origin
         else:
             is_wrong = isinstance(error, AssertionError)
@@ -89,7 +89,7 @@ def load(candidate: Candidate, request: dict[str, Any], names: Iterable[str], ki
         # Further names would take the place of built-in ones, such as the `abs` of the tests.
         case ("loaded", dict() as found) if found.keys() == wanted and all(map(_is_description, found.values())):
             pass
-        case ("failed", str() as name, str() as known, str() as text, _):
+        case ("failed", str() as name, str() as known, str() as text, *_):
             if name in ("SystemExit", "KeyboardInterrupt"):
                 raise TestFailedError("no proof", f"the program ends itself while it is loaded ({name})")
             raise TestFailedError("memory" if known == "MemoryError" else "error", f"{name}: {text}")
@@ -219,8 +219,17 @@ def library_names(tree: ast.AST, names: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+TAKES_ERRORS = {"assertRaises", "assertRaisesRegex", "raises", "suppress"}
+"""Functions of the library, and pytest's, that catch errors of a class which they are given."""
+
+
 def needs_its_classes(tree: ast.AST, names: Iterable[str]) -> bool:
-    """Whether the tests do with the program's names what a stand-in cannot: catch its errors, inherit, or await."""
+    """Whether the tests do with the program's names what a stand-in cannot: catch its errors, inherit, or await.
+
+    By its name, ``Error`` or ``Exception`` at the end, a class is one of errors also where they do something else with it.
+    """
+    if any(name.endswith(("Error", "Exception")) for name in names):
+        return True
     parts: list[ast.AST] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Await) or (isinstance(node, ast.Name) and node.id == "asyncio"):
@@ -229,8 +238,14 @@ def needs_its_classes(tree: ast.AST, names: Iterable[str]) -> bool:
             parts.append(node.type)
         elif isinstance(node, ast.ClassDef):
             parts += node.bases
+        elif isinstance(node, ast.Call) and _last_name(node.func) in TAKES_ERRORS:
+            parts += node.args
     read = {node.id for part in parts for node in ast.walk(part) if isinstance(node, ast.Name)}
     return not read.isdisjoint(names)
+
+
+def _last_name(function: ast.expr) -> str:
+    return getattr(function, "attr", "") or getattr(function, "id", "")
 
 
 def grade_asserts(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]:
@@ -326,7 +341,7 @@ def grade_inside(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any
         match candidate.receive():
             case ("nonce", bytes() as returned) if returned == nonce:
                 tally.passed()
-            case ("failed", str() as name, _, str() as text, _):
+            case ("failed", str() as name, _, str() as text, *_):
                 raise TestFailedError("wrong answer" if name == "AssertionError" else "error", f"{name}: {text}")
             case _:
                 raise Ended
@@ -347,7 +362,7 @@ def grade_script(candidate: Candidate, request: dict[str, Any], output: int, max
     told_its_end = False
     with suppress(Ended):
         match candidate.receive():
-            case ("failed", str() as name, str() as known, str() as text, _):
+            case ("failed", str() as name, str() as known, str() as text, *_):
                 kind = "memory" if known == "MemoryError" else "error"
                 return {"passed": False, "reason": kind, "detail": f"{name}: {text}"[:MAX_DETAIL]}
             case ("finished", int() | str() as status):

@@ -182,7 +182,8 @@ class Session:
             answer = self._grader.answer(time.monotonic() + GRACE_SECONDS) or {}
             if not answer:
                 self._grader.close()  # the tests themselves do not end
-            if not answer.get("passed"):
+            # A script that has printed the right text has not passed: it did not end.
+            if not answer.get("passed") or not answer.get("told_its_end", True):
                 answer |= {"passed": False, "reason": "time-out", "detail": "it was killed when its time was over"}
         elif answer["reason"] == "no proof" and (status := container.exit_status(0.2)) is not None:
             answer["detail"] = f"{answer['detail']}: it {_how(status)}"

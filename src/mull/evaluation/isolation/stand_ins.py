@@ -6,12 +6,20 @@ Runs in the grader. What comes back is data, or stands for another object; see t
 import builtins
 from collections import deque
 from collections.abc import Iterator
+from functools import _lru_cache_wrapper, partial
 from importlib import import_module
+from operator import attrgetter, itemgetter, methodcaller
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
-from mull.evaluation.isolation.channel import Channel, Ended, built_error, error_message
-from mull.evaluation.isolation.values import OPERATORS, UNARY_OPERATORS
+from mull.evaluation.isolation.channel import FROM_CANDIDATE, Channel, Ended, Errors
+from mull.evaluation.isolation.values import OPERATORS, UNARY_OPERATORS, is_iterator
+
+CALLED_BACK = (
+    *(FunctionType, MethodType, BuiltinFunctionType),
+    *(partial, attrgetter, itemgetter, methodcaller, _lru_cache_wrapper),
+)
+"""Functions of the tests, and what the library makes of them."""
 
 
 class CandidateError(Exception):
@@ -124,6 +132,10 @@ class Candidate:
         self._functions: list[Any] = [None]
         self._numbers: dict[Any, int] = {}
         self._remotes: dict[int, Remote] = {}
+        self._errors = Errors()
+        self._has_objects = False
+        """Whether it has given objects with methods, such as types, of which the tests may have made what is no data."""
+
         self.n_asked = 0
         self.is_gone = False
         """Whether it has ended, or fallen out of its part. The tests may have caught that with a bare ``except``."""
@@ -132,25 +144,34 @@ class Candidate:
         """Functions of the tests stay here and are called back; objects of the candidate's go home by number.
 
         Raises:
-            TypeError: it is the class of the stand-ins. No `NotPlainError`, which would have the program choose the weaker proof.
+            TypeError: it is the class of the stand-ins, or of no class of the tests' own after the program has given objects such
+                as types. No `NotPlainError`, which would have the program choose the weaker proof.
         """
         if value is Remote or type(value) is Candidate:
             raise TypeError("the class of a program's object has no stand-in")
         if type(value) is Remote:
             return -int(value.__dict__["_number"])
-        if isinstance(value, FunctionType | MethodType | BuiltinFunctionType):
-            if value is getattr(builtins, value.__name__, None):
-                return None  # one such as `eval`, which `encode` does not name: the program would have it run here
+        # One such as `eval`, which `encode` does not name, is not called back: the program would have it run here.
+        if isinstance(value, CALLED_BACK) and value is not getattr(builtins, getattr(value, "__name__", ""), None):
             identity = _identity(value)
             if identity not in self._numbers:
                 self._numbers[identity] = len(self._functions)
                 self._functions.append(value)
             return self._numbers[identity]
+        if (
+            self._has_objects
+            and not is_iterator(value)
+            and "__main__" not in (getattr(value, "__module__", ""), type(value).__module__)
+        ):
+            raise TypeError(f"{type(value).__name__} may have come from what the program gave, and is no plain data")
         return None
 
     def find(self, number: int, own: bool) -> Any:
         """What a number in a message means; an object of the candidate's is the same stand-in each time."""
         return self._functions[number] if own else self._remotes.setdefault(number, Remote(self, number))
+
+    def _note_objects(self) -> None:
+        self._has_objects = True
 
     def send(self, message: Any) -> None:
         """Write."""
@@ -159,7 +180,7 @@ class Candidate:
     def receive(self) -> Any:
         """Read. What is no message counts as the candidate's end: an honest one sends none such."""
         try:
-            message = self._channel.receive(self.find)
+            message = self._channel.receive(self.find, self._note_objects)
         except ValueError:
             raise Ended from None
         if not isinstance(message, tuple) or not message:
@@ -200,22 +221,37 @@ class Candidate:
                     case ("iterator", Remote() as chunks, dict() as changed, None):
                         _update(held, changed)
                         return _items(chunks)
-                    case ("raise", str() as name, str() as known, str() as text, tuple() | None as given):
-                        # It would end a `map` or `all` of the tests before they have seen everything.
-                        raise candidate_error(
-                            name, known if operation == "next" or known != "StopIteration" else "", text, given
-                        )
+                    case ("raise", str(), str(), str(), tuple(), tuple() | None, dict(), int()) as message:
+                        raise self._error(message, may_stop=operation == "next")
                     case ("callback", int() as number, tuple() as back, dict() as options) if (
                         0 < number < len(self._functions)
                     ):
-                        self.send(_call_back(self._functions[number], back, options))
+                        self.send(self._tried(self._functions[number], back, options))
                     case ("about", int() as number) if 0 < number < len(self._functions):
-                        self.send(_about(self._functions[number]))
+                        self.send(self._tried(_about, (self._functions[number],), {}))
                     case _:
                         raise Ended
         except Ended:
             self.is_gone = True
             raise
+
+    def _tried(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """What the message back is about: a result, or an error."""
+        try:
+            return ("return", function(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001 - the candidate chose the arguments
+            return self._errors.message("raise", error, comes_back=True)
+
+    def _error(self, message: tuple[Any, ...], *, may_stop: bool) -> Exception:
+        """The program's error, marked as its own, or one that the tests have raised themselves."""
+        _, name, _, text, *_, number = message
+        error = self._errors.read(message, CandidateError)
+        if isinstance(error, StopIteration) and not may_stop:
+            # It would end a `map` or `all` of the tests before they have seen everything.
+            error, number = CandidateError(f"{name}: {text}"), 0
+        if number >= 0:
+            vars(error)[FROM_CANDIDATE] = f"{name}: {text}" if text else name
+        return error
 
 
 def _can_change(args: list[Any]) -> bool:
@@ -246,13 +282,6 @@ def _about(function: Any) -> tuple[str, list[tuple[str, int, bool]]]:
     return function.__name__, [(one.name, int(one.kind), one.default is not one.empty) for one in parameters]
 
 
-def _call_back(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    try:
-        return ("return", function(*args, **kwargs))
-    except Exception as error:  # noqa: BLE001 - the candidate chose the arguments
-        return error_message("raise", error)
-
-
 def _update(held: list[Any], changed: dict[Any, Any]) -> None:
     """Give the tests' own lists, dictionaries and sets the content that the call left in them."""
     for place, new in changed.items():
@@ -267,13 +296,6 @@ def _update(held: list[Any], changed: dict[Any, Any]) -> None:
         elif isinstance(mine, deque):
             mine.clear()
             mine.extend(new)
-
-
-def candidate_error(name: str, known: str, text: str, args: tuple[Any, ...] | None) -> Exception:
-    """An error of the built-in class that the candidate's is or inherits from, marked as its own."""
-    error = built_error(known, text, args) or CandidateError(f"{name}: {text}")
-    error.__dict__["from_candidate"] = f"{name}: {text}" if text else name
-    return error
 
 
 def result_of(function: Any, arguments: tuple[Any, ...]) -> Any:

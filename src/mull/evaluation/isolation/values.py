@@ -30,8 +30,13 @@ Keep: TypeAlias = Callable[[Any], int | None]
 Find: TypeAlias = Callable[[int, bool], Any]
 """Gives what a number stands for; True for an object of the reader's own side, False for one of the other side."""
 
+Seen: TypeAlias = Callable[[], None]
+"""Called where what is read has objects with methods: of Python's classes or their names."""
+
 SHORT = {None: b"N", True: b"T", False: b"F"}
 EXACT: dict[type, bytes] = {list: b"l", tuple: b"t", set: b"e", frozenset: b"z"}
+
+_FACTORIES = (list, dict, set, tuple, int, float, str, bool)
 
 _FIELDS: dict[str, Callable[[Any], Any]] = {
     "decimal.Decimal": lambda v: (str(v),),
@@ -46,12 +51,15 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "builtins.range": lambda v: (v.start, v.stop, v.step),
     "builtins.slice": lambda v: (v.start, v.stop, v.step),
     "builtins.bytearray": lambda v: (bytes(v),),
-    "collections.defaultdict": lambda v: (dict(v),),
+    "collections.defaultdict": lambda v: (v.default_factory if v.default_factory in _FACTORIES else None, dict(v)),
     "builtins.dict_keys": lambda v: (list(v),),
     "builtins.dict_values": lambda v: (list(v),),
     "builtins.dict_items": lambda v: (list(v),),
 }
 """Types of the standard library, by name, and what they are written as. Time zones are dropped."""
+
+LIBRARY_TYPES = {name for name in _FIELDS if not name.startswith("builtins.")}
+"""Those that may be named across the wall besides `SAFE_BUILTINS`."""
 
 OPERATORS = [
     *("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
@@ -62,12 +70,27 @@ OPERATORS = [
 UNARY_OPERATORS = ["neg", "pos", "abs", "invert"]
 
 _SPECIAL: dict[str, Callable[..., Any]] = {
-    "collections.defaultdict": lambda items: __import__("collections").defaultdict(None, items),
+    "collections.defaultdict": lambda factory, items: _defaults(factory, items),
     "builtins.dict_keys": lambda keys: dict.fromkeys(keys).keys(),
     "builtins.dict_values": lambda values: dict(enumerate(values)).values(),
     "builtins.dict_items": lambda items: dict(items).items(),
 }
 """How those are read that their own class does not build from these fields."""
+
+
+_GENERATOR_NAMES = {name for name in dir(type(_ for _ in ())) if not name.startswith("_")} | {"from_iterable"}
+
+
+def _defaults(factory: Any, items: Any) -> Any:
+    if factory is not None and factory not in _FACTORIES:
+        raise ValueError("no factory of a dictionary that may be named")
+    return __import__("collections").defaultdict(factory, items)
+
+
+def is_iterator(value: Any) -> bool:
+    """Whether an object is an iterator and no more: files have further methods."""
+    kind = type(value)
+    return hasattr(kind, "__next__") and all(name.startswith("_") or name in _GENERATOR_NAMES for name in dir(kind))
 
 
 def encode(value: Any, keep: Keep | None = None) -> bytes:
@@ -77,8 +100,8 @@ def encode(value: Any, keep: Keep | None = None) -> bytes:
     the base type, and a named tuple as a tuple with these names. Numbers and arrays of numpy arrive as those of Python.
 
     Raises:
-        NotPlainError: a part is no data, and `keep` does not take it.
-        ValueError: it is nested too deeply, or an iterator does not end.
+        NotPlainError: a part is no data, and `keep` does not take it; or an iterator does not end.
+        ValueError: it is nested too deeply.
     """
     out: list[bytes] = []
     _write(value, out, keep, 0)
@@ -156,6 +179,8 @@ def _write_other(value: Any, out: list[bytes], keep: Keep | None, depth: int) ->
         out.append(_sized(b"B", b"NotImplemented" if value is NotImplemented else b"Ellipsis"))
     elif getattr(value, "__module__", "") == "builtins" and _may_cross(value):
         out.append(_sized(b"B", value.__name__.encode()))
+    elif isinstance(value, type) and (full := f"{value.__module__}.{value.__qualname__}") in LIBRARY_TYPES:
+        out.append(_sized(b"B", full.encode()))
     else:
         if isinstance(value, tuple) and _may_name(kind.__name__, fields := getattr(kind, "_fields", None)):
             out.append(b"n")
@@ -168,7 +193,7 @@ def _write_other(value: Any, out: list[bytes], keep: Keep | None, depth: int) ->
         number = None if keep is None else keep(value)
         if number is not None:
             out.append(b"%b%d:" % (b"h" if number >= 0 else b"H", abs(number)))
-        elif hasattr(kind, "__next__"):
+        elif is_iterator(value):
             out.append(b"r")
             _write(_taken(value), out, keep, depth + 1)
         else:
@@ -189,18 +214,18 @@ def _taken(iterator: Iterator[Any]) -> list[Any]:
     for item in iterator:
         taken.append(item)
         if len(taken) > MAX_ITEMS_OF_ITERATOR:
-            raise ValueError(f"an iterator gives more than {MAX_ITEMS_OF_ITERATOR:,} items")
+            raise NotPlainError(f"an iterator gives more than {MAX_ITEMS_OF_ITERATOR:,} items")
     return taken
 
 
-def decode(data: bytes, find: Find | None = None) -> Any:
+def decode(data: bytes, find: Find | None = None, seen: Seen | None = None) -> Any:
     """The value of these bytes.
 
     Raises:
         ValueError: they are no value, whatever they are.
     """
     try:
-        value, end = _Reader(data, find).value(0, 0)
+        value, end = _Reader(data, find, seen).value(0, 0)
     except (ArithmeticError, LookupError, TypeError, AttributeError, UnicodeError, RecursionError) as error:
         raise ValueError(f"these bytes are no value: {type(error).__name__}") from None
     if end != len(data):
@@ -209,8 +234,8 @@ def decode(data: bytes, find: Find | None = None) -> Any:
 
 
 class _Reader:
-    def __init__(self, data: bytes, find: Find | None) -> None:
-        self.data, self.find = data, find
+    def __init__(self, data: bytes, find: Find | None, seen: Seen | None) -> None:
+        self.data, self.find, self.seen = data, find, seen
 
     def size(self, at: int) -> tuple[int, int]:
         colon = self.data.index(b":", at, at + 20)
@@ -230,6 +255,8 @@ class _Reader:
             raise ValueError("it is nested too deeply")
         tag = self.data[at : at + 1]
         at += 1
+        if self.seen is not None and tag in (b"B", b"o", b"n"):
+            self.seen()
         if tag in SIMPLE:
             return SIMPLE[tag], at
         if tag in SCALARS:
@@ -295,8 +322,13 @@ def _standard(name: str, fields: Any) -> Any:
         raise ValueError("a type that is not among the known ones")
     if name in _SPECIAL:
         return _SPECIAL[name](*fields)
+    return _library_type(name)(*fields)
+
+
+def _library_type(name: str) -> Any:
+    """One of those in `_FIELDS`."""
     module, _, kind = name.rpartition(".")
-    return getattr(__import__(module), kind)(*fields)
+    return getattr(__import__(module), kind)
 
 
 _named_kinds: dict[tuple[str, tuple[str, ...]], type] = {}
@@ -325,7 +357,10 @@ def _named(name: str, fields: tuple[str, ...], items: tuple[Any, ...]) -> Any:
         if not _may_name(name, fields):
             raise ValueError("a name of an item may not be used")
         members: dict[str, Any] = {field: property(itemgetter(at)) for at, field in enumerate(fields)}
-        members["_fields"] = fields
+        members["_fields"] = members["__match_args__"] = fields
+        members["_asdict"] = lambda self: dict(zip(fields, self, strict=True))
+        members["_replace"] = lambda self, **new: type(self)(map(new.pop, fields, self))
+        members["__repr__"] = lambda self: f"{name}({', '.join(map('{}={!r}'.format, fields, self))})"
         members["__reduce__"] = lambda self: (_named, (name, fields, tuple(self)))
         if len(_named_kinds) > MAX_NAMES:  # a program may send many
             _named_kinds.clear()
@@ -400,6 +435,8 @@ def _may_cross(value: Any) -> bool:
 
 def _builtin(content: bytes) -> Any:
     name = content.decode("ascii")
+    if name in LIBRARY_TYPES:
+        return _library_type(name)
     builtins: Any = sys.modules["builtins"]
     found = getattr(builtins, name, None)
     if name not in SAFE_BUILTINS and not _may_cross(found):

@@ -227,6 +227,25 @@ def test_a_program_gives_only_the_names_that_the_tests_ask_for(pool: Pool, forge
     assert pool.submit("def f(x): return 5", Asserts("assert f(1) == 5", ("f",))).result().passed
 
 
+EQUAL = "class E:\n    __hash__ = None\n    def __eq__(s, o): return True\n    def __ne__(s, o): return False\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "check"),
+    [
+        ("def f(xs, key):\n    try: key(list)\n    except Exception: pass\n    return E()", "f([2, 1], key=lambda x: x[0]) == [1, 2]"),
+        ("def f(s): return list\ndef norm(p): return E()", "norm(f('3,4')[0]) == 5"),
+        ("Point = ValueError\ndef f(a, b): return E()", "f(Point(0, 0), Point(3, 4)) == 5"),
+        ("def f(g):\n    try: g(ValueError)\n    except Exception: pass\n    return E()", "f(lambda g: g(2)) == 5"),
+        ("from decimal import Decimal\ndef f(g):\n    try: g(Decimal(1))\n    except Exception: pass\n    return E()", "f(lambda x: x.as_tuple) == 5"),
+        ("from collections import namedtuple\ndef f(g):\n    try: g(namedtuple('N', 'x')(1))\n    except Exception: pass\n    return E()", "f(lambda x: object()) == 5"),
+    ],
+)  # fmt: skip
+def test_what_a_program_gives_does_not_lead_to_the_weaker_proof(pool: Pool, program: str, check: str) -> None:
+    verdict = pool.submit(EQUAL + program, Asserts(f"assert {check}", ("f",))).result()
+    assert (verdict.passed, verdict.proof) == (False, "outside"), verdict
+
+
 @pytest.mark.parametrize("check", ["f(lambda x: type(x)) == 5", "f(type(f(lambda x: x))) == 5"])
 def test_a_program_does_not_choose_the_weaker_proof(pool: Pool, check: str) -> None:
     program = "class E:\n    def __eq__(self, other): return True\ndef f(g):\n    try: return g(E()) and E()\n    except Exception: return E()"
@@ -248,17 +267,30 @@ def test_a_forged_change_of_the_inputs_reaches_no_other_program() -> None:
 @pytest.mark.parametrize(
     "answer",
     ["callback, 9, (), {}", "callback, -1, (), {}", "callback, 1, [], {}", "about, 9", "about, 0", "return, 5, {}, 9", "return, 5, {}, -9",
-     "return, 5, {9: []}, None", "return, 5, [], None", "raise, 'X', 'print', '', ()", "raise, 'X', 'ValueError', '', []", "raise, 7, 7, 7, 7",
+     "return, 5, {9: []}, None", "return, 5, [], None", "raise, 'X', 'ValueError', '', ()", "raise, 7, 7, 7, 7, 7, 7, 7",
+     "raise, 'X', '', '', (7, 'x', '.', 'builtins.print', 'os.system', 'os.error.x', 'builtins.BaseException'), (), {}, -5",
+     "raise, 'X', '', '', ('builtins.ValueError',), [], {}, 0",
      "iterator, 5, {}, None", "loaded, {}", "passed"],
 )  # fmt: skip
 def test_an_answer_that_no_honest_program_gives_fails(pool: Pool, answer: str) -> None:
     kind, _, rest = answer.partition(", ")
     program = f"{OWN_END}\ndef f(xs, g): return 5\nP.answer = lambda request: ({kind!r}, {rest})"
     verdict = pool.submit(program, Asserts("assert f([1], lambda x: x) == 7", ("f",))).result()
-    reason, detail = ("error", "X") if "print" in answer else ("no proof", verdict.detail)
+    reason, detail = ("error", "CandidateError: X: ") if "print" in answer else ("no proof", verdict.detail)
     assert (verdict.passed, verdict.proof) == (False, "outside")
     assert (verdict.reason, verdict.detail) == (reason, detail)
     assert pool.submit("def f(xs, g): return g(7)", Asserts("assert f([1], lambda x: x) == 7", ("f",))).result().passed
+
+
+def test_no_error_of_a_program_has_a_test_skipped(pool: Pool) -> None:
+    source = (
+        "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 2)\n"
+        "found = unittest.TestResult()\nunittest.defaultTestLoader.loadTestsFromTestCase(T).run(found)\nassert found.wasSuccessful()"
+    )
+    assert pool.submit("def f(x): return 2", Asserts(source, ("f",))).result().passed
+    for base in ("SkipTest", "case._ShouldStop"):
+        wrong = f"import unittest\nclass E(unittest.{base}): pass\ndef f(x): raise E"
+        assert not pool.submit(wrong, Asserts(source, ("f",))).result().passed
 
 
 def test_inputs_that_are_used_up_are_there_for_the_next_program() -> None:

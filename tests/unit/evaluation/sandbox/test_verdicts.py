@@ -295,6 +295,43 @@ OBJECTS = {
     "wanted failure of a helper": ("def t(x):\n    assert f(x) > 0\nt(1)\ntry:\n    t(-5)\n    ok = False\nexcept AssertionError:\n    ok = True\nassert ok\n"
         "try:\n    t(-5)\n    raise ValueError\nexcept AssertionError:\n    pass", "def f(x): return x"),
     "main": ("def main():\n    assert f(1) == 1\nif __name__ == '__main__':\n    main()", "def f(x): return x"),
+    "callback that asks": ("assert keep([1, 2, 3, 4], lambda x: not f(x)) == [1, 3]\nassert f(2) is True",
+        "def f(n): return n % 2 == 0\ndef keep(xs, p): return [x for x in xs if p(x)]"),
+    "callback that reads an object": ("assert g([f(2), f(1)], lambda p: p.a) == [1, 2]\nassert g([f(2), f(1)], lambda p: str(p)) == [1, 2]",
+        "class f:\n    def __init__(s, a): s.a = a\n    def __str__(s): return str(s.a)\ndef g(ps, key): return [p.a for p in sorted(ps, key=key)]"),
+    "decorator of a recursion": ("@f\ndef fib(n): return n if n < 2 else fib(n - 1) + fib(n - 2)\nassert fib(30) == 832040",
+        "def f(g):\n    c = {}\n    def h(*a):\n        if a not in c: c[a] = g(*a)\n        return c[a]\n    return h"),
+    "callback that fails on an error of the program's": ("assert f(lambda: g(0)) == 'mine' and f(lambda: g(1)) == 1",
+        "class E(Exception):\n    def __init__(s, a, b): super().__init__(a)\ndef g(x):\n    if not x: raise E(1, 2)\n    return x\n"
+        "def f(c):\n    try: return c()\n    except E: return 'mine'"),
+    "error of the tests'": ("class Boom(Exception):\n    def __init__(s, a, b):\n        super().__init__(a)\n        s.b = b\ndef bad(): raise Boom(1, 2)\n"
+        "try:\n    f(bad)\n    assert False\nexcept Boom as e:\n    assert e.b == 2",
+        "def f(g):\n    for i in range(3):\n        try: return g()\n        except Exception:\n            if i == 2: raise"),
+    "error of the library": ("import json, decimal, dataclasses\nfor n, kind in enumerate([json.JSONDecodeError, decimal.InvalidOperation, dataclasses.FrozenInstanceError]):\n"
+        "    try:\n        f(n)\n        assert False\n    except kind as e:\n        assert n or 'Expecting' in str(e)",
+        "import json, decimal, dataclasses\n@dataclasses.dataclass(frozen=True)\nclass P: x: int\n"
+        "def f(n):\n    if n == 0: json.loads('{')\n    if n == 1: decimal.Decimal('x')\n    P(1).x = 2"),
+    "attributes of an error": ("try:\n    f(7)\n    assert False\nexcept ValueError as e:\n    assert e.code == 7 and e.seen == [1]",
+        "class E(ValueError):\n    def __init__(s, code):\n        super().__init__('no')\n        s.code, s.seen, s.me = code, [1], s\ndef f(x): raise E(x)"),
+    "slow endless generator": ("from itertools import islice\nassert list(islice(f(), 4)) == [6, 28, 496, 8128]",
+        "def f():\n    n = 2\n    while True:\n        while n == 8129: pass\n        s = 1 + sum(d + n // d for d in range(2, int(n ** .5) + 1) if n % d == 0)\n"
+        "        if s == n: yield n\n        n += 1"),
+    "groups": ("assert [(k, list(g)) for k, g in f([1, 1, 2, 3, 3])] == [(1, [1, 1]), (2, [2]), (3, [3, 3])]", "from itertools import groupby\ndef f(xs): return groupby(xs)"),
+    "file": ("r = f()\nassert r.getvalue() == 'a\\nb' and r.readline() == 'a\\n' and list(r) == ['b']", "import io\ndef f(): return io.StringIO('a\\nb')"),
+    "class from a container": ("c = f(2)\nc.put(1, 1)\nc.put(2, 2)\nassert c.get(1) == 1\nc.put(3, 3)\nassert c.get(2) == -1 and len(c) == 2 and 3 in c\n"
+        "s = stack()\ns.push(5)\nassert s.top() == 5 and s[0] == 5",
+        "from collections import OrderedDict\nclass f(OrderedDict):\n    def __init__(s, n):\n        super().__init__()\n        s.n = n\n    def get(s, k):\n        if k not in s: return -1\n"
+        "        s.move_to_end(k)\n        return s[k]\n    def put(s, k, v):\n        s[k] = v\n        s.move_to_end(k)\n        if len(s) > s.n: s.popitem(last=False)\n"
+        "class stack(list):\n    def push(s, x): s.append(x)\n    def top(s): return s[-1]"),
+    "methods of a named tuple": ("p = f(3, 4)\nassert p.norm() == 5 and p.x == 3 and p != f(3, 5)", "from typing import NamedTuple\nclass f(NamedTuple):\n    x: int\n    y: int\n    def norm(s): return (s.x ** 2 + s.y ** 2) ** .5") ,
+    "conversions of a named tuple": ("p = f()\nassert p._asdict() == {'x': 1, 'y': 2} and p._replace(x=5) == (5, 2) and repr(p) == 'P(x=1, y=2)' and p == P(1, 2)",
+        "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(): return P(1, 2)"),
+    "default of a dictionary": ("from collections import defaultdict\nassert f(defaultdict(list)) == {'a': [1]}\nassert g()['zz'] == []",
+        "from collections import defaultdict\ndef f(d):\n    d['a'].append(1)\n    return d\ndef g(): return defaultdict(list)"),
+    "types of the library": ("from collections import deque\nfrom fractions import Fraction\nassert type(f()) is deque and g(Fraction(1)) is Fraction and g(deque()) == deque",
+        "from collections import deque\ndef f(): return deque([1])\ndef g(x): return type(x)"),
+    "key of the library": ("from operator import itemgetter\nfrom functools import partial\nassert f([(2, 1), (1, 2)], itemgetter(1)) == [(2, 1), (1, 2)]\nassert f([1, 2], partial(pow, -1)) == [1, 2]",
+        "def f(xs, key): return sorted(xs, key=key)"),
     "own iterator": ("i = f(3)\nassert next(i) == 3 and i.n == 2 and list(i) == [2, 1]",
         "class f:\n    def __init__(self, n): self.n = n\n    def __iter__(self): return self\n    def __next__(self):\n        if not self.n: raise StopIteration\n        self.n -= 1\n        return self.n + 1"),
 }  # fmt: skip
@@ -311,13 +348,18 @@ def test_objects_of_the_program_behave_as_they_do_there(pool: Pool, kind: str) -
     ("source", "program"),
     [
         ("try:\n    f(1)\n    ok = False\nexcept E:\n    ok = True\nassert ok", "class E(Exception): pass\ndef f(x): raise E"),
+        ("try:\n    f(1)\n    ok = False\nexcept Exception as e:\n    ok = isinstance(e, MyError)\nassert ok", "class MyError(Exception): pass\ndef f(x): raise MyError\nE = 0"),
+        ("import contextlib\nok = True\nwith contextlib.suppress(E):\n    f(1)\n    ok = False\nassert ok", "class E(Exception): pass\ndef f(x): raise E"),
+        ("import io\nE = f\nassert E(io.StringIO('5\\n6')) == [5, 6]", "def f(x): return [int(x.readline()), int(x.readline())]"),
+        ("import io\nE = f\nb = io.StringIO()\nE(3, b)\nassert b.getvalue() == '3\\n'", "def f(x, out): print(x, file=out)"),
+        ("import itertools\nE = f\nassert E(3, itertools.count()) == [0, 1, 2]", "from itertools import islice\ndef f(n, xs): return list(islice(xs, n))"),
         ("class G(E):\n    pass\nassert G().f() == 1", "class E:\n    def f(self): return 1"),
         ("import asyncio\nassert asyncio.run(f(1)) == 1", "async def f(x): return x"),
         ("async def t():\n    assert await f(1) == 1\ntry:\n    t().send(None)\nexcept StopIteration:\n    pass", "async def f(x): return x"),
     ],
 )  # fmt: skip
 def test_tests_that_need_the_programs_classes_run_inside(pool: Pool, source: str, program: str) -> None:
-    verdict = judge(pool, program, Asserts(source, ("E" if "E" in source else "f",)))
+    verdict = judge(pool, program, Asserts(source, ("E" if "class E" in program else "f",)))
     assert (verdict.passed, verdict.proof) == (True, "inside"), verdict
 
 
@@ -423,7 +465,15 @@ def test_scripts_read_and_print(pool: Pool) -> None:
     assert (half.reason, half.n_passed, half.n_tests) == ("wrong answer", 1, 2)
     assert judge(pool, "print(open('/etc/passwd').read())", tests).reason == "error"
     assert judge(pool, "while True: print('x' * 1000)", tests).reason == "output"
-    assert judge(pool, "import time\nprint(7, flush=True)\ntime.sleep(60)", tests, timeout=1).reason == "time-out"
+
+
+@pytest.mark.parametrize(
+    "end",
+    ["import time\ntime.sleep(60)", "while True: pass", "import os\nos.close(1)\nwhile True: pass", "import _thread\nlock = _thread.allocate_lock()\nlock.acquire()\nlock.acquire()"],
+)  # fmt: skip
+def test_a_script_that_does_not_end_fails_whatever_it_has_printed(pool: Pool, end: str) -> None:
+    verdict = judge(pool, f"print(7, flush=True)\n{end}", Stdio(("",), ("7",)), timeout=1)
+    assert (verdict.passed, verdict.reason) == (False, "time-out"), verdict
 
 
 @pytest.mark.parametrize(
