@@ -105,7 +105,7 @@ class ProgramReward:
         late = torch.tensor([verdict.reason == "time-out" for verdict in verdicts])
         solved = torch.tensor([verdict.passed for verdict in verdicts])
         wrong = torch.tensor([verdict.reason == "wrong answer" for verdict in verdicts])
-        shares = torch.tensor([verdict.n_passed / verdict.n_tests for verdict in verdicts])
+        shares = torch.tensor([verdict.share for verdict in verdicts])
         flags = {"solved": solved, "timeouts": late, "errors": ~(solved | late | wrong)}
         return Graded(torch.where(late, 0.0, shares), flags)
 

@@ -62,6 +62,11 @@ class Verdict:
 
     n_passed: int
     n_tests: int
+    """Runs of tests; see `Asserts` for what counts as one."""
+
+    share: float
+    """Share of the tests that passed, from 0 to 1: of each test the share of its runs, because a program may have a loop over its
+    result run as often as it likes."""
 
     proof: Proof = "outside"
     """``inside`` where the tests had to run in the program's own process: see the concept page for what that cannot stop."""
@@ -365,7 +370,7 @@ def _check_timeout(timeout: float) -> None:
 
 def _verdict(session: Session, program: str, tests: Tests, timeout: float, limits: Limits) -> Verdict:
     if "\0" in program:
-        return Verdict(False, "error", "SyntaxError: the source contains null bytes", 0.0, 0, 1)
+        return Verdict(False, "error", "SyntaxError: the source contains null bytes", 0.0, 0, 1, 0.0)
     if isinstance(tests, Stdio):
         return _printed_verdict(session, program, tests, timeout, limits)
     answer = session.judge(program, tests.question, {}, timeout)
@@ -380,6 +385,7 @@ def _verdict(session: Session, program: str, tests: Tests, timeout: float, limit
         seconds=answer["seconds"],
         n_passed=answer.get("n_passed", 0),
         n_tests=answer.get("n_tests", 1),
+        share=answer.get("share", 0.0),
         proof=proof,
     )
 
@@ -396,5 +402,6 @@ def _printed_verdict(session: Session, program: str, tests: Stdio, timeout: floa
             first = answer
         if answer["reason"] == "time-out":
             break
-    passed = n_passed == len(tests.inputs)
-    return Verdict(passed, first["reason"], first["detail"][:MAX_DETAIL], seconds, n_passed, len(tests.inputs))
+    n_tests = len(tests.inputs)
+    detail, share = first["detail"][:MAX_DETAIL], n_passed / n_tests
+    return Verdict(n_passed == n_tests, first["reason"], detail, seconds, n_passed, n_tests, share)

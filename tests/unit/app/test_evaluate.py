@@ -50,7 +50,7 @@ class FakePool:
 
         class Done:
             def result(self) -> Verdict:
-                return Verdict(passed, "passed" if passed else "wrong answer", "", 0.0, int(passed), 1)
+                return Verdict(passed, "passed" if passed else "wrong answer", "", 0.0, int(passed), 1, float(passed))
 
         return Done()
 

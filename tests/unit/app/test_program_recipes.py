@@ -37,7 +37,7 @@ class Even:
             self.programs.append(program)
             passed = len(program) % 2 == 0
             reason = "time-out" if len(program) % 3 == 0 else "passed" if passed else "wrong answer"
-            yield Verdict(reason == "passed", reason, "", 0.0, 4 * passed, 4)
+            yield Verdict(reason == "passed", reason, "", 0.0, 4 * passed, 4, float(passed))
 
     def close(self) -> None:
         self.closed += 1

@@ -52,7 +52,7 @@ class Scripted:
             self.ran.append((program, tests))
             reason, _, share = program.strip().removeprefix("# ").rpartition(" ")
             n_passed, n_tests = map(int, share.split("/"))
-            yield Verdict(reason == "passed", reason, "", 0.0, n_passed, n_tests)
+            yield Verdict(reason == "passed", reason, "", 0.0, n_passed, n_tests, n_passed / n_tests)
 
     def close(self) -> None:
         self.closed += 1
@@ -178,6 +178,7 @@ def test_pass_at_1_is_that_of_the_models_samples(scripted: list[Scripted], monke
                 0.0,
                 3 * (n in (1, 4)),
                 4,
+                3 / 4 * (n in (1, 4)),
             )
             for n, _ in jobs
         ]

@@ -26,6 +26,9 @@ MAX_DETAIL = 300
 MAX_SHOWN_BYTES = 300
 """Of a value on its way, such as the hexadecimal digits of an integer."""
 
+OUTSIDE = -1
+"""Number of no test: of an error between them."""
+
 UNCHECKED = "the tests reached their end without a check"
 
 
@@ -44,17 +47,28 @@ class Tally:
     """Tests that have passed and failed, and the first failure."""
 
     def __init__(self, expected: int) -> None:
-        self.n_passed, self.n_failed, self._expected = 0, 0, expected
+        self._runs: dict[int, list[int]] = {}  # of each test: how often it has failed, and passed
+        self._expected = expected
         self.n_wanted = 0  # `try` statements around what runs now that want it to fail
         self.reason, self.detail = "", ""
 
-    def passed(self) -> None:
-        """One test has passed."""
-        self.n_passed += 1
+    @property
+    def n_passed(self) -> int:
+        """How many runs have passed."""
+        return sum(passed for _, passed in self._runs.values())
 
-    def failed(self, error: BaseException) -> None:
+    @property
+    def n_failed(self) -> int:
+        """How many have not."""
+        return sum(failed for failed, _ in self._runs.values())
+
+    def passed(self, test: int = OUTSIDE) -> None:
+        """One run of a test has passed."""
+        self._runs.setdefault(test, [0, 0])[True] += 1
+
+    def failed(self, error: BaseException, test: int = OUTSIDE) -> None:
         """One has not."""
-        self.n_failed += 1
+        self._runs.setdefault(test, [0, 0])[False] += 1
         if self.reason:
             return
         if isinstance(error, TestFailedError):
@@ -74,7 +88,10 @@ class Tally:
         passed = complete and self.n_passed == n_tests
         reason = "passed" if passed else self.reason or "no proof"
         detail = self.detail.encode("utf-8", "replace").decode().replace("\n", " ")[:MAX_DETAIL]
-        return {"passed": passed, "reason": reason, "detail": detail, "n_passed": self.n_passed, "n_tests": n_tests}
+        shares = [passed / (failed + passed) for failed, passed in self._runs.values()]
+        share = sum(shares) / max(0 if complete else self._expected, len(shares), 1)
+        counts = {"n_passed": self.n_passed, "n_tests": n_tests, "share": share}
+        return {"passed": passed, "reason": reason, "detail": detail, **counts}
 
 
 def load(candidate: Candidate, request: dict[str, Any], names: Iterable[str], kind: str = "module") -> dict[str, Any]:
@@ -114,8 +131,11 @@ def _is_description(what: Any) -> bool:
 class _Test:
     """What stands around each test: it counts, and lets the next one run where this one fails or the program is gone."""
 
-    def __init__(self, tally: Tally) -> None:
-        self._tally = tally
+    def __init__(self, tally: Tally, number: int = OUTSIDE) -> None:
+        self._tally, self._number = tally, number
+
+    def __getitem__(self, number: int) -> "_Test":
+        return _Test(self._tally, number)
 
     def __enter__(self) -> None:
         pass
@@ -124,11 +144,11 @@ class _Test:
         if self._tally.n_wanted:
             return False
         if error is None:
-            self._tally.passed()
+            self._tally.passed(self._number)
             return False
         if isinstance(error, NotPlainError) or not isinstance(error, Exception | Ended):
             return False
-        self._tally.failed(error)
+        self._tally.failed(error, self._number)
         return True
 
 
@@ -155,17 +175,18 @@ class _Counting(ast.NodeTransformer):
         self.n_tests = 0
 
     def visit_Try(self, node: ast.Try | ast.TryStar) -> ast.AST:
-        around = self._within(self.WANTED, node) if _wants_failure(node) else node
+        around = self._within(ast.Name(self.WANTED, ast.Load()), node) if _wants_failure(node) else node
         return self.visit_Assert(around) if _has(node, ast.Assert | ast.Raise) else around
 
     visit_TryStar = visit_Try  # noqa: N815 - the name that `ast` looks for
 
     def visit_Assert(self, node: ast.stmt) -> ast.AST:
         self.n_tests += 1
-        return self._within(self.NAME, node)
+        number = ast.Constant(self.n_tests)
+        return self._within(ast.Subscript(ast.Name(self.NAME, ast.Load()), number, ast.Load()), node)
 
-    def _within(self, name: str, node: ast.stmt) -> ast.stmt:
-        block = ast.With([ast.withitem(ast.Name(name, ast.Load()))], [node])
+    def _within(self, context: ast.expr, node: ast.stmt) -> ast.stmt:
+        block = ast.With([ast.withitem(context)], [node])
         return ast.fix_missing_locations(ast.copy_location(block, node))
 
 
@@ -294,16 +315,16 @@ def grade_calls(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any]
     tally = Tally(len(inputs))
     try:
         function = load(candidate, request, request["entry_points"])[request["entry_points"][0]][1]
-        for arguments, wanted in zip(inputs, expected, strict=True):
+        for number, (arguments, wanted) in enumerate(zip(inputs, expected, strict=True)):
             try:
                 result = result_of(function, arguments)
                 if not is_right(request["oracle"], arguments, result, wanted, request["atol"]):
                     raise TestFailedError(
                         "wrong answer", f"{_short(result)} for {_short(arguments)}, not {_short(wanted)}"
                     )
-                tally.passed()
+                tally.passed(number)
             except Exception as error:  # noqa: BLE001 - the candidate's errors are of all kinds
-                tally.failed(error)
+                tally.failed(error, number)
     except (TestFailedError, Ended) as error:
         tally.failed(error)
         return tally.result(complete=False)

@@ -122,6 +122,22 @@ def test_tests_are_counted_as_they_run(pool: Pool, source: str, program: str, n_
 
 
 @pytest.mark.parametrize(
+    ("source", "program", "share"),
+    [
+        ("for x in f():\n    assert x < 5\nassert f() == [1, 2]", "def f(): return [1] * 1000", 1 / 2),
+        (LOOP, "def f(x):\n    return 0 if x == 3 else 2 * x", 19 / 20),
+        ("assert f(1)\nassert f(0)\nf(2)\nassert f(3)", "def f(x): return 1 / (2 - x) > 0.6", 1 / 3),
+        ("for x in range(3):\n    y = f(x)\n    assert y", "def f(x): return 1 / (2 - x)", 1 / 2),
+        ("if f(1):\n    assert f(1) == 1\nelse:\n    assert f(1) == 0", "def f(x): return x", 1),
+    ],
+)
+def test_the_share_of_tests_is_a_mean_over_asserts(pool: Pool, source: str, program: str, share: float) -> None:
+    verdict = judge(pool, program, Asserts(source, ("f",)))
+    assert verdict.share == pytest.approx(share), verdict
+    assert verdict.passed == (share == 1)
+
+
+@pytest.mark.parametrize(
     "source",
     ["", "f(3)", "def check(g):\n    assert g(1) == 2", "def check(g):\n    raise ValueError", "for x in []:\n    assert f(x)",
      "class P:\n    pass\nf(P)", "if f(1) == 3:\n    assert f(2) == 4", "try:\n    f(1)\nexcept ValueError:\n    pass"],

@@ -32,8 +32,8 @@ def run_here(program: str, tests: Any) -> Verdict:
                 out = names[tests.entry_point](*given)
                 assert out == wanted or (tests.atol and abs(out - wanted) <= tests.atol), (out, wanted)
     except (ArithmeticError, AssertionError, LookupError, NameError, SyntaxError, TypeError) as error:
-        return Verdict(False, "failed", repr(error), 0.0, 0, 1)
-    return Verdict(True, "passed", "", 0.0, 1, 1)
+        return Verdict(False, "failed", repr(error), 0.0, 0, 1, 0.0)
+    return Verdict(True, "passed", "", 0.0, 1, 1, 1.0)
 
 
 class HerePool:
