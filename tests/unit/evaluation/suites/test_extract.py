@@ -89,6 +89,10 @@ ANSWERS = {
     "usage after": f"```python\n{GOOD}```\nUse:\n```python\nprint(total([1, 2]))\n```",
     "shell first": f"```bash\npip install numpy\n```\n```python\n{GOOD}```",
     "output after": f"```python\n{GOOD}```\n```text\ntotal = 3\n```",
+    "prose in the fence": f"```python\nHere is the code:\n\n{GOOD}\nIt adds them.\n```",
+    "constant of another block": "```python\nBASE = 0\n```\nThen:\n```python\nZERO = BASE * 2\ndef total(xs):\n    return sum(xs, ZERO)\n```",
+    "stub that only says what it does": f"```python\n{GOOD}```\nIt fills:\n```python\ndef total(xs):\n    'Sums.'\n    pass\n```",
+    "stub of dots that raises": f"```python\n{GOOD}```\nIt fills:\n```python\ndef total(xs):\n    ...\n    raise NotImplementedError\n```",
     "broken draft first": f"```python\ndef total(xs):\n    return sum(xs\n```\nCorrected:\n```python\n{GOOD}```",
     "corrected": f"```python\n{BAD}```\nThat is wrong. Corrected:\n```python\n{GOOD}```",
     "corrected, cut": f"```python\n{GOOD}```\nFaster:\n```python\ndef total(xs):\n    n = 0\n    for x in xs:\n        n +=",
@@ -161,6 +165,17 @@ def test_an_answer_without_a_program_is_no_solution(answer: str) -> None:
 
 def test_of_two_solutions_the_last_counts() -> None:
     assert not solves(answered(f"```python\n{GOOD}```\nOr, worse:\n```python\n{BAD}```", "total", PROMPT))
+
+
+@pytest.mark.parametrize("body", ["print(xs)", "raise ValueError(xs)", "xs.sort()"])
+def test_a_function_that_returns_nothing_is_no_stub(body: str) -> None:
+    code = f"def total(xs):\n    {body}\n"
+    assert code in answered(f"```python\n{GOOD}```\nBetter:\n```python\n{code}```", "total", PROMPT)
+
+
+def test_what_is_python_stays_as_it_was_written() -> None:
+    code = "def total(xs):\n    return 'a\u00a0b'\n"
+    assert code in answered(f"```python\n{code}```", "total", PROMPT)
 
 
 def test_a_program_is_no_body_of_the_prompts_function() -> None:
@@ -313,10 +328,10 @@ def test_every_gold_answer_of_gsm8k_is_read(data: Path) -> None:
 
 
 def test_an_answer_that_repeats_itself_takes_no_long_time() -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     torn = "import math\n" * 300 + "def total(xs):\n    return (\n" * 60
     for answer in (torn, f"```python\n{torn}", "```python\nx```\n(\n" * 500, '```python\n"""\n' + "```\n" * 500):
         answered(answer, "total")
     for text in ("answer to " * 3000, "3 apples * 4 " * 2000, "1,1/1 " * 2000, "3" * 9000, "<think>" * 300):
         final_number("The answer is " + text)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5

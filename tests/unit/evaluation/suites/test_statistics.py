@@ -72,6 +72,17 @@ def test_few_right_or_wrong_problems_have_an_exact_interval(right: int, n: int) 
     assert found.low < found.high
 
 
+def test_many_right_and_wrong_problems_are_resampled() -> None:
+    """The ends are scores of resamples, which are whole numbers of problems."""
+    right = {str(n): (float(n % 2), 1.0) for n in range(60)}
+    other = {str(n): (float(n % 3 == 0), 1.0) for n in range(60)}
+    found = score(right)
+    differences = compare(right, other).difference
+    for end in (found.low, found.high, differences.low, differences.high):
+        assert end is not None
+        assert end * 120 == pytest.approx(round(end * 120))  # a quantile may lie in the middle of two
+
+
 def test_exact_intervals_are_those_of_scipy_and_grow_between_whole_numbers() -> None:
     highs = [exact_interval(successes, 40)[1] for successes in np.arange(0, 40, 0.25)]
     assert highs == sorted(highs)
