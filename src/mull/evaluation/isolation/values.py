@@ -78,6 +78,9 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
 """How those are read that their own class does not build from these fields."""
 
 
+ENDLESS = ("itertools.count", "itertools.cycle")
+"""Iterators that are known to have no end. Others are read, and refused where it is too far."""
+
 _GENERATOR_NAMES = {name for name in dir(type(_ for _ in ())) if not name.startswith("_")} | {"from_iterable"}
 
 
@@ -100,8 +103,8 @@ def encode(value: Any, keep: Keep | None = None) -> bytes:
     the base type, and a named tuple as a tuple with these names. Numbers and arrays of numpy arrive as those of Python.
 
     Raises:
-        NotPlainError: a part is no data, and `keep` does not take it; or an iterator does not end.
-        ValueError: it is nested too deeply.
+        NotPlainError: a part is no data, and `keep` does not take it.
+        ValueError: it is nested too deeply, or an iterator gives too many items.
     """
     out: list[bytes] = []
     _write(value, out, keep, 0)
@@ -193,7 +196,7 @@ def _write_other(value: Any, out: list[bytes], keep: Keep | None, depth: int) ->
         number = None if keep is None else keep(value)
         if number is not None:
             out.append(b"%b%d:" % (b"h" if number >= 0 else b"H", abs(number)))
-        elif is_iterator(value):
+        elif is_iterator(value) and name not in ENDLESS:
             out.append(b"r")
             _write(_taken(value), out, keep, depth + 1)
         else:
@@ -214,7 +217,7 @@ def _taken(iterator: Iterator[Any]) -> list[Any]:
     for item in iterator:
         taken.append(item)
         if len(taken) > MAX_ITEMS_OF_ITERATOR:
-            raise NotPlainError(f"an iterator gives more than {MAX_ITEMS_OF_ITERATOR:,} items")
+            raise ValueError(f"an iterator gives more than {MAX_ITEMS_OF_ITERATOR:,} items")
     return taken
 
 

@@ -216,7 +216,6 @@ def _names(code: str) -> tuple[set[str], set[str]]:
     for table in tables:  # grows
         read |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_referenced() and symbol.is_global()}
         tables += table.get_children()
-    read |= {symbol.get_name() for symbol in tables[0].get_symbols() if symbol.is_referenced()}
     return bound, read
 
 

@@ -234,6 +234,8 @@ EQUAL = "class E:\n    __hash__ = None\n    def __eq__(s, o): return True\n    d
     ("program", "check"),
     [
         ("def f(xs, key):\n    try: key(list)\n    except Exception: pass\n    return E()", "f([2, 1], key=lambda x: x[0]) == [1, 2]"),
+        ("def f():\n    while True: yield 1\ndef norm(p): return E()", "norm(f()) == 5"),
+        ("def f(): return range(2000000)\ndef norm(p): return E()", "norm(map(str, f())) == 5"),
         ("def f(s): return list\ndef norm(p): return E()", "norm(f('3,4')[0]) == 5"),
         ("Point = ValueError\ndef f(a, b): return E()", "f(Point(0, 0), Point(3, 4)) == 5"),
         ("def f(g):\n    try: g(ValueError)\n    except Exception: pass\n    return E()", "f(lambda g: g(2)) == 5"),
