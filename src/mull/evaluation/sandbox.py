@@ -129,8 +129,9 @@ class Stdio:
     """Texts to read and the texts to print for them, as in CodeContests. Each input has a container, and the time, of its own.
 
     Outputs are compared word by word: case is ignored, integers are compared exactly, and numbers of which one has a point or an
-    exponent may differ by 1e-5. A program that ends with a status other than 0, or by a signal, fails whatever it has printed.
-    After the first time-out the remaining inputs count as failed without being run.
+    exponent may differ by 1e-5, except where an integer of 2**53 or more is expected. A program that ends with a status other
+    than 0, or by a signal, fails whatever it has printed. After the first time-out the remaining inputs count as failed without
+    being run.
     """
 
     inputs: tuple[str, ...]
