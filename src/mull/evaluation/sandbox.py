@@ -389,7 +389,8 @@ def _printed_verdict(session: Session, program: str, tests: Stdio, timeout: floa
     n_passed, seconds = 0, 0.0
     first: dict[str, Any] = {"reason": "passed", "detail": ""}
     for text, wanted in zip(tests.inputs, tests.outputs, strict=True):
-        request = {"input": text, "output": wanted, "max_output": limits.output}
+        most = limits.output + len(wanted.encode("utf-8", "surrogatepass"))
+        request = {"input": text, "output": wanted, "max_output": most}
         answer = session.judge(program, tests.question, request, timeout)
         seconds += answer["seconds"]
         n_passed += answer["passed"]
