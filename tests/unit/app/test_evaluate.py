@@ -1,24 +1,37 @@
 """`mull eval` in Python: suites on a tiny checkpoint, resumed, compared, reported, and refused with a reason."""
 
+import copy
 import gzip
 import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    CanineTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mull import ETDConfig, MTPConfig, wrap_transformer_with_etd
 from mull.app.evaluate import compare, run_evaluation
 from mull.app.report.evaluation_page import markdown_table
-from mull.data.tokenizer import train_tokenizer
+from mull.data.tokenizer import TextEncoder, train_tokenizer
 from mull.evaluation.sandbox import Verdict, check_sandbox
 from mull.evaluation.suites.results import code_scores, compare_results, keep_settings, read_result
 from mull.evaluation.suites.statistics import exact_interval
-from mull.evaluation.suites.subject import Request, weights_digest
+from mull.evaluation.suites.subject import Request, load_subject, tokenizer_digest, weights_digest
+from mull.evaluation.suites.table import SUITES
 from mull.runtime import storage
 
 SPLIT = ETDConfig(n_encoder_layers=1, n_think_layers=2, n_decoder_layers=1)
@@ -261,6 +274,133 @@ def test_other_weights_under_the_same_name_are_refused(folder: Path, tokenizer: 
     wrap_transformer_with_etd(base, SPLIT).save_pretrained(folder / "one")
     with pytest.raises(ValueError, match="has samples with weights="):
         run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", request(folder))
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Change fields of a JSON file; a dotted name is one inside another."""
+    content = json.loads(file.read_text())
+    for name, value in changes.items():
+        *outer, last = name.split("__")
+        place = content
+        for each in outer:
+            place = place[each]
+        place[last] = value
+    file.write_text(json.dumps(content))
+
+
+def swap_tokens(file: Path) -> None:
+    vocabulary = json.loads(file.read_text())["model"]["vocab"]
+    edit(file, model__vocab=vocabulary | {"a": vocabulary["b"], "b": vocabulary["a"]})
+
+
+OTHER_MODELS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "norm": ("config", lambda place: edit(place / "config.json", text_config__rms_norm_eps=0.1)),
+    "split": ("config", lambda place: edit(place / "config.json", etd__max_think_iterations=3)),
+    "vocabulary": ("tokenizer", lambda place: swap_tokens(place / "tokenizer.json")),
+    "class": ("tokenizer", lambda place: edit(place / "tokenizer_config.json", add_prefix_space=True)),
+    "template": (
+        "tokenizer",
+        lambda place: (place / "chat_template.jinja").write_text("{{ messages[0].content }}") and None,
+    ),
+    "end": ("end_tokens", lambda place: edit(place / "generation_config.json", eos_token_id=[0, 5])),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_MODELS)
+def test_another_model_with_the_same_weights_is_refused(case: str, folder: Path) -> None:
+    name, change = OTHER_MODELS[case]
+    asked = request(folder, chat=False)
+    run_evaluation(str(folder / "one"), ["humaneval", "token-accuracy"], folder / "out", asked)
+    change(folder / "one")
+    for suite, there in (("humaneval", "samples"), ("token-accuracy", "a result")):
+        with pytest.raises(ValueError, match=f"has {there} with {name}="):
+            run_evaluation(str(folder / "one"), [suite], folder / "out", asked)
+
+
+def test_models_that_differ_in_all_of_this_are_compared(folder: Path) -> None:
+    asked = request(folder, chat=False)
+    run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", asked)
+    for _, change in OTHER_MODELS.values():
+        change(folder / "one")
+    run_evaluation(str(folder / "one"), ["humaneval"], folder / "other", asked)
+    assert compare(folder / "out", folder / "other")
+
+
+def test_what_changes_no_sample_is_not_refused(folder: Path) -> None:
+    first = run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", request(folder))
+    edit(folder / "one" / "generation_config.json", temperature=0.3, do_sample=True, repetition_penalty=9.0)
+    edit(folder / "one" / "config.json", transformers_version="5.0.0")
+    edit(folder / "one" / "tokenizer_config.json", name_or_path="elsewhere")
+    assert run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", request(folder)) == first
+    for engine in ("mull", "transformers"):
+        asked = request(folder, engine=engine, draft_length=0)
+        run_evaluation(str(folder / "one"), ["humaneval"], folder / engine, asked)
+    files = [folder / run / "humaneval" / "samples.jsonl" for run in ("out", "mull", "transformers")]
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_what_transformers_generates_by_itself_depends_on_all_generation_settings(folder: Path) -> None:
+    found = []
+    for changes in ({}, {"repetition_penalty": 9.0}):
+        edit(folder / "one" / "generation_config.json", **changes)
+        asked = request(folder)
+        subject = load_subject(str(folder / "one"), asked, torch.device("cpu"))
+        found.append(SUITES["inference-speed"](subject, asked).settings)
+    one, other = found
+    assert [name for name in one if one[name] != other[name]] == ["generation"]
+
+
+def test_a_setting_that_was_given_explains_more_than_a_hash(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tiny("llama", vocab_size=len(tokenizer), num_hidden_layers=4, eos_token_id=0).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    run_evaluation(str(folder / "base"), ["perplexity"], folder / "out", request(folder))
+    with pytest.raises(ValueError, match="has a result with etd="):
+        run_evaluation(str(folder / "base"), ["perplexity"], folder / "out", request(folder, etd=SPLIT))
+
+
+@pytest.mark.parametrize("kind", [ByT5Tokenizer, CanineTokenizer, None])
+def test_the_hash_of_a_tokenizer_is_that_of_what_it_does(
+    kind: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    one: Any = copy.deepcopy(tokenizer) if kind is None else kind()
+    one.save_pretrained(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, second = (AutoTokenizer.from_pretrained(tmp_path / name) for name in "ab")
+    before = tokenizer_digest(first)
+    assert tokenizer_digest(second) == before
+    TextEncoder(first).prompts(["<|endoftext|>"])
+    assert tokenizer_digest(first) == before
+    first("abc", padding="max_length", truncation=True, max_length=9)
+    assert tokenizer_digest(first) == before, "whatever was asked last"
+    first.chat_template = "{{ messages }}"
+    changed = {before, tokenizer_digest(first)}
+    first.chat_template = {"default": "{{ messages }}", "tool": "{{ tools }}"}
+    changed.add(tokenizer_digest(first))
+    first.add_tokens(["<new>"])
+    changed.add(tokenizer_digest(first))
+    first.add_tokens(["<newer>"], special_tokens=True)
+    changed.add(tokenizer_digest(first))
+    assert len(changed) == 5
+
+
+@pytest.mark.slow
+def test_the_hashes_are_the_same_in_every_process(folder: Path) -> None:
+    program = (
+        "import sys, torch; from mull.evaluation.suites.subject import Request, load_subject\n"
+        "print(load_subject(sys.argv[1], Request(), torch.device('cpu')).facts(Request()))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program, str(folder / "two")],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "01"
+    }
+    assert len(found) == 1
+    assert "tokenizer" in found.pop()
 
 
 def test_transformers_writes_the_same_samples(folder: Path) -> None:

@@ -126,7 +126,7 @@ def generative(suite: Suite, meta_mtp: bool = False) -> Prepare:
         if suite != "gsm8k":
             on_first_rank(lambda: check_sandbox(request.allow_weak))  # it grades
         settings = _settings(plan, asked, subject, request, reader.chat)
-        writer = subject.writer(request, reader)
+        writer = subject.writer(request)
 
         def run(place: Place) -> Result:
             folder = SampleFolder(place.folder)
@@ -322,6 +322,7 @@ def inference_speed(subject: Subject, request: Request) -> Prepared:
     settings = {
         **_text_settings(subject, request, documents, rows.shape[1], max_new_tokens=tokens, prompts=len(prompts)),
         "batch_size": n_rows,
+        "generation": subject.generation,
         "compiled": request.compiled,
         "threads": torch.get_num_threads(),
     }
@@ -348,6 +349,7 @@ def harness(task: str) -> Prepare:
             "limit": request.limit,
             "seed": request.seed,
             **subject.facts(request),
+            "generation": subject.generation,
             "draft_length": 0,
         }
 
