@@ -240,6 +240,33 @@ def test_other_tests_of_the_same_prompts_are_refused(folder: Path) -> None:
         run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", asked)
 
 
+def gsm8k(file: Path, n: int, answer: str = "1 + 1 = 2\n#### 2") -> str:
+    file.write_text("".join(json.dumps({"question": f"1 + {i}?", "answer": answer}) + "\n" for i in range(n)))
+    return str(file)
+
+
+def mbpp(file: Path, code: str) -> str:
+    row = {"text": "One.", "test_list": ["assert f() == 1"], "code": code}
+    file.write_text("".join(json.dumps({**row, "task_id": number}) + "\n" for number in (2, 3, 4, 11)))
+    return str(file)
+
+
+def test_other_examples_of_the_prompt_are_refused(folder: Path) -> None:
+    model, test = str(folder / "one"), gsm8k(folder / "test.jsonl", 2)
+    shown = [gsm8k(folder / f"train-{i}.jsonl", 5, f"It is 2.\n#### {i}") for i in range(2)]
+    for suite, name, sources in (
+        ("gsm8k", "examples", [{"gsm8k": test, "gsm8k-train": file} for file in shown]),
+        ("mbpp", "digest", [{"mbpp": mbpp(folder / f"mbpp-{i}.jsonl", f"def f():\n    return {i}")} for i in range(2)]),
+    ):
+        one, other = (request(folder, data=data) for data in sources)
+        run_evaluation(model, [suite], folder / "a", one)
+        with pytest.raises(ValueError, match=f"has samples with {name}="):
+            run_evaluation(model, [suite], folder / "a", other)
+        run_evaluation(model, [suite], folder / "b", other)
+        with pytest.raises(ValueError, match=f"The results have {name}="):
+            compare(folder / "a" / suite, folder / "b" / suite)
+
+
 def test_a_checkpoint_without_a_think_block_gets_one(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tiny("llama", vocab_size=len(tokenizer), num_hidden_layers=4, eos_token_id=0).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -358,7 +385,7 @@ def test_a_setting_that_was_given_explains_more_than_a_hash(folder: Path, tokeni
         run_evaluation(str(folder / "base"), ["perplexity"], folder / "out", request(folder, etd=SPLIT))
 
 
-@pytest.mark.parametrize("kind", [ByT5Tokenizer, CanineTokenizer, None])
+@pytest.mark.parametrize("kind", [ByT5Tokenizer, pytest.param(CanineTokenizer, marks=pytest.mark.slow), None])
 def test_the_hash_of_a_tokenizer_is_that_of_what_it_does(
     kind: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

@@ -146,6 +146,7 @@ def _settings(plan: SamplePlan, asked: _Protocol, subject: Subject, request: Req
         "chat": chat,
         "problems": len(plan.problems.problems),
         "digest": plan.problems.digest,
+        "examples": plan.problems.examples,
         "temperatures": list(plan.temperatures),
         "samples": plan.n_samples,
         "max_new_tokens": plan.max_new_tokens,
