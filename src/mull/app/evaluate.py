@@ -118,8 +118,15 @@ def _results_in(place: str | Path) -> dict[str, Result]:
     """Results of a folder of suites, by folder name; or of a single suite."""
     folder = storage.local_path(place)
     inside = sorted(file.parent for file in folder.glob(f"*/{RESULTS}"))
-    results = [read_result(each) for each in inside or [folder]]
-    return {safe(f"{result.settings.get('protocol', 'published')} {result.suite}"): result for result in results}
+    found: dict[str, Result] = {}
+    places: dict[str, Path] = {}
+    for each in inside or [folder]:
+        result = read_result(each)
+        name = safe(f"{result.settings.get('protocol', 'published')} {result.suite}")
+        if name in found:
+            raise ValueError(f"{places[name]} and {each} both have a result of {result.suite}: give one of them.")
+        found[name], places[name] = result, each
+    return found
 
 
 def _check_data(data: Mapping[str, str]) -> None:

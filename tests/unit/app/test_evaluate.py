@@ -498,6 +498,16 @@ def test_results_that_cannot_be_compared_are_refused(folder: Path) -> None:
         compare_results(one, other)
 
 
+def test_two_folders_of_one_suite_are_not_compared(folder: Path) -> None:
+    run_evaluation(str(folder / "one"), ["perplexity"], folder / "out", request(folder))
+    shutil.copytree(folder / "out" / "perplexity", folder / "out" / "perplexity-old")
+    with pytest.raises(
+        ValueError, match=r"out/perplexity and .*out/perplexity-old both have .* of perplexity: give one"
+    ):
+        compare(folder / "out", folder / "out")
+    assert compare(folder / "out" / "perplexity", folder / "out" / "perplexity-old")
+
+
 REFUSED = {
     "room": ({"max_new_tokens": 10**9}, ["humaneval"], "max_new_tokens=1000000000 leaves no room for a prompt"),
     "data": ({"data": {"humanevall": "a"}}, ["humaneval"], "data names humanevall, which no suite reads. Did you mean"),
