@@ -66,6 +66,7 @@ def run_evaluation(
         raise ValueError(f"{out} is a file: give a folder for samples and results.")
     results: dict[str, Result] = {}
     with session(), side_group(PATIENCE) as group, _kept(folder):
+        on_first_rank(lambda: _kept_results(folder), group)  # a damaged one is told now
         subject = load_subject(model, request, device())
         prepared = {name: prepare(subject, request) for name, prepare in chosen.items()}
         on_first_rank(lambda: _keep_all_settings(prepared, folder), group)
@@ -148,9 +149,20 @@ def _finished(place: Path) -> Result | None:
     return read_result(place)
 
 
+def _kept_results(folder: Path) -> dict[str, Result]:
+    """Results that are in the folder of a run, by folder name."""
+    found = {}
+    for file in sorted(folder.glob(f"*/{RESULTS}")):
+        try:
+            found[file.parent.name] = read_result(file)
+        except ValueError:
+            raise ValueError(f"{file} is damaged: remove it to run the suite again.") from None
+    return found
+
+
 def _keep(result: Result, folder: Path, name: str) -> None:
     result.write(folder / safe(name))
-    write_report({file.parent.name: read_result(file) for file in sorted(folder.glob(f"*/{RESULTS}"))}, folder)
+    write_report(_kept_results(folder), folder)
     print(f"\n{name}: {result.model}\n\n{score_table(result.scores)}")
     for note in result.notes:
         print(note)

@@ -508,6 +508,23 @@ def test_two_folders_of_one_suite_are_not_compared(folder: Path) -> None:
     assert compare(folder / "out" / "perplexity", folder / "out" / "perplexity-old")
 
 
+@pytest.mark.parametrize("content", [b"{}", b'{"suite": "perplexity", "mod', b"\xff", b""])
+def test_a_damaged_result_is_told_once(content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_evaluation(str(folder / "one"), ["perplexity"], folder / "out", request(folder))
+    file = folder / "out" / "perplexity" / "results.json"
+    kept = file.read_bytes()
+    file.write_bytes(content)
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"perplexity/results.json is damaged: remove it to run the suite again\."):
+        run_evaluation(str(folder / "one"), ["perplexity"], folder / "out", request(folder))
+    assert "is not repeated" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"perplexity/results.json is damaged: remove it to run the suite again\."):
+        run_evaluation(str(folder / "one"), ["token-accuracy"], folder / "out", request(folder))
+    file.unlink()
+    run_evaluation(str(folder / "one"), ["perplexity"], folder / "out", request(folder))
+    assert file.read_bytes() == kept
+
+
 REFUSED = {
     "room": ({"max_new_tokens": 10**9}, ["humaneval"], "max_new_tokens=1000000000 leaves no room for a prompt"),
     "data": ({"data": {"humanevall": "a"}}, ["humaneval"], "data names humanevall, which no suite reads. Did you mean"),

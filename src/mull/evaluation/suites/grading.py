@@ -18,6 +18,7 @@ from mull.evaluation.suites.extract import final_number
 from mull.evaluation.suites.problems import Problem, Problems
 from mull.evaluation.suites.prompts import PROTOCOLS
 from mull.evaluation.suites.samples import Key, key_of, line, read_lines, repair
+from mull.runtime import storage
 from mull.runtime.progress import Progress, tracked
 
 VERDICTS = "verdicts.jsonl"
@@ -91,10 +92,9 @@ def grade(
     # numpy is mull's own requirement, and there for programs that import it, as in EvalPlus.
     has_numpy = any(NUMPY.search(job.program) for job in jobs.values())
     limits = replace(LIMITS, packages=("numpy",)) if has_numpy else LIMITS
-    with file.open("a", encoding="utf-8") as stream, Pool(workers, limits=limits, allow_weak=allow_weak) as pool:
+    with file.open("ab", buffering=0) as stream, Pool(workers, limits=limits, allow_weak=allow_weak) as pool:
         for new in _verdicts(list(jobs.values()), tests, pool, problems.suite):
-            stream.write("".join(map(line, new)))
-            stream.flush()
+            storage.append(stream, "".join(map(line, new)))
             known |= {(key_of(verdict), str(verdict["program"])): verdict for verdict in new}
     return [known[key, mark] for key, mark in zip(keys, marks, strict=True)]
 
