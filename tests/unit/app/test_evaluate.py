@@ -31,7 +31,7 @@ from mull.evaluation.sandbox import Verdict, check_sandbox
 from mull.evaluation.suites.results import code_scores, compare_results, keep_settings, read_result
 from mull.evaluation.suites.statistics import exact_interval
 from mull.evaluation.suites.subject import Request, load_subject, tokenizer_digest, weights_digest
-from mull.evaluation.suites.table import SUITES
+from mull.evaluation.suites.table import SUITES, sample_notes
 from mull.runtime import storage
 
 SPLIT = ETDConfig(n_encoder_layers=1, n_think_layers=2, n_decoder_layers=1)
@@ -120,6 +120,47 @@ def test_several_suites_leave_results_a_report_and_figures(folder: Path, capsys:
         assert (folder / "out" / "figures" / f"{figure}.svg").read_text().startswith("<svg")
     assert {"agreement, head 1", "agreement, head 2", "drafts"} <= found["per-head-analysis"].acceptance.keys()
     assert "bits_per_byte" in capsys.readouterr().out
+
+
+def test_passes_with_the_weaker_proof_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Weak(FakePool):
+        def submit(self, program: str, tests: Any, *, timeout: float) -> Any:
+            self.n += 1
+            verdict = Verdict(self.n > 1, "passed", "", 0.0, 1, 1, "outside" if self.n == 2 else "inside")
+            return type("Done", (), {"result": lambda _: verdict})()
+
+    monkeypatch.setattr("mull.evaluation.suites.grading.Pool", Weak)
+    for _ in range(2):  # the second time from the stored verdicts
+        (folder / "out" / "humaneval" / "results.json").unlink(missing_ok=True)
+        found = run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", request(folder))["humaneval"]
+        [note] = [note for note in found.notes if "proof" in note]
+        assert note.startswith("1 of 2 passes has the weaker proof")
+        assert note.endswith("(HumanEval/2).")
+        assert note in (folder / "out" / "report.md").read_text()
+    lines = (folder / "out" / "humaneval" / "verdicts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["proof"] for line in lines] == ["inside", "outside", "inside"]
+
+
+@pytest.mark.parametrize(
+    ("n", "named"), [(0, None), (5, "(p0, p1, p2, p3, p4)"), (7, "(p0, p1, p2, p3, p4 and 2 more)")]
+)
+def test_only_the_first_problems_are_named(n: int, named: str | None) -> None:
+    records = [{"problem": f"p{i}", "finish": "end"} for i in range(9) for _ in range(2)]
+    verdicts = [
+        {"problem": each["problem"], "reason": "passed", "passed": True, "proof": "inside" if i < 2 * n else "outside"}
+        for i, each in enumerate(records)
+    ]
+    notes = [note for note in sample_notes(records, verdicts) if "proof" in note]
+    assert [note.split(" have")[0] for note in notes] == ([f"{2 * n} of 18 passes"] if n else [])
+    assert all(str(named) in note for note in notes)
+
+
+def test_numbers_need_no_proof(folder: Path) -> None:
+    asked = request(
+        folder, data={"gsm8k": gsm8k(folder / "test.jsonl", 5), "gsm8k-train": gsm8k(folder / "train.jsonl", 5)}
+    )
+    [found] = run_evaluation(str(folder / "one"), ["gsm8k"], folder / "out", asked).values()
+    assert not [note for note in found.notes if "proof" in note]
 
 
 def test_a_run_that_was_interrupted_gives_the_same_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

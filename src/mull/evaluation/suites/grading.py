@@ -69,7 +69,7 @@ def grade(
         allow_weak: Layers of the sandbox that may be missing.
 
     Returns:
-        A verdict for each sample: ``passed`` and ``reason``, beside what says which sample it is.
+        A verdict for each sample: ``passed`` and ``reason``, beside what says which sample it is; of programs ``proof``, too.
     """
     by_name = {problem.name: problem for problem in problems.problems}
     protocol = PROTOCOLS[problems.suite]
@@ -100,7 +100,7 @@ def grade(
 
 
 def _read_verdicts(file: Path) -> Iterator[dict[str, Any]]:
-    for number, verdict in enumerate(read_lines(file, ("program", "reason")), start=1):
+    for number, verdict in enumerate(read_lines(file, ("program", "reason", "proof")), start=1):
         if not isinstance(verdict.get("passed"), bool):
             raise ValueError(f"{file}, line {number}, is damaged ('passed'): remove the line, and run again.")
         yield verdict
@@ -114,7 +114,7 @@ def _verdicts(
     with Progress(len(jobs), "program", label=f"{suite}: grading") as progress:
         for job, future in zip(jobs, running, strict=True):
             verdict = future.result()
-            found = {"passed": verdict.passed, "reason": verdict.reason, "detail": verdict.detail}
+            found = {name: getattr(verdict, name) for name in ("passed", "reason", "detail", "proof")}
             yield [{**key._asdict(), "program": job.mark, **found} for key in job.keys]
             progress.advance()
 

@@ -49,6 +49,9 @@ PROMPTS = 16
 """Beginnings of rows that are continued to measure acceptance."""
 
 ACCEPTANCE_TOKENS = 64
+NAMED = 5
+"""Problems that a note names."""
+
 SPEED_PROMPT, SPEED_TOKENS, SPEED_PROMPTS = 64, 64, 4
 """Tokens of a prompt and of its continuation, and number of prompts, of ``inference-speed``."""
 
@@ -174,11 +177,12 @@ def _graded(
         settings=dict(settings),
         scores=scores,
         values=values,
-        notes=tuple(_notes(records, verdicts)),
+        notes=tuple(sample_notes(records, verdicts)),
     )
 
 
-def _notes(records: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def sample_notes(records: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What scores do not say of samples: why they fail, how many were cut, and which passes are worth less."""
     reasons: dict[str, int] = {}
     for verdict in verdicts:
         reasons[verdict["reason"]] = reasons.get(verdict["reason"], 0) + 1
@@ -193,6 +197,15 @@ def _notes(records: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str,
         n = sum(record["finish"] == finish for record in records)
         if n:
             yield f"{n} of {len(records)} answers {meaning}."
+    passes = [verdict for verdict in verdicts if verdict["passed"]]
+    if weak := [verdict["problem"] for verdict in passes if verdict.get("proof") == "inside"]:
+        named, rest = ", ".join([*dict.fromkeys(weak)][:NAMED]), len({*weak}) - NAMED
+        more = f" and {rest} more" if rest > 0 else ""
+        have = "has" if len(weak) == 1 else "have"
+        yield (
+            f"{len(weak)} of {len(passes)} passes {have} the weaker proof: their tests had to run in "
+            f"the program's own process, where a program can cheat. Read these before you trust them ({named}{more})."
+        )
 
 
 def _documents(request: Request) -> Sequence[Document]:
