@@ -41,7 +41,7 @@ COMPARED_APART = frozenset(
 """Settings in which two compared results may differ: the model, how it runs, and where the text was, which has a hash."""
 
 
-HASHES = ("config", "digest", "examples", "generation", "tokenizer", "weights")
+HASHES = ("config", "digest", "documents", "examples", "generation", "tokenizer", "weights")
 """Settings that nobody gives: another one that differs, too, is the better explanation."""
 
 

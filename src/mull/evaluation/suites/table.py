@@ -19,7 +19,7 @@ from mull.data.packing import PackedDataset, pack_texts
 from mull.data.sources import Document, load_documents
 from mull.evaluation.sandbox import check_sandbox
 from mull.evaluation.suites.grading import grade
-from mull.evaluation.suites.harness import PREFIX, find_task, mull_lm, run_task
+from mull.evaluation.suites.harness import PREFIX, find_task, mull_lm, run_task, task_hashes
 from mull.evaluation.suites.heads import HeadTally, draft_acceptance, head_name, head_scores, head_tallies
 from mull.evaluation.suites.inference_speed import measured_speed, speed_notes, speed_scores
 from mull.evaluation.suites.perplexity import perplexity_scores, text_losses
@@ -359,7 +359,7 @@ def harness(task: str) -> Prepare:
         found = find_task(task)
         settings = {
             "task": task,
-            "digest": found.digest,
+            **task_hashes(found),
             "limit": request.limit,
             "seed": request.seed,
             **subject.facts(request),
