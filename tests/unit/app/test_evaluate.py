@@ -30,8 +30,8 @@ from mull.data.tokenizer import TextEncoder, train_tokenizer
 from mull.evaluation.sandbox import Verdict, check_sandbox
 from mull.evaluation.suites.results import code_scores, compare_results, keep_settings, read_result
 from mull.evaluation.suites.statistics import exact_interval
-from mull.evaluation.suites.subject import Request, load_subject, tokenizer_digest, weights_digest
-from mull.evaluation.suites.table import SUITES, sample_notes
+from mull.evaluation.suites.subject import Request, tokenizer_digest, weights_digest
+from mull.evaluation.suites.table import sample_notes
 from mull.runtime import storage
 
 SPLIT = ETDConfig(n_encoder_layers=1, n_think_layers=2, n_decoder_layers=1)
@@ -405,17 +405,6 @@ def test_what_changes_no_sample_is_not_refused(folder: Path) -> None:
         run_evaluation(str(folder / "one"), ["humaneval"], folder / engine, asked)
     files = [folder / run / "humaneval" / "samples.jsonl" for run in ("out", "mull", "transformers")]
     assert len({file.read_bytes() for file in files}) == 1
-
-
-def test_what_transformers_generates_by_itself_depends_on_all_generation_settings(folder: Path) -> None:
-    found = []
-    for changes in ({}, {"repetition_penalty": 9.0}):
-        edit(folder / "one" / "generation_config.json", **changes)
-        asked = request(folder)
-        subject = load_subject(str(folder / "one"), asked, torch.device("cpu"))
-        found.append(SUITES["inference-speed"](subject, asked).settings)
-    one, other = found
-    assert [name for name in one if one[name] != other[name]] == ["generation"]
 
 
 def test_a_setting_that_was_given_explains_more_than_a_hash(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -171,7 +171,7 @@ class Subject:
 
     @property
     def generation(self) -> str | None:
-        """A hash of the generation config, all of which transformers' own ``generate`` obeys."""
+        """A hash of the generation config, all of which ``generate`` obeys as lm-eval calls it."""
         stated = self.model.generation_config
         return None if stated is None else _digest(stated.to_dict())
 

@@ -336,7 +336,6 @@ def inference_speed(subject: Subject, request: Request) -> Prepared:
     settings = {
         **_text_settings(subject, request, documents, rows.shape[1], max_new_tokens=tokens, prompts=len(prompts)),
         "batch_size": n_rows,
-        "generation": subject.generation,
         "compiled": request.compiled,
         "threads": torch.get_num_threads(),
     }

@@ -327,6 +327,10 @@ def test_the_hashes_of_a_task_see_all_that_it_asks(
         assert [key for key in now if now[key] != before[key]] == [setting], name
         file.write_text(kept)
     assert prepare(subject, Request()).settings == before
+    subject.model.generation_config.repetition_penalty = 9.0  # lm-eval leaves it on
+    now = prepare(subject, Request()).settings
+    assert [key for key in now if now[key] != before[key]] == ["generation"]
+    subject.model.generation_config.repetition_penalty = None
     monkeypatch.setattr("importlib.metadata.version", lambda _: "0.0.1")
     now = prepare(subject, Request()).settings
     assert [key for key in now if now[key] != before[key]] == ["lm_eval"]
