@@ -66,7 +66,7 @@ def judged(model: str, suite: str, data: Mapping[str, str], arguments: argparse.
     requests = [Request(dtype=arguments.dtype, engine=engine) for engine in ENGINES]
     subjects = [load_subject(model, request, torch.device("cpu")) for request in requests]
     reader = subjects[0].reader(requests[0])
-    writers = [subject.writer(request, reader) for subject, request in zip(subjects, requests, strict=True)]
+    writers = [subject.writer(request) for subject, request in zip(subjects, requests, strict=True)]
     problems = load_problems(suite, data[suite], shots=data["gsm8k-train"])  # type: ignore[arg-type]
     protocol = PROTOCOLS[suite]  # type: ignore[index]
     asked = (protocol.chats if reader.chat else protocol.prompts)(problems)[: arguments.limit]

@@ -72,7 +72,7 @@ other. An import under ``TYPE_CHECKING`` is held to the same rule: a type is kno
 TOP = ("mull.__init__", "mull.__main__")
 
 BUDGETS = {
-    "runtime": 1050,
+    "runtime": 1077,
     "ops": 700,
     "layers": 1006,
     "data": 1398,
@@ -80,12 +80,12 @@ BUDGETS = {
     "decoding": 1160,
     "retrofit": 2010,
     "training": 3277,
-    "evaluation": 7280,
+    "evaluation": 7401,
     "app": 3620,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 24450
+MAX_CODE_LINES = 24614
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

@@ -66,6 +66,7 @@ def run_evaluation(
         raise ValueError(f"{out} is a file: give a folder for samples and results.")
     results: dict[str, Result] = {}
     with session(), side_group(PATIENCE) as group, _kept(folder):
+        on_first_rank(lambda: _kept_results(folder), group)  # a damaged one is told now
         subject = load_subject(model, request, device())
         prepared = {name: prepare(subject, request) for name, prepare in chosen.items()}
         on_first_rank(lambda: _keep_all_settings(prepared, folder), group)
@@ -118,8 +119,15 @@ def _results_in(place: str | Path) -> dict[str, Result]:
     """Results of a folder of suites, by folder name; or of a single suite."""
     folder = storage.local_path(place)
     inside = sorted(file.parent for file in folder.glob(f"*/{RESULTS}"))
-    results = [read_result(each) for each in inside or [folder]]
-    return {safe(f"{result.settings.get('protocol', 'published')} {result.suite}"): result for result in results}
+    found: dict[str, Result] = {}
+    places: dict[str, Path] = {}
+    for each in inside or [folder]:
+        result = read_result(each)
+        name = safe(f"{result.settings.get('protocol', 'published')} {result.suite}")
+        if name in found:
+            raise ValueError(f"{places[name]} and {each} both have a result of {result.suite}: give one of them.")
+        found[name], places[name] = result, each
+    return found
 
 
 def _check_data(data: Mapping[str, str]) -> None:
@@ -141,9 +149,20 @@ def _finished(place: Path) -> Result | None:
     return read_result(place)
 
 
+def _kept_results(folder: Path) -> dict[str, Result]:
+    """Results that are in the folder of a run, by folder name."""
+    found = {}
+    for file in sorted(folder.glob(f"*/{RESULTS}")):
+        try:
+            found[file.parent.name] = read_result(file)
+        except ValueError:
+            raise ValueError(f"{file} is damaged: remove it to run the suite again.") from None
+    return found
+
+
 def _keep(result: Result, folder: Path, name: str) -> None:
     result.write(folder / safe(name))
-    write_report({file.parent.name: read_result(file) for file in sorted(folder.glob(f"*/{RESULTS}"))}, folder)
+    write_report(_kept_results(folder), folder)
     print(f"\n{name}: {result.model}\n\n{score_table(result.scores)}")
     for note in result.notes:
         print(note)

@@ -34,7 +34,8 @@ class ProgramReward:
 
     * ``solved``: all tests passed;
     * ``timeouts``: the time was over;
-    * ``errors``: it raised, is no Python, or was ended for its memory or output, or by itself.
+    * ``errors``: it raised, is no Python, or was ended for its memory or output, or by itself;
+    * ``weak_proof``: its task's tests have to run in the program's own process, where a program can learn to cheat them.
 
     The pool of the sandbox is opened by ``with``.
 
@@ -106,7 +107,8 @@ class ProgramReward:
         solved = torch.tensor([verdict.passed for verdict in verdicts])
         wrong = torch.tensor([verdict.reason == "wrong answer" for verdict in verdicts])
         shares = torch.tensor([verdict.share for verdict in verdicts])
-        flags = {"solved": solved, "timeouts": late, "errors": ~(solved | late | wrong)}
+        weak = torch.tensor([verdict.proof == "inside" for verdict in verdicts])
+        flags = {"solved": solved, "timeouts": late, "errors": ~(solved | late | wrong), "weak_proof": weak}
         return Graded(torch.where(late, 0.0, shares), flags)
 
     def _text(self, prompt: list[int], tokens: list[int]) -> str:

@@ -134,8 +134,9 @@ class Stdio:
     """Texts to read and the texts to print for them, as in CodeContests. Each input has a container, and the time, of its own.
 
     Outputs are compared word by word: case is ignored, integers are compared exactly, and numbers of which one has a point or an
-    exponent may differ by 1e-5. A program that ends with a status other than 0, or by a signal, fails whatever it has printed.
-    After the first time-out the remaining inputs count as failed without being run.
+    exponent may differ by 1e-5, except where an integer of 2**53 or more is expected. A program that ends with a status other
+    than 0, or by a signal, fails whatever it has printed. After the first time-out the remaining inputs count as failed without
+    being run.
     """
 
     inputs: tuple[str, ...]
@@ -394,7 +395,8 @@ def _printed_verdict(session: Session, program: str, tests: Stdio, timeout: floa
     n_passed, seconds = 0, 0.0
     first: dict[str, Any] = {"reason": "passed", "detail": ""}
     for text, wanted in zip(tests.inputs, tests.outputs, strict=True):
-        request = {"input": text, "output": wanted, "max_output": limits.output}
+        most = limits.output + len(wanted.encode("utf-8", "surrogatepass"))
+        request = {"input": text, "output": wanted, "max_output": most}
         answer = session.judge(program, tests.question, request, timeout)
         seconds += answer["seconds"]
         n_passed += answer["passed"]

@@ -16,6 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -168,14 +169,34 @@ def write_text_atomic(url: str, text: str) -> None:
         return
     path = local_path(url)
     partial = path.with_name(path.name + ".partial")
+    with _named(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            _flush(partial)
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        _flush(path.parent)
+
+
+def append(stream: FileIO, text: str) -> None:
+    """Write UTF-8 text to the end of a local file, opened without a buffer; an error, such as of a full disk, names the file."""
+    left = memoryview(text.encode("utf-8"))
+    with _named(Path(str(stream.name))):
+        while left:
+            left = left[stream.write(left) :]
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file in errors of the system that name none: those of writing, not of opening."""
     try:
-        partial.write_text(text, encoding="utf-8")
-        _flush(partial)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    _flush(path.parent)
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def make_folder(url: str) -> None:
@@ -238,9 +259,33 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     Raises:
         RuntimeError: another process uses the folder; names it.
+        OSError: the folder cannot be there, or not be written.
     """
     target = folder.expanduser().resolve()
     file = target.with_name(f".{target.name}.lock")
+    with contextlib.ExitStack() as ends:
+        with _refused(folder):
+            descriptor = _locked(file, folder)
+            ends.callback(os.close, descriptor)
+            ends.callback(file.unlink, missing_ok=True)
+            os.write(descriptor, f"process {os.getpid()}".encode())
+        yield
+
+
+@contextlib.contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """Say of a folder that it cannot be used, whichever step towards that failed."""
+    try:
+        yield
+    except OSError as error:
+        place = folder.expanduser()
+        if file := next((path for path in place.parents if os.path.lexists(path) and not path.is_dir()), None):
+            raise OSError(f"{folder} cannot be made, because {file} is a file: choose another folder.") from error
+        raise OSError(f"{folder} cannot be written ({error.strerror}): choose another folder.") from error
+
+
+def _locked(file: Path, folder: Path) -> int:
+    """Descriptor of the file, locked."""
     file.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
     while (descriptor := _try_lock(file)) is None:
@@ -250,12 +295,7 @@ def exclusive(folder: Path) -> Iterator[None]:
                 f"{folder} is in use by {holder or 'another process'}. Wait until it ends, or choose another folder."
             )
         time.sleep(0.05)
-    try:
-        os.write(descriptor, f"process {os.getpid()}".encode())
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-        os.close(descriptor)
+    return descriptor
 
 
 def _try_lock(file: Path) -> int | None:

@@ -1,24 +1,37 @@
 """`mull eval` in Python: suites on a tiny checkpoint, resumed, compared, reported, and refused with a reason."""
 
+import copy
 import gzip
 import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    CanineTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mull import ETDConfig, MTPConfig, wrap_transformer_with_etd
 from mull.app.evaluate import compare, run_evaluation
 from mull.app.report.evaluation_page import markdown_table
-from mull.data.tokenizer import train_tokenizer
+from mull.data.tokenizer import TextEncoder, train_tokenizer
 from mull.evaluation.sandbox import Verdict, check_sandbox
 from mull.evaluation.suites.results import code_scores, compare_results, keep_settings, read_result
 from mull.evaluation.suites.statistics import exact_interval
-from mull.evaluation.suites.subject import Request, weights_digest
+from mull.evaluation.suites.subject import Request, tokenizer_digest, weights_digest
+from mull.evaluation.suites.table import sample_notes
 from mull.runtime import storage
 
 SPLIT = ETDConfig(n_encoder_layers=1, n_think_layers=2, n_decoder_layers=1)
@@ -107,6 +120,47 @@ def test_several_suites_leave_results_a_report_and_figures(folder: Path, capsys:
         assert (folder / "out" / "figures" / f"{figure}.svg").read_text().startswith("<svg")
     assert {"agreement, head 1", "agreement, head 2", "drafts"} <= found["per-head-analysis"].acceptance.keys()
     assert "bits_per_byte" in capsys.readouterr().out
+
+
+def test_passes_with_the_weaker_proof_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Weak(FakePool):
+        def submit(self, program: str, tests: Any, *, timeout: float) -> Any:
+            self.n += 1
+            verdict = Verdict(self.n > 1, "passed", "", 0.0, 1, 1, 1.0, "outside" if self.n == 2 else "inside")
+            return type("Done", (), {"result": lambda _: verdict})()
+
+    monkeypatch.setattr("mull.evaluation.suites.grading.Pool", Weak)
+    for _ in range(2):  # the second time from the stored verdicts
+        (folder / "out" / "humaneval" / "results.json").unlink(missing_ok=True)
+        found = run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", request(folder))["humaneval"]
+        [note] = [note for note in found.notes if "proof" in note]
+        assert note.startswith("1 of 2 passes has the weaker proof")
+        assert note.endswith("(HumanEval/2).")
+        assert note in (folder / "out" / "report.md").read_text()
+    lines = (folder / "out" / "humaneval" / "verdicts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["proof"] for line in lines] == ["inside", "outside", "inside"]
+
+
+@pytest.mark.parametrize(
+    ("n", "named"), [(0, None), (5, "(p0, p1, p2, p3, p4)"), (7, "(p0, p1, p2, p3, p4 and 2 more)")]
+)
+def test_only_the_first_problems_are_named(n: int, named: str | None) -> None:
+    records = [{"problem": f"p{i}", "finish": "end"} for i in range(9) for _ in range(2)]
+    verdicts = [
+        {"problem": each["problem"], "reason": "passed", "passed": True, "proof": "inside" if i < 2 * n else "outside"}
+        for i, each in enumerate(records)
+    ]
+    notes = [note for note in sample_notes(records, verdicts) if "proof" in note]
+    assert [note.split(" have")[0] for note in notes] == ([f"{2 * n} of 18 passes"] if n else [])
+    assert all(str(named) in note for note in notes)
+
+
+def test_numbers_need_no_proof(folder: Path) -> None:
+    asked = request(
+        folder, data={"gsm8k": gsm8k(folder / "test.jsonl", 5), "gsm8k-train": gsm8k(folder / "train.jsonl", 5)}
+    )
+    [found] = run_evaluation(str(folder / "one"), ["gsm8k"], folder / "out", asked).values()
+    assert not [note for note in found.notes if "proof" in note]
 
 
 def test_a_run_that_was_interrupted_gives_the_same_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +281,33 @@ def test_other_tests_of_the_same_prompts_are_refused(folder: Path) -> None:
         run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", asked)
 
 
+def gsm8k(file: Path, n: int, answer: str = "1 + 1 = 2\n#### 2") -> str:
+    file.write_text("".join(json.dumps({"question": f"1 + {i}?", "answer": answer}) + "\n" for i in range(n)))
+    return str(file)
+
+
+def mbpp(file: Path, code: str) -> str:
+    row = {"text": "One.", "test_list": ["assert f() == 1"], "code": code}
+    file.write_text("".join(json.dumps({**row, "task_id": number}) + "\n" for number in (2, 3, 4, 11)))
+    return str(file)
+
+
+def test_other_examples_of_the_prompt_are_refused(folder: Path) -> None:
+    model, test = str(folder / "one"), gsm8k(folder / "test.jsonl", 2)
+    shown = [gsm8k(folder / f"train-{i}.jsonl", 5, f"It is 2.\n#### {i}") for i in range(2)]
+    for suite, name, sources in (
+        ("gsm8k", "examples", [{"gsm8k": test, "gsm8k-train": file} for file in shown]),
+        ("mbpp", "digest", [{"mbpp": mbpp(folder / f"mbpp-{i}.jsonl", f"def f():\n    return {i}")} for i in range(2)]),
+    ):
+        one, other = (request(folder, data=data) for data in sources)
+        run_evaluation(model, [suite], folder / "a", one)
+        with pytest.raises(ValueError, match=f"has samples with {name}="):
+            run_evaluation(model, [suite], folder / "a", other)
+        run_evaluation(model, [suite], folder / "b", other)
+        with pytest.raises(ValueError, match=f"The results have {name}="):
+            compare(folder / "a" / suite, folder / "b" / suite)
+
+
 def test_a_checkpoint_without_a_think_block_gets_one(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tiny("llama", vocab_size=len(tokenizer), num_hidden_layers=4, eos_token_id=0).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -261,6 +342,122 @@ def test_other_weights_under_the_same_name_are_refused(folder: Path, tokenizer: 
     wrap_transformer_with_etd(base, SPLIT).save_pretrained(folder / "one")
     with pytest.raises(ValueError, match="has samples with weights="):
         run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", request(folder))
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Change fields of a JSON file; a dotted name is one inside another."""
+    content = json.loads(file.read_text())
+    for name, value in changes.items():
+        *outer, last = name.split("__")
+        place = content
+        for each in outer:
+            place = place[each]
+        place[last] = value
+    file.write_text(json.dumps(content))
+
+
+def swap_tokens(file: Path) -> None:
+    vocabulary = json.loads(file.read_text())["model"]["vocab"]
+    edit(file, model__vocab=vocabulary | {"a": vocabulary["b"], "b": vocabulary["a"]})
+
+
+OTHER_MODELS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "norm": ("config", lambda place: edit(place / "config.json", text_config__rms_norm_eps=0.1)),
+    "split": ("config", lambda place: edit(place / "config.json", etd__max_think_iterations=3)),
+    "vocabulary": ("tokenizer", lambda place: swap_tokens(place / "tokenizer.json")),
+    "class": ("tokenizer", lambda place: edit(place / "tokenizer_config.json", add_prefix_space=True)),
+    "template": (
+        "tokenizer",
+        lambda place: (place / "chat_template.jinja").write_text("{{ messages[0].content }}") and None,
+    ),
+    "end": ("end_tokens", lambda place: edit(place / "generation_config.json", eos_token_id=[0, 5])),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_MODELS)
+def test_another_model_with_the_same_weights_is_refused(case: str, folder: Path) -> None:
+    name, change = OTHER_MODELS[case]
+    asked = request(folder, chat=False)
+    run_evaluation(str(folder / "one"), ["humaneval", "token-accuracy"], folder / "out", asked)
+    change(folder / "one")
+    for suite, there in (("humaneval", "samples"), ("token-accuracy", "a result")):
+        with pytest.raises(ValueError, match=f"has {there} with {name}="):
+            run_evaluation(str(folder / "one"), [suite], folder / "out", asked)
+
+
+def test_models_that_differ_in_all_of_this_are_compared(folder: Path) -> None:
+    asked = request(folder, chat=False)
+    run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", asked)
+    for _, change in OTHER_MODELS.values():
+        change(folder / "one")
+    run_evaluation(str(folder / "one"), ["humaneval"], folder / "other", asked)
+    assert compare(folder / "out", folder / "other")
+
+
+def test_what_changes_no_sample_is_not_refused(folder: Path) -> None:
+    first = run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", request(folder))
+    edit(folder / "one" / "generation_config.json", temperature=0.3, do_sample=True, repetition_penalty=9.0)
+    edit(folder / "one" / "config.json", transformers_version="5.0.0")
+    edit(folder / "one" / "tokenizer_config.json", name_or_path="elsewhere")
+    assert run_evaluation(str(folder / "one"), ["humaneval"], folder / "out", request(folder)) == first
+    for engine in ("mull", "transformers"):
+        asked = request(folder, engine=engine, draft_length=0)
+        run_evaluation(str(folder / "one"), ["humaneval"], folder / engine, asked)
+    files = [folder / run / "humaneval" / "samples.jsonl" for run in ("out", "mull", "transformers")]
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_a_setting_that_was_given_explains_more_than_a_hash(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tiny("llama", vocab_size=len(tokenizer), num_hidden_layers=4, eos_token_id=0).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    run_evaluation(str(folder / "base"), ["perplexity"], folder / "out", request(folder))
+    with pytest.raises(ValueError, match="has a result with etd="):
+        run_evaluation(str(folder / "base"), ["perplexity"], folder / "out", request(folder, etd=SPLIT))
+
+
+@pytest.mark.parametrize("kind", [ByT5Tokenizer, pytest.param(CanineTokenizer, marks=pytest.mark.slow), None])
+def test_the_hash_of_a_tokenizer_is_that_of_what_it_does(
+    kind: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    one: Any = copy.deepcopy(tokenizer) if kind is None else kind()
+    one.save_pretrained(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, second = (AutoTokenizer.from_pretrained(tmp_path / name) for name in "ab")
+    before = tokenizer_digest(first)
+    assert tokenizer_digest(second) == before
+    TextEncoder(first).prompts(["<|endoftext|>"])
+    assert tokenizer_digest(first) == before
+    first("abc", padding="max_length", truncation=True, max_length=9)
+    assert tokenizer_digest(first) == before, "whatever was asked last"
+    first.chat_template = "{{ messages }}"
+    changed = {before, tokenizer_digest(first)}
+    first.chat_template = {"default": "{{ messages }}", "tool": "{{ tools }}"}
+    changed.add(tokenizer_digest(first))
+    first.add_tokens(["<new>"])
+    changed.add(tokenizer_digest(first))
+    first.add_tokens(["<newer>"], special_tokens=True)
+    changed.add(tokenizer_digest(first))
+    assert len(changed) == 5
+
+
+@pytest.mark.slow
+def test_the_hashes_are_the_same_in_every_process(folder: Path) -> None:
+    program = (
+        "import sys, torch; from mull.evaluation.suites.subject import Request, load_subject\n"
+        "print(load_subject(sys.argv[1], Request(), torch.device('cpu')).facts(Request()))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program, str(folder / "two")],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "01"
+    }
+    assert len(found) == 1
+    assert "tokenizer" in found.pop()
 
 
 def test_transformers_writes_the_same_samples(folder: Path) -> None:
@@ -329,6 +526,33 @@ def test_results_that_cannot_be_compared_are_refused(folder: Path) -> None:
     one, other = (read_result(folder / run / suite) for run, suite in (("b", "humaneval"), ("c", "perplexity")))
     with pytest.raises(ValueError, match="compare two of the same suite"):
         compare_results(one, other)
+
+
+def test_two_folders_of_one_suite_are_not_compared(folder: Path) -> None:
+    run_evaluation(str(folder / "one"), ["perplexity"], folder / "out", request(folder))
+    shutil.copytree(folder / "out" / "perplexity", folder / "out" / "perplexity-old")
+    with pytest.raises(
+        ValueError, match=r"out/perplexity and .*out/perplexity-old both have .* of perplexity: give one"
+    ):
+        compare(folder / "out", folder / "out")
+    assert compare(folder / "out" / "perplexity", folder / "out" / "perplexity-old")
+
+
+@pytest.mark.parametrize("content", [b"{}", b'{"suite": "perplexity", "mod', b"\xff", b""])
+def test_a_damaged_result_is_told_once(content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_evaluation(str(folder / "one"), ["perplexity"], folder / "out", request(folder))
+    file = folder / "out" / "perplexity" / "results.json"
+    kept = file.read_bytes()
+    file.write_bytes(content)
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"perplexity/results.json is damaged: remove it to run the suite again\."):
+        run_evaluation(str(folder / "one"), ["perplexity"], folder / "out", request(folder))
+    assert "is not repeated" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"perplexity/results.json is damaged: remove it to run the suite again\."):
+        run_evaluation(str(folder / "one"), ["token-accuracy"], folder / "out", request(folder))
+    file.unlink()
+    run_evaluation(str(folder / "one"), ["perplexity"], folder / "out", request(folder))
+    assert file.read_bytes() == kept
 
 
 REFUSED = {

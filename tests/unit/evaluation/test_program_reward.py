@@ -39,7 +39,7 @@ def graded(reward: ProgramReward, answers: Sequence[str], prompt: str = "Add.\n"
 
 
 class Scripted:
-    """A pool whose verdicts are written in the programs: ``# reason passed/tests``."""
+    """A pool whose verdicts are written in the programs: ``# reason passed/tests``, after ``inside`` with the weaker proof."""
 
     def __init__(self, workers: int, *, timeout: float, allow_weak: Any) -> None:
         self.workers, self.timeout, self.allow_weak = workers, timeout, allow_weak
@@ -52,7 +52,9 @@ class Scripted:
             self.ran.append((program, tests))
             reason, _, share = program.strip().removeprefix("# ").rpartition(" ")
             n_passed, n_tests = map(int, share.split("/"))
-            yield Verdict(reason == "passed", reason, "", 0.0, n_passed, n_tests, n_passed / n_tests)
+            reason, inside, _ = reason.partition(" inside")
+            counts = (n_passed, n_tests, n_passed / n_tests)
+            yield Verdict(reason == "passed", reason, "", 0.0, *counts, "inside" if inside else "outside")
 
     def close(self) -> None:
         self.closed += 1
@@ -131,6 +133,21 @@ def test_equal_programs_run_once_except_those_that_time_out(scripted: list[Scrip
         graded(reward, answers, numbers=[0, 0, 0, 0, 1])
         assert [program.strip() for program, _ in pool.ran[4:]] == ["# time-out 2/3"]
         assert reward.reasons == {"passed": 2, "time-out": 2, "memory": 1}
+
+
+def test_the_weaker_proof_is_counted(scripted: list[Scripted]) -> None:
+    answers = ["# passed 3/3", "# wrong answer 2/3", "# passed inside 3/3"]
+    with ProgramReward([ADD], TOKENIZER, [END]) as reward:
+        assert graded(reward, answers).flags["weak_proof"].tolist() == [False, False, True]
+        assert graded(reward, answers[2:]).flags["weak_proof"].tolist() == [True], "also of kept verdicts"
+
+
+def test_tests_that_pass_an_object_have_the_weaker_proof(real: ProgramReward) -> None:
+    task = ProgramTask("first", "First.", ("assert first(Thing()) == 1",), "first", "class Thing:\n    one = 1")
+    with ProgramReward([ADD, task], TOKENIZER, [END], workers=1, timeout=5.0) as reward:
+        found = graded(reward, ["def add(a, b): return a + b", "def first(x): return x.one"], numbers=[0, 1])
+    assert found.flags["solved"].tolist() == [True, True]
+    assert found.flags["weak_proof"].tolist() == [False, True]
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])

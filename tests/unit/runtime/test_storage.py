@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch, call):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(*{"fsync": (os, "fsync"), "replace": (Path, "replace")}[call], fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.json'"):
         storage.write_text_atomic(name, "new")
     assert storage.read_bytes(name).decode() == "old"
     assert storage.list_names(str(tmp_path)) == ["a.json"]
@@ -131,6 +132,40 @@ def test_a_folder_has_one_process_and_a_dead_one_gives_it_back(tmp_path, monkeyp
         assert (tmp_path / ".run.lock").read_text() == f"process {os.getpid()}"
     assert not (tmp_path / ".run.lock").exists()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_is_told_by_its_name(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    for place in (file / "x", file / "x" / "y"):
+        sentence = f"{place} cannot be made, because {file} is a file: choose another folder."
+        with pytest.raises(OSError, match=f"^{re.escape(sentence)}$"), storage.exclusive(place):
+            pass
+    sentence = r"^/proc/x cannot be written \(No such file or directory\): choose another folder\.$"
+    with pytest.raises(OSError, match=sentence), storage.exclusive(Path("/proc/x")):
+        pass
+    monkeypatch.setattr(os, "write", lambda *_: os.posix_fallocate(-1, 0, 1))
+    with (
+        pytest.raises(OSError, match=r"^.*free cannot be written \(.*\): choose"),
+        storage.exclusive(tmp_path / "free"),
+    ):
+        pass
+    assert storage.list_names(str(tmp_path)) == ["file"]
+
+
+def test_an_error_of_what_is_done_with_a_folder_stays_as_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^of the user's$"), storage.exclusive(tmp_path / "run"):
+        raise FileNotFoundError("of the user's")
+
+
+def test_a_full_disk_is_told_with_its_file(tmp_path):
+    full = r"^\[Errno 28\] No space left on device: '/dev/full'$"
+    with Path("/dev/full").open("ab", buffering=0) as stream, pytest.raises(OSError, match=full):
+        storage.append(stream, "text")
+    with (tmp_path / "file").open("ab", buffering=0) as stream:
+        for text in ("one, ", "\N{GREEK SMALL LETTER BETA}" * 100_000):
+            storage.append(stream, text)
+    assert (tmp_path / "file").read_text() == "one, " + "\N{GREEK SMALL LETTER BETA}" * 100_000
 
 
 def test_a_lock_that_is_given_back_is_waited_for_and_never_shared(tmp_path):

@@ -120,7 +120,7 @@ def write_report(results: Mapping[str, Result], folder: Path) -> Path:
         parts += [f"## {name}", f"`{result.command}`", *_tables(result)]
         for kind, figure in result_figures(result).items():
             file = f"{FIGURES}/{safe(name)}-{kind}.svg"
-            (folder / file).write_text(svg(figure), encoding="utf-8")
+            storage.write_text_atomic(str(folder / file), svg(figure))
             parts.append(f"![{kind} of {name}]({file})")
     place = folder / REPORT
     storage.write_text_atomic(str(place), "\n\n".join(parts) + "\n")

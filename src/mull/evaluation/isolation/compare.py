@@ -14,6 +14,12 @@ FLOAT_TOLERANCE = 1e-6
 TOKEN_TOLERANCE = 1e-5
 """Between two numbers of a printed output, as in CodeContests' checker, where one of them is no integer."""
 
+EXACT_FLOATS = 2**53
+"""Floats have every integer below it, and not every integer beyond."""
+
+LONGEST_EXPONENT = 18
+"""Digits of an exponent that are read: with more, no number has its digits written out."""
+
 INTEGER = re.compile("[+-]?[0-9]+")
 NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 """How programs print numbers. ``float`` reads more: ``1_0``, ``nan``, and the digits of every script."""
@@ -120,7 +126,8 @@ def is_right(rule: str, arguments: Sequence[Any], result: Any, expected: Any, at
 def same_tokens(output: str, expected: str) -> bool:
     """The same words in the same order, whatever the spaces; case is ignored.
 
-    Integers are compared exactly; two numbers of which one has a point or an exponent may differ by 1e-5.
+    Integers are compared exactly; two numbers of which one has a point or an exponent may differ by 1e-5, except where an integer
+    of 2**53 or more is expected: floats, which skip integers there, would be equal to their neighbors.
     """
     found, wanted = output.split(), expected.split()
     return len(found) == len(wanted) and all(map(_same_token, found, wanted))
@@ -129,14 +136,26 @@ def same_tokens(output: str, expected: str) -> bool:
 def _same_token(found: str, wanted: str) -> bool:
     if found.lower() == wanted.lower():
         return True
-    if INTEGER.fullmatch(found) and INTEGER.fullmatch(wanted):
-        return _digits(found) == _digits(wanted)
     if not NUMBER.fullmatch(found) or not NUMBER.fullmatch(wanted):
         return False
-    return abs(float(found) - float(wanted)) <= TOKEN_TOLERANCE
+    value = float(wanted)
+    if INTEGER.fullmatch(wanted) and (INTEGER.fullmatch(found) or abs(value) >= EXACT_FLOATS):
+        return _exact(found) == _exact(wanted)
+    return abs(float(found) - value) <= TOKEN_TOLERANCE
 
 
-def _digits(integer: str) -> tuple[bool, str]:
-    """Sign and digits without leading zeros: to compute a number of a million digits takes Python seconds."""
-    digits = integer.lstrip("+-").lstrip("0")
-    return bool(digits) and integer[0] == "-", digits
+def _exact(number: str) -> tuple[bool, str, int]:
+    """Sign, digits and exponent of a number, the same for all ways to write it.
+
+    It is not computed: a number of a million digits takes Python seconds, and one with such an exponent takes all memory.
+    """
+    mantissa, _, exponent = number.lower().partition("e")
+    whole, _, part = mantissa.lstrip("+-").partition(".")
+    digits = (whole + part).lstrip("0")
+    shown = digits.rstrip("0")
+    if not shown:
+        return False, "", 0
+    raised = int(exponent.lstrip("+-").lstrip("0")[:LONGEST_EXPONENT] or 0)
+    if exponent.startswith("-"):
+        raised = -raised
+    return number[0] == "-", shown, raised - len(part) + len(digits) - len(shown)

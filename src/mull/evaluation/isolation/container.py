@@ -113,7 +113,7 @@ class Limits:
 
     open_files: int = 64
     output: int = 1 << 20
-    """Bytes that a script may print."""
+    """Bytes that a script may print beyond as many as are expected."""
 
     packages: tuple[str, ...] = ()
     """Installed packages that it may import, such as ``("numpy",)``. Their files become visible, read-only."""

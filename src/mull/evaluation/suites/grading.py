@@ -18,6 +18,7 @@ from mull.evaluation.suites.extract import final_number
 from mull.evaluation.suites.problems import Problem, Problems
 from mull.evaluation.suites.prompts import PROTOCOLS
 from mull.evaluation.suites.samples import Key, key_of, line, read_lines, repair
+from mull.runtime import storage
 from mull.runtime.progress import Progress, tracked
 
 VERDICTS = "verdicts.jsonl"
@@ -68,7 +69,7 @@ def grade(
         allow_weak: Layers of the sandbox that may be missing.
 
     Returns:
-        A verdict for each sample: ``passed`` and ``reason``, beside what says which sample it is.
+        A verdict for each sample: ``passed`` and ``reason``, beside what says which sample it is; of programs ``proof``, too.
     """
     by_name = {problem.name: problem for problem in problems.problems}
     protocol = PROTOCOLS[problems.suite]
@@ -91,16 +92,15 @@ def grade(
     # numpy is mull's own requirement, and there for programs that import it, as in EvalPlus.
     has_numpy = any(NUMPY.search(job.program) for job in jobs.values())
     limits = replace(LIMITS, packages=("numpy",)) if has_numpy else LIMITS
-    with file.open("a", encoding="utf-8") as stream, Pool(workers, limits=limits, allow_weak=allow_weak) as pool:
+    with file.open("ab", buffering=0) as stream, Pool(workers, limits=limits, allow_weak=allow_weak) as pool:
         for new in _verdicts(list(jobs.values()), tests, pool, problems.suite):
-            stream.write("".join(map(line, new)))
-            stream.flush()
+            storage.append(stream, "".join(map(line, new)))
             known |= {(key_of(verdict), str(verdict["program"])): verdict for verdict in new}
     return [known[key, mark] for key, mark in zip(keys, marks, strict=True)]
 
 
 def _read_verdicts(file: Path) -> Iterator[dict[str, Any]]:
-    for number, verdict in enumerate(read_lines(file, ("program", "reason")), start=1):
+    for number, verdict in enumerate(read_lines(file, ("program", "reason", "proof")), start=1):
         if not isinstance(verdict.get("passed"), bool):
             raise ValueError(f"{file}, line {number}, is damaged ('passed'): remove the line, and run again.")
         yield verdict
@@ -114,7 +114,7 @@ def _verdicts(
     with Progress(len(jobs), "program", label=f"{suite}: grading") as progress:
         for job, future in zip(jobs, running, strict=True):
             verdict = future.result()
-            found = {"passed": verdict.passed, "reason": verdict.reason, "detail": verdict.detail}
+            found = {name: getattr(verdict, name) for name in ("passed", "reason", "detail", "proof")}
             yield [{**key._asdict(), "program": job.mark, **found} for key in job.keys]
             progress.advance()
 

@@ -5,8 +5,11 @@ lm-eval is an extra, so its class is made when it is asked for.
 
 import functools
 import hashlib
+import importlib.metadata
+import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +22,12 @@ from mull.model.path import from_layers
 from mull.retrofit.source import load_tokenizer
 from mull.retrofit.wrap import from_pretrained
 from mull.runtime import storage
+from mull.runtime.progress import tracked
 
 PREFIX = "lm_eval:"
+INCLUDES = re.compile(r"^include:(.*(?:\n\s*-.*)*)", re.MULTILINE)
+"""One file that a YAML file of lm-eval builds on, or a list of them."""
+
 NORMAL = 1.959963984540054
 """Quantile of the normal distribution that belongs to 95 %."""
 
@@ -111,8 +118,8 @@ class Task(NamedTuple):
     manager: Any
     """lm-eval's ``TaskManager`` that knows it."""
 
-    digest: str | None
-    """A hash of its YAML file; None for tasks that come with lm-eval."""
+    file: Path | None
+    """Its YAML file; None for tasks that come with lm-eval."""
 
 
 def find_task(written: str) -> Task:
@@ -139,11 +146,59 @@ def find_task(written: str) -> Task:
         found = re.search(r"^(?:task|group):\s*['\"]?([\w.-]+)", text, re.MULTILINE)
         if found is None:
             raise ValueError(f"{written} has no task: a task's file has a line such as 'task: name'.")
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        task = Task(found[1], TaskManager(include_path=str(path.parent), include_defaults=False), digest)
+        task = Task(found[1], TaskManager(include_path=str(path.parent), include_defaults=False), path)
     if not task.manager.match_tasks([task.name]):
         raise ValueError(f"lm-eval has no task {task.name}: see lm_eval ls tasks, or give the YAML file of a task.")
     return task
+
+
+def task_hashes(task: Task) -> dict[str, str | None]:
+    """What the scores of a task depend on, and its name does not say; its documents are loaded for that.
+
+    Returns:
+        The version of lm-eval, and hashes: ``documents``, those that are asked and the pool of examples; ``digest`` of the YAML
+        files and, where these name functions, the Python files beside them, None for tasks that come with lm-eval.
+    """
+    tasks = task.manager.load([task.name])["tasks"]
+    documents = hashlib.sha256()
+    for name, each in sorted(tasks.items()):
+        examples = each.fewshot_docs() if each.config.num_fewshot else None
+        for part in (each.eval_docs, examples or ()):
+            documents.update(f"{name} {len(part)}\n".encode())
+            for document in tracked(part, "document", f"reading {name}", len(part)):
+                # Of what is no text, such as an image, only the kind: its name has an address.
+                documents.update(
+                    json.dumps(document, sort_keys=True, default=lambda value: type(value).__name__).encode()
+                )
+    digest = None
+    if task.file is not None:
+        index = task.manager.task_index
+        members = [index[name].yaml_path for name in tasks if name in index and index[name].yaml_path is not None]
+        texts = {path: path.read_bytes() for path in _files([task.file, *members])}
+        whole = "".join(sorted(f"{path.name} {hashlib.sha256(text).hexdigest()}\n" for path, text in texts.items()))
+        digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
+    return {
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        "documents": documents.hexdigest()[:16],
+        "digest": digest,
+    }
+
+
+def _files(yaml_files: Sequence[Path]) -> set[Path]:
+    """YAML files, those that they include, and the Python files beside one that names functions."""
+    found: set[Path] = set()
+    waiting = [*yaml_files]
+    while waiting:
+        path = waiting.pop().resolve()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        text = path.read_text(encoding="utf-8")
+        for names in INCLUDES.findall(text):
+            waiting += [path.parent / name for name in re.findall(r"[^\s,'\"\[\]]+", names)]
+        if "!function" in text:
+            found.update(file.resolve() for file in path.parent.glob("*.py"))
+    return found
 
 
 def run_task(

@@ -19,6 +19,7 @@ from mull.evaluation.speed import Timing, Variant, measure_in_turns, mull_varian
 from mull.evaluation.stock import can_use_mtp, heads_loaded_once, load_stock, stock_model, write_stock
 from mull.evaluation.suites.statistics import Score, Sums, score
 from mull.evaluation.suites.subject import Subject
+from mull.evaluation.suites.writers import OwnSettings
 
 PLAIN, STOCK, LOOP, COMPILED = "mull", "transformers", "transformers' loop on mull's layers", ", compiled"
 ROUNDS = 3
@@ -173,5 +174,7 @@ def measured_speed(subject: Subject, prompts: Sequence[Tensor], tokens: int, com
     device = subject.model.device
     batches = [(prompt.to(device), torch.ones_like(prompt, device=device)) for prompt in prompts]
     with ExitStack() as kept:
+        # All ways write by the same rules: only transformers' own would obey a repetition penalty that the checkpoint brings.
+        kept.enter_context(OwnSettings(subject.model))
         variants = decoding_variants(subject, batches[0][0], tokens, compiled, kept)
         return measure_in_turns(variants, batches, ROUNDS, "speed")

@@ -95,6 +95,9 @@ class Problems:
     digest: str = field(default="", compare=False)
     """A hash of all records of the source, tests included."""
 
+    examples: str | None = field(default=None, compare=False)
+    """The same of the source of `shots`, where that is another one."""
+
 
 def load_problems(suite: Suite, source: str | Path | None = None, *, shots: str | Path | None = None) -> Problems:
     """Read the problems of a suite.
@@ -112,6 +115,7 @@ def load_problems(suite: Suite, source: str | Path | None = None, *, shots: str 
     place, records = _records(suite, source)
     found = [READERS[suite](record) for record in records]
     examples: list[Problem] = []
+    others: list[Record] = []
     if suite == "mbpp":
         by_number = {int(problem.name.rpartition("/")[2]): problem for problem in found}
         if missing := [number for number in MBPP_SHOTS if number not in by_number]:
@@ -119,13 +123,14 @@ def load_problems(suite: Suite, source: str | Path | None = None, *, shots: str 
         examples = [by_number[number] for number in MBPP_SHOTS]
         found = [problem for number, problem in by_number.items() if number in MBPP_SPLITS["test"]]
     if suite == "gsm8k":
-        examples = _gsm8k_shots(place if source is not None else None, shots)
+        others = _gsm8k_shots(place if source is not None else None, shots)
+        examples = [_gsm8k(record) for record in others]
     if not found:
         raise ValueError(f"There are no problems of {suite} in {place}: check the source.")
     names = [problem.name for problem in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{place} has two problems that are called {twice}: each must have a name of its own.")
-    return Problems(suite, tuple(found), tuple(examples), place, _digest(records))
+    return Problems(suite, tuple(found), tuple(examples), place, _digest(records), _digest(others) if others else None)
 
 
 def _records(suite: Suite, source: str | Path | None, split: str | None = None) -> tuple[str, list[Record]]:
@@ -148,7 +153,7 @@ def _digest(records: Sequence[Record]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _gsm8k_shots(place: str | None, shots: str | Path | None) -> list[Problem]:
+def _gsm8k_shots(place: str | None, shots: str | Path | None) -> list[Record]:
     if shots is None and place is not None and not place.startswith(DATASET):
         folder, slash, name = place.rpartition("/")
         shots = folder + slash + name.replace("test", "train")
@@ -160,7 +165,7 @@ def _gsm8k_shots(place: str | None, shots: str | Path | None) -> list[Problem]:
     found, records = _records("gsm8k", place if shots is None else shots, "train")
     if len(records) < GSM8K_SHOTS:
         raise ValueError(f"{found} has {len(records)} training problems, and GSM8K's prompt shows {GSM8K_SHOTS}.")
-    return [_gsm8k(record) for record in records]
+    return records
 
 
 def _humaneval(record: Record) -> Problem:

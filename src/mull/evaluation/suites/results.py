@@ -22,6 +22,10 @@ COMPARED_APART = frozenset(
     {
         "model",
         "weights",
+        "config",
+        "tokenizer",
+        "end_tokens",
+        "generation",
         "engine",
         "dtype",
         "etd",
@@ -35,6 +39,10 @@ COMPARED_APART = frozenset(
     }
 )
 """Settings in which two compared results may differ: the model, how it runs, and where the text was, which has a hash."""
+
+
+HASHES = ("config", "digest", "documents", "examples", "generation", "tokenizer", "weights")
+"""Settings that nobody gives: another one that differs, too, is the better explanation."""
 
 
 class Bin(NamedTuple):
@@ -101,7 +109,8 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     file, now = folder / SETTINGS, json.loads(json.dumps(settings))
     found = [path.name for path in folder.glob("*") if path.name == RESULTS or path.match("samples*.jsonl")]
     stored = _stored_settings(file) if found else now
-    if different := [name for name in sorted({*stored, *now}) if stored.get(name) != now.get(name)]:
+    names = sorted({*stored, *now}, key=lambda name: (name in HASHES, name))
+    if different := [name for name in names if stored.get(name) != now.get(name)]:
         name = different[0]
         raise ValueError(
             f"{folder} has {'samples' if 'samples' in found[0] else 'a result'} with {name}={_short(stored.get(name))}, and now "

@@ -201,12 +201,11 @@ def draw_samples(plan: SamplePlan, writer: Writer, reader: AnswerReader, folder:
     repair(file)
     label = f"{plan.problems.suite}: drawing"
     missing = sum(key not in have for chunk in chunks for key in chunk)
-    with Progress(missing, "sample", label=label) as progress, file.open("a", encoding="utf-8") as stream:
+    with Progress(missing, "sample", label=label) as progress, file.open("ab", buffering=0) as stream:
         for chunk in chunks:
             records = _written(plan, chunk, writer, reader, prompts, tokens)
             new = [record for record in records if key_of(record) not in have]
-            stream.write("".join(map(line, new)))
-            stream.flush()
+            storage.append(stream, "".join(map(line, new)))
             progress.advance(len(new))
 
 

@@ -1,14 +1,20 @@
 """What is evaluated, and what is asked of it."""
 
+import functools
 import hashlib
 import itertools
+import json
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from mull.data.tokenizer import TextEncoder
 from mull.evaluation.suites.writers import OWN_ROUTE, AnswerReader, MullWriter, PlainWriter, Route, Writer
 from mull.model.causal_lm import MullForCausalLM
 from mull.model.configs import ETDConfig, MTPConfig
@@ -25,6 +31,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SEED = 2**31 - 1
 HASHED_AT_ONCE = 1 << 24
 """Elements of a tensor on its way from a GPU to be hashed."""
+
+NO_SETTINGS = frozenset({"_name_or_path", "transformers_version", "requires", "dtype", "torch_dtype"})
+"""Fields of a configuration that say where it came from, or what a result says elsewhere: the model's name and precision."""
+
+NO_TEXT = {
+    "tokenizer_config.json": frozenset({"is_local", "local_files_only"}),
+    "tokenizer.json": frozenset({"padding", "truncation"}),
+}
+"""Keys of a tokenizer's files that say where it came from, or which call was its last one."""
 
 
 class Request(Frozen):
@@ -139,10 +154,30 @@ class Subject:
         wanted = request.chat if chat is None else chat
         return AnswerReader(self.tokenizer, bool(self.tokenizer.chat_template) if wanted is None else wanted)
 
-    def writer(self, request: Request, reader: AnswerReader) -> Writer:
-        """What continues prompts."""
+    @functools.cached_property
+    def end_tokens(self) -> list[int]:
+        """Tokens that end an answer. Nothing else of a checkpoint's generation config changes what a writer writes."""
         stated = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        ends = reader.encoder.ends(stated)
+        return sorted(TextEncoder(self.tokenizer).ends(stated))
+
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """Of all that makes the model what it is, so that no run goes on with another one under the same name."""
+        return {
+            "weights": weights_digest(self.model),
+            "config": config_digest(self.model.config),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+        }
+
+    @property
+    def generation(self) -> str | None:
+        """A hash of the generation config, all of which ``generate`` obeys as lm-eval calls it."""
+        stated = self.model.generation_config
+        return None if stated is None else _digest(stated.to_dict())
+
+    def writer(self, request: Request) -> Writer:
+        """What continues prompts."""
+        ends = self.end_tokens
         if not self.is_mull or request.engine == "transformers":
             if request.engine == "mull":
                 raise ValueError(f"mull has no models like {self.name}: leave engine out, and transformers writes.")
@@ -160,7 +195,8 @@ class Subject:
         own = self.is_mull and request.engine != "transformers"
         return {
             "model": self.name,
-            "weights": weights_digest(self.model),
+            **self.hashes,
+            "end_tokens": self.end_tokens,
             "engine": "mull" if own else "transformers",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "etd": None if request.etd is None else request.etd.model_dump(mode="json", exclude_defaults=True),
@@ -212,10 +248,41 @@ def _has_family(config: PreTrainedConfig) -> bool:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """A hash of all parameters and buffers, so that a resumed run does not go on with another model under the same name."""
+    """A hash of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         for part in tensor.detach().reshape(-1).split(HASHED_AT_ONCE):
             digest.update(part.contiguous().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()[:16]
+
+
+def config_digest(config: PreTrainedConfig) -> str:
+    """A hash of a configuration as it was loaded: the defaults of this version of transformers are part of it."""
+    return _digest(json.loads(config.to_json_string(use_diff=False)))
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the files that the tokenizer saves, its chat templates among them."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            content = file.read_bytes()
+            if file.name in NO_TEXT:
+                kept = {name: value for name, value in json.loads(content).items() if name not in NO_TEXT[file.name]}
+                content = json.dumps(kept, sort_keys=True).encode()
+            digest.update(f"{file.relative_to(folder)} {len(content)}\n".encode())
+            digest.update(content)
+    return digest.hexdigest()[:16]
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(_settings(fields), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _settings(value: Any) -> Any:
+    """Without `NO_SETTINGS`, at any depth: configurations hold configurations."""
+    if isinstance(value, Mapping):
+        return {name: _settings(each) for name, each in value.items() if name not in NO_SETTINGS}
+    return [_settings(each) for each in value] if isinstance(value, list | tuple) else value

@@ -19,7 +19,7 @@ from mull.data.packing import PackedDataset, pack_texts
 from mull.data.sources import Document, load_documents
 from mull.evaluation.sandbox import check_sandbox
 from mull.evaluation.suites.grading import grade
-from mull.evaluation.suites.harness import PREFIX, find_task, mull_lm, run_task
+from mull.evaluation.suites.harness import PREFIX, find_task, mull_lm, run_task, task_hashes
 from mull.evaluation.suites.heads import HeadTally, draft_acceptance, head_name, head_scores, head_tallies
 from mull.evaluation.suites.inference_speed import measured_speed, speed_notes, speed_scores
 from mull.evaluation.suites.perplexity import perplexity_scores, text_losses
@@ -49,6 +49,9 @@ PROMPTS = 16
 """Beginnings of rows that are continued to measure acceptance."""
 
 ACCEPTANCE_TOKENS = 64
+NAMED = 5
+"""Problems that a note names."""
+
 SPEED_PROMPT, SPEED_TOKENS, SPEED_PROMPTS = 64, 64, 4
 """Tokens of a prompt and of its continuation, and number of prompts, of ``inference-speed``."""
 
@@ -126,7 +129,7 @@ def generative(suite: Suite, meta_mtp: bool = False) -> Prepare:
         if suite != "gsm8k":
             on_first_rank(lambda: check_sandbox(request.allow_weak))  # it grades
         settings = _settings(plan, asked, subject, request, reader.chat)
-        writer = subject.writer(request, reader)
+        writer = subject.writer(request)
 
         def run(place: Place) -> Result:
             folder = SampleFolder(place.folder)
@@ -146,6 +149,7 @@ def _settings(plan: SamplePlan, asked: _Protocol, subject: Subject, request: Req
         "chat": chat,
         "problems": len(plan.problems.problems),
         "digest": plan.problems.digest,
+        "examples": plan.problems.examples,
         "temperatures": list(plan.temperatures),
         "samples": plan.n_samples,
         "max_new_tokens": plan.max_new_tokens,
@@ -173,11 +177,12 @@ def _graded(
         settings=dict(settings),
         scores=scores,
         values=values,
-        notes=tuple(_notes(records, verdicts)),
+        notes=tuple(sample_notes(records, verdicts)),
     )
 
 
-def _notes(records: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def sample_notes(records: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What scores do not say of samples: why they fail, how many were cut, and which passes are worth less."""
     reasons: dict[str, int] = {}
     for verdict in verdicts:
         reasons[verdict["reason"]] = reasons.get(verdict["reason"], 0) + 1
@@ -192,6 +197,15 @@ def _notes(records: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str,
         n = sum(record["finish"] == finish for record in records)
         if n:
             yield f"{n} of {len(records)} answers {meaning}."
+    passes = [verdict for verdict in verdicts if verdict["passed"]]
+    if weak := [verdict["problem"] for verdict in passes if verdict.get("proof") == "inside"]:
+        named, rest = ", ".join([*dict.fromkeys(weak)][:NAMED]), len({*weak}) - NAMED
+        more = f" and {rest} more" if rest > 0 else ""
+        have = "has" if len(weak) == 1 else "have"
+        yield (
+            f"{len(weak)} of {len(passes)} passes {have} the weaker proof: their tests had to run in "
+            f"the program's own process, where a program can cheat. Read these before you trust them ({named}{more})."
+        )
 
 
 def _documents(request: Request) -> Sequence[Document]:
@@ -344,10 +358,11 @@ def harness(task: str) -> Prepare:
         found = find_task(task)
         settings = {
             "task": task,
-            "digest": found.digest,
+            **task_hashes(found),
             "limit": request.limit,
             "seed": request.seed,
             **subject.facts(request),
+            "generation": subject.generation,
             "draft_length": 0,
         }
 

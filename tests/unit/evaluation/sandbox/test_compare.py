@@ -1,6 +1,8 @@
 """Claim: results are judged by the rules of the suites."""
 
 import math
+import time
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -82,7 +84,55 @@ def test_every_rule_of_a_problem_exists() -> None:
         ("Infinity", "inf", False),
         ("1e999", "1e998", False),
         ("0x10", "16", False),
+        ("1.8446744073709552e+19", "18446744073709551615", False),  # equal as floats
+        ("18446744073709551614.999999", "18446744073709551615", False),
+        ("9007199254740992.4", "9007199254740992", False),
+        ("9007199254740993.0", "9007199254740992", False),
+        ("-1.8446744073709551615E+19", "-18446744073709551615", True),
+        ("1.8446744073709551615E+19", "-18446744073709551615", False),
+        ("184467440737095516150.e-1", "+18446744073709551615", True),
+        ("18446744073709551615.000", "018446744073709551615", True),
+        ("1e23", "1" + "0" * 23, True),
+        ("1e+0000000000000000000000000000000023", "1" + "0" * 23, True),
+        ("1e999999999", "1" + "0" * 23, False),
+        ("1e10000000000000000023", "1" + "0" * 23, False),
+        ("9" * 400 + "." + "0" * 400, "9" * 400, True),
+        ("9" * 400 + ".1", "9" * 400, False),
+        ("18446744073709551615", "1.8446744073709552e+19", True),  # as precise as what is expected
+        ("4503599627370496.0", "4503599627370496", True),
+        ("7.0", "7", True),
     ],
 )
 def test_outputs_are_compared_by_word(output: str, expected: str, same: bool) -> None:
     assert same_tokens(output, expected) is same
+
+
+LONG = {
+    "exponent": "1e999999999",
+    "negative exponent": "1e-999999999",
+    "exponent of many digits": f"1e{'9' * 1_000_000}",
+    "zero with an exponent": f"0.{'0' * 1_000_000}e{'9' * 20}",
+    "point": f"{'9' * 1_000_000}.5",
+    "many digits": "9" * 1_000_000 + "e1",
+}
+
+
+@pytest.mark.parametrize("digits", [1, 30, 1_000_000])
+@pytest.mark.parametrize("name", LONG)
+def test_no_number_takes_long_to_compare(name: str, digits: int) -> None:
+    started = time.perf_counter()
+    assert not same_tokens(LONG[name], "9" * digits)
+    assert not same_tokens(LONG[name], "9" * digits + ".5") or name == "point"
+    assert time.perf_counter() - started < 1
+
+
+@given(st.integers(2**53, 2**64), st.from_regex(r"\A-?[0-9]{1,3}(\.[0-9]{0,3})?\Z"), st.integers(-4, 20))
+def test_large_integers_are_those_of_exact_arithmetic(integer: int, mantissa: str, exponent: int) -> None:
+    for found in (
+        f"{mantissa}e{exponent}",
+        f"{integer}e0",
+        f"{integer}0.e-1",
+        f"{integer}.5",
+        f"{float(integer):.0f}.0",
+    ):
+        assert same_tokens(found, str(integer)) == (Decimal(found) == integer), found

@@ -64,6 +64,17 @@ def test_a_model_with_heads_is_measured_in_every_way(measured: Any, tokenizer: P
     assert result.settings["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_settings_of_a_checkpoint_change_no_text(
+    iterations: int, measured: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = wrap_transformer_with_etd(base(tokenizer), SPLIT, HEADS)
+    model.generation_config.update(repetition_penalty=9.0, no_repeat_ngram_size=1, suppress_tokens=[*range(9, 200)])
+    kept = model.generation_config.to_dict()
+    assert "otherwise" not in " ".join(measured(model, Route(think_iterations=iterations)).notes)
+    assert model.generation_config.to_dict() == kept
+
+
 def test_loops_have_no_class_in_transformers(measured: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     model = wrap_transformer_with_etd(base(tokenizer), SPLIT)
     result = measured(model, Route(think_iterations=3), batch_size=2)

@@ -326,8 +326,9 @@ def test_a_solution_in_python_2_does_not_matter(tmp_path: Path) -> None:
 
 def test_damaged_verdicts_are_told(tmp_path: Path) -> None:
     problems = Problems("mbpp", (Problem("mbpp/11", "Add.", "f", "assert f()\n"),))
-    kept = {"temperature": 0.0, "problem": "mbpp/11", "sample": 0, "passed": True, "reason": "passed", "program": "a"}
-    for name, value in (("program", None), ("reason", None), ("program", 5), ("passed", "yes")):
+    kept = {"temperature": 0.0, "problem": "mbpp/11", "sample": 0, "passed": True, "reason": "passed"}
+    kept |= {"program": "a", "proof": "outside"}
+    for name, value in (("program", None), ("reason", None), ("program", 5), ("passed", "yes"), ("proof", None)):
         damaged = {**kept, name: value}
         if value is None:
             del damaged[name]

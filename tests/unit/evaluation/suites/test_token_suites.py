@@ -1,6 +1,7 @@
 """Perplexity is lm-eval's, heads are measured as they are trained and drafted, and lm-eval's tasks take routes."""
 
 import json
+import shutil
 from math import exp, log
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from mull.evaluation.held_out import held_out_losses
 from mull.evaluation.suites.harness import find_task, mull_lm, run_task
 from mull.evaluation.suites.heads import RANGES, draft_acceptance, head_scores, head_states, head_tallies
 from mull.evaluation.suites.perplexity import perplexity_scores, text_losses, windows
+from mull.evaluation.suites.subject import Request, Subject
+from mull.evaluation.suites.table import harness
 from mull.evaluation.suites.writers import Route
 
 SPLIT = ETDConfig(n_encoder_layers=1, n_think_layers=2, n_decoder_layers=1, max_think_iterations=2)
@@ -261,8 +264,8 @@ def test_lm_eval_knows_the_class_by_name(tokenizer: PreTrainedTokenizerBase, tmp
 def test_tasks_are_found_by_path(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="needs the extra eval")
     named, written = find_task("arc_easy"), find_task(toy(tmp_path))
-    assert (named.name, named.digest, written.name) == ("arc_easy", None, "toy")
-    assert written.digest is not None
+    assert (named.name, named.file, written.name) == ("arc_easy", None, "toy")
+    assert written.file == tmp_path / "toy.yaml"
     with pytest.raises(ValueError, match="lm-eval has no task arc_eazy"):
         find_task("arc_eazy")
     with pytest.raises(FileNotFoundError, match="does not exist: give the name of a task of lm-eval, or its YAML file"):
@@ -270,6 +273,67 @@ def test_tasks_are_found_by_path(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("dataset_path: json\n")
     with pytest.raises(ValueError, match="has no task"):
         find_task(str(tmp_path / "empty.yaml"))
+
+
+def replaced(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+OTHER_TASKS = {
+    "a question": ("data.jsonl", "number 7", "number 70", "documents"),
+    "an answer": ("data.jsonl", '"answer": 1', '"answer": 0', "documents"),
+    "an example": ("shots.jsonl", "number 2", "number 20", "documents"),
+    "the task": ("toy.yaml", "multiple_choice", "multiple_choice # ", "digest"),
+    "what it includes": ("shared_yaml", "one", "won", "digest"),
+    "what that includes": ("deeper.yaml", "1.0", "2.0", "digest"),
+    "a helper": ("utils.py", "return text", "return text + ' '", "digest"),
+}
+
+
+@pytest.fixture
+def included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A task with examples, whose settings are in several files."""
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    file = Path(toy(tmp_path))
+    shutil.copy(tmp_path / "data.jsonl", tmp_path / "shots.jsonl")
+    task = yaml.safe_load(file.read_text())
+    task["dataset_kwargs"]["data_files"]["train"] = str(tmp_path / "shots.jsonl")
+    shared = {name: task.pop(name) for name in ("doc_to_choice", "doc_to_target")}
+    file.write_text(yaml.safe_dump({**task, "include": "shared_yaml", "fewshot_split": "train", "num_fewshot": 1}))
+    (tmp_path / "shared_yaml").write_text(yaml.safe_dump({**shared, "include": ["deeper.yaml"]}))
+    (tmp_path / "deeper.yaml").write_text("metadata: {version: 1.0}\nprocess_docs: !function utils.process\n")
+    helper = "def helped(text):\n    return text\n"
+    (tmp_path / "utils.py").write_text(f"{helper}def process(docs):\n    helped('')\n    return docs\n")
+    return file
+
+
+def test_the_hashes_of_a_task_see_all_that_it_asks(
+    included: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = Subject("one", looped(tokenizer), tokenizer)
+    prepare = harness(str(included))
+    before = prepare(subject, Request()).settings
+    assert prepare(subject, Request()).settings == before
+    (included.parent / "another.yaml").write_text("task: another\n")
+    assert prepare(subject, Request()).settings == before, "of another task"
+    for name, old, new, setting in OTHER_TASKS.values():
+        file = included.parent / name
+        kept = file.read_text()
+        replaced(file, old, new)
+        now = prepare(subject, Request()).settings
+        assert [key for key in now if now[key] != before[key]] == [setting], name
+        file.write_text(kept)
+    assert prepare(subject, Request()).settings == before
+    subject.model.generation_config.repetition_penalty = 9.0  # lm-eval leaves it on
+    now = prepare(subject, Request()).settings
+    assert [key for key in now if now[key] != before[key]] == ["generation"]
+    subject.model.generation_config.repetition_penalty = None
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.0.1")
+    now = prepare(subject, Request()).settings
+    assert [key for key in now if now[key] != before[key]] == ["lm_eval"]
 
 
 def test_lm_eval_s_arguments_are_refused_with_a_reason(tokenizer: PreTrainedTokenizerBase) -> None:
