@@ -80,12 +80,12 @@ BUDGETS = {
     "decoding": 1160,
     "retrofit": 2010,
     "training": 3277,
-    "evaluation": 7520,
+    "evaluation": 7600,
     "app": 3620,
 }
 """Code lines of each folder, without docstrings, comments and blanks."""
 
-MAX_CODE_LINES = 24735
+MAX_CODE_LINES = 24815
 MAX_DOCSTRING_SHARE = 0.25
 """Of the lines of the package."""
 

@@ -5,19 +5,26 @@ verdict are on the other side. The module is sent into the container as compiled
 """
 
 import _operator  # `operator` takes longer to import
+import _thread  # and `threading`
 import builtins
 import os
 import resource
 import sys
 from collections.abc import Iterator
 from itertools import islice
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any, NoReturn
 
-from mull.evaluation.isolation.channel import MAX_TEXT, Channel, Errors, restrict
-from mull.evaluation.isolation.values import OPERATORS, UNARY_OPERATORS, encode, is_iterator
+from mull.evaluation.isolation.channel import MAX_NESTED, MAX_TEXT, Channel, Errors, deeper, restrict
+from mull.evaluation.isolation.values import KEPT, OPERATORS, UNARY_OPERATORS, content, encode, is_iterator
 
 MAX_CHUNK = 1024
+
+OF_DATA = {
+    *("__new__", "__init__", "__repr__", "__str__", "__getnewargs__", "_make", "_replace", "_asdict"),
+    *("__class_getitem__", "__init_subclass__"),
+}
+"""Methods that a class may have and be no more than data; a named tuple has some."""
 
 
 class Callback:
@@ -86,25 +93,20 @@ class Chunks:
         return taken
 
 
-class Kept:
-    """Around an object that is to stay here although it could be written as data."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
 def is_of_library(value: Any) -> bool:
     """An iterator of Python's; those of the program's own classes stay what they are."""
     return type(value).__module__ in sys.stdlib_module_names and is_iterator(value)
 
 
 def has_methods_of_its_own(value: Any) -> bool:
-    """An object of a class of the program that inherits from lists, dictionaries or such, or adds methods to a tuple."""
-    kind = type(value)
-    own = vars(kind) if kind.__module__ not in sys.stdlib_module_names else {}
-    if isinstance(value, list | dict | set | frozenset | tuple):
-        return any(callable(attribute) and not name.startswith("_") for name, attribute in own.items())
-    return False
+    """An object of a class of the program that adds methods to lists, dictionaries, sets or tuples."""
+    own = [kind for kind in type(value).__mro__ if kind.__module__ not in sys.stdlib_module_names]
+    return isinstance(value, list | dict | set | frozenset | tuple) and any(
+        callable(attribute) or isinstance(attribute, property | classmethod | staticmethod)
+        for kind in own
+        for name, attribute in vars(kind).items()
+        if name not in OF_DATA
+    )
 
 
 class Program:
@@ -117,6 +119,7 @@ class Program:
         self._callbacks: dict[int, Callback] = {}
         self._errors = Errors()
         self._n_asking = 0
+        self._line = _thread.RLock()
         self.module = ModuleType("candidate")
 
     def keep(self, value: Any) -> int | None:
@@ -125,8 +128,6 @@ class Program:
             return -value._number
         if is_of_library(value):
             return None
-        if type(value) is Kept:
-            value = value.value
         number = self._numbers.setdefault(id(value), len(self._numbers) + 1)
         self._objects[number] = value
         return number
@@ -145,13 +146,16 @@ class Program:
 
     def ask(self, *request: Any) -> Any:
         """Have the tests' side do something. It may ask for something here before it has an answer."""
-        self.send(request)
-        self._n_asking += 1
-        try:
-            while (answer := self.receive())[0] not in ("return", "raise"):
-                self.respond(answer)
-        finally:
-            self._n_asking -= 1
+        if self._n_asking >= MAX_NESTED:
+            raise RecursionError("maximum recursion depth exceeded")
+        with self._line, deeper():
+            self._n_asking += 1
+            try:
+                self.send(request)
+                while (answer := self.receive())[0] not in ("return", "raise"):
+                    self.respond(answer)
+            finally:
+                self._n_asking -= 1
         if answer[0] == "raise":
             raise self._errors.read(answer, RuntimeError)
         return answer[1]
@@ -187,8 +191,9 @@ class Program:
         held = [*args, *kwargs.values()] if is_shared else []
         before = [encode(arg, id) for arg in held]  # with `id`, it reads no iterator
         result = OPERATIONS[operation](target, *args, **kwargs)
-        if operation == "call" and type(result) is target and has_methods_of_its_own(result):
-            result = Kept(result)  # which the tests have made to call its methods
+        made_by = target.__self__ if isinstance(target, MethodType) else target
+        if operation == "call" and type(result) is made_by and has_methods_of_its_own(result):
+            KEPT.add(made_by)  # the tests make objects of it to call their methods
         changed = {place: arg for place, arg in enumerate(held) if encode(arg, id) != before[place]}
         # An iterator of the tests was read to its end when it was sent: what is left of it is here.
         place = next((at for at, arg in enumerate(held) if arg is result and not hasattr(type(arg), "__next__")), None)
@@ -221,6 +226,7 @@ OPERATIONS: dict[str, Any] = {
     "instance": lambda target, item: isinstance(item, target),
     "enter": lambda target: target.__enter__(),
     "exit": lambda target, kind: bool(target.__exit__(kind, kind and kind(), None)),
+    "data": content,
     "copy": lambda target: __import__("copy").copy(target),
     "deep copy": lambda target: __import__("copy").deepcopy(target),
     **{name: getattr(_operator, name) for name in [*OPERATORS, *UNARY_OPERATORS]},

@@ -3,9 +3,10 @@
 import os
 import resource
 import sys
+from itertools import islice
 from typing import Any
 
-from mull.evaluation.isolation.values import Find, Keep, NotPlainError, Seen, decode, encode
+from mull.evaluation.isolation.values import Find, Keep, Seen, decode, encode
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A longer message is refused unread. The largest result of a reference solution (HumanEval/130) takes 9 MB."""
@@ -20,6 +21,23 @@ MAX_ARGUMENTS_BYTES = 4096
 
 class Ended(BaseException):
     """The other side is gone. No ``Exception``: tests that expect errors must not catch this."""
+
+
+class deeper:  # noqa: N801 - a context, and quicker to enter than one of `contextlib`
+    """Room for what stands between a call and its answer: no `RecursionError` may come between a request and its reply."""
+
+    def __enter__(self) -> None:
+        sys.setrecursionlimit(sys.getrecursionlimit() + ROOM)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setrecursionlimit(max(ROOM, sys.getrecursionlimit() - ROOM))
+
+
+ROOM = 500
+"""Frames. Data may be nested 150 levels deep, of which each takes two."""
+
+MAX_NESTED = 450
+"""Most calls back that wait for each other, about as many as Python's limit of 1,000 frames allows within one process."""
 
 
 class Errors:
@@ -75,6 +93,7 @@ NUMBER = "mull_number"
 FROM_CANDIDATE = "from_candidate"
 """Attribute of an error in the grader that the program has raised: what it was there."""
 
+MAX_ATTRIBUTES = 20
 MAX_ERRORS = 10_000
 """Most errors that a side keeps because they may come back."""
 
@@ -111,30 +130,41 @@ def _plain_arguments(error: BaseException, known: type) -> tuple[Any, ...] | Non
     """Arguments of an error if they are data, are few, and give its text in the class of the library, too; else None."""
     try:
         args = error.args
-        is_small = type(args) is tuple and len(encode(args, _refuse)) <= MAX_ARGUMENTS_BYTES
-    except Exception:  # noqa: BLE001 - `args` and what is in it are the program's
+        if isinstance(error, OSError) and error.filename is not None and type(error.filename) is str:
+            args = (error.errno, error.strerror, error.filename)
+    except Exception:  # noqa: BLE001 - `args` may be the program's
         return None
     has_own_text = type(error).__str__ is not known.__str__  # type: ignore[comparison-overlap]
-    return args if is_small and not has_own_text else None
+    return args if type(args) is tuple and _is_small(args) and not has_own_text else None
 
 
 def _attributes(error: BaseException) -> dict[str, Any]:
-    """Those of an error that are data, each of them small."""
+    """Those of an error that are data and small, the first few."""
     try:
-        return {name: value for name, value in vars(error).items() if _is_attribute(name) and _is_small(value)}
+        found = islice(vars(error).items(), MAX_ATTRIBUTES)
+        return {name: value for name, value in found if _is_attribute(name) and _is_small(value)}
     except Exception:  # noqa: BLE001 - `__dict__` may be the program's, too
         return {}
 
 
 def _is_small(value: Any) -> bool:
-    try:
-        return len(encode(value, _refuse)) <= MAX_ARGUMENTS_BYTES
-    except Exception:  # noqa: BLE001 - the program's objects raise what they like
-        return False
-
-
-def _refuse(value: Any) -> int:
-    raise NotPlainError(f"{type(value).__name__} is no plain data")
+    """Whether it is data of built-in types, and little: no more is looked at than that."""
+    left, parts = MAX_ARGUMENTS_BYTES, [value]
+    while parts:
+        part = parts.pop()
+        kind = type(part)
+        if kind in (str, bytes, list, tuple, set, frozenset, dict):
+            left -= len(part)
+        elif kind is int:
+            left -= part.bit_length() // 4
+        elif part is not None and kind not in (bool, float, complex):
+            return False
+        left -= 1
+        if left < 0:
+            return False
+        if kind in (list, tuple, set, frozenset, dict):
+            parts += [*part, *part.values()] if kind is dict else part
+    return True
 
 
 class Channel:

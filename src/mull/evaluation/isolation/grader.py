@@ -43,6 +43,10 @@ def _text(error: BaseException) -> str:
         return "its text is the program's, which gives none"
 
 
+def _line(text: str) -> str:
+    return text.encode("utf-8", "replace").decode().replace("\n", " ")[:MAX_DETAIL]
+
+
 class Tally:
     """Tests that have passed and failed, and the first failure."""
 
@@ -87,7 +91,7 @@ class Tally:
         n_tests = max(0 if complete else self._expected, self.n_passed + self.n_failed, 1)
         passed = complete and self.n_passed == n_tests
         reason = "passed" if passed else self.reason or "no proof"
-        detail = self.detail.encode("utf-8", "replace").decode().replace("\n", " ")[:MAX_DETAIL]
+        detail = _line(self.detail)
         shares = [passed / (failed + passed) for failed, passed in self._runs.values()]
         share = sum(shares) / max(0 if complete else self._expected, len(shares), 1)
         counts = {"n_passed": self.n_passed, "n_tests": n_tests, "share": share}
@@ -258,7 +262,9 @@ def needs_its_classes(tree: ast.AST, names: Iterable[str]) -> bool:
         if isinstance(node, ast.ExceptHandler) and node.type is not None:
             parts.append(node.type)
         elif isinstance(node, ast.ClassDef):
-            parts += node.bases
+            parts += [*node.bases, *(keyword.value for keyword in node.keywords)]
+            for part in node.body:  # what becomes a method has to be one
+                parts += getattr(part, "decorator_list", [getattr(part, "value", None) or part])
         elif isinstance(node, ast.Call) and _last_name(node.func) in TAKES_ERRORS:
             parts += node.args
     read = {node.id for part in parts for node in ast.walk(part) if isinstance(node, ast.Name)}
@@ -289,7 +295,7 @@ def grade_asserts(candidate: Candidate, request: dict[str, Any]) -> dict[str, An
         exec(compile(tree, "<tests>", "exec", dont_inherit=True), namespace)
     except NotPlainError:
         raise
-    except (Exception, Ended, SystemExit) as error:  # noqa: BLE001 - tests and candidates raise anything
+    except BaseException as error:  # noqa: BLE001 - tests and candidates raise anything
         tally.failed(error)
         return tally.result(complete=False)
     if candidate.is_gone and not tally.n_failed:
@@ -380,20 +386,18 @@ def grade_script(candidate: Candidate, request: dict[str, Any], output: int, max
         printed += part
         if len(printed) > max_output:
             return {"passed": False, "reason": "output", "detail": f"it prints more than {max_output:,} bytes"}
-    told_its_end = False
     with suppress(Ended):
         match candidate.receive():
             case ("failed", str() as name, str() as known, str() as text, *_):
                 kind = "memory" if known == "MemoryError" else "error"
-                return {"passed": False, "reason": kind, "detail": f"{name}: {text}"[:MAX_DETAIL]}
+                return {"passed": False, "reason": kind, "detail": _line(f"{name}: {text}")}
             case ("finished", int() | str() as status):
                 if status != 0:
-                    return {"passed": False, "reason": "error", "detail": f"SystemExit: {status}"[:MAX_DETAIL]}
-                told_its_end = True
+                    return {"passed": False, "reason": "error", "detail": _line(f"SystemExit: {status}")}
     text = printed.decode("utf-8", "replace")
     if same_tokens(text, request["output"]):
-        # How a process ended that did not tell, the host knows.
-        return {"passed": True, "reason": "passed", "detail": "", "told_its_end": told_its_end}
+        # How its process ends, the host knows.
+        return {"passed": True, "reason": "passed", "detail": "", "must_end": True}
     return {
         "passed": False,
         "reason": "wrong answer",

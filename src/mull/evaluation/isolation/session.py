@@ -182,12 +182,11 @@ class Session:
             answer = self._grader.answer(time.monotonic() + GRACE_SECONDS) or {}
             if not answer:
                 self._grader.close()  # the tests themselves do not end
-            # A script that has printed the right text has not passed: it did not end.
-            if not answer.get("passed") or not answer.get("told_its_end", True):
+            if not answer.get("passed") or answer.get("must_end"):
                 answer |= {"passed": False, "reason": "time-out", "detail": "it was killed when its time was over"}
         elif answer["reason"] == "no proof" and (status := container.exit_status(0.2)) is not None:
             answer["detail"] = f"{answer['detail']}: it {_how(status)}"
-        elif not answer.get("told_its_end", True) and (status := container.exit_status(GRACE_SECONDS)) != 0:
+        elif answer.get("must_end") and (status := container.exit_status(GRACE_SECONDS)) != 0:
             how = "closed its line and went on" if status is None else _how(status)
             answer |= {"passed": False, "reason": "error", "detail": f"it prints the right text, but {how}"}
         return answer

@@ -9,14 +9,23 @@ from collections.abc import Iterator
 from functools import _lru_cache_wrapper, partial
 from importlib import import_module
 from operator import attrgetter, itemgetter, methodcaller
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import (
+    BuiltinFunctionType,
+    ClassMethodDescriptorType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodType,
+    MethodWrapperType,
+    WrapperDescriptorType,
+)
 from typing import Any
 
-from mull.evaluation.isolation.channel import FROM_CANDIDATE, Channel, Ended, Errors
+from mull.evaluation.isolation.channel import FROM_CANDIDATE, Channel, Ended, Errors, deeper
 from mull.evaluation.isolation.values import OPERATORS, UNARY_OPERATORS, is_iterator
 
 CALLED_BACK = (
-    *(FunctionType, MethodType, BuiltinFunctionType),
+    *(FunctionType, MethodType, BuiltinFunctionType, MethodWrapperType),
+    *(MethodDescriptorType, WrapperDescriptorType, ClassMethodDescriptorType),
     *(partial, attrgetter, itemgetter, methodcaller, _lru_cache_wrapper),
 )
 """Functions of the tests, and what the library makes of them."""
@@ -102,6 +111,18 @@ class Remote:
         return self.__dict__["_candidate"].ask(operation, self, args, kwargs or {})
 
 
+def _equality(name: str) -> Any:
+    """Of two objects, the program's word. Of one and data, that of its content, which crosses as the result of a call does."""
+
+    def asked(self: Remote, other: Any) -> Any:
+        if type(other) is Remote:
+            return self._ask(name, (other,))
+        content = self._ask("data")
+        return NotImplemented if content is None or type(content) is Remote else (content == other) == (name == "eq")
+
+    return asked
+
+
 def _operator(name: str) -> Any:
     def asked(self: Remote, other: Any) -> Any:
         return self._ask(name, (other,)) if type(other) is Remote else NotImplemented
@@ -114,7 +135,7 @@ def _unary_operator(name: str) -> Any:
 
 
 for _name in OPERATORS:
-    setattr(Remote, f"__{_name.strip('_')}__", _operator(_name))
+    setattr(Remote, f"__{_name.strip('_')}__", (_equality if _name in ("eq", "ne") else _operator)(_name))
 for _name in UNARY_OPERATORS:
     setattr(Remote, f"__{_name}__", _unary_operator(_name))
 
@@ -136,6 +157,7 @@ class Candidate:
         self._has_objects = False
         """Whether it has given objects with methods, such as types, of which the tests may have made what is no data."""
 
+        self._has_errors = False
         self.n_asked = 0
         self.is_gone = False
         """Whether it has ended, or fallen out of its part. The tests may have caught that with a bare ``except``."""
@@ -158,11 +180,9 @@ class Candidate:
                 self._numbers[identity] = len(self._functions)
                 self._functions.append(value)
             return self._numbers[identity]
-        if (
-            self._has_objects
-            and not is_iterator(value)
-            and "__main__" not in (getattr(value, "__module__", ""), type(value).__module__)
-        ):
+        is_error = isinstance(value, BaseException) or (isinstance(value, type) and issubclass(value, BaseException))
+        is_of_tests = is_iterator(value) or "__main__" in (getattr(value, "__module__", ""), type(value).__module__)
+        if not is_of_tests and (self._has_objects or (self._has_errors and is_error)):
             raise TypeError(f"{type(value).__name__} may have come from what the program gave, and is no plain data")
         return None
 
@@ -238,9 +258,14 @@ class Candidate:
     def _tried(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """What the message back is about: a result, or an error."""
         try:
-            return ("return", function(*args, **kwargs))
+            with deeper():
+                return ("return", function(*args, **kwargs))
         except Exception as error:  # noqa: BLE001 - the candidate chose the arguments
-            return self._errors.message("raise", error, comes_back=True)
+            message = self._errors.message("raise", error, comes_back=True)
+            if isinstance(error, AssertionError):
+                # Its text has what the tests expect.
+                message = (*message[:3], "", message[4], (), {}, message[-1])
+            return message
 
     def _error(self, message: tuple[Any, ...], *, may_stop: bool) -> Exception:
         """The program's error, marked as its own, or one that the tests have raised themselves."""
@@ -250,6 +275,7 @@ class Candidate:
             # It would end a `map` or `all` of the tests before they have seen everything.
             error, number = CandidateError(f"{name}: {text}"), 0
         if number >= 0:
+            self._has_errors = True
             vars(error)[FROM_CANDIDATE] = f"{name}: {text}" if text else name
         return error
 

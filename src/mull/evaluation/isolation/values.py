@@ -58,8 +58,14 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
 }
 """Types of the standard library, by name, and what they are written as. Time zones are dropped."""
 
-LIBRARY_TYPES = {name for name in _FIELDS if not name.startswith("builtins.")}
-"""Those that may be named across the wall besides `SAFE_BUILTINS`."""
+LIBRARY_TYPES = {name for name in _FIELDS if not name.startswith("builtins.")} - {
+    "collections.Counter",
+    "fractions.Fraction",
+}
+"""Those that may be named across the wall besides `SAFE_BUILTINS`. The others could be changed by tests, for later programs."""
+
+KEPT: set[type] = set()
+"""Classes of the program whose objects stay where they are, although they could be written as data."""
 
 OPERATORS = [
     *("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
@@ -185,6 +191,9 @@ def _write_other(value: Any, out: list[bytes], keep: Keep | None, depth: int) ->
     elif isinstance(value, type) and (full := f"{value.__module__}.{value.__qualname__}") in LIBRARY_TYPES:
         out.append(_sized(b"B", full.encode()))
     else:
+        if kind in KEPT and keep is not None and (number := keep(value)) is not None:
+            out.append(b"%b%d:" % (b"h" if number >= 0 else b"H", abs(number)))
+            return
         if isinstance(value, tuple) and _may_name(kind.__name__, fields := getattr(kind, "_fields", None)):
             out.append(b"n")
             _write((kind.__name__, fields, _plain(tuple, value)), out, keep, depth + 1)
@@ -201,6 +210,13 @@ def _write_other(value: Any, out: list[bytes], keep: Keep | None, depth: int) ->
             _write(_taken(value), out, keep, depth + 1)
         else:
             raise NotPlainError(f"an object of {name} is no plain data")
+
+
+def content(value: Any) -> Any:
+    """What an object of one of the classes in `KEPT` holds, as data; None for others."""
+    if type(value) not in KEPT:
+        return None
+    return next(_plain(base, value) for base in (list, tuple, set, frozenset, dict) if isinstance(value, base))
 
 
 def _plain(base: Any, value: Any) -> Any:

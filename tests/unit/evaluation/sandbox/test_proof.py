@@ -236,6 +236,11 @@ EQUAL = "class E:\n    __hash__ = None\n    def __eq__(s, o): return True\n    d
         ("def f(xs, key):\n    try: key(list)\n    except Exception: pass\n    return E()", "f([2, 1], key=lambda x: x[0]) == [1, 2]"),
         ("def f():\n    while True: yield 1\ndef norm(p): return E()", "norm(f()) == 5"),
         ("def f(): return range(2000000)\ndef norm(p): return E()", "norm(map(str, f())) == 5"),
+        ("def f(): raise ValueError(5)\ndef norm(e): return E()", "norm(caught(f)) == 5"),
+        ("def f(): raise ValueError(5)\ndef norm(e): return E()", "norm(type(caught(f))) == 5"),
+        ("import json\ndef f(): json.loads('{')\ndef norm(e): return E()", "norm(type(caught(f))) == 5"),
+        ("def f(g):\n    g()\n    return E()\ndef h(): raise KeyError", "f(lambda: caught(h)) == 5"),
+        ("def f(): return 5\ndef norm(g): return E()", "norm(f().__str__) == '7'"),
         ("def f(s): return list\ndef norm(p): return E()", "norm(f('3,4')[0]) == 5"),
         ("Point = ValueError\ndef f(a, b): return E()", "f(Point(0, 0), Point(3, 4)) == 5"),
         ("def f(g):\n    try: g(ValueError)\n    except Exception: pass\n    return E()", "f(lambda g: g(2)) == 5"),
@@ -244,7 +249,8 @@ EQUAL = "class E:\n    __hash__ = None\n    def __eq__(s, o): return True\n    d
     ],
 )  # fmt: skip
 def test_what_a_program_gives_does_not_lead_to_the_weaker_proof(pool: Pool, program: str, check: str) -> None:
-    verdict = pool.submit(EQUAL + program, Asserts(f"assert {check}", ("f",))).result()
+    source = f"import json\ndef caught(g):\n    try: return g()\n    except Exception as e: return e\nassert {check}"
+    verdict = pool.submit(EQUAL + program, Asserts(source, ("f",))).result()
     assert (verdict.passed, verdict.proof) == (False, "outside"), verdict
 
 
@@ -293,6 +299,52 @@ def test_no_error_of_a_program_has_a_test_skipped(pool: Pool) -> None:
     for base in ("SkipTest", "case._ShouldStop"):
         wrong = f"import unittest\nclass E(unittest.{base}): pass\ndef f(x): raise E"
         assert not pool.submit(wrong, Asserts(source, ("f",))).result().passed
+
+
+@pytest.mark.parametrize("kind", ["fractions.Fraction", "collections.Counter", "collections.deque", "decimal.Decimal"])
+def test_what_tests_do_to_a_class_reaches_no_other_program(kind: str) -> None:
+    """``C(6, 4)`` of the first program is the class itself, on whose attribute the tests write."""
+    module, _, name = kind.rpartition(".")
+    with Pool(1, timeout=5) as pool:
+        given = f"from {module} import {name}\ndef C(*args): return {name}"
+        pool.submit(
+            given, Asserts("r = C(6, 4)\nr.numerator = r.total = r.count = r.real = 3\nassert r.real == 3", ("C",))
+        ).result()
+        wrong = f"from {module} import {name}\ndef f(): return {name}(1)"
+        assert (
+            not pool.submit(
+                wrong,
+                Asserts("r = f()\nassert r.numerator == 3 or r.total == 3 or r.count == 3 or r.real == 3", ("f",)),
+            )
+            .result()
+            .passed
+        )
+
+
+def test_the_text_of_a_failed_assertion_stays_with_the_tests(pool: Pool) -> None:
+    source = (
+        "import unittest\nt = unittest.TestCase()\ndef cb(x): t.assertEqual(x, 748159263)\nassert f(cb) == 748159263"
+    )
+    program = "import re\ndef f(cb):\n    try: cb(0)\n    except AssertionError as e: return int((re.findall(r'\\d{9}', str(e)) or [0])[-1])"
+    assert pool.submit(program, Asserts(source, ("f",))).result().reason == "wrong answer"
+
+
+def test_tests_that_are_made_to_stop_stop_no_grader(single: Pool) -> None:
+    for kind in ("KeyboardInterrupt", "GeneratorExit", "SystemExit"):
+        source = "def handler(e): raise e\nassert f(handler)"
+        verdict = single.submit(f"def f(h): return h({kind})", Asserts(source, ("f",))).result()
+        assert not verdict.passed
+        assert "the tests ended the grader" not in verdict.detail
+
+
+@pytest.mark.parametrize(
+    "end", ["os._exit(3)", "os.kill(os.getpid(), 9)", "os.close(1)\nos.close(channel)\nwhile True: pass"]
+)
+def test_a_script_does_not_say_itself_that_it_has_ended(pool: Pool, end: str) -> None:
+    program = (
+        f"{OWN_END}\nimport os\nchannel = P._channel._descriptor\nprint(7, flush=True)\nsend(('finished', 0))\n{end}"
+    )
+    assert not pool.submit(program, Stdio(("",), ("7",)), timeout=1).result().passed
 
 
 def test_inputs_that_are_used_up_are_there_for_the_next_program() -> None:

@@ -344,10 +344,23 @@ OBJECTS = {
         "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(): return P(1, 2)"),
     "default of a dictionary": ("from collections import defaultdict\nassert f(defaultdict(list)) == {'a': [1]}\nassert g()['zz'] == []",
         "from collections import defaultdict\ndef f(d):\n    d['a'].append(1)\n    return d\ndef g(): return defaultdict(list)"),
-    "types of the library": ("from collections import deque\nfrom fractions import Fraction\nassert type(f()) is deque and g(Fraction(1)) is Fraction and g(deque()) == deque",
+    "types of the library": ("from collections import deque\nfrom decimal import Decimal\nassert type(f()) is deque and g(Decimal(1)) is Decimal and g(deque()) == deque",
         "from collections import deque\ndef f(): return deque([1])\ndef g(x): return type(x)"),
     "key of the library": ("from operator import itemgetter\nfrom functools import partial\nassert f([(2, 1), (1, 2)], itemgetter(1)) == [(2, 1), (1, 2)]\nassert f([1, 2], partial(pow, -1)) == [1, 2]",
         "def f(xs, key): return sorted(xs, key=key)"),
+    "deep recursion through callbacks": ("@f\ndef fib(n): return n if n < 2 else fib(n - 1) + fib(n - 2)\nassert fib(300) % 1000 == 600\n"
+        "def cb(n): return 0 if n == 0 else 1 + g(cb, n - 1)\nassert g(cb, 300) == 300",
+        "def f(g):\n    c = {}\n    def h(*a):\n        if a not in c: c[a] = g(*a)\n        return c[a]\n    return h\ndef g(cb, n): return cb(n)"),
+    "endless recursion through callbacks": ("def cb(): return f(cb)\nassert f(cb) == 7 and f(lambda: 3) == 3\ntry:\n    g(lambda: g(cb2))\n    assert False\nexcept RecursionError:\n    pass",
+        "def f(g):\n    try: return g()\n    except RecursionError: return 7\ndef cb2(): return g(cb2)\ndef g(c): return c()"),
+    "threads of the program": ("assert f(lambda x: x + 1, range(300)) == [*range(1, 301)]", "from concurrent.futures import ThreadPoolExecutor\ndef f(g, xs):\n    with ThreadPoolExecutor(4) as e: return list(e.map(g, xs))"),
+    "objects of a class from a tuple": ("assert f([R(2, 3), R(1, 1)]) == R(2, 3) and R(2, 3).twice == 4 and R.of(5) == R(5, 5) == (5, 5)",
+        "from typing import NamedTuple\nclass R(NamedTuple):\n    w: int\n    h: int\n    @property\n    def twice(s): return 2 * s.w\n    @classmethod\n    def of(c, w): return c(w, w)\ndef f(rs): return max(rs)"),
+    "objects of a class from a list": ("m = f([[1, 2]])\nassert m.t() == f([[1], [2]]) and m == [[1, 2]] and m != [[1, 3]] and g([3]).push(1).push(2) == [3, 1, 2] and m + m == f([[1, 2], [1, 2]])",
+        "class B(list):\n    def push(s, x):\n        s.append(x)\n        return s\nclass g(B): pass\nclass f(B):\n    def t(s): return f(map(list, zip(*s)))\n    def __add__(s, o): return f([*s, *o])"),
+    "operators of a class from a dictionary": ("d = f()\nd['A'] = 1\nassert d['a'] == 1 and 'a' in d and d == {'a': 1}", "class f(dict):\n    def __setitem__(s, k, v): super().__setitem__(k.lower(), v)"),
+    "missing file": ("try:\n    f('zz.txt')\n    assert False\nexcept FileNotFoundError as e:\n    assert e.filename == 'zz.txt' and 'zz.txt' in str(e)", "def f(x): return open(x)"),
+    "method of Python": ("assert f(str.upper, ['a']) == ['A'] and f('a'.__add__, ['b']) == ['ab'] and f(dict.fromkeys, [['c']]) == [{'c': None}]", "def f(g, xs): return [g(x) for x in xs]"),
     "own iterator": ("i = f(3)\nassert next(i) == 3 and i.n == 2 and list(i) == [2, 1]",
         "class f:\n    def __init__(self, n): self.n = n\n    def __iter__(self): return self\n    def __next__(self):\n        if not self.n: raise StopIteration\n        self.n -= 1\n        return self.n + 1"),
 }  # fmt: skip
@@ -369,6 +382,9 @@ def test_objects_of_the_program_behave_as_they_do_there(pool: Pool, kind: str) -
         ("import io\nE = f\nassert E(io.StringIO('5\\n6')) == [5, 6]", "def f(x): return [int(x.readline()), int(x.readline())]"),
         ("import io\nE = f\nb = io.StringIO()\nE(3, b)\nassert b.getvalue() == '3\\n'", "def f(x, out): print(x, file=out)"),
         ("import itertools\nE = f\nassert E(3, itertools.count()) == [0, 1, 2]", "from itertools import islice\ndef f(n, xs): return list(islice(xs, n))"),
+        ("class C:\n    @f\n    def m(self, x): return 2 * x\nE = 0\nassert C().m(3) == 6", "def f(g): return lambda *a: g(*a)"),
+        ("class C(metaclass=f):\n    E = 1\nassert C().E == 1", "class f(type): pass"),
+        ("class P:\n    age = f()\nE = P()\nE.age = 5\nassert E.age == 5", "class f:\n    def __get__(s, i, o): return i.x\n    def __set__(s, i, v): i.x = v"),
         ("class G(E):\n    pass\nassert G().f() == 1", "class E:\n    def f(self): return 1"),
         ("import asyncio\nassert asyncio.run(f(1)) == 1", "async def f(x): return x"),
         ("async def t():\n    assert await f(1) == 1\ntry:\n    t().send(None)\nexcept StopIteration:\n    pass", "async def f(x): return x"),
@@ -420,6 +436,18 @@ def test_an_oracle_sees_the_arguments_as_they_were(pool: Pool) -> None:
     roots = Calls("find_zero", (([1, 2],), ([-6, 11, -6, 1],)), (-0.5, 1.0), 1e-4, "root_of_polynomial")
     assert judge(pool, "def find_zero(xs):\n    xs.clear()\n    return 0", roots).n_passed == 0
     assert judge(pool, "def find_zero(xs):\n    return -xs.pop(0) / xs[0] if len(xs) == 2 else 2.0", roots).passed
+
+
+@pytest.mark.parametrize(
+    "attribute", ["[str(n) for n in range(300000)]", "x = [[[[]]]]\n    for _ in range(60): x = [x, x]", "{str(n): 'a' * 4000 for n in range(30000)}"]
+)  # fmt: skip
+def test_large_attributes_of_errors_take_no_time(pool: Pool, attribute: str) -> None:
+    program = (
+        f"def made():\n    x = {attribute.removeprefix('x = ')}\n    return x\nX = made()\n"
+        "def f():\n    e = ValueError('a')\n    e.x = X\n    e.__dict__ |= X if type(X) is dict else {}\n    raise e"
+    )
+    source = "n = 0\nfor _ in range(100):\n    try:\n        f()\n    except ValueError as e:\n        n += not hasattr(e, 'x')\nassert n == 100"
+    assert judge(pool, program, Asserts(source, ("f",)), timeout=2).passed
 
 
 @pytest.mark.parametrize(
@@ -504,6 +532,7 @@ def test_a_script_that_does_not_end_fails_whatever_it_has_printed(pool: Pool, en
         ("1 / 0", "ZeroDivisionError"),
         ("import os\nsys.stdout.flush()\nos._exit(3)", "the right text, but ended with status 3"),
         ("import os\nsys.stdout.flush()\nos.kill(os.getpid(), 9)", "the right text, but was killed by signal 9"),
+        ("raise ValueError('a\\nb\\ud800')", "ValueError: a b?"),
     ],
 )
 def test_a_script_that_ends_badly_fails_whatever_it_has_printed(pool: Pool, end: str, detail: str) -> None:
