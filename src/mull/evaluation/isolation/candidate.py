@@ -15,7 +15,7 @@ from itertools import islice
 from types import MethodType, ModuleType
 from typing import Any, NoReturn
 
-from mull.evaluation.isolation.channel import MAX_NESTED, MAX_TEXT, Channel, Errors, deeper, restrict
+from mull.evaluation.isolation.channel import MAX_NESTED, MAX_TEXT, Channel, Errors, Room, restrict
 from mull.evaluation.isolation.values import KEPT, OPERATORS, UNARY_OPERATORS, content, encode, is_iterator
 
 MAX_CHUNK = 1024
@@ -148,7 +148,7 @@ class Program:
         """Have the tests' side do something. It may ask for something here before it has an answer."""
         if self._n_asking >= MAX_NESTED:
             raise RecursionError("maximum recursion depth exceeded")
-        with self._line, deeper():
+        with self._line, Room():
             self._n_asking += 1
             try:
                 self.send(request)

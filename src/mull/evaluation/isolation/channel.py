@@ -23,18 +23,18 @@ class Ended(BaseException):
     """The other side is gone. No ``Exception``: tests that expect errors must not catch this."""
 
 
-class deeper:  # noqa: N801 - a context, and quicker to enter than one of `contextlib`
-    """Room for what stands between a call and its answer: no `RecursionError` may come between a request and its reply."""
+class Room:
+    """Frames for what stands between a call and its answer: no `RecursionError` may come between a request and its reply."""
 
     def __enter__(self) -> None:
-        sys.setrecursionlimit(sys.getrecursionlimit() + ROOM)
+        sys.setrecursionlimit(sys.getrecursionlimit() + FRAMES)
 
     def __exit__(self, *_: object) -> None:
-        sys.setrecursionlimit(max(ROOM, sys.getrecursionlimit() - ROOM))
+        sys.setrecursionlimit(max(FRAMES, sys.getrecursionlimit() - FRAMES))
 
 
-ROOM = 500
-"""Frames. Data may be nested 150 levels deep, of which each takes two."""
+FRAMES = 500
+"""Data may be nested 150 levels deep, of which each takes two."""
 
 MAX_NESTED = 450
 """Most calls back that wait for each other, about as many as Python's limit of 1,000 frames allows within one process."""

@@ -20,7 +20,7 @@ from types import (
 )
 from typing import Any
 
-from mull.evaluation.isolation.channel import FROM_CANDIDATE, Channel, Ended, Errors, deeper
+from mull.evaluation.isolation.channel import FROM_CANDIDATE, Channel, Ended, Errors, Room
 from mull.evaluation.isolation.values import OPERATORS, UNARY_OPERATORS, is_iterator
 
 CALLED_BACK = (
@@ -258,7 +258,7 @@ class Candidate:
     def _tried(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """What the message back is about: a result, or an error."""
         try:
-            with deeper():
+            with Room():
                 return ("return", function(*args, **kwargs))
         except Exception as error:  # noqa: BLE001 - the candidate chose the arguments
             message = self._errors.message("raise", error, comes_back=True)
