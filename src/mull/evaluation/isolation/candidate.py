@@ -15,7 +15,7 @@ from itertools import islice
 from types import MethodType, ModuleType
 from typing import Any, NoReturn
 
-from mull.evaluation.isolation.channel import MAX_NESTED, MAX_TEXT, Channel, Errors, Room, restrict
+from mull.evaluation.isolation.channel import MAX_NESTED, MAX_TEXT, Channel, Errors, Room, full_name, restrict
 from mull.evaluation.isolation.values import KEPT, OPERATORS, UNARY_OPERATORS, content, encode, is_iterator
 
 MAX_CHUNK = 1024
@@ -227,6 +227,7 @@ OPERATIONS: dict[str, Any] = {
     "enter": lambda target: target.__enter__(),
     "exit": lambda target, kind: bool(target.__exit__(kind, kind and kind(), None)),
     "data": content,
+    "full name": full_name,
     "copy": lambda target: __import__("copy").copy(target),
     "deep copy": lambda target: __import__("copy").deepcopy(target),
     **{name: getattr(_operator, name) for name in [*OPERATORS, *UNARY_OPERATORS]},

@@ -65,7 +65,7 @@ class Errors:
         if not number and comes_back and len(self._own) < MAX_ERRORS:
             self._own.append(error.with_traceback(None))  # whose frames would stay alive
             number = len(self._own)
-        names = tuple(f"{base.__module__}.{base.__qualname__}" for base in classes)
+        names = tuple(full_name(base) for base in type(error).__mro__ if issubclass(base, Exception))
         args = _plain_arguments(error, classes[0] if classes else known)
         return (kind, type(error).__name__, known.__name__, text, names, args, attributes, number)
 
@@ -83,12 +83,15 @@ class Errors:
         error = next((error for kind in kinds if (error := _built(kind, text, args)) is not None), None)
         error = error or other(f"{name}: {text}")
         vars(error).update({name: value for name, value in attributes.items() if _is_attribute(name)})
-        vars(error)[NUMBER] = max(0, number)
+        vars(error).update({NUMBER: max(0, number), CLASSES: names})
         return error
 
 
 NUMBER = "mull_number"
 """Attribute of an error of the other side: its number there."""
+
+CLASSES = "mull_classes"
+"""Attribute of an error of the other side: names of its classes there."""
 
 FROM_CANDIDATE = "from_candidate"
 """Attribute of an error in the grader that the program has raised: what it was there."""
@@ -96,6 +99,11 @@ FROM_CANDIDATE = "from_candidate"
 MAX_ATTRIBUTES = 20
 MAX_ERRORS = 10_000
 """Most errors that a side keeps because they may come back."""
+
+
+def full_name(kind: Any) -> str:
+    """With its module."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _is_of_library(kind: type) -> bool:

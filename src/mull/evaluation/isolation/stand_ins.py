@@ -20,7 +20,7 @@ from types import (
 )
 from typing import Any
 
-from mull.evaluation.isolation.channel import FROM_CANDIDATE, Channel, Ended, Errors, Room
+from mull.evaluation.isolation.channel import CLASSES, FROM_CANDIDATE, Channel, Ended, Errors, Room
 from mull.evaluation.isolation.values import OPERATORS, UNARY_OPERATORS, is_iterator
 
 CALLED_BACK = (
@@ -92,6 +92,8 @@ class Remote:
         return str(self._ask("repr"))
 
     def __instancecheck__(self, item: Any) -> bool:
+        if isinstance(item, Exception) and (names := vars(item).get(CLASSES)):
+            return self._ask("full name") in names
         return type(item) is Remote and bool(self._ask("instance", (item,)))
 
     def __enter__(self) -> Any:

@@ -361,6 +361,9 @@ OBJECTS = {
     "operators of a class from a dictionary": ("d = f()\nd['A'] = 1\nassert d['a'] == 1 and 'a' in d and d == {'a': 1}", "class f(dict):\n    def __setitem__(s, k, v): super().__setitem__(k.lower(), v)"),
     "missing file": ("try:\n    f('zz.txt')\n    assert False\nexcept FileNotFoundError as e:\n    assert e.filename == 'zz.txt' and 'zz.txt' in str(e)", "def f(x): return open(x)"),
     "method of Python": ("assert f(str.upper, ['a']) == ['A'] and f('a'.__add__, ['b']) == ['ab'] and f(dict.fromkeys, [['c']]) == [{'c': None}]", "def f(g, xs): return [g(x) for x in xs]"),
+    "own class of an error": ("try:\n    f(1)\n    assert False\nexcept Exception as e:\n    assert isinstance(e, Poor) and isinstance(e, Low) and not isinstance(e, Rich) and isinstance(e, ValueError)\n"
+        "assert not isinstance(ValueError(), Poor)",
+        "class Low(ValueError): pass\nclass Poor(Low): pass\nclass Rich(Low): pass\ndef f(x): raise Poor(x)"),
     "own iterator": ("i = f(3)\nassert next(i) == 3 and i.n == 2 and list(i) == [2, 1]",
         "class f:\n    def __init__(self, n): self.n = n\n    def __iter__(self): return self\n    def __next__(self):\n        if not self.n: raise StopIteration\n        self.n -= 1\n        return self.n + 1"),
 }  # fmt: skip
