@@ -37,7 +37,7 @@ FRAMES = 500
 """Data may be nested 150 levels deep, of which each takes two."""
 
 MAX_NESTED = 450
-"""Most calls back that wait for each other, about as many as Python's limit of 1,000 frames allows within one process."""
+"""Most callbacks within callbacks, about as many as Python's limit of 1,000 frames allows in one process."""
 
 
 class Errors:
@@ -47,15 +47,13 @@ class Errors:
         self._own: list[BaseException] = []
 
     def message(self, kind: str, error: BaseException, *, comes_back: bool = False) -> tuple[Any, ...]:
-        """``(kind, name, built-in class, text, classes, arguments, attributes, number)``.
+        """``(kind, name, text, classes, arguments, attributes, number)``.
 
         Args:
             kind: Of the message.
             error: What was raised.
             comes_back: Whether to keep it, because the other side may raise it here again.
         """
-        known = next(base for base in type(error).__mro__ if base.__module__ == "builtins")
-        classes = [base for base in type(error).__mro__ if _is_of_library(base)]
         try:
             text = str(error)[:MAX_TEXT]
         except Exception:  # noqa: BLE001 - __str__ is the candidate's
@@ -65,9 +63,9 @@ class Errors:
         if not number and comes_back and len(self._own) < MAX_ERRORS:
             self._own.append(error.with_traceback(None))  # whose frames would stay alive
             number = len(self._own)
-        names = tuple(full_name(base) for base in type(error).__mro__ if issubclass(base, Exception))
-        args = _plain_arguments(error, classes[0] if classes else known)
-        return (kind, type(error).__name__, known.__name__, text, names, args, attributes, number)
+        classes = [base for base in type(error).__mro__ if issubclass(base, Exception)]
+        args = _plain_arguments(error, next(filter(_is_of_library, classes), BaseException))
+        return (kind, type(error).__name__, text, tuple(map(full_name, classes)), args, attributes, number)
 
     def read(self, message: tuple[Any, ...], other: type[Exception]) -> Exception:
         """The error that a message is about: one that was sent from here, or one of the nearest class that this side has.
@@ -76,7 +74,7 @@ class Errors:
             message: As `message` gives.
             other: Class of those that are of no class of the library.
         """
-        _, name, _, text, names, args, attributes, number = message
+        _, name, text, names, args, attributes, number = message
         if -len(self._own) <= number < 0 and isinstance(own := self._own[-number - 1], Exception):
             return own
         kinds = [kind for one in names if isinstance(one, str) and (kind := _library_class(one)) is not None]
@@ -97,8 +95,13 @@ FROM_CANDIDATE = "from_candidate"
 """Attribute of an error in the grader that the program has raised: what it was there."""
 
 MAX_ATTRIBUTES = 20
+"""Most attributes of an error that are looked at."""
+
 MAX_ERRORS = 10_000
 """Most errors that a side keeps because they may come back."""
+
+OUT_OF_MEMORY = "builtins.MemoryError"
+"""Name of a class of errors, as in a message."""
 
 
 def full_name(kind: Any) -> str:

@@ -17,7 +17,7 @@ from importlib import import_module
 from reprlib import Repr
 from typing import Any
 
-from mull.evaluation.isolation.channel import FROM_CANDIDATE, MAX_ANSWER_BYTES, Channel, Ended, restrict
+from mull.evaluation.isolation.channel import FROM_CANDIDATE, MAX_ANSWER_BYTES, OUT_OF_MEMORY, Channel, Ended, restrict
 from mull.evaluation.isolation.compare import is_right, same_tokens
 from mull.evaluation.isolation.stand_ins import Candidate, result_of
 from mull.evaluation.isolation.values import NotPlainError, encode
@@ -110,10 +110,10 @@ def load(candidate: Candidate, request: dict[str, Any], names: Iterable[str], ki
         # Further names would take the place of built-in ones, such as the `abs` of the tests.
         case ("loaded", dict() as found) if found.keys() == wanted and all(map(_is_description, found.values())):
             pass
-        case ("failed", str() as name, str() as known, str() as text, *_):
+        case ("failed", str() as name, str() as text, tuple() as classes, *_):
             if name in ("SystemExit", "KeyboardInterrupt"):
                 raise TestFailedError("no proof", f"the program ends itself while it is loaded ({name})")
-            raise TestFailedError("memory" if known == "MemoryError" else "error", f"{name}: {text}")
+            raise TestFailedError("memory" if OUT_OF_MEMORY in classes else "error", f"{name}: {text}")
         case _:
             raise Ended
     for name in request["entry_points"]:
@@ -368,7 +368,7 @@ def grade_inside(candidate: Candidate, request: dict[str, Any]) -> dict[str, Any
         match candidate.receive():
             case ("nonce", bytes() as returned) if returned == nonce:
                 tally.passed()
-            case ("failed", str() as name, _, str() as text, *_):
+            case ("failed", str() as name, str() as text, *_):
                 raise TestFailedError("wrong answer" if name == "AssertionError" else "error", f"{name}: {text}")
             case _:
                 raise Ended
@@ -388,8 +388,8 @@ def grade_script(candidate: Candidate, request: dict[str, Any], output: int, max
             return {"passed": False, "reason": "output", "detail": f"it prints more than {max_output:,} bytes"}
     with suppress(Ended):
         match candidate.receive():
-            case ("failed", str() as name, str() as known, str() as text, *_):
-                kind = "memory" if known == "MemoryError" else "error"
+            case ("failed", str() as name, str() as text, tuple() as classes, *_):
+                kind = "memory" if OUT_OF_MEMORY in classes else "error"
                 return {"passed": False, "reason": kind, "detail": _line(f"{name}: {text}")}
             case ("finished", int() | str() as status):
                 if status != 0:

@@ -243,7 +243,7 @@ class Candidate:
                     case ("iterator", Remote() as chunks, dict() as changed, None):
                         _update(held, changed)
                         return _items(chunks)
-                    case ("raise", str(), str(), str(), tuple(), tuple() | None, dict(), int()) as message:
+                    case ("raise", str(), str(), tuple(), tuple() | None, dict(), int()) as message:
                         raise self._error(message, may_stop=operation == "next")
                     case ("callback", int() as number, tuple() as back, dict() as options) if (
                         0 < number < len(self._functions)
@@ -266,12 +266,13 @@ class Candidate:
             message = self._errors.message("raise", error, comes_back=True)
             if isinstance(error, AssertionError):
                 # Its text has what the tests expect.
-                message = (*message[:3], "", message[4], (), {}, message[-1])
+                kind, name, _, classes, *_, number = message
+                message = (kind, name, "", classes, (), {}, number)
             return message
 
     def _error(self, message: tuple[Any, ...], *, may_stop: bool) -> Exception:
         """The program's error, marked as its own, or one that the tests have raised themselves."""
-        _, name, _, text, *_, number = message
+        _, name, text, *_, number = message
         error = self._errors.read(message, CandidateError)
         if isinstance(error, StopIteration) and not may_stop:
             # It would end a `map` or `all` of the tests before they have seen everything.

@@ -275,9 +275,9 @@ def test_a_forged_change_of_the_inputs_reaches_no_other_program() -> None:
 @pytest.mark.parametrize(
     "answer",
     ["callback, 9, (), {}", "callback, -1, (), {}", "callback, 1, [], {}", "about, 9", "about, 0", "return, 5, {}, 9", "return, 5, {}, -9",
-     "return, 5, {9: []}, None", "return, 5, [], None", "raise, 'X', 'ValueError', '', ()", "raise, 7, 7, 7, 7, 7, 7, 7",
-     "raise, 'X', '', '', (7, 'x', '.', 'builtins.print', 'os.system', 'os.error.x', 'builtins.BaseException'), (), {}, -5",
-     "raise, 'X', '', '', ('builtins.ValueError',), [], {}, 0",
+     "return, 5, {9: []}, None", "return, 5, [], None", "raise, 'X', '', ('builtins.ValueError',)", "raise, 7, 7, 7, 7, 7, 7",
+     "raise, 'X', '', (7, 'x', '.', 'builtins.print', 'os.system', 'os.error.x', 'builtins.BaseException'), (), {}, -5",
+     "raise, 'X', '', ('builtins.ValueError',), [], {}, 0",
      "iterator, 5, {}, None", "loaded, {}", "passed"],
 )  # fmt: skip
 def test_an_answer_that_no_honest_program_gives_fails(pool: Pool, answer: str) -> None:
@@ -301,24 +301,15 @@ def test_no_error_of_a_program_has_a_test_skipped(pool: Pool) -> None:
         assert not pool.submit(wrong, Asserts(source, ("f",))).result().passed
 
 
-@pytest.mark.parametrize("kind", ["fractions.Fraction", "collections.Counter", "collections.deque", "decimal.Decimal"])
+@pytest.mark.parametrize("kind", ["fractions.Fraction", "collections.Counter"])
 def test_what_tests_do_to_a_class_reaches_no_other_program(kind: str) -> None:
     """``C(6, 4)`` of the first program is the class itself, on whose attribute the tests write."""
     module, _, name = kind.rpartition(".")
     with Pool(1, timeout=5) as pool:
         given = f"from {module} import {name}\ndef C(*args): return {name}"
-        pool.submit(
-            given, Asserts("r = C(6, 4)\nr.numerator = r.total = r.count = r.real = 3\nassert r.real == 3", ("C",))
-        ).result()
-        wrong = f"from {module} import {name}\ndef f(): return {name}(1)"
-        assert (
-            not pool.submit(
-                wrong,
-                Asserts("r = f()\nassert r.numerator == 3 or r.total == 3 or r.count == 3 or r.real == 3", ("f",)),
-            )
-            .result()
-            .passed
-        )
+        pool.submit(given, Asserts("r = C(6, 4)\nr.size = 3\nassert r.size == 3", ("C",))).result()
+        wrong = f"from {module} import {name}\ndef f(): return {name}()"
+        assert not pool.submit(wrong, Asserts("assert f().size == 3", ("f",))).result().passed
 
 
 def test_the_text_of_a_failed_assertion_stays_with_the_tests(pool: Pool) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mull.evaluation.isolation.values import MAX_DEPTH, NotPlainError, decode, encode
+from mull.evaluation.isolation.values import LIBRARY_TYPES, MAX_DEPTH, NotPlainError, decode, encode
 
 HASHABLE = st.recursive(
     st.none()
@@ -121,6 +122,14 @@ HOSTILE = [
 def test_hostile_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - any message, but no other error
         decode(data)
+
+
+@pytest.mark.parametrize("name", sorted(LIBRARY_TYPES))
+def test_a_type_that_may_be_named_cannot_be_changed(name: str) -> None:
+    """The tests of one program could change it for the next."""
+    module, _, kind = name.rpartition(".")
+    with pytest.raises(TypeError, match="immutable type"):
+        getattr(import_module(module), kind).size = 3
 
 
 def test_random_damage_gives_a_value_or_a_value_error() -> None:
