@@ -60,6 +60,7 @@ def test_one_call_is_enough() -> None:
         ("def sum(a, b):\n    return a + b", "error", "defines no add"),
         ("add = 3", "error", "not callable"),
         ("def add(a, b):\n    return bytearray(1 << 40)", "memory", "MemoryError"),
+        ("table = bytearray(1 << 40)\ndef add(a, b): return a + b", "memory", "MemoryError"),
         ("def add(a, b):\n    while True: pass", "time-out", "killed"),
         ("import time\ntime.sleep(60)", "time-out", "killed"),
         ("x = '\0'", "error", "null bytes"),
@@ -511,6 +512,7 @@ def test_scripts_read_and_print(pool: Pool) -> None:
     half = judge(pool, "print(10)", tests)
     assert (half.reason, half.n_passed, half.n_tests) == ("wrong answer", 1, 2)
     assert judge(pool, "print(open('/etc/passwd').read())", tests).reason == "error"
+    assert judge(pool, "print(len(bytearray(1 << 40)))", tests).reason == "memory"
     assert judge(pool, "while True: print('x' * 1000)", tests).reason == "output"
 
 
